@@ -1,0 +1,217 @@
+"""Every use of private torch API, in one place.
+
+Tested on torch 2.11.0, 2.13.0 and 2.15.0. When a torch release moves one of these names, this file is the only one
+to mend; the rest of the package uses documented API and what is defined here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
+from typing import Any
+
+import sympy
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils._sympy.value_ranges import ValueRanges
+
+TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "ShapeEnv",
+    "TracingContext",
+    "autocast_state",
+    "build_expression",
+    "enable_python_dispatcher",
+    "enter_autocast",
+    "enter_inference_mode",
+    "exit_autocast",
+    "exit_inference_mode",
+    "frame_being_compiled",
+    "free_symbols",
+    "functorch_level",
+    "is_traceable_wrapper_subclass",
+    "new_shape_env",
+    "new_symbol",
+    "placeholder_source",
+    "pop_functorch_level",
+    "schema_writes",
+    "shape_env_conditions",
+    "storage_identity",
+    "symbol_range",
+    "symint_expression",
+    "symint_from_expression",
+    "tracing",
+]
+
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast
+enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
+exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
+
+
+def placeholder_source(node: torch.fx.Node) -> str | None:
+    """The Python expression, in the traced frame, of what Dynamo feeds to a placeholder; None without Dynamo."""
+    graph_argument = node.meta.get("grapharg")
+    source = getattr(graph_argument, "source", None)
+    if source is None:
+        source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def frame_being_compiled() -> tuple[CodeType, Mapping[str, object]] | None:
+    """Code object and local variables of the frame that Dynamo is compiling in this thread, if any."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    with contextlib.suppress(Exception):
+        translator = InstructionTranslator.current_tx()
+        root = translator.output.root_tx
+        closure = root.closure if hasattr(root, "closure") else ()
+        values = dict(root.f_locals)
+        for name, cell in zip(root.f_code.co_freevars, closure or (), strict=False):
+            with contextlib.suppress(ValueError):
+                values.setdefault(name, cell.cell_contents)
+        return root.f_code, values
+    return None
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """A number that two tensors share exactly if they share their storage, valid while one of them lives."""
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+
+
+def symint_expression(value: int | torch.SymInt | torch.SymBool | torch.SymFloat) -> sympy.Basic | int:
+    """The sympy expression behind a symbolic number; a plain number comes back as it is."""
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)) else value
+
+
+def symint_hint(value: int | torch.SymInt) -> int | None:
+    """The size that a symbolic integer had in the traced call; None for an unbacked one."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    return value.node.hint if value.node.has_hint() else None
+
+
+def symbol_range(value: torch.SymInt) -> tuple[int | None, int | None]:
+    """Smallest and largest value that the tracer allows for a symbolic integer; None where unbounded."""
+    bounds = value.node.shape_env.bound_sympy(value.node.expr)
+    lower, upper = bounds.lower, bounds.upper
+    return (
+        int(lower) if lower.is_finite and lower != -int_oo else None,
+        int(upper) if upper.is_finite and upper != int_oo else None,
+    )
+
+
+def new_shape_env() -> ShapeEnv:
+    """A shape environment of our own: no duck shaping, so equal sizes never become one symbol by chance."""
+    return ShapeEnv(duck_shape=False)
+
+
+def new_symbol(
+    env: ShapeEnv, name: str, hint: int | None, lower: int | None, upper: int | None
+) -> torch.SymInt:
+    """A fresh symbolic integer in ``env``: backed by ``hint``, or unbacked when ``hint`` is None."""
+    if hint is None:
+        symint = env.create_unbacked_symint()
+        expression = symint.node.expr
+    else:
+        source = ConstantSource(f"__ppb_{name}")
+        expression = env.create_symbol(
+            hint,
+            source,
+            dynamic_dim=DimDynamic.DYNAMIC,
+            constraint_dim=None,
+            positive=None if lower is None or lower < 0 else True,
+            do_not_specialize_zero_one=True,
+        )
+        symint = env.create_symintnode(expression, hint=hint, source=source)
+    env.constrain_symbol_range(
+        expression,
+        compiler_min=-int_oo if lower is None else lower,
+        compiler_max=int_oo if upper is None else upper,
+    )
+    return symint
+
+
+def symint_from_expression(env: ShapeEnv, expression: sympy.Expr, hint: int | None) -> torch.SymInt | int:
+    """The symbolic integer in ``env`` with this value."""
+    if expression.is_number:
+        return int(expression)
+    return env.create_symintnode(expression, hint=hint)
+
+
+def shape_env_conditions(env: ShapeEnv) -> tuple[sympy.Basic, ...]:
+    """What a compiler has come to rely on about the symbols of ``env``: guards, replacements, run-time asserts."""
+    conditions: list[sympy.Basic] = [guard.expr for guard in env.guards]
+    conditions += [sympy.Eq(symbol, value, evaluate=False) for symbol, value in env.replacements.items()]
+    for asserts in env.deferred_runtime_asserts.values():
+        conditions += [runtime_assert.expr for runtime_assert in asserts]
+    return tuple(conditions)
+
+
+def shape_env_ranges(env: ShapeEnv) -> dict[sympy.Symbol, ValueRanges]:
+    """The current value range of each symbol of ``env``."""
+    return dict(env.var_to_range)
+
+
+def build_expression(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Any]) -> Any:
+    """Evaluate a shape expression with Python operators: on ints it gives a number, on FX proxies graph nodes."""
+    return sympy_interp(PythonReferenceAnalysis, dict(symbols), expression)
+
+
+def functorch_level() -> int:
+    """How many functorch transforms (vmap, grad, ...) are active in this thread."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return 0 if stack is None else len(stack)
+
+
+def pop_functorch_level() -> None:
+    """Leave the innermost functorch transform, whichever kind it is."""
+    torch._C._functorch.pop_dynamic_layer_stack()
+
+
+def schema_writes(op: torch._ops.OpOverload) -> tuple[int | str, ...]:
+    """Positions (or names, for keyword-only ones) of the arguments that the op's schema declares as mutated."""
+    written: list[int | str] = []
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(argument.name if argument.kwarg_only else position)
+    return tuple(written)
+
+
+def autocast_state() -> tuple[object, ...]:
+    """What the ambient autocast state of this thread does to an op, for every device type in use."""
+    devices = ["cpu", *(d for d in ("cuda", "xpu", "mps") if getattr(torch, d).is_available())]
+    enabled = [(d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)]
+    return (torch.is_autocast_cache_enabled(), tuple(enabled)) if enabled else ()
+
+
+@contextlib.contextmanager
+def private_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Compile under a tracing context of our own, so that nothing reaches Dynamo's shape environment."""
+    with tracing(TracingContext(fake_mode)):
+        yield
+
+
+def unwrapped_signature(function: Callable[..., object]) -> inspect.Signature | None:
+    """The signature behind decorators that used ``functools.wraps``; None where Python cannot tell."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None

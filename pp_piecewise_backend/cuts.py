@@ -1,0 +1,434 @@
+"""Where a graph is cut: which nodes form eager steps, which form compute pieces, and why.
+
+The rules M1 to M4, by which a cut keeps its meaning:
+
+M1  A cut makes an in-place op visible across pieces, so an op that writes memory born outside its own piece is an
+    eager step. Stage inputs are the exception: their memory is ours to write, and the caller sees the write. In-place
+    ops on activations of this call are renamed to values instead, where no other alias is read later.
+M2  Views of memory that is written across pieces are never passed on; whoever needs one makes it anew (``split.py``).
+M3  What lies between two eager steps without a matrix product is not worth a piece; the steps absorb it.
+M4  An eager step that needs nothing from a compute piece moves to the front, with the small ops that it needs.
+
+Each new cut can separate a birth from a write, so the rules are applied until nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import sympy
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from .errors import SplitError
+from .facts import EFFECT, GraphFacts
+from .placeholders import GraphInput
+from .split_ops import SplitOpMatcher, is_getitem, looks_like_attention, op_name
+
+Kind = Literal["compute", "eager"]
+
+_ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
+
+
+class Value(NamedTuple):
+    """One thing that a step can use: what ``node`` returns or, following ``path``, an element of it."""
+
+    node: Node
+    path: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Nodes that run together, in order."""
+
+    kind: Kind
+    nodes: tuple[Node, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The steps of a graph in the order in which they run, and what the split ops matched."""
+
+    steps: tuple[Step, ...]
+    renamed: Mapping[Node, tuple[Value, ...]]
+    """In-place ops turned into values: the arguments that each gets a fresh copy of, used from there on."""
+    matches: Mapping[str, int]
+    """Pattern of a split op -> number of nodes that it cut at."""
+    attention_like: tuple[str, ...]
+    """Names of the ops that were not cut at although their names suggest attention."""
+
+
+class Scalars:
+    """Tells numbers from tensors: numbers are made anew where they are used, so that they are right for the real n."""
+
+    def __init__(self, facts: GraphFacts) -> None:
+        self._facts = facts
+
+    def is_scalar(self, node: Node) -> bool:
+        """Whether the node's value consists of numbers known from the inputs, and computing it has no effect."""
+        facts = self._facts.nodes[node]
+        if facts.writes or facts.region is not None or facts.value is None or node.op == "get_attr":
+            return False
+        leaves = pytree.tree_leaves(facts.value)
+        if not all(_is_plain(leaf) for leaf in leaves):
+            return False
+        if node.op == "placeholder":
+            return True
+        sources = self._facts.symbol_sources
+        return all(
+            symbol in sources and sources[symbol][0] is not node for symbol in symbols_of_value(facts.value)
+        )
+
+
+def canonical(facts: GraphFacts, node: Node) -> Value:
+    """The value behind a node: in-place ops and no-ops stand for their argument, ``getitem`` for an element."""
+    path: tuple[int, ...] = ()
+    while node in facts.nodes:
+        if (argument := facts.nodes[node].returns_argument) is not None:
+            node = argument
+        elif is_getitem(node) and _is_sequence(facts.nodes[node.args[0]].value):  # type: ignore[index]
+            index = node.args[1]
+            if not isinstance(index, int):
+                break
+            path = (index, *path)
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            break
+    return Value(node, path)
+
+
+def leaf_of(facts: GraphFacts, value: Value) -> Any:
+    """The fake tensor or number that a value is."""
+    leaf = facts.nodes[value.node].value
+    for index in value.path:
+        leaf = leaf[index]
+    return leaf
+
+
+def is_allocation(node: Node) -> bool:
+    """Whether the node returns memory whose contents mean nothing yet."""
+    return op_name(node).split("::")[-1] in _ALLOCATIONS
+
+
+def symbols_of_value(value: Any) -> set[sympy.Symbol]:
+    """The symbols in the numbers that a value consists of."""
+    leaves = pytree.tree_leaves(value)
+    numbers = (leaf for leaf in leaves if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat)))
+    return {symbol for number in numbers for symbol in number.node.expr.free_symbols}
+
+
+def does_nothing(facts: GraphFacts, node: Node) -> bool:
+    """Whether the node only hands on what another made: an element of a tuple, or an argument left unchanged."""
+    return canonical(facts, node).node is not node and not facts.nodes[node].writes
+
+
+def find_cuts(facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpMatcher) -> Cuts:
+    """Apply the rules to a graph.
+
+    Raises:
+        SplitError: the graph changes the shape of a tensor in place, which a cut cannot follow.
+    """
+    return _Cutter(facts, inputs, matcher).run()
+
+
+class _Cutter:
+    def __init__(self, facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpMatcher) -> None:
+        self._facts = facts
+        self._scalars = Scalars(facts)
+        self._inputs = {graph_input.name: graph_input for graph_input in inputs}
+        self._matches: dict[str, int] = {}
+        self._attention_like: dict[str, None] = {}
+        self._reasons: dict[Node, str] = {}
+        self._renamed: dict[Node, tuple[Value, ...]] = {}
+        self._front: tuple[Node, ...] = ()
+        self._nodes = list(facts.graph_module.graph.nodes)
+        self._position = {node: index for index, node in enumerate(self._nodes)}
+        self._order = self._schedulable()
+        self._stage_storages = {
+            storage
+            for node in facts.nodes
+            if node.op == "placeholder" and self._inputs[node.name].kind == "stage-input"
+            for storage in facts.nodes[node].storages
+        }
+        self._birth = {s: node for node, f in facts.nodes.items() for s in f.born}
+        for node in self._order:
+            if (pattern := matcher.match(node)) is not None:
+                self._reasons[node] = f"split op {op_name(node)}"
+                self._matches[pattern] = self._matches.get(pattern, 0) + 1
+            elif looks_like_attention(node):
+                self._attention_like[op_name(node)] = None
+
+    def run(self) -> Cuts:
+        self._mark_opaque()
+        while True:
+            steps = self._arrange()
+            if not self._cut_at_visible_writes(steps):
+                return Cuts(tuple(steps), dict(self._renamed), self._matches, tuple(self._attention_like))
+
+    # ------------------------------------------------------------ what must be eager
+
+    def _schedulable(self) -> list[Node]:
+        """The nodes that steps consist of, memory allocations and their views moved to their first use."""
+        facts = self._facts
+        nodes = []
+        for node in facts.graph_module.graph.nodes:
+            if node.op not in ("call_function", "call_method", "call_module") or node in facts.regions.dropped:
+                continue
+            if facts.nodes[node].reshapes_in_place:
+                raise SplitError(
+                    f"{op_name(node)} (node {node.name}) changes the shape or strides of a tensor in place, which a "
+                    f"cut cannot follow; the whole graph goes to stock Inductor"
+                )
+            if not self._scalars.is_scalar(node) and not does_nothing(facts, node):
+                nodes.append(node)
+        return self._sink_allocations(nodes)
+
+    def _sink_allocations(self, nodes: list[Node]) -> list[Node]:
+        """Move uninitialised memory, and views of it, to where it is first used.
+
+        The usual output buffer of an attention op is then born in the eager step that fills it.
+        """
+        sinking: set[Node] = set()
+        for node in nodes:
+            facts = self._facts.nodes[node]
+            if facts.region is not None or facts.writes:
+                continue
+            origins = self._arguments(node)
+            is_view = facts.storages and not facts.born
+            if is_allocation(node) or (is_view and origins and all(n in sinking for n in origins)):
+                sinking.add(node)
+        order: list[Node] = []
+        placed: set[Node] = set()
+
+        def place(node: Node) -> None:
+            for argument in self._arguments(node):
+                if argument in sinking and argument not in placed:
+                    place(argument)
+            placed.add(node)
+            order.append(node)
+
+        for node in nodes:
+            if node not in sinking:
+                place(node)
+        for node in nodes:
+            if node not in placed:  # used by nothing but the graph's output
+                place(node)
+        return order
+
+    def _arguments(self, node: Node) -> list[Node]:
+        """The scheduled nodes whose results this one takes, those behind its numbers included."""
+        found: dict[Node, None] = {}
+        for argument in node.all_input_nodes:
+            if argument not in self._facts.nodes:
+                continue
+            if self._scalars.is_scalar(argument):
+                for symbol in symbols_of_value(self._facts.nodes[argument].value):
+                    found[self._facts.symbol_sources[symbol][0]] = None
+            else:
+                found[canonical(self._facts, argument).node] = None
+        return [n for n in found if n.op not in ("placeholder", "get_attr")]
+
+    def _mark_opaque(self) -> None:
+        """Eager for other reasons than a name: unknown objects, effects on the world, inseparable groups."""
+        facts = self._facts
+        for node in self._order:
+            node_facts = facts.nodes[node]
+            if node in self._reasons:
+                continue
+            if EFFECT in node_facts.writes:
+                self._reasons[node] = f"{op_name(node)} acts on something other than tensors"
+            elif not all(
+                _is_plain(leaf) or isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node_facts.value)
+            ):
+                self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
+        for group, why in facts.regions.bound_reasons.items():
+            members = [node for node in self._order if facts.nodes[node].region == group]
+            inside = next((self._reasons[node] for node in members if node in self._reasons), "")
+            if why or inside:
+                for node in members:
+                    self._reasons.setdefault(node, why or f"cannot be separated from: {inside}")
+
+    def _cut_at_visible_writes(self, steps: Sequence[Step]) -> bool:
+        """M1: rename each write to memory born in another step, or make it eager. True if a new cut is needed."""
+        born_in = {
+            storage: index
+            for index, step in enumerate(steps)
+            for node in step.nodes
+            for storage in self._facts.nodes[node].born
+        }
+        new_cut = False
+        for index, step in enumerate(steps):
+            for node in step.nodes:
+                foreign = [
+                    storage
+                    for storage in self._facts.nodes[node].writes
+                    if storage >= 0 and storage not in self._stage_storages and born_in.get(storage) != index
+                ]
+                if step.kind == "eager" or not foreign:
+                    continue
+                copies = self._renamed.get(node) or self._rename(node, foreign)
+                if copies:
+                    self._renamed[node] = copies
+                    born_in.update(dict.fromkeys(foreign, index))
+                else:
+                    new_cut = True
+                    owners = ", ".join(dict.fromkeys(self._birth[storage].name for storage in foreign))
+                    self._make_eager(node, f"{op_name(node)} writes {owners}, which outlives the piece")
+        return new_cut
+
+    def _make_eager(self, node: Node, reason: str) -> None:
+        self._reasons[node] = reason
+        group = self._facts.nodes[node].region
+        if group is not None:
+            for other in self._order:
+                if self._facts.nodes[other].region == group:
+                    self._reasons.setdefault(other, f"cannot be separated from {op_name(node)}")
+
+    def _rename(self, node: Node, foreign: Sequence[int]) -> tuple[Value, ...]:
+        """The arguments that may become fresh values at this in-place op; () if that is not sound.
+
+        Sound means: the memory was made in this call, and once the op has run it is read through one name only.
+        """
+        copies: list[Value] = []
+        for storage in foreign:
+            targets = {
+                canonical(self._facts, argument)
+                for argument in node.all_input_nodes
+                if argument in self._facts.nodes and storage in self._facts.nodes[argument].storages
+            }
+            if storage in self._facts.input_storages or len(targets) != 1:
+                return ()
+            (target,) = targets
+            for later in self._nodes[self._position[node] + 1 :]:
+                for argument in later.all_input_nodes:
+                    if argument in self._facts.nodes and storage in self._facts.nodes[argument].storages:
+                        value = canonical(self._facts, argument)
+                        if value != target and self._position[value.node] < self._position[node]:
+                            return ()
+            copies.append(target)
+        return tuple(copies)
+
+    # ------------------------------------------------------------------- arranging
+
+    def _arrange(self) -> list[Step]:
+        """Cut the current order into steps: M4, then runs of equal kind, then M3."""
+        front, rest = self._move_to_front()
+        steps = _absorb(self._runs(rest), self._facts)
+        if front:
+            first = Step("eager", tuple(front), self._reason(front))
+            if steps and steps[0].kind == "eager":
+                nodes = (*front, *steps[0].nodes)
+                steps[0] = Step("eager", nodes, self._reason(nodes))
+            else:
+                steps.insert(0, first)
+        return [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
+
+    def _runs(self, nodes: Sequence[Node]) -> list[Step]:
+        steps: list[Step] = []
+        for node in nodes:
+            kind: Kind = "eager" if node in self._reasons else "compute"
+            if steps and steps[-1].kind == kind:
+                steps[-1] = Step(kind, (*steps[-1].nodes, node), "")
+            else:
+                steps.append(Step(kind, (node,), "between the eager steps" if kind == "compute" else ""))
+        return steps
+
+    def _move_to_front(self) -> tuple[list[Node], list[Node]]:
+        """M4: eager runs that depend on no matrix product, with all that they depend on."""
+        needs = self._dependencies()
+        front: set[Node] = set()
+        # Runs are formed after M3, so that a fragment between two eager ops does not hide that they belong together.
+        for step in _absorb(self._runs(self._order), self._facts)[1:]:
+            if step.kind == "compute":
+                continue
+            closure = _closure(step.nodes, needs)
+            if not any(self._facts.nodes[node].heavy or self._is_split_op(node) for node in closure):
+                front |= closure
+        return [n for n in self._order if n in front], [n for n in self._order if n not in front]
+
+    def _is_split_op(self, node: Node) -> bool:
+        return self._reasons.get(node, "").startswith("split op")
+
+    def _dependencies(self) -> dict[Node, set[Node]]:
+        """For each node the earlier nodes that must run before it: what it reads, and the order of writes."""
+        needs: dict[Node, set[Node]] = {}
+        last_write: dict[int, Node] = {}
+        reads_since: dict[int, set[Node]] = {}
+        group_first: dict[int, Node] = {}
+        for node in self._order:
+            facts = self._facts.nodes[node]
+            needed = set(self._arguments(node))
+            for storage in facts.reads | facts.writes:
+                if storage in last_write:
+                    needed.add(last_write[storage])
+            for storage in facts.writes:
+                needed |= reads_since.get(storage, set())
+            for storage in facts.reads | facts.storages:
+                reads_since.setdefault(storage, set()).add(node)
+            for storage in facts.writes:
+                last_write[storage] = node
+                reads_since[storage] = {node}
+            needs[node] = needed - {node}
+            if facts.region is not None:
+                first = group_first.setdefault(facts.region, node)
+                needs[node].add(first)
+                needs[first].add(node)
+        return needs
+
+    def _reason(self, nodes: Sequence[Node]) -> str:
+        reasons = dict.fromkeys(self._reasons[node] for node in nodes if node in self._reasons)
+        return "; ".join(reasons) or "too small for a piece of its own"
+
+
+def _absorb(steps: list[Step], facts: GraphFacts) -> list[Step]:
+    """M3: merge compute steps that are not worth a piece into the eager steps around them."""
+    if not any(step.kind == "eager" for step in steps):
+        return steps
+    merged: list[Step] = []
+    for index, step in enumerate(steps):
+        is_inner = 0 < index < len(steps) - 1
+        small = step.kind == "compute" and (
+            not any(facts.nodes[node].heavy for node in step.nodes)
+            if is_inner
+            else all(_is_trivial(node, facts) for node in step.nodes)
+        )
+        kind: Kind = "eager" if small else step.kind
+        if merged and merged[-1].kind == kind:
+            merged[-1] = Step(kind, (*merged[-1].nodes, *step.nodes), merged[-1].reason)
+        else:
+            merged.append(Step(kind, step.nodes, step.reason))
+    return merged
+
+
+def _is_trivial(node: Node, facts: GraphFacts) -> bool:
+    """Whether the node makes a view and nothing else."""
+    return not facts.nodes[node].born and not facts.nodes[node].writes
+
+
+def _closure(nodes: Iterable[Node], needs: Mapping[Node, set[Node]]) -> set[Node]:
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += needs[node]
+    return found
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether FX can write this value into a graph as it is."""
+    return leaf is None or isinstance(
+        leaf,
+        (bool, int, float, complex, str, torch.SymInt, torch.SymBool, torch.SymFloat, torch.dtype, torch.device,
+         torch.layout, torch.memory_format, slice, type(Ellipsis)),
+    )  # fmt: skip
+

@@ -1,0 +1,203 @@
+"""The command ``demo``: its arguments, and the whole run from prompts to exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import questions
+from .job import Job
+from .prompts import OWN_MODEL_DIR, PromptError, Vocabulary, is_own_model, vocabulary_of
+
+BATCH_SIZE = 50
+
+DESCRIPTION = """\
+Runs a decoder as a pipeline of processes on this machine, each half (third, ...) compiled with
+torch.compile(stage, backend="pp_piecewise"), and compares every token with eager transformers in one process.
+Without --prompt, a small decoder that comes with the package answers 200 arithmetic questions that it was not
+trained on. The exit code is 0 only if no token differs."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="pipeline stages (default %(default)s)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=OWN_MODEL_DIR,
+        metavar="DIR",
+        help="folder of a Hugging Face decoder with a pp_plan, to be given with --prompt "
+        "(default: the decoder in the package)",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="answer only this, such as 12+34; token ids like 1,15,7 for a model without a tokenizer",
+    )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        metavar="K",
+        help=f"ask only the first K of the {questions.HELD_OUT_COUNT} held-out questions",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=16,
+        metavar="M",
+        help="longest answer of another model (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="cuda: one GPU per rank and NCCL (not tested by the authors); auto: cuda if there are "
+        "enough GPUs, else cpu, with gloo (default %(default)s)",
+    )
+    parser.add_argument(
+        "--compiler",
+        choices=["inductor", "aot_eager", "eager"],
+        default="inductor",
+        help="what compiles the pieces (default %(default)s)",
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, and what is needed to tell people about it."""
+
+    job: Job
+    texts: list[str]
+    """What was asked, readable."""
+    right: list[list[int]] | None
+    """Tokens of the right answers, where they are known."""
+    vocabulary: Vocabulary
+
+
+def run(options: argparse.Namespace) -> int:
+    """The exit code: 0 all is equal; 1 a token differs, a rank failed or accuracy is low; 2 bad arguments."""
+    try:
+        task = plan(options)
+    except (PromptError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return execute(task)
+
+
+def plan(options: argparse.Namespace) -> Task:
+    """Checks the arguments. Raises `ValueError` that says what was got and what is expected."""
+    config = _read_config(options.model)
+    layer_count = config.num_hidden_layers
+    if not 1 <= options.ranks <= layer_count:
+        raise ValueError(
+            f"--ranks {options.ranks}: the decoder has {layer_count} layers, so 1 to {layer_count} is possible."
+        )
+    device = _device(options.device, options.ranks)
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed.")
+    vocabulary = vocabulary_of(options.model, config)
+    right = None
+    if options.prompt is not None:
+        if options.questions is not None:
+            raise ValueError("--prompt and --questions exclude one another: give one of them.")
+        texts, prompts = [options.prompt], [vocabulary.encode(options.prompt)]
+    elif is_own_model(config):
+        asked = questions.held_out_questions()
+        if options.questions is not None:
+            if not 1 <= options.questions <= len(asked):
+                raise ValueError(f"--questions {options.questions}: 1 to {len(asked)} is possible.")
+            asked = asked[: options.questions]
+        texts = [question.text for question in asked]
+        prompts = [questions.encode_prompt(question) for question in asked]
+        right = [questions.encode_answer(question) for question in asked]
+    else:
+        raise ValueError(f"--model {options.model}: give a --prompt; the arithmetic questions are for our own decoder.")
+    job = Job(
+        model_dir=str(options.model.resolve()),
+        ranks=options.ranks,
+        device=device,
+        backend="pp_piecewise",
+        options={"compiler": options.compiler},
+        prompts=prompts,
+        max_new_tokens=questions.ANSWER_TOKENS if is_own_model(config) else options.max_new_tokens,
+        end_tokens=_end_tokens(options.model, config),
+        batch_size=min(BATCH_SIZE, len(prompts)),
+    )
+    return Task(job, texts, right, vocabulary)
+
+
+def execute(task: Task) -> int:
+    """Runs the ranks, then eager, and prints answers and tables; the exit code as `run`."""
+    from . import verdict
+    from .launch import RankFailed, run_ranks
+    from .reference import generate_eagerly
+
+    job = task.job
+    transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
+    print(
+        f"{len(job.prompts)} prompts, {job.ranks} ranks, {transport}, compiler {job.options['compiler']}",
+        flush=True,
+    )
+    try:
+        reports = run_ranks(job)
+    except RankFailed as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    eager, eager_seconds = generate_eagerly(job)
+    judged = verdict.judge(task.texts, eager, reports, task.right)
+    if len(task.texts) == 1:
+        print(f"{task.texts[0]} -> {task.vocabulary.decode(reports[0].generated[0])}")
+    print()
+    print(verdict.answers_table(eager, eager_seconds, reports, task.right))
+    print()
+    print(verdict.ranks_table(reports))
+    print("\nsplit out, and run eagerly between the compiled pieces (all ranks and programs):")
+    print("\n".join(verdict.eager_lines(reports)))
+    for problem in judged.problems:
+        print(f"demo: {problem}", file=sys.stderr)
+    return judged.exit_code
+
+
+def _read_config(model_dir: Path) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("the demo needs transformers: pip install 'pp_piecewise_backend[demo]'") from None
+    if not (model_dir / "config.json").is_file():
+        raise ValueError(
+            f"--model {model_dir}: no config.json there; a local folder in Hugging Face format is expected."
+        )
+    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    if not config.base_model_pp_plan:
+        raise ValueError(
+            f"--model {model_dir}: the architecture {config.model_type!r} has no pp_plan that "
+            "says where to cut; one with a plan is expected, such as Llama, Qwen2, Gemma2, Phi-3 or Mixtral."
+        )
+    return config
+
+
+def _end_tokens(model_dir: Path, config: Any) -> list[int]:
+    import transformers
+
+    if (model_dir / "generation_config.json").is_file():
+        end = transformers.GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id
+    else:
+        end = config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _device(wanted: str, ranks: int) -> str:
+    import torch
+
+    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and gpu_count < ranks:
+        raise ValueError(
+            f"--device cuda: {ranks} ranks need {ranks} GPUs (NCCL wants one for each), there "
+            f"are {gpu_count}; use fewer --ranks or --device cpu."
+        )
+    if wanted == "auto":
+        return "cuda" if gpu_count >= ranks else "cpu"
+    return wanted

@@ -1,0 +1,186 @@
+"""Trains the demo's decoder from nothing, on one or two CPU cores in a few minutes.
+
+    python -m pp_piecewise_backend.demo.train --out DIR
+
+writes ``config.json`` and ``model.safetensors`` of a small Llama that answers ``a+b`` and ``a-b``. Fresh
+random batches, none with the operands of a held-out question; the held-out questions are scored at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from . import questions
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+PLUS_TOKEN, MINUS_TOKEN, EQUALS_TOKEN = questions.encode("+-=")
+
+
+def new_decoder(seed: int = 0) -> LlamaForCausalLM:
+    """An untrained float32 decoder; the same weights for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    marker: dict[str, Any] = {"demo_alphabet": questions.ALPHABET}
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(questions.ALPHABET),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=questions.BEGIN_TOKEN,
+            eos_token_id=questions.END_TOKEN,
+            pad_token_id=None,
+            tie_word_embeddings=False,
+            **marker,
+        )
+    )
+
+
+def held_out_operands() -> torch.Tensor:
+    """bool [1000, 1000]: True where training must not use the two operands."""
+    forbidden = torch.zeros(questions.LARGEST_OPERAND + 1, questions.LARGEST_OPERAND + 1, dtype=torch.bool)
+    for question in questions.held_out_questions():
+        forbidden[question.left, question.right] = True
+        forbidden[question.right, question.left] = True
+    return forbidden
+
+
+def _draw_operands(count: int, generator: torch.Generator) -> torch.Tensor:
+    """int64 [count]: half of them uniform in 0..999, half with one, two or three digits equally often."""
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    digits = torch.randint(1, questions.OPERAND_DIGITS + 1, (count,), generator=generator)
+    any_size = torch.rand(count, generator=generator) < 0.5
+    limits = torch.where(any_size, questions.OPERAND_DIGITS, digits)
+    return (uniform * 10**limits).long()
+
+
+def training_batch(size: int, forbidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """int64 [size, PROMPT_TOKENS + ANSWER_TOKENS]: random questions with their answers, none held out."""
+    left = _draw_operands(size, generator)
+    right = _draw_operands(size, generator)
+    while (again := forbidden[left, right]).any():
+        count = int(again.sum())
+        left[again] = _draw_operands(count, generator)
+        right[again] = _draw_operands(count, generator)
+    is_sum = torch.rand(size, generator=generator) < 0.5
+    answer = torch.where(is_sum, left + right, left - right)
+
+    def digits(number: torch.Tensor, width: int) -> torch.Tensor:
+        return number[:, None] // 10 ** torch.arange(width) % 10
+
+    def column(token: int | torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(token).expand(size)[:, None]
+
+    operation = torch.where(is_sum, PLUS_TOKEN, MINUS_TOKEN)
+    sign = torch.where(answer < 0, MINUS_TOKEN, PLUS_TOKEN)
+    return torch.cat(
+        [
+            column(questions.BEGIN_TOKEN),
+            digits(left, questions.OPERAND_DIGITS),
+            column(operation),
+            digits(right, questions.OPERAND_DIGITS),
+            column(EQUALS_TOKEN),
+            column(sign),
+            digits(answer.abs(), questions.ANSWER_DIGITS),
+            column(questions.END_TOKEN),
+        ],
+        dim=1,
+    )
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth (at most 100 steps), then a cosine down to a hundredth."""
+    warm_up = max(1, min(100, steps // 20))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(model: LlamaForCausalLM, *, steps: int, batch_size: int, peak_learning_rate: float, seed: int = 0) -> float:
+    """Trains in place on answer tokens only; returns the last loss (nats per token)."""
+    generator = torch.Generator().manual_seed(seed)
+    forbidden = held_out_operands()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    bar = tqdm(range(steps), desc="training", unit="step")
+    last_loss = float("nan")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_learning_rate)
+        batch = training_batch(batch_size, forbidden, generator)
+        logits = model(batch[:, :-1], use_cache=False, logits_to_keep=questions.ANSWER_TOKENS).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, questions.PROMPT_TOKENS :].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        last_loss = loss.item()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{last_loss:.4f}")
+    model.eval()
+    return last_loss
+
+
+@torch.inference_mode()
+def held_out_accuracy(model: Any) -> float:
+    """The fraction of held-out questions that greedy decoding answers with exactly the right tokens."""
+    asked = questions.held_out_questions()
+    prompts = torch.tensor([questions.encode_prompt(question) for question in asked])
+    expected = torch.tensor([questions.encode_answer(question) for question in asked])
+    generated = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        max_new_tokens=questions.ANSWER_TOKENS,
+        pad_token_id=questions.END_TOKEN,
+    )[:, questions.PROMPT_TOKENS :]
+    # generate() stops when every row has ended, which may be early.
+    missing = questions.ANSWER_TOKENS - generated.shape[1]
+    generated = torch.nn.functional.pad(generated, (0, missing), value=questions.END_TOKEN)
+    return (generated == expected).all(dim=1).float().mean().item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pp_piecewise_backend.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
+    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="questions per step (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default %(default)s)")
+    options = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    model = new_decoder(options.seed)
+    loss = train(
+        model,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        peak_learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    accuracy = held_out_accuracy(model)
+    model.save_pretrained(options.out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{parameters} parameters, {options.steps} steps in {time.perf_counter() - begin:.0f} s, "
+        f"last loss {loss:.5f}, "
+        f"{accuracy:.1%} of {questions.HELD_OUT_COUNT} held-out questions right, written to {options.out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

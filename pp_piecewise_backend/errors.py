@@ -1,0 +1,146 @@
+"""Every exception, warning and user-facing sentence of the package.
+
+A sentence says what was got, what was expected and what to do about it. The functions that build
+sentences return plain text, so that one text serves as a warning and, under ``strict``, as an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class PPPiecewiseError(RuntimeError):
+    """Parent of every error that the package raises on purpose."""
+
+
+class ConfigError(PPPiecewiseError):
+    """An option or an environment variable is unknown, or its value cannot be used."""
+
+
+class SplitError(PPPiecewiseError):
+    """A graph cannot be cut into pieces without changing what it means."""
+
+
+class UnmatchedName(PPPiecewiseError):
+    """Under ``strict``: a split op or a stage input that was asked for is not in the graph."""
+
+
+class GradientFallback(PPPiecewiseError):
+    """Under ``strict``: a call needs gradients, which only stock Inductor provides."""
+
+
+class RecompileAfterSeal(PPPiecewiseError):
+    """Under ``strict``: a new graph arrived after ``seal()``."""
+
+
+class PlanMismatch(PPPiecewiseError):
+    """The ranks of a pipeline were set up with plans that differ."""
+
+
+class PeerLost(PPPiecewiseError):
+    """Another rank of the pipeline died, fell silent or broke the agreed order."""
+
+
+class PPPiecewiseWarning(UserWarning):
+    """Category of every warning that the package issues."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the name in ``valid`` that is spelled most like ``name``; ``valid`` must not be empty."""
+    return difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)[0]
+
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+def unknown_option(name: object, valid: Sequence[str]) -> str:
+    return (
+        f"unknown option {name!r} in options=: the nearest valid name is {nearest(str(name), valid)!r}. "
+        f"Valid options: {', '.join(valid)}."
+    )
+
+
+def unknown_environment_variable(name: str, value: str, nearest_valid: str, valid: Sequence[str]) -> str:
+    return (
+        f"unknown environment variable {name}={value!r}: the nearest valid name is {nearest_valid}. "
+        f"Unset it or rename it. Valid variables: {', '.join(valid)}."
+    )
+
+
+def bad_value(given_as: str, value: object, expected: str, detail: str, choices: Sequence[str] = ()) -> str:
+    """``given_as`` names the source: "option 'mode'" or "environment variable PP_PIECEWISE_MODE"."""
+    sentence = f"{given_as} has the value {value!r}: expected {expected}"
+    if detail:
+        sentence += f", but {detail}"
+    if choices and isinstance(value, str):
+        sentence += f". The nearest valid name is {nearest(value, choices)!r}"
+    return sentence + "."
+
+
+def options_not_a_mapping(options: object) -> str:
+    return (
+        f"options= must be a mapping of option names to values, such as options={{'compiler': 'eager'}}, "
+        f"got {options!r} of type {type(options).__name__}."
+    )
+
+
+def unsupported_mode_keyword(mode: object) -> str:
+    return (
+        f"mode={mode!r} was passed to torch.compile; backend 'pp_piecewise' takes its settings as "
+        f"options={{...}} only. Remove mode=, and see pp_piecewise_backend.Config for the options; "
+        f"Inductor's own settings can stay in torch._inductor.config."
+    )
+
+
+def unsupported_keywords(names: Sequence[str]) -> str:
+    return (
+        f"torch.compile passed the keyword arguments {_listed(names)} to backend 'pp_piecewise', which "
+        f"takes options={{...}} only. Put settings into options=."
+    )
+
+
+# ------------------------------------------------------------------------------ graphs and programs
+
+
+def gradient_fallback(names: Sequence[str]) -> str:
+    """``names``: the graph inputs that require gradients (may be empty when none could be named)."""
+    which = f" ({_listed(names)} require them)" if names else ""
+    return (
+        f"gradients are required{which}, so this graph was given to stock Inductor: it is not split and "
+        f"its proxies do not land in static memory. To serve, call the model under torch.inference_mode() "
+        f"or torch.no_grad(), or call requires_grad_(False) on it."
+    )
+
+
+def unmatched_split_ops(patterns: Sequence[str], attention_like: Sequence[str]) -> str:
+    """``patterns``: split ops given by name that matched nothing; ``attention_like``: ops in the graph."""
+    seen = (
+        f"Ops in this graph that look like attention: {_listed(attention_like)}. Name these in split_ops "
+        f"to split there"
+        if attention_like
+        else "No op in this graph looks like attention; check that the model calls it inside this graph"
+    )
+    return f"split_ops {_listed(patterns)} matched no op in the graph. {seen}."
+
+
+def unmatched_stage_inputs(names: Sequence[str], candidates: Sequence[str]) -> str:
+    """``candidates``: last components of the sources of the graph's tensor inputs, parameters excluded."""
+    inputs = f"Its tensor inputs are {_listed(candidates)}" if candidates else "It has no tensor inputs"
+    return (
+        f"stage_inputs {_listed(names)} matched no input of the graph. {inputs}. Give the names that the "
+        f"model's forward uses for its proxies, or leave out those that this stage does not take."
+    )
+
+
+def recompile_after_seal(code_name: str, programs_before: int) -> str:
+    """``code_name``: the compiled function; ``programs_before``: how many programs it had at ``seal()``."""
+    return (
+        f"a new graph for {code_name} arrived after seal(), next to its {programs_before} earlier "
+        f"program(s); it runs eagerly and nothing was compiled. Warm up with this kind of input before "
+        f"seal(), mark the dimension that varies as dynamic, or call unseal()."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,185 @@
+"""From a piece to a callable, once per distinct piece: the only door to ``torch._inductor``.
+
+Note [private shapes]
+Compilers add guards to the shape environment under which they trace: ``s <= 4096`` for a softmax, ``Eq(s, 10)`` for a
+pooling [ran]. In Dynamo's environment these would break the user's ``mark_dynamic`` or cost a recompile. Each piece
+is therefore compiled in an environment of its own, and what the compiler came to rely on is kept as data: where it
+does not hold, the piece runs as plain FX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+from . import _compat
+from .config import Config
+from .specs import SymbolSpec, TensorSpec
+from .split import Piece
+
+_OWN_GRAPHS_OFF = {"triton.cudagraphs": False, "triton.cudagraph_trees": False}
+
+
+@dataclass(frozen=True)
+class CompiledPiece:
+    """A compute piece as a callable, shared by all pieces with the same key. Owns no tensor memory."""
+
+    key: tuple[object, ...]
+    call: Callable[..., Sequence[Any]] = field(repr=False)
+    """Takes the piece's inputs in order (tensors and ints), returns its outputs in order."""
+    conditions: tuple[sympy.Basic, ...]
+    """What must hold for its symbols (in the order of the piece's symbol inputs, named ``s0``, ``s1``, ...)."""
+    compile_seconds: float
+    failure: str | None = None
+    """Why the compiler gave up, if it did; ``call`` is then the plain FX graph."""
+
+    def accepts(self, sizes: Sequence[int]) -> bool:
+        """Whether the compiled code may run for these values of the piece's symbols."""
+        values = {sympy.Symbol(f"s{index}"): sympy.Integer(size) for index, size in enumerate(sizes)}
+        return all(condition.xreplace(values) == sympy.true for condition in self.conditions)
+
+
+class PieceCompiler:
+    """Compiles pieces and remembers them by meaning. Threads may share it."""
+
+    def __init__(self, share: bool = True) -> None:
+        """``share=False`` compiles every piece anew, for comparison."""
+        self._share = share
+        self._compiled: dict[tuple[object, ...], CompiledPiece] = {}
+        self._in_progress: dict[tuple[object, ...], threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def compile(self, piece: Piece, config: Config) -> tuple[CompiledPiece, bool]:
+        """The callable for a compute piece, and whether an earlier equal piece already had it."""
+        key = (piece.key, *config.cache_key(), *ambient_state())
+        with self._lock:
+            turn = self._in_progress.setdefault(key, threading.Lock())
+        with turn:
+            if self._share and (known := self._compiled.get(key)) is not None:
+                return known, True
+            compiled = _compile(piece, key, config.compiler)
+            if self._share:
+                self._compiled[key] = compiled
+            return compiled, False
+
+    def reset(self) -> None:
+        """Forget all compiled pieces; programs keep theirs."""
+        with self._lock:
+            self._compiled.clear()
+            self._in_progress.clear()
+
+
+def compile_whole(graph_module: GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
+    """Give an unsplit graph to the stock backend of this name, as if this package were not there."""
+    if compiler == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph_module, list(example_inputs))  # type: ignore[return-value, arg-type]
+    return torch._dynamo.lookup_backend(compiler)(graph_module, list(example_inputs))
+
+
+def ambient_state() -> tuple[object, ...]:
+    """Everything around a compilation that changes what the compiled code computes."""
+    import torch._inductor.config as inductor_config
+
+    return (
+        torch.__version__,
+        inductor_config.get_hash(),
+        torch.get_default_dtype(),
+        str(torch.get_default_device()),
+        _compat.autocast_state(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_num_threads(),
+    )
+
+
+def _compile(piece: Piece, key: tuple[object, ...], compiler: str) -> CompiledPiece:
+    started = time.perf_counter()
+    if compiler == "eager":
+        return CompiledPiece(key, piece.graph_module.forward, (), time.perf_counter() - started)
+    shapes = _PrivateShapes(piece.input_specs)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_compat.private_tracing(shapes.fake_mode))
+            graph_module = copy.deepcopy(piece.graph_module)
+            if compiler == "inductor":
+                from torch._inductor.compile_fx import compile_fx
+
+                compiled: Any = compile_fx(graph_module, shapes.inputs, config_patches=dict(_OWN_GRAPHS_OFF))
+            else:
+                compiled = torch._dynamo.lookup_backend(compiler)(graph_module, shapes.inputs)
+    except Exception as error:
+        reason = f"{compiler} could not compile this piece: {type(error).__name__}: {error}"
+        return CompiledPiece(key, piece.graph_module.forward, (), time.perf_counter() - started, failure=reason)
+    return CompiledPiece(key, compiled, shapes.conditions(), time.perf_counter() - started)
+
+
+class _PrivateShapes:
+    """Fake inputs for one piece in a shape environment of its own; see Note [private shapes]."""
+
+    def __init__(self, specs: Sequence[TensorSpec | SymbolSpec | None]) -> None:
+        self._env = _compat.new_shape_env()
+        self.fake_mode = _compat.FakeTensorMode(shape_env=self._env)
+        self._hints: dict[sympy.Symbol, int | None] = {}
+        self._private: dict[sympy.Symbol, sympy.Expr] = {}
+        self._canonical: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._given: dict[sympy.Symbol, SymbolSpec] = {}
+        symints: dict[sympy.Symbol, torch.SymInt] = {}
+        for spec in specs:
+            if isinstance(spec, SymbolSpec):
+                symint = _compat.new_symbol(self._env, f"s{len(symints)}", spec.hint, spec.lower, spec.upper)
+                private = symint.node.expr
+                self._canonical[private] = sympy.Symbol(f"s{len(symints)}")
+                self._private[spec.symbol] = private
+                self._hints[private] = spec.hint
+                self._given[private] = spec
+                symints[spec.symbol] = symint
+        with self.fake_mode:
+            self.inputs: list[Any] = [
+                symints[spec.symbol] if isinstance(spec, SymbolSpec) else self._tensor(spec)
+                for spec in specs
+                if spec is not None
+            ]
+
+    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
+        shape = [self._integer(dim) for dim in spec.shape]
+        stride = [self._integer(dim) for dim in spec.stride]
+        return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+
+    def _integer(self, dim: Any) -> int | torch.SymInt:
+        if isinstance(dim, int):
+            return dim
+        expression = dim.xreplace(self._private)
+        known = all(self._hints[symbol] is not None for symbol in expression.free_symbols)
+        hint = int(_compat.build_expression(expression, self._hints)) if known else None
+        return _compat.symint_from_expression(self._env, expression, hint)
+
+    def conditions(self) -> tuple[sympy.Basic, ...]:
+        """What the compiler relied on beyond the ranges that it was given."""
+        found = list(_compat.shape_env_conditions(self._env))
+        for symbol, bounds in _compat.shape_env_ranges(self._env).items():
+            given = self._given.get(symbol)
+            if given is None:
+                continue
+            if bounds.lower.is_finite and (given.lower is None or bounds.lower > given.lower):
+                found.append(sympy.Ge(symbol, bounds.lower, evaluate=False))
+            if bounds.upper.is_finite and (given.upper is None or bounds.upper < given.upper):
+                found.append(sympy.Le(symbol, bounds.upper, evaluate=False))
+        renamed = dict.fromkeys(condition.xreplace(self._canonical) for condition in found)
+        return tuple(condition for condition in renamed if condition != sympy.true)

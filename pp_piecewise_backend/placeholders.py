@@ -1,0 +1,271 @@
+"""What each graph input is, and how that is known: the token count, proxies, per-token tensors, parameters, state."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch.fx import Node
+
+from . import _compat
+from .facts import GraphFacts
+from .specs import Dim, TensorSpec, as_dim
+
+InputKind = Literal[
+    "token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"
+]  # fmt: skip
+
+_PER_TOKEN_NAMES = (
+    "input_ids", "inputs_embeds", "hidden_states", "positions", "position_ids", "input_embeds", "tokens", "x",
+)  # fmt: skip
+"""Names that engines and Hugging Face give to per-token inputs, the surest first."""
+
+_COMPONENT = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\.([A-Za-z_]\w*)|\[(-?\d+)\]")
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One placeholder of the graph. Owns no memory."""
+
+    name: str
+    """Name of the placeholder."""
+    source: str
+    """Where Dynamo takes it from, as a Python expression in the traced frame; "" when it did not say."""
+    label: str
+    """The last component of the source: the name of the argument, dict entry or attribute."""
+    kind: InputKind
+    reason: str
+    spec: TensorSpec | None
+    """Geometry of a tensor; None for numbers."""
+    expression: Dim | None = None
+    """Symbol or value of an integer; None for tensors."""
+    token_dim: int | None = None
+    """The dimension that counts tokens, for stage inputs and per-token tensors."""
+
+
+@dataclass(frozen=True)
+class InputTable:
+    """All inputs of one graph, in order, and what counts its tokens."""
+
+    inputs: tuple[GraphInput, ...]
+    token_count: Dim | None
+    """The symbol that counts tokens, the number itself in a static graph, or None when nothing tells."""
+    token_reason: str
+    unmatched_stage_inputs: tuple[str, ...]
+    """Registered names that no input of this graph has."""
+
+    def of_kind(self, kind: InputKind) -> tuple[GraphInput, ...]:
+        return tuple(graph_input for graph_input in self.inputs if graph_input.kind == kind)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    node: Node
+    source: str
+    path: tuple[str | int, ...]
+    label: str
+    spec: TensorSpec | None
+
+
+def classify_inputs(facts: GraphFacts, stage_input_names: Sequence[str]) -> InputTable:
+    """Find the kind of each placeholder of ``facts.graph_module``.
+
+    Args:
+        stage_input_names: names of the proxies, matched on the last component of an input's source.
+    """
+    frame = _compat.frame_being_compiled()
+    candidates = [
+        _candidate(facts, node, frame) for node in facts.graph_module.graph.nodes if node.op == "placeholder"
+    ]
+    written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
+    stage = [c for c in candidates if c.spec is not None and c.label in stage_input_names and not _in_module(c)]
+    token_count, token_reason = _token_count(facts, candidates, stage, written)
+    inputs = tuple(_classify(facts, c, c in stage, token_count, written) for c in candidates)
+    found = {c.label for c in stage}
+    return InputTable(inputs, token_count, token_reason, tuple(n for n in stage_input_names if n not in found))
+
+
+def _classify(
+    facts: GraphFacts, candidate: _Candidate, is_stage_input: bool, token_count: Dim | None, written: set[int]
+) -> GraphInput:
+    def result(kind: InputKind, reason: str, **more: Any) -> GraphInput:
+        return GraphInput(
+            candidate.node.name, candidate.source, candidate.label, kind, reason, candidate.spec, **more
+        )
+
+    spec = candidate.spec
+    if spec is None:
+        expression = as_dim(value) if isinstance(value := facts.nodes[candidate.node].value, torch.SymInt) else value
+        if isinstance(expression, sympy.Symbol) and expression == token_count:
+            return result("token-count", "sizes the token dimension", expression=expression)
+        return result("scalar", "a number that is no token count", expression=expression)
+    token_dim = next((d for d, size in enumerate(spec.shape) if token_count is not None and size == token_count), None)
+    is_written = spec.storage in written
+    if is_stage_input:
+        also = " and written by the graph" if is_written else ""
+        return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
+    if _in_module(candidate):
+        what = "parameter" if _is_parameter(candidate, facts) else "buffer or attribute"
+        if is_written:
+            return result("state", f"module {what} that the graph writes")
+        return result("parameter", f"module {what}")
+    if is_written:
+        return result("state", "the graph writes it")
+    if token_dim is not None and _may_be_per_token(candidate, token_count):
+        return result("per-token", f"dimension {token_dim} is the token count", token_dim=token_dim)
+    return result("other-tensor", "no dimension is the token count")
+
+
+# ------------------------------------------------------------------------------- token count
+
+
+def _token_count(
+    facts: GraphFacts, candidates: Sequence[_Candidate], stage: Sequence[_Candidate], written: set[int]
+) -> tuple[Dim | None, str]:
+    """The size that counts tokens: of the stage inputs or, without any, of the per-token inputs."""
+    if stage:
+        found = [(_token_dim_size(c), c) for c in stage]
+        sizes = {size for size, _ in found}
+        if len(sizes) > 1:
+            shapes = ", ".join(f"{c.label} {c.spec}" for _, c in found)
+            return None, f"the stage inputs disagree on the token dimension: {shapes}"
+        (size,) = sizes
+        return size, _token_reason(facts, size, stage[0])
+    plain = [c for c in candidates if c.spec is not None and not _in_module(c) and c.spec.storage not in written]
+    named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
+    for candidate in (*named, *(c for c in plain if len(c.path) == 1 and c not in named)):
+        if (size := _token_dim_size(candidate)) is not None:
+            return size, _token_reason(facts, size, candidate)
+    return None, "no stage input and no per-token input was found"
+
+
+def _token_dim_size(candidate: _Candidate) -> Dim | None:
+    """Size of the dimension that counts tokens in a proxy or per-token input.
+
+    The last symbolic dimension, as the sequence in ``[batch, tokens, hidden]``; without any, the dimension before
+    the hidden size (floats) or the last one (ids and positions).
+    """
+    assert candidate.spec is not None
+    shape = candidate.spec.shape
+    symbolic = [size for size in shape if not isinstance(size, int)]
+    bare = [size for size in symbolic if isinstance(size, sympy.Symbol)]
+    if symbolic:
+        return bare[-1] if bare else None
+    if not shape:
+        return None
+    if candidate.spec.dtype.is_floating_point and len(shape) > 1:
+        return shape[-2]
+    return shape[-1]
+
+
+def _token_reason(facts: GraphFacts, size: Dim | None, candidate: _Candidate) -> str:
+    where = f"{candidate.label} {candidate.spec}"
+    if size is None:
+        return f"{where} has no dimension that could count tokens"
+    if isinstance(size, int):
+        return f"static {size}, from {where}"
+    others = sorted(
+        {str(s) for s in candidate.spec.symbols if s != size} if candidate.spec is not None else set()
+    )
+    also = f"; {', '.join(others)} varies too" if others else ""
+    return f"{facts.symbols[size] if size in facts.symbols else size}, from {where}{also}"
+
+
+def _may_be_per_token(candidate: _Candidate, token_count: Dim | None) -> bool:
+    # A static size matches by chance all too often; then only what is passed to forward itself counts.
+    return not isinstance(token_count, int) or len(candidate.path) == 1 or candidate.label in _PER_TOKEN_NAMES
+
+
+# ------------------------------------------------------------------------------- sources
+
+
+def _candidate(facts: GraphFacts, node: Node, frame: tuple[CodeType, Mapping[str, object]] | None) -> _Candidate:
+    source = _compat.placeholder_source(node) or ""
+    path: tuple[str | int, ...] = tuple(
+        int(index) if index else (key or quoted or attribute)
+        for key, quoted, attribute, index in _COMPONENT.findall(source)
+    )
+    path = _named_path(path, frame)
+    label = next((str(part) for part in reversed(path) if isinstance(part, str)), node.name)
+    if path and isinstance(path[-1], int):
+        label = f"{label}[{path[-1]}]"
+    return _Candidate(node, source, path, label, facts.spec(node))
+
+
+def _named_path(path: tuple[str | int, ...], frame: tuple[CodeType, Mapping[str, object]] | None) -> tuple[Any, ...]:
+    """Turn positions into names: of the wrapped function's parameters, and of named tuples' fields."""
+    if frame is None or not path:
+        return path
+    code, values = frame
+    if path[0] == _variadic_name(code, inspect.CO_VARKEYWORDS) and len(path) > 1:
+        path, start = path[1:], values.get(str(path[0]))
+    elif path[0] == _variadic_name(code, inspect.CO_VARARGS) and len(path) > 1 and isinstance(path[1], int):
+        arguments = values.get(str(path[0]))
+        start = arguments
+        name = _parameter_name(code, values, code.co_argcount + path[1])
+        if name is not None and isinstance(arguments, (tuple, list)):
+            start = {name: arguments[path[1]]}
+            path = (name, *path[2:])
+    else:
+        start = values
+    named: list[str | int] = []
+    holder: object = start
+    for part in path:
+        fields = getattr(holder, "_fields", None)
+        named.append(fields[part] if isinstance(part, int) and fields is not None else part)
+        holder = _step_into(holder, part)
+    return tuple(named)
+
+
+def _step_into(holder: object, part: str | int) -> object:
+    try:
+        if isinstance(holder, Mapping) or isinstance(part, int):
+            return holder[part]  # type: ignore[index]
+        return getattr(holder, part)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _variadic_name(code: CodeType, flag: int) -> str | None:
+    if not code.co_flags & flag:
+        return None
+    position = code.co_argcount + code.co_kwonlyargcount
+    if flag == inspect.CO_VARKEYWORDS and code.co_flags & inspect.CO_VARARGS:
+        position += 1
+    return code.co_varnames[position]
+
+
+def _parameter_name(code: CodeType, values: Mapping[str, object], position: int) -> str | None:
+    """Name of the wrapped function's positional parameter, for a wrapper that takes ``*args``."""
+    wrapped = [values[name] for name in code.co_freevars if callable(values.get(name))]
+    first = values.get("self")
+    if first is None and isinstance(arguments := values.get(_variadic_name(code, inspect.CO_VARARGS) or ""), tuple):
+        first = arguments[0] if arguments else None
+    if isinstance(first, torch.nn.Module):
+        wrapped.append(type(first).forward)
+    for function in wrapped:
+        signature = _compat.unwrapped_signature(function)  # type: ignore[arg-type]
+        parameters = [] if signature is None else list(signature.parameters.values())
+        if position < len(parameters) and parameters[position].kind in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            return parameters[position].name
+    return None
+
+
+def _in_module(candidate: _Candidate) -> bool:
+    modules = ("_modules", "_parameters", "_buffers")
+    return candidate.path[:1] == ("self",) or any(part in modules for part in candidate.path)
+
+
+def _is_parameter(candidate: _Candidate, facts: GraphFacts) -> bool:
+    return "_parameters" in candidate.path or isinstance(
+        candidate.node.meta.get("example_value"), torch.nn.Parameter
+    )

@@ -1,0 +1,488 @@
+"""Cutting the Dynamo graph into pieces: one small graph per step, with exactly what crosses each border.
+
+Note [what crosses a border]
+- Tensors, each as one value. Views of memory that another step writes, or that the caller could see through two
+  results, do not cross: their base does, and whoever needs the view makes it anew (rule M2).
+- Bare symbols of the inputs, as integers. Every other number is an expression over these and is computed where it is
+  used, so that in an eager step it is right for the real n whatever the pieces were padded to.
+- Constants and attributes of the graph cross like inputs; bodies of higher-order ops are copied into the piece.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Union
+
+import sympy
+import torch
+from torch import fx
+from torch.fx import GraphModule, Node
+
+from . import _compat
+from .canonical import digest, piece_text
+from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, leaf_of, symbols_of_value
+from .errors import SplitError
+from .facts import GraphFacts
+from .placeholders import InputTable
+from .specs import SymbolSpec, TensorSpec
+from .split_ops import SplitOpMatcher, attribute, op_name
+
+
+class SizeOf(NamedTuple):
+    """The size, in one dimension, of the tensor value with this name."""
+
+    value: str
+    dim: int
+
+
+class ResultValue(NamedTuple):
+    """A result of the graph that is the value with this name."""
+
+    value: str
+
+
+Source = Union[str, SizeOf]
+"""Where a piece's input comes from: a value by name, or the size of one."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of a program as a graph of its own. Owns no memory but the graph."""
+
+    index: int
+    kind: Kind
+    ops: tuple[str, ...]
+    """Names of its ops, in order."""
+    reason: str
+    """Why it is a step of its own."""
+    key: str
+    """Equal for pieces with equal meaning; see Note [what a piece's key holds]."""
+    reads_stage_inputs: tuple[str, ...]
+    """Names of the proxies whose memory it takes as input."""
+    writes_stage_outputs: bool
+    """Whether a result of the graph comes from it."""
+    padding: str
+    """Whether it may run on padded rows: "safe", or why not."""
+    graph_module: GraphModule = field(repr=False, compare=False)
+    inputs: tuple[Source, ...] = field(repr=False)
+    input_specs: tuple[TensorSpec | SymbolSpec | None, ...] = field(repr=False)
+    """Geometry of each input; None for one that is neither tensor nor symbol (eager steps only)."""
+    outputs: tuple[str, ...] = field(repr=False)
+    """Names of the values that it returns, in order."""
+    output_specs: tuple[TensorSpec | None, ...] = field(repr=False)
+    """Geometry of each output; None for one that is no tensor."""
+    own_memory: tuple[bool, ...] = field(repr=False)
+    """For each output, whether another step writes it or a view of it is made later, so that its memory must be its
+    own whatever a compiler would like to merge."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph as a sequence of pieces that give the same results in the same order."""
+
+    pieces: tuple[Piece, ...]
+    results: tuple[Any, ...]
+    """Per result of the graph: ``ResultValue``, or a constant."""
+    result_storages: tuple[int | None, ...]
+    """Per result, the number of its storage in eager: equal numbers share memory. None for constants and numbers."""
+    constants: Mapping[str, object]
+    """Attributes of the graph that pieces take as inputs, by value name."""
+    cuts: Cuts
+
+
+def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher) -> Split:
+    """Cut ``facts.graph_module``, which is not changed, into pieces.
+
+    Raises:
+        SplitError: the graph cannot be cut without changing what it means; the message says why.
+    """
+    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher)).run()
+
+
+class _Key(NamedTuple):
+    """A value at one moment: an in-place op that was renamed (see ``cuts.py``) gives its target a new version."""
+
+    value: Value
+    version: Node | None = None
+
+    @property
+    def name(self) -> str:
+        name = "_".join((self.value.node.name, *map(str, self.value.path)))
+        return name if self.version is None else f"{name}__after_{self.version.name}"
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it exists before the first step runs."""
+        return self.version is None and self.value.node.op in ("placeholder", "get_attr")
+
+
+class _Splitter:
+    """What all steps of one graph need to know."""
+
+    def __init__(self, facts: GraphFacts, table: InputTable, cuts: Cuts) -> None:
+        self.facts = facts
+        self.cuts = cuts
+        self.scalars = Scalars(facts)
+        order = [node for step in cuts.steps for node in step.nodes]
+        self.position = {node: index for index, node in enumerate(order)}
+        self.end = len(order)
+        self._renames: dict[Value, list[Node]] = {}
+        for node in sorted(cuts.renamed, key=self.position.__getitem__):
+            for value in cuts.renamed[node]:
+                self._renames.setdefault(value, []).append(node)
+        (output,) = (node for node in facts.graph_module.graph.nodes if node.op == "output")
+        results = output.args[0]
+        self._results: Sequence[Any] = results if isinstance(results, (tuple, list)) else (results,)
+        self.shared = self._shared_storages()
+        self.stage_labels = {
+            i.spec.storage: i.label for i in table.inputs if i.kind == "stage-input" and i.spec is not None
+        }
+
+    def run(self) -> Split:
+        builders = [_StepBuilder(self, step) for step in self.cuts.steps]
+        made_by: dict[_Key, _StepBuilder] = {}
+        for builder in builders:
+            builder.build()
+            for node in builder.step.nodes:
+                made_by[_Key(Value(node))] = builder
+                made_by.update({_Key(value, node): builder for value in self.cuts.renamed.get(node, ())})
+        last = _StepBuilder(self, Step("eager", (), "makes results anew from the memory that they share"))
+        results: list[Any] = []
+        result_storages: list[int | None] = []
+        handed_out: list[_Key] = []
+        for item in self._results:
+            result, key, storage = self._result(item, last)
+            results.append(result)
+            result_storages.append(storage)
+            handed_out += [key] if key is not None else []
+        pieces: list[Piece] = []
+        result_names = frozenset(r.value for r in results if isinstance(r, ResultValue))
+        wanted = handed_out
+        for builder in (last, *reversed(builders)):
+            for key in wanted:
+                if not key.is_given and (maker := made_by[key._replace(value=Value(key.value.node)) if key.version is None
+                                                          else key]) is not last:  # fmt: skip
+                    maker.export(key)
+            piece, wanted = builder.finish(result_names)
+            if piece is not None:
+                pieces.append(piece)
+        pieces.reverse()
+        constants = {
+            node.name: attribute(self.facts.graph_module, str(node.target))
+            for node in self.facts.nodes
+            if node.op == "get_attr"
+        }
+        return Split(
+            pieces=tuple(Piece(**{**vars(piece), "index": index}) for index, piece in enumerate(pieces)),
+            results=tuple(results),
+            result_storages=tuple(result_storages),
+            constants=constants,
+            cuts=self.cuts,
+        )
+
+    def _result(self, item: Any, last: _StepBuilder) -> tuple[Any, _Key | None, int | None]:
+        """One result of the graph: what it is, the value that a step must hand over for it, its storage."""
+        if not isinstance(item, Node):
+            return item, None, None
+        if self.scalars.is_scalar(item):
+            value = self.facts.nodes[item].value
+            symbols = symbols_of_value(value)
+            if not symbols:
+                return value, None, None
+            if item.op == "placeholder":
+                return ResultValue(item.name), None, None
+            return ResultValue(last.make_number(item)), None, None
+        value = canonical(self.facts, item)
+        key = _Key(value, self.version_at(value, self.end))
+        storage = next(iter(self.storages_of(key)), None)
+        if key.version is None and self.is_remade(value):
+            return ResultValue(last.make_result(key)), None, storage
+        return ResultValue(key.name), key, storage
+
+    # ------------------------------------------------------------------- aliasing
+
+    def _shared_storages(self) -> frozenset[int]:
+        """Storages of which no view may cross a border: written across steps, or seen through several results."""
+        facts = self.facts
+        step_of = {node: index for index, step in enumerate(self.cuts.steps) for node in step.nodes}
+        born_in = {s: step_of.get(node) for node, f in facts.nodes.items() for s in f.born}
+        shared = {
+            storage
+            for node, index in step_of.items()
+            for storage in facts.nodes[node].writes
+            if storage >= 0 and (storage in facts.input_storages or born_in[storage] != index)
+        }
+        seen: dict[int, Value] = {}
+        for item in self._results:
+            if isinstance(item, Node) and item in facts.nodes and not self.scalars.is_scalar(item):
+                value = canonical(facts, item)
+                for storage in self.storages_of(_Key(value)):
+                    if storage in facts.input_storages or seen.setdefault(storage, value) != value:
+                        shared.add(storage)
+        return frozenset(shared)
+
+    def storages_of(self, key: _Key) -> frozenset[int]:
+        if key.version is not None:
+            # A renamed target lives in memory of its own; numbers below EFFECT are free.
+            return frozenset((-10 - self.position[key.version],))
+        node_facts = self.facts.nodes[key.value.node]
+        return node_facts.storages_at(key.value.path)
+
+    def version_at(self, value: Value, position: int) -> Node | None:
+        """The last renamed in-place op on ``value`` before ``position`` in the order of execution."""
+        versions = [node for node in self._renames.get(value, ()) if self.position[node] < position]
+        return versions[-1] if versions else None
+
+    def is_remade(self, value: Value) -> bool:
+        """Whether the value is a view that is made anew in each step that uses it."""
+        if value.node.op in ("placeholder", "get_attr"):
+            return False
+        storages = self.storages_of(_Key(value)) & self.shared
+        return bool(storages) and not storages & self.facts.nodes[value.node].born
+
+    def spec(self, key: _Key) -> TensorSpec | None:
+        leaf = leaf_of(self.facts, key.value)
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        return TensorSpec.of(leaf, next(iter(self.storages_of(key)), -1))
+
+
+class _StepBuilder:
+    """Builds the graph of one step: first its nodes, then, once later steps have asked, its outputs."""
+
+    def __init__(self, splitter: _Splitter, step: Step) -> None:
+        self.step = step
+        self._splitter = splitter
+        self._facts = splitter.facts
+        self._graph = fx.Graph()
+        self._attributes: dict[str, object] = {}
+        self._attribute_names: dict[int, str] = {}
+        self._made: dict[Value, Any] = {}
+        """What stands for a value in this step's graph from here on."""
+        self._versions: dict[_Key, Node] = {}
+        self._expressions: dict[sympy.Basic, Any] = {}
+        self._inputs: dict[Node, tuple[Source, TensorSpec | SymbolSpec | None, _Key | None]] = {}
+        self._input_nodes: dict[Any, Node] = {}
+        self._exports: dict[str, tuple[Any, TensorSpec | None]] = {}
+        self._acting: set[Node] = set()
+        """Nodes that count even if nobody uses what they return."""
+        self._open_autocast: list[tuple[Node, Node]] = []
+        self._position = splitter.end
+        self._last_placeholder: Node | None = None
+
+    # ---------------------------------------------------------------- nodes
+
+    def build(self) -> None:
+        for node in self.step.nodes:
+            self._position = self._splitter.position[node]
+            self._match_autocast(self._facts.regions.contexts.get(node, ()))
+            for value in self._splitter.cuts.renamed.get(node, ()):
+                fresh = self._graph.call_method("clone", (self._resolve(value),))
+                self._made[value] = self._versions[_Key(value, node)] = fresh
+            copy = self._copy(node)
+            self._made[Value(node)] = copy
+            if self._facts.nodes[node].writes:
+                self._acting.add(copy)
+        self._match_autocast(())
+        self._position = self._splitter.end
+
+    def make_number(self, node: Node) -> str:
+        """Compute a number in this step and hand it over; its name comes back."""
+        self._exports[node.name] = (self._number(self._facts.nodes[node].value), None)
+        return node.name
+
+    def make_result(self, key: _Key) -> str:
+        """Make a view in this step and hand it over; its name comes back."""
+        self._exports[key.name] = (self._resolve(key.value), self._splitter.spec(key))
+        return key.name
+
+    def export(self, key: _Key) -> None:
+        """Hand a value that was made here to later steps."""
+        if key.name not in self._exports:
+            made = self._versions[key] if key in self._versions else self._resolve(key.value)
+            self._exports[key.name] = (made, self._splitter.spec(key))
+
+    def _copy(self, node: Node) -> Node:
+        args = fx.node.map_arg(node.args, self._argument)
+        kwargs = fx.node.map_arg(node.kwargs, self._argument)
+        target = self._attach(str(node.target)) if node.op == "call_module" else node.target
+        copy = self._graph.create_node(node.op, target, args, kwargs, name=node.name)
+        copy.meta.update({key: node.meta[key] for key in ("stack_trace", "custom") if key in node.meta})
+        return copy
+
+    def _argument(self, node: Node) -> Any:
+        if self._splitter.scalars.is_scalar(node):
+            return self._number(self._facts.nodes[node].value)
+        if node.op == "get_attr" and not isinstance(self._facts.nodes[node].value, torch.Tensor):
+            return self._graph.get_attr(self._attach(str(node.target)))
+        return self._resolve(canonical(self._facts, node))
+
+    def _resolve(self, value: Value) -> Any:
+        """What stands for ``value`` in this step's graph; an input is added if it comes from elsewhere."""
+        if value in self._made:
+            return self._made[value]
+        version = self._splitter.version_at(value, self._position)
+        if version is None:
+            leaf = leaf_of(self._facts, value)
+            if value.path and Value(value.node) in self._made:
+                return self._element(value)
+            if isinstance(leaf, (tuple, list)) and not isinstance(leaf, torch.Size):
+                return tuple(self._resolve(Value(value.node, (*value.path, i))) for i in range(len(leaf)))
+            if leaf is None or (value.path and isinstance(leaf, (int, float, torch.SymInt))):
+                return self._number(leaf)
+            if self._splitter.is_remade(value):
+                return self._remake(value)
+        return self._input_value(_Key(value, version))
+
+    def _element(self, value: Value) -> Any:
+        holder = self._resolve(Value(value.node, value.path[:-1]))
+        index = value.path[-1]
+        if isinstance(holder, (tuple, list)):
+            return holder[index]
+        self._made[value] = self._graph.call_function(operator.getitem, (holder, index))
+        return self._made[value]
+
+    def _remake(self, value: Value) -> Any:
+        node = value.node
+        if self._facts.nodes[node].writes:
+            raise SplitError(
+                f"{op_name(node)} (node {node.name}) both writes memory and returns a view of it that another step "
+                f"uses; the whole graph goes to stock Inductor"
+            )
+        self._made[Value(node)] = self._copy(node)
+        return self._element(value) if value.path else self._made[value]
+
+    def _input_value(self, key: _Key) -> Node:
+        if key not in self._input_nodes:
+            self._add_input(key, key.name, key.name, self._splitter.spec(key), key)
+        return self._input_nodes[key]
+
+    def _add_input(
+        self, handle: Any, name: str, source: Source, spec: TensorSpec | SymbolSpec | None, key: _Key | None
+    ) -> None:
+        first = next(iter(self._graph.nodes), None) if self._last_placeholder is None else self._last_placeholder.next
+        if first is None:
+            node = self._graph.placeholder(name)
+        else:
+            with self._graph.inserting_before(first):
+                node = self._graph.placeholder(name)
+        self._last_placeholder = node
+        self._input_nodes[handle] = node
+        self._inputs[node] = (source, spec, key)
+
+    def _attach(self, path: str) -> str:
+        """Give this step's graph an attribute of the whole graph, such as the body of a higher-order op."""
+        value = attribute(self._facts.graph_module, path)
+        name = self._attribute_names.setdefault(id(value), f"body_{len(self._attribute_names)}")
+        self._attributes[name] = value
+        return name
+
+    # ----------------------------------------------------------------- numbers
+
+    def _number(self, value: Any) -> Any:
+        """A number, or numbers nested in tuples and slices, computed in this step from the bare symbols."""
+        if isinstance(value, (tuple, list)):
+            items = [self._number(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, slice):
+            return slice(*(self._number(part) for part in (value.start, value.stop, value.step)))
+        expression = _compat.symint_expression(value)
+        if not isinstance(expression, sympy.Basic):
+            return value
+        if expression in (sympy.true, sympy.false):
+            return bool(expression)
+        if expression.is_number:
+            return int(expression) if expression.is_integer else float(expression)
+        if expression not in self._expressions:
+            symbols = {s: fx.Proxy(self._symbol(s)) for s in sorted(expression.free_symbols, key=str)}
+            built = _compat.build_expression(expression, symbols)
+            self._expressions[expression] = built.node if isinstance(built, fx.Proxy) else built
+        return self._expressions[expression]
+
+    def _symbol(self, symbol: sympy.Symbol) -> Node:
+        if symbol not in self._input_nodes:
+            node, dim = self._facts.symbol_sources[symbol]
+            if Value(node) in self._made:
+                made = self._made[Value(node)]
+                self._input_nodes[symbol] = (
+                    made if dim is None else self._graph.call_function(torch.ops.aten.sym_size.int, (made, dim))
+                )
+            else:
+                key = _Key(Value(node))
+                source = key.name if dim is None else SizeOf(key.name, dim)
+                self._add_input(symbol, str(symbol), source, self._facts.symbols.get(symbol), key)
+        return self._input_nodes[symbol]
+
+    # ---------------------------------------------------------------- autocast
+
+    def _match_autocast(self, wanted: tuple[Node, ...]) -> None:
+        """Leave and enter autocast regions until exactly those around the next node are open."""
+        current = [enter for enter, _ in self._open_autocast]
+        common = 0
+        while common < min(len(current), len(wanted)) and current[common] is wanted[common]:
+            common += 1
+        while len(self._open_autocast) > common:
+            _, opened = self._open_autocast.pop()
+            self._acting.add(self._graph.call_function(_compat.exit_autocast, (opened,)))
+        for enter in wanted[common:]:
+            opened = self._graph.call_function(_compat.enter_autocast, enter.args)
+            self._acting.add(opened)
+            self._open_autocast.append((enter, opened))
+
+    # ----------------------------------------------------------------- closing
+
+    def finish(self, result_names: frozenset[str]) -> tuple[Piece | None, list[_Key]]:
+        """The finished piece (None if nothing is left in it) and the values that earlier steps must hand over."""
+        outputs = [made for made, _ in self._exports.values()]
+        self._drop_dead_nodes([made for made in outputs if isinstance(made, Node)])
+        if self.step.kind == "compute":
+            # A compiler must be able to name every size that it sees.
+            specs = [spec for _, spec, _ in self._inputs.values() if isinstance(spec, TensorSpec)]
+            for symbol in sorted({s for spec in specs for s in spec.symbols}, key=str):
+                self._symbol(symbol)
+        if all(node.op == "placeholder" for node in self._graph.nodes) and not outputs:
+            return None, []
+        self._graph.output(tuple(outputs))
+        graph_module = GraphModule(self._attributes, self._graph)
+        inputs = list(self._inputs.values())
+        input_specs = tuple(spec for _, spec, _ in inputs)
+        shared = self._splitter.shared
+        known_specs = [spec for spec in input_specs if spec is not None]
+        reads = {self._splitter.stage_labels.get(spec.storage): None for spec in known_specs
+                 if isinstance(spec, TensorSpec)}  # fmt: skip
+        piece = Piece(
+            index=-1,
+            kind=self.step.kind,
+            ops=tuple(op_name(node) for node in self.step.nodes),
+            reason=self.step.reason,
+            key=digest(piece_text(graph_module, known_specs)),
+            reads_stage_inputs=tuple(label for label in reads if label is not None),
+            writes_stage_outputs=any(name in result_names for name in self._exports),
+            padding="not judged: this version captures no graphs",
+            graph_module=graph_module,
+            inputs=tuple(source for source, _, _ in inputs),
+            input_specs=input_specs,
+            outputs=tuple(self._exports),
+            output_specs=tuple(spec for _, spec in self._exports.values()),
+            own_memory=tuple(spec is not None and spec.storage in shared for _, spec in self._exports.values()),
+        )
+        return piece, [key for _, _, key in inputs if key is not None]
+
+    def _drop_dead_nodes(self, live: list[Node]) -> None:
+        """Remove views, sizes and inputs that only other steps need."""
+        alive: set[Node] = set()
+        waiting = [*live, *self._acting]
+        while waiting:
+            node = waiting.pop()
+            if node not in alive:
+                alive.add(node)
+                waiting += node.all_input_nodes
+        for node in reversed(self._graph.nodes):
+            if node not in alive:
+                self._graph.erase_node(node)
+                self._inputs.pop(node, None)
+                if node is self._last_placeholder:
+                    self._last_placeholder = node.prev if node.prev.op == "placeholder" else None
+        self._input_nodes = {handle: node for handle, node in self._input_nodes.items() if node in alive}

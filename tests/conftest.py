@@ -1,0 +1,40 @@
+"""What every test gets: a clean environment, fixed seeds and a compiler that remembers nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("PP_PIECEWISE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed_and_fresh_compiler() -> Iterator[None]:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    yield
+    # Otherwise programs of one test count towards the recompile limit of the next.
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")

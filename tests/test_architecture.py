@@ -1,0 +1,262 @@
+"""The rules of who may import what, read from the sources; the modules themselves are not imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "pp_piecewise_backend"
+ROOT = Path(__file__).parent.parent / PACKAGE
+
+# A module may import only modules named before it. Folders count as one module.
+ORDER = (
+    # leaves
+    "errors",
+    "stats",
+    "config",
+    "_compat",
+    # FX graph -> GraphInput -> Piece -> CompiledPiece -> CapturedPiece -> Program -> StageRunner
+    "specs",
+    "split_ops",
+    "regions",
+    "facts",
+    "placeholders",
+    "cuts",
+    "canonical",
+    "split",
+    "inductor",
+    "buckets",
+    "buffers",
+    "capture",
+    "program",
+    "dump",
+    "report",
+    "backend",
+    "handoff",
+    "runner",
+)
+
+# Beyond the order: what a module must not know although it comes earlier.
+MUST_NOT_KNOW = {
+    "stats": {"config"},
+    "program": {"inductor", "config"},
+    "handoff": set(ORDER[ORDER.index("specs") : ORDER.index("backend")]),
+}
+
+# Outside the library core: these may import the public package and what they like besides.
+OUTSIDE_THE_CORE = {"__init__", "__main__", "cli", "demo", "integrations"}
+
+
+@dataclass(frozen=True)
+class Door:
+    """A risky dependency, and the only module through which the core may reach it."""
+
+    names: tuple[str, ...]
+    module: str
+
+
+DOORS = (
+    Door(("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"), "config"),
+    Door(("torch._inductor",), "inductor"),
+    Door(
+        ("torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.graphs", "torch.cuda.graph_pool_handle"),
+        "capture",
+    ),
+    Door(("torch.distributed",), "handoff"),
+    Door(("depyf",), "dump"),
+)
+PRIVATE_TORCH_DOOR = "_compat"
+# Underscored by their authors, yet documented or used everywhere as public.
+NOT_PRIVATE = {"torch._check", "torch._foreach_copy_"}
+
+
+# ---------------------------------------------------------------------------- reading one module
+
+
+def dotted_names(tree: ast.AST) -> Iterator[str]:
+    """Every dotted name that the code imports, or reaches through a name that it imported."""
+    imported: dict[str, str] = {}
+    for node in _running_code(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+                local = alias.asname or alias.name.partition(".")[0]
+                imported[local] = alias.name if alias.asname else local
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+                imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
+            yield from (
+                arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            )
+    for node in _running_code(tree):
+        if isinstance(node, ast.Attribute) and (chain := _chain(node)) and chain[0] in imported:
+            yield ".".join([imported[chain[0]], *chain[1:]])
+
+
+def own_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of this package that the code imports, by their first component."""
+    for node in _running_code(tree):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            yield from (
+                [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
+            )
+    for name in dotted_names(tree):
+        if name == PACKAGE or name.startswith(PACKAGE + "."):
+            yield name.split(".")[1] if "." in name else "__init__"
+
+
+def _running_code(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, but for what stands under ``if TYPE_CHECKING:`` and never runs."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and _last_name(node.test) == "TYPE_CHECKING":
+            for branch in node.orelse:
+                yield branch
+                yield from _running_code(branch)
+            continue
+        yield node
+        yield from _running_code(node)
+
+
+def _chain(node: ast.expr) -> list[str]:
+    if isinstance(node, ast.Attribute) and (rest := _chain(node.value)):
+        return [*rest, node.attr]
+    return [node.id] if isinstance(node, ast.Name) else []
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _is_private_torch(name: str) -> bool:
+    parts = name.split(".")
+    private = any(part.startswith("_") and not part.startswith("__") for part in parts[1:])
+    return parts[0] == "torch" and private and not any(_under(name, public) for public in NOT_PRIVATE)
+
+
+def violations_of_doors(module: str, tree: ast.AST) -> list[str]:
+    found = []
+    for name in sorted(set(dotted_names(tree))):
+        door = next((door for door in DOORS for prefix in door.names if _under(name, prefix)), None)
+        if door is not None:
+            if module != door.module:
+                found.append(f"{module} reaches {name}: only {door.module} may")
+        elif _is_private_torch(name) and module != PRIVATE_TORCH_DOOR:
+            found.append(f"{module} reaches {name}: private torch API belongs into {PRIVATE_TORCH_DOOR}")
+    return found
+
+
+def violations_of_order(module: str, tree: ast.AST) -> list[str]:
+    allowed = set(ORDER[: ORDER.index(module)]) - MUST_NOT_KNOW.get(module, set())
+    imported = {name for name in own_imports(tree) if name != module}
+    return [f"{module} imports {name}" for name in sorted(imported - allowed)]
+
+
+# ------------------------------------------------------------------------------------- the rules
+
+
+def core_sources() -> Iterator[tuple[str, Path]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        module = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if module not in OUTSIDE_THE_CORE:
+            yield module, path
+
+
+CORE = [pytest.param(module, path, id=path.relative_to(ROOT).as_posix()) for module, path in core_sources()]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def test_every_module_of_the_core_has_its_place_in_the_order() -> None:
+    modules = {module for module, _ in core_sources()}
+    assert modules >= {"errors", "stats", "config"}
+    assert modules - set(ORDER) == set(), "give the new module its place in ORDER"
+
+
+@pytest.mark.parametrize(("module", "path"), CORE)
+def test_risky_dependencies_are_reached_through_their_door_only(module: str, path: Path) -> None:
+    assert violations_of_doors(module, parse(path)) == []
+
+
+@pytest.mark.parametrize(("module", "path"), CORE)
+def test_a_module_imports_only_what_comes_before_it(module: str, path: Path) -> None:
+    assert violations_of_order(module, parse(path)) == []
+
+
+def test_the_package_itself_loads_only_leaves() -> None:
+    leaves = set(ORDER[: ORDER.index("_compat")])
+    imported_at_once = {
+        name
+        for node in parse(ROOT / "__init__.py").body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in own_imports(ast.Module([node], []))
+    }
+    assert imported_at_once <= leaves
+
+
+# ----------------------------------------------------------------- the rules are able to say no
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import torch._inductor", "torch._inductor"),
+        ("import torch\ndef f():\n    return torch._inductor.config", "torch._inductor.config"),
+        ("from torch import _inductor", "torch._inductor"),
+        ("import torch._inductor.config as settings\nsettings.debug", "torch._inductor.config.debug"),
+        ("import os\nos.environ['X']", "os.environ"),
+        ("from os import getenv", "os.getenv"),
+        ("def f():\n    import torch.distributed as dist", "torch.distributed"),
+        ("import torch\ntorch.cuda.graph(None)", "torch.cuda.graph"),
+        ("import importlib\nimportlib.import_module('depyf')", "depyf"),
+        ("import depyf", "depyf"),
+        ("from torch.utils import _pytree", "torch.utils._pytree"),
+        ("import torch as t\nt._C._jit_set_x()", "torch._C._jit_set_x"),
+    ],
+)
+def test_what_a_door_refuses(source: str, name: str) -> None:
+    found = violations_of_doors("split", ast.parse(source))
+    assert any(f"reaches {name}" in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.cuda.is_available()\ntorch._foreach_copy_([], [])\ntorch.__version__",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch._inductor",
+        "import os\nos.fspath('x')",
+    ],
+)
+def test_what_a_door_lets_through(source: str) -> None:
+    assert violations_of_doors("split", ast.parse(source)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from .program import Program",
+        "from . import program",
+        f"import {PACKAGE}.program",
+        f"from {PACKAGE}.program import Program",
+        "from .demo import questions",
+        f"import {PACKAGE}",
+    ],
+)
+def test_what_the_order_refuses(source: str) -> None:
+    assert violations_of_order("split", ast.parse(source)) != []
+
+
+def test_what_the_order_lets_through() -> None:
+    source = "from . import errors\nfrom .config import Config\nfrom ._compat import x"
+    assert violations_of_order("split", ast.parse(source)) == []

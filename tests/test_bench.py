@@ -1,0 +1,56 @@
+"""The benchmark runs and writes what it promises; what it measures is nobody's test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+PHASES = {"toolchain", "dynamo", "split", "compile", "first_run", "total"}
+
+
+@pytest.mark.timeout(240)
+def test_compile_time_writes_its_result(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "compile_time.py"), "--layers", "2", "4", "--repeats", "1"]
+    command += ["--compiler", "eager", "--caches", "cold", "--output", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    result = json.loads((tmp_path / "compile_time.json").read_text())
+    assert set(result) == {
+        "benchmark",
+        "command",
+        "finished",
+        "environment",
+        "parameters",
+        "summary",
+        "ratios",
+        "runs",
+    }
+    assert result["benchmark"] == "compile_time"
+    assert result["command"].startswith("python bench/compile_time.py --layers 2 4")
+    assert {"python", "device", "packages", "processor", "torch_threads"} <= set(result["environment"])
+    assert "torch" in result["environment"]["packages"]
+    assert (tmp_path / "compile_time.png").read_bytes().startswith(b"\x89PNG")
+
+    methods = ["pp_piecewise", "unshared", "stock"]
+    assert [(entry["method"], entry["layers"]) for entry in result["summary"]] == [
+        (method, layers) for method in methods for layers in (2, 4)
+    ]
+    for entry in result["summary"]:
+        assert entry["caches"] == "cold"
+        assert set(entry["seconds"]) == PHASES
+        for spread in entry["seconds"].values():
+            assert spread["count"] == 1
+            assert 0 <= spread["min"] <= spread["median"] <= spread["max"]
+    counts = {(entry["method"], entry["layers"]): entry["counts"] for entry in result["summary"]}
+    assert counts["pp_piecewise", 4] == {"pieces": 5, "pieces_compiled": 3}
+    assert counts["unshared", 4] == {"pieces": 5, "pieces_compiled": 5}
+    assert [ratio["method"] for ratio in result["ratios"]] == methods
+    for ratio in result["ratios"]:
+        assert set(ratio) == {"caches", "method", "layers", "compile_seconds_ratio", "target"}
+        assert ratio["layers"] == [2, 4]

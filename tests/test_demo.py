@@ -1,0 +1,286 @@
+"""The demo: questions and their split, the shipped weights, the verdict, the command with real ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from pp_piecewise_backend.demo import questions, train, verdict
+from pp_piecewise_backend.demo.job import Job, RankReport, cut_at_end
+from pp_piecewise_backend.demo.load import load_decoder
+from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR
+from pp_piecewise_backend.demo.questions import Question
+from pp_piecewise_backend.demo.verdict import Difference
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_SECONDS = 280
+HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9f3a"
+
+
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pp_piecewise_backend", "demo", "--device", "cpu", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+
+
+# Questions
+
+
+def test_prompts_and_answers_are_written_least_significant_digit_first() -> None:
+    question = questions.parse_question("12 - 345")
+    assert question == Question(12, "-", 345)
+    assert questions.decode(questions.encode_prompt(question)) == "^210-543="
+    assert questions.decode(questions.encode_answer(question)) == "-3330$"
+    assert questions.decode(questions.encode_answer(Question(999, "+", 999))) == "+8991$"
+    assert questions.decode(questions.encode_answer(Question(7, "-", 7))) == "+0000$"
+
+
+def test_answers_read_back_and_malformed_ones_do_not() -> None:
+    for question in questions.held_out_questions():
+        assert len(questions.encode_prompt(question)) == questions.PROMPT_TOKENS
+        assert len(questions.encode_answer(question)) == questions.ANSWER_TOKENS
+        assert questions.decode_answer(questions.encode_answer(question)) == question.answer
+    for characters in ["", "+123", "+1234", "1234$", "+12345$", "+12-4$", "$+1234"]:
+        assert questions.decode_answer(questions.encode(characters)) is None
+
+
+@pytest.mark.parametrize("text", ["", "12", "1+", "+1", "1000+1", "1*2", "1+2+3", "-1+2", "a+b"])
+def test_what_is_no_question_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match=r"got '.*'\. Write for example 12\+34"):
+        questions.parse_question(text)
+
+
+# The split between training and held-out questions
+
+
+def test_held_out_questions_never_change() -> None:
+    asked = questions.held_out_questions()
+    assert len(asked) == len(set(asked)) == 200
+    digest = hashlib.sha256("\n".join(question.text for question in asked).encode()).hexdigest()
+    assert digest == HELD_OUT_DIGEST
+
+
+def test_held_out_questions_cover_both_operations_all_sizes_and_both_signs() -> None:
+    asked = questions.held_out_questions()
+    assert {question.operation for question in asked} == {"+", "-"}
+    assert {len(str(question.left)) for question in asked} == {1, 2, 3}
+    assert {len(str(question.right)) for question in asked} == {1, 2, 3}
+    assert min(question.answer for question in asked) < 0 < 999 < max(question.answer for question in asked)
+
+
+def test_training_never_sees_the_operands_of_a_held_out_question() -> None:
+    held_out = {question.operands for question in questions.held_out_questions()}
+    forbidden = train.held_out_operands()
+    batch = train.training_batch(200_000, forbidden, torch.Generator().manual_seed(0))
+    place = torch.tensor([1, 10, 100])
+    left, right = (batch[:, 1:4] * place).sum(1), (batch[:, 5:8] * place).sum(1)
+    seen = set(map(frozenset, zip(left.tolist(), right.tolist(), strict=True)))
+    assert not seen & held_out
+    # The check above must be able to fail: unfiltered batches do contain them.
+    unfiltered = train.training_batch(200_000, torch.zeros_like(forbidden), torch.Generator().manual_seed(0))
+    left, right = (unfiltered[:, 1:4] * place).sum(1), (unfiltered[:, 5:8] * place).sum(1)
+    assert set(map(frozenset, zip(left.tolist(), right.tolist(), strict=True))) & held_out
+
+
+def test_training_batches_are_right_and_reproducible() -> None:
+    forbidden = train.held_out_operands()
+    batch = train.training_batch(500, forbidden, torch.Generator().manual_seed(3))
+    assert torch.equal(batch, train.training_batch(500, forbidden, torch.Generator().manual_seed(3)))
+    for row in batch.tolist():
+        written = questions.decode(row)
+        question = Question(int(written[3:0:-1]), written[4], int(written[7:4:-1]))
+        assert row == questions.encode_prompt(question) + questions.encode_answer(question)
+
+
+# Training and the shipped weights
+
+
+def test_the_trainer_learns_and_writes_a_decoder(tmp_path: Path) -> None:
+    assert train.main(["--out", str(tmp_path), "--steps", "2", "--batch-size", "8"]) == 0
+    trained = load_decoder(str(tmp_path))
+    fresh = train.new_decoder()
+    assert not torch.equal(trained.lm_head.weight, fresh.lm_head.weight)
+    shipped = load_decoder(str(OWN_MODEL_DIR))
+    assert {name: tensor.shape for name, tensor in trained.state_dict().items()} == {
+        name: tensor.shape for name, tensor in shipped.state_dict().items()
+    }
+
+
+def test_the_loss_falls() -> None:
+    model = train.new_decoder()
+    first = train.train(model, steps=1, batch_size=64, peak_learning_rate=3e-3)
+    last = train.train(model, steps=40, batch_size=64, peak_learning_rate=3e-3)
+    assert last < 0.75 * first
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert max(rates) == rates[50] == 1.0 and rates[0] == 0.02
+    assert rates[50:] == sorted(rates[50:], reverse=True) and rates[-1] < 0.011
+
+
+def test_the_shipped_decoder_is_small_and_right() -> None:
+    size_bytes = sum(file.stat().st_size for file in OWN_MODEL_DIR.glob("*.safetensors"))
+    assert 0 < size_bytes <= 5 * 2**20
+    decoder = load_decoder(str(OWN_MODEL_DIR))
+    assert isinstance(decoder, transformers.LlamaForCausalLM) and decoder.config.num_hidden_layers >= 4
+    assert train.held_out_accuracy(decoder) >= 0.98
+
+
+# The verdict
+
+
+def report(generated: list[list[int]], rank: int = 0, calls_without_program: int = 0) -> RankReport:
+    return RankReport(
+        rank=rank,
+        layers=[2 * rank, 2 * rank + 1],
+        programs=2,
+        pieces=6,
+        pieces_compiled=3,
+        eager_steps=48,
+        eager_parts={"index_copy_, scaled_dot_product_attention: split op": 4},
+        calls=12,
+        calls_without_program=calls_without_program,
+        load_seconds=0.5,
+        batch_seconds=[1.25, 0.25],
+        generated=generated,
+    )
+
+
+def test_first_differences_name_prompt_position_and_tokens() -> None:
+    assert verdict.first_differences([[1, 2], [3]], [[1, 2], [3]]) == []
+    assert verdict.first_differences([[1, 2, 3], [4, 5], [6]], [[1, 9, 9], [4], [6, 7]]) == [
+        Difference(0, 1, 2, 9),
+        Difference(1, 1, 5, None),
+        Difference(2, 1, None, 7),
+    ]
+    with pytest.raises(ValueError, match="1 answers came back for 2 prompts"):
+        verdict.first_differences([[1], [2]], [[1]])
+
+
+def test_equal_tokens_are_accepted() -> None:
+    tokens = [[1, 2], [3]]
+    judged = verdict.judge(["1+1", "2+2"], tokens, [report(tokens), report(tokens, rank=1)], right=tokens)
+    assert judged.problems == () and judged.exit_code == 0
+
+
+def test_one_other_token_fails() -> None:
+    judged = verdict.judge(["1+1", "2+2"], [[1, 2], [3]], [report([[1, 2], [4]])])
+    assert judged.exit_code == 1
+    assert judged.problems == ("prompt 1 (2+2), new token 0: eager gives token 3, the pipeline token 4",)
+
+
+def test_ranks_that_disagree_fail() -> None:
+    judged = verdict.judge(["1+1"], [[1]], [report([[1]]), report([[2]], rank=1)])
+    assert judged.exit_code == 1 and judged.problems == ("rank 1 saw other tokens than rank 0",)
+
+
+def test_a_call_without_a_program_fails() -> None:
+    judged = verdict.judge(["1+1"], [[1]], [report([[1]], calls_without_program=3)])
+    assert judged.exit_code == 1 and "rank 0: 3 of 12 calls ran without a program" in judged.problems[0]
+
+
+def test_low_accuracy_fails_although_the_tokens_agree() -> None:
+    texts = [str(index) for index in range(100)]
+    right = [[index] for index in range(100)]
+    for wrong_count, exit_code in [(2, 0), (3, 1)]:
+        tokens = [[-1]] * wrong_count + right[wrong_count:]
+        judged = verdict.judge(texts, tokens, [report(tokens)], right=right)
+        assert judged.exit_code == exit_code
+        assert len(judged.problems) == 2 * exit_code
+
+
+def test_tables_show_what_was_measured() -> None:
+    reports = [report([[1, 2], [3]]), report([[1, 2], [3]], rank=1)]
+    answers = verdict.answers_table([[1, 2], [4]], 0.125, reports, right=[[1, 2], [3]])
+    eager, pipeline = answers.splitlines()[2:]
+    assert eager.split()[-5:] == ["50.0%", "3", "-", "0.12", "-"]
+    assert "100.0%" in pipeline and "2 of 3" in pipeline and "1.50" in pipeline and "1.25" in pipeline
+    assert verdict.ranks_table(reports).splitlines()[3].split() == [
+        "1",
+        "2-3",
+        "12",
+        "2",
+        "6",
+        "3",
+        "48",
+        "0.50",
+    ]
+    assert verdict.eager_lines(reports) == ["  8 x index_copy_, scaled_dot_product_attention: split op"]
+    assert max(map(len, verdict.eager_lines(reports, width=40))) <= 40
+
+
+def test_tokens_after_the_end_do_not_count() -> None:
+    assert cut_at_end([5, 6, 2, 2, 7], [2]) == [5, 6, 2]
+    assert cut_at_end([5, 6], [2]) == [5, 6]
+    assert cut_at_end([5, 6], []) == [5, 6]
+
+
+def test_jobs_and_reports_survive_their_files(tmp_path: Path) -> None:
+    job = Job("dir", 2, "cpu", "pp_piecewise", {"compiler": "eager"}, [[1, 2]], 3, [4], 1)
+    job.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == job
+    written = dataclasses.replace(report([[1]]), rank=1)
+    written.write(tmp_path)
+    assert RankReport.read(tmp_path, 1) == written
+
+
+# The command, with real processes
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int) -> None:
+    result = run_demo("--ranks", str(ranks), "--compiler", "eager")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"200 prompts, {ranks} ranks" in result.stdout
+    assert "1200 of 1200" in result.stdout
+    assert "scaled_dot_product_attention" in result.stdout
+    assert "200/200" in result.stderr  # the progress bar
+
+
+def test_another_decoder_and_token_ids(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    ).save_pretrained(tmp_path)
+    result = run_demo(
+        *("--model", str(tmp_path), "--prompt", "1,15,7", "--ranks", "3"),
+        *("--max-new-tokens", "5", "--compiler", "eager"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1,15,7 -> " in result.stdout and "5 of 5" in result.stdout
+
+
+def test_a_rank_that_fails_fails_the_command_and_shows_its_error(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(OWN_MODEL_DIR, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    result = run_demo("--model", str(broken), "--prompt", "1+1", "--compiler", "eager")
+    assert result.returncode == 1
+    assert "of 2 failed with exit code 1: " in result.stderr
+    assert "SafetensorError" in result.stderr

@@ -1,0 +1,149 @@
+"""Whole transformers decoders, compiled with the one line: token-exact, and by a Program in every call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import pp_piecewise_backend as ppb
+from pp_piecewise_backend.program import Program
+from models import hf
+
+LAYERS = 2
+STEPS = 16
+PROMPT_TOKENS = (5, 9, 3, 1)
+FEWER_PROMPT_TOKENS = (5, 9)
+# Seeds whose greedy choices are far apart (at least SMALLEST_MARGIN) and not one token repeated.
+SEEDS = {
+    "llama": 13,
+    "qwen2": 15,
+    "qwen3": 14,
+    "qwen3_moe": 10,
+    "mixtral": 11,
+    "gemma2": 10,
+    "phi3": 2,
+    "gpt2": 30,
+}
+SMALLEST_MARGIN = 0.01
+LOGIT_TOLERANCE = 1e-3
+# Gemma2's sliding window and growing cache make up to 9 programs; Dynamo's default limit is 8.
+RECOMPILE_LIMIT = {"gemma2": 16}
+
+
+@pytest.fixture(autouse=True)
+def fresh_backend() -> Iterator[None]:
+    torch._dynamo.reset()
+    ppb.reset()
+    yield
+    ppb.reset()
+
+
+def assert_decodes_like_eager(
+    architecture: str,
+    cache_kind: str,
+    compiler: str,
+    prompt_tokens: tuple[int, ...],
+    attention: str | None = None,
+) -> None:
+    """Greedy decoding by eager transformers and by the compiled model gives the same tokens."""
+    # The reference always has transformers' own attention, also where the compiled model's is another.
+    model = hf.make_model(architecture, LAYERS, SEEDS[architecture])
+    prompts = hf.make_prompts(prompt_tokens)
+    limit = RECOMPILE_LIMIT.get(architecture, torch._dynamo.config.recompile_limit)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=limit):
+        expected = hf.greedy_decode(model, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
+        assert expected.smallest_margin() > SMALLEST_MARGIN
+        if attention is not None:
+            model = hf.make_model(architecture, LAYERS, SEEDS[architecture], attention)
+        compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler})
+        decoded = hf.greedy_decode(compiled, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
+    assert decoded.tokens == expected.tokens
+    for got, want in zip(decoded.logits, expected.logits, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.0, atol=LOGIT_TOLERANCE)
+    assert decoded.calls == len(prompt_tokens) * (1 + STEPS)
+    assert all(isinstance(program, Program) for program in ppb.programs())
+    assert sum(program.stats.calls for program in ppb.programs()) == decoded.calls
+    assert ppb.stats().grad_fallbacks == 0
+
+
+def attention_ops_split_out(op: str) -> list[int]:
+    """For each program, how many ops of that name its eager steps hold."""
+    return [
+        sum(op in name for piece in program.pieces if piece.kind == "eager" for name in piece.ops)
+        for program in ppb.programs()
+    ]
+
+
+def attention_ops_compiled(op: str) -> int:
+    return sum(
+        op in name
+        for program in ppb.programs()
+        for piece in program.pieces
+        if piece.kind == "compute"
+        for name in piece.ops
+    )
+
+
+def assert_attention_was_split_out(op: str) -> None:
+    assert attention_ops_split_out(op) == [LAYERS] * len(ppb.programs())
+    assert attention_ops_compiled(op) == 0
+    for program in ppb.programs():
+        assert sum(piece.kind == "compute" for piece in program.pieces) > LAYERS
+
+
+SDPA_ARCHITECTURES = [name for name in hf.ARCHITECTURES if name != "gemma2"]
+SDPA = "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize("cache_kind", hf.CACHES)
+@pytest.mark.parametrize("architecture", SDPA_ARCHITECTURES)
+def test_token_exact(architecture: str, cache_kind: str) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS)
+    assert_attention_was_split_out(SDPA)
+
+
+@pytest.mark.parametrize("cache_kind", hf.CACHES)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_token_exact_with_inductor(architecture: str, cache_kind: str) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "inductor", FEWER_PROMPT_TOKENS)
+    assert_attention_was_split_out(SDPA)
+
+
+@pytest.mark.parametrize("cache_kind", hf.CACHES)
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_gemma2_token_exact(compiler: str, cache_kind: str) -> None:
+    """SDPA has no soft cap, so Gemma2's attention is one op only as FlexAttention."""
+    prompts = PROMPT_TOKENS if compiler == "eager" else FEWER_PROMPT_TOKENS
+    assert_decodes_like_eager("gemma2", cache_kind, compiler, prompts, hf.CAPPED_FLEX)
+    assert_attention_was_split_out("flex_attention")
+
+
+@pytest.mark.parametrize("cache_kind", hf.CACHES)
+def test_gemma2_as_transformers_runs_it(cache_kind: str) -> None:
+    """With matmul and softmax for attention: no op to split at, but the cache's writes are cut out."""
+    assert_decodes_like_eager("gemma2", cache_kind, "eager", FEWER_PROMPT_TOKENS)
+    assert attention_ops_split_out(SDPA) == [0] * len(ppb.programs())
+    if cache_kind == "static":
+        assert attention_ops_compiled("index_copy_") == 0
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
+def test_llama_with_static_cache_has_one_piece_more_than_layers(num_layers: int) -> None:
+    model = hf.make_model("llama", num_layers)
+    compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": "eager"})
+    with torch.no_grad():
+        hf.greedy_decode(compiled, model.config, hf.make_prompts([5]), cache_kind="static", steps=2)
+    prefill, decode = ppb.programs()
+    assert (prefill.stats.calls, decode.stats.calls) == (1, 2)
+    for program in (prefill, decode):
+        assert sum(piece.kind == "compute" for piece in program.pieces) == num_layers + 1
+    assert attention_ops_split_out(SDPA) == [num_layers, num_layers]
+
+
+def test_margin_is_measured_between_the_best_two() -> None:
+    """The guard of the tests above: two equal best logits are a margin of 0, whatever else lies below."""
+    decoded = hf.Decoded([[0], [0]], [torch.tensor([[3.0, 1.0, 0.5]]), torch.tensor([[2.0, -1.0, 2.0]])], 2)
+    assert math.isclose(decoded.smallest_margin(), 0.0)

@@ -1,0 +1,161 @@
+"""What an installed package promises: what importing it does not do, its names, and what is in the wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pp_piecewise_backend as ppb
+
+CHECKOUT = Path(__file__).parent.parent
+PACKAGE = CHECKOUT / "pp_piecewise_backend"
+
+PUBLIC_NAMES = ["Config", "errors", "expect", "explain", "programs", "reset", "stats"]
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Run code in a fresh process, away from the checkout; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=CHECKOUT.parent,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --------------------------------------------------------------------------------------- surface
+
+
+def test_public_names_are_frozen() -> None:
+    assert sorted(ppb.__all__) == sorted(PUBLIC_NAMES)
+    assert set(PUBLIC_NAMES) <= set(dir(ppb))
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_public_names_are_there(name: str) -> None:
+    assert getattr(ppb, name) is not None
+
+
+def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
+    code = (
+        "import importlib, pkgutil, pp_piecewise_backend as ppb\n"
+        "for module in pkgutil.iter_modules(ppb.__path__):\n"
+        "    if module.name != '__main__':\n"
+        "        importlib.import_module('pp_piecewise_backend.' + module.name)\n"
+        "print([name for name in ppb.__all__ if name != 'errors' and not callable(getattr(ppb, name))])\n"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+def test_unknown_names_raise() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = ppb.Nothing
+
+
+@pytest.mark.compat
+def test_the_entry_point_is_registered() -> None:
+    import torch._dynamo
+
+    entries = importlib.metadata.entry_points(group="torch_dynamo_backends", name="pp_piecewise")
+    assert {entry.value for entry in entries} == {"pp_piecewise_backend.backend:backend"}
+    assert "pp_piecewise" in torch._dynamo.list_backends()
+
+
+# --------------------------------------------------------------------------------------- imports
+
+LOADED = "import json, sys; print(json.dumps([name for name in sys.modules if name not in before]))"
+
+
+@pytest.mark.compat
+def test_importing_torch_does_not_import_the_package() -> None:
+    loaded = json.loads(run_python(f"before = set(); import torch; {LOADED}"))
+    assert "torch" in loaded
+    assert not [name for name in loaded if name.startswith("pp_piecewise_backend")]
+
+
+@pytest.mark.compat
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    # torch itself imports torch.distributed, so only what comes on top of torch counts.
+    code = (
+        "import sys, torch; before = set(sys.modules); import pp_piecewise_backend; "
+        f"assert not torch.cuda.is_initialized(); {LOADED}"
+    )
+    loaded = json.loads(run_python(code))
+    assert "pp_piecewise_backend.config" in loaded
+    heavy = ("depyf", "transformers", "torch", "triton", "matplotlib", "tqdm")
+    assert not [name for name in loaded if name.partition(".")[0] in heavy]
+
+
+def test_loading_the_backend_adds_neither_depyf_nor_transformers_nor_cuda() -> None:
+    code = (
+        "before = set(); import torch, pp_piecewise_backend.backend; "
+        f"assert not torch.cuda.is_initialized(); {LOADED}"
+    )
+    loaded = json.loads(run_python(code))
+    assert "pp_piecewise_backend.backend" in loaded
+    assert not [name for name in loaded if name.partition(".")[0] in ("depyf", "transformers", "matplotlib")]
+
+
+def test_importing_the_package_reads_no_settings() -> None:
+    assert (
+        run_python("import pp_piecewise_backend; print('fine')", PP_PIECEWISE_NONSENSE="1").strip() == "fine"
+    )
+
+
+# ----------------------------------------------------------------------------------------- wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(CHECKOUT)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_all_files_of_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if name.startswith("pp_piecewise_backend/")}
+    on_disk = {path.relative_to(CHECKOUT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    assert inside == {name for name in on_disk if "__pycache__" not in name}
+    assert "pp_piecewise_backend/py.typed" in inside
+    assert any(
+        name.startswith("pp_piecewise_backend/demo/") and name.endswith(".safetensors") for name in inside
+    )
+
+
+def test_the_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 6 * 2**20
+
+
+def test_an_installed_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import torch, pp_piecewise_backend as ppb\n"
+        "options = {'compiler': 'eager'}\n"
+        "double_sine = torch.compile(lambda x: 2 * x.sin(), backend='pp_piecewise', options=options)\n"
+        "x = torch.arange(6.0)\n"
+        "with torch.no_grad(), ppb.expect(programs=1):\n"
+        "    assert torch.equal(double_sine(x), 2 * x.sin())\n"
+        "print(ppb.__file__)\n"
+    )
+    printed = run_python(code, PYTHONPATH=str(tmp_path))
+    assert printed.strip() == str(tmp_path / "pp_piecewise_backend" / "__init__.py")
