@@ -52,9 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["cold", "warm"])
@@ -76,9 +74,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tqdm(total=len(combinations) * len(wanted), unit="run") as progress:
         for repeat, layers, method in combinations:
             # A warm run needs a cold one before it, in the same folder, whether or not that is wanted.
-            for caches in [
-                name for name in CACHES if name in wanted or (name == "cold" and "warm" in wanted)
-            ]:
+            for caches in [name for name in CACHES if name in wanted or (name == "cold" and "warm" in wanted)]:
                 if caches != "warm":
                     folder = tempfile.TemporaryDirectory()
                 progress.set_postfix_str(f"{method}, {layers} layers, {caches}")
@@ -215,8 +211,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 **{name: same[0][name] for name in ("caches", "method", "layers")},
                 "seconds": {
-                    phase: spread([run["seconds"][phase] for run in same])
-                    for phase in ("toolchain", *PHASES, "total")
+                    phase: spread([run["seconds"][phase] for run in same]) for phase in ("toolchain", *PHASES, "total")
                 },
                 "counts": same[0]["counts"],
             }
@@ -277,11 +272,7 @@ def plot(summary: Sequence[dict[str, Any]], path: Path) -> Path:
 
 def print_table(summary: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> None:
     columns = (*PHASES, "total")
-    print(
-        f"{'caches':6} {'method':13} {'layers':>6} "
-        + " ".join(f"{name:>10}" for name in columns)
-        + "  compiled"
-    )
+    print(f"{'caches':6} {'method':13} {'layers':>6} " + " ".join(f"{name:>10}" for name in columns) + "  compiled")
     for entry in summary:
         medians = " ".join(f"{entry['seconds'][name]['median']:10.2f}" for name in columns)
         counts = entry["counts"]

@@ -1,6 +1,6 @@
 """Every use of private torch API, in one place.
 
-Tested on torch 2.11.0, 2.13.0 and 2.15.0. When a torch release moves one of these names, this file is the only one
+Tested on the torch versions below. When a torch release moves one of these names, this file is the only one
 to mend; the rest of the package uses documented API and what is defined here.
 """
 
@@ -14,49 +14,30 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges
 
-TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
+TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0")
 
-__all__ = [
-    "FakeTensor",
-    "FakeTensorMode",
-    "ShapeEnv",
-    "TracingContext",
-    "autocast_state",
-    "build_expression",
-    "enable_python_dispatcher",
-    "enter_autocast",
-    "enter_inference_mode",
-    "exit_autocast",
-    "exit_inference_mode",
-    "frame_being_compiled",
-    "free_symbols",
-    "functorch_level",
-    "is_traceable_wrapper_subclass",
-    "new_shape_env",
-    "new_symbol",
-    "placeholder_source",
-    "pop_functorch_level",
-    "schema_writes",
-    "shape_env_conditions",
-    "storage_identity",
-    "symbol_range",
-    "symint_expression",
-    "symint_from_expression",
-    "tracing",
-]
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
 
+set_grad_enabled = torch._C._set_grad_enabled
+log_api_usage_once = torch._C._log_api_usage_once
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
@@ -123,12 +104,10 @@ def new_shape_env() -> ShapeEnv:
     return ShapeEnv(duck_shape=False)
 
 
-def new_symbol(
-    env: ShapeEnv, name: str, hint: int | None, lower: int | None, upper: int | None
-) -> torch.SymInt:
+def new_symbol(env: ShapeEnv, name: str, hint: int | None, lower: int | None, upper: int | None) -> torch.SymInt:
     """A fresh symbolic integer in ``env``: backed by ``hint``, or unbacked when ``hint`` is None."""
     if hint is None:
-        symint = env.create_unbacked_symint()
+        symint: torch.SymInt = env.create_unbacked_symint()
         expression = symint.node.expr
     else:
         source = ConstantSource(f"__ppb_{name}")
@@ -140,7 +119,7 @@ def new_symbol(
             positive=None if lower is None or lower < 0 else True,
             do_not_specialize_zero_one=True,
         )
-        symint = env.create_symintnode(expression, hint=hint, source=source)
+        symint = env.create_symintnode(expression, hint=hint, source=source)  # type: ignore[assignment]
     env.constrain_symbol_range(
         expression,
         compiler_min=-int_oo if lower is None else lower,
@@ -186,7 +165,20 @@ def pop_functorch_level() -> None:
     torch._C._functorch.pop_dynamic_layer_stack()
 
 
-def schema_writes(op: torch._ops.OpOverload) -> tuple[int | str, ...]:
+def schema_name(op: Callable[..., object]) -> str | None:
+    """``namespace::name`` of a library op in any of its forms (overload, packet, custom op); None for others."""
+    op = getattr(op, "_opoverload", op)
+    if isinstance(op, OpOverload):
+        return str(op._schema.name)
+    return str(op._qualified_op_name) if isinstance(op, OpOverloadPacket) else None
+
+
+def overload_name(op: Callable[..., object]) -> str | None:
+    """The overload's own name, ``default`` or ``Tensor``; None for all but overloads."""
+    return str(op._overloadname) if isinstance(op, OpOverload) else None
+
+
+def schema_writes(op: OpOverload) -> tuple[int | str, ...]:
     """Positions (or names, for keyword-only ones) of the arguments that the op's schema declares as mutated."""
     written: list[int | str] = []
     for position, argument in enumerate(op._schema.arguments):
@@ -215,3 +207,22 @@ def unwrapped_signature(function: Callable[..., object]) -> inspect.Signature | 
         return inspect.signature(function)
     except (TypeError, ValueError):
         return None
+
+
+def recompile_limit_hits() -> int:
+    """How often Dynamo gave up on a frame since ``torch._dynamo.reset()`` because it had too many programs."""
+    from torch._dynamo.utils import counters
+
+    return sum(count for text, count in counters["unimplemented"].items() if "recompile limit exceeded" in text)
+
+
+def graph_breaks() -> int:
+    """How many graph breaks Dynamo counted since ``torch._dynamo.reset()``."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
+def stock_backend(name: str) -> Callable[..., Any]:
+    """The backend that ``torch.compile`` knows under this name."""
+    return torch._dynamo.lookup_backend(name)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from . import _compat, errors
 from .config import Config
-from .explain import explain_all
+from .explanation import explain_all
 from .facts import collect_facts
-from .inductor import PieceCompiler, compile_whole
+from .inductor import CompiledPiece, PieceCompiler, compile_whole
 from .placeholders import InputTable, classify_inputs
 from .program import Program, UnsplitProgram
 from .split import Split, split_graph
@@ -91,7 +92,8 @@ class PiecewiseBackend:
 
     def _build(self, name: str, split: Split, table: InputTable, config: Config) -> Program:
         started = time.perf_counter()
-        compiled, reused = [], []
+        compiled: list[CompiledPiece | None] = []
+        reused: list[bool] = []
         for piece in split.pieces:
             if piece.kind == "eager":
                 compiled.append(None)
@@ -153,13 +155,15 @@ class PiecewiseBackend:
         frame = _compat.frame_being_compiled()
         if frame is None:
             return "graph"
-        code, _ = frame
+        code, values = frame
+        owner = values.get("self")
+        name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else code.co_name
         with self._lock:
             number = self._graphs_of_code.get(code, 0)
             self._graphs_of_code[code] = number + 1
         if number:
             TOTALS.add("recompiles")
-        return f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}#{number}"
+        return f"{name}#{number}"
 
     def _register(self, program: Any) -> Any:
         with self._lock:
@@ -182,18 +186,10 @@ def programs() -> tuple[AnyProgram, ...]:
 
 def explain() -> str:
     """What was split where and why, for every live program of this process."""
-    return explain_all(backend.programs())
+    return explain_all([program.explain() for program in backend.programs()])
 
 
 def reset() -> None:
     """Forget programs and compiled pieces, and zero the counters."""
     backend.reset()
     TOTALS.reset()
-
-
-def compile_without_sharing() -> PiecewiseBackend:
-    """A backend of its own that compiles every piece anew, for benchmarks of what sharing saves."""
-    separate = PiecewiseBackend()
-    separate._compiler = PieceCompiler(share=False)
-    return separate
-

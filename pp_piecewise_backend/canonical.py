@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from . import _compat
 from .specs import SymbolSpec, TensorSpec
 from .split_ops import attribute
 
@@ -78,19 +79,27 @@ def _attribute_text(value: object) -> str:
 
 
 def _function_text(function: Any) -> str:
-    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(function, (_compat.OpOverload, _compat.OpOverloadPacket)):
         return str(function)
-    if isinstance(function, torch._ops.HigherOrderOperator):
+    if isinstance(function, _compat.HigherOrderOperator):
         return f"higher_order::{function.name()}"
-    module = getattr(function, "__module__", None) or "builtins"
-    qualified = getattr(function, "__qualname__", getattr(function, "__name__", ""))
+    name = getattr(function, "__name__", "")
+    module = getattr(function, "__module__", None)
+    # Builtins of torch have qualified names such as _VariableFunctionsClass.arange that lead nowhere.
+    for path in dict.fromkeys((getattr(function, "__qualname__", name), name)):
+        if module and path and _lookup(module, path) is function:
+            return f"{module}.{path}"
+    return _identity_text(function)
+
+
+def _lookup(module: str, path: str) -> object:
     try:
         found: Any = importlib.import_module(module)
-        for part in qualified.split("."):
+        for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError):
-        found = None
-    return f"{module}.{qualified}" if found is function else _identity_text(function)
+        return None
+    return found
 
 
 def _identity_text(value: object) -> str:
@@ -108,8 +117,12 @@ def _argument_text(value: Any, numbers: dict[Node, str]) -> str:
         return f"{{{', '.join(items)}}}"
     if isinstance(value, slice):
         return f"slice{_argument_text((value.start, value.stop, value.step), numbers)}"
-    if value is None or value is Ellipsis or isinstance(
-        value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+    if (
+        value is None
+        or value is Ellipsis
+        or isinstance(
+            value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+        )
     ):
         return f"{type(value).__name__}:{value!r}"
     if callable(value):

@@ -214,17 +214,14 @@ FLAG = TextForm(_read_flag, lambda value: str(int(value)), "0, 1, true or false"
 SPLIT_OPS = TextForm(
     _read_split_ops,
     str,
-    "names or globs separated by commas ('a,b' replaces the built-in list, '+a,b' adds to it), "
-    "'built-in' or 'none'",
+    "names or globs separated by commas ('a,b' replaces the built-in list, '+a,b' adds to it), 'built-in' or 'none'",
 )
 CAPTURE_SIZES = TextForm(
     _read_capture_sizes,
     _write_items,
     "ascending token counts such as '1,2,8:64:8,128::64', or a list of integers",
 )
-BYTES = TextForm(
-    _read_bytes, _write_bytes, "a number of bytes such as 1048576, 512K, 64M or 2G, or 'unlimited'"
-)
+BYTES = TextForm(_read_bytes, _write_bytes, "a number of bytes such as 1048576, 512K, 64M or 2G, or 'unlimited'")
 NAMES = TextForm(_read_names, _write_items, "argument names separated by commas, or 'none'")
 FOLDER = TextForm(_read_folder, lambda value: "unset" if value is None else str(value), "a folder's path")
 
@@ -344,8 +341,7 @@ class Config(BaseSettings):
             raise errors.ConfigError("\n".join(sentences)) from None
         given = self.model_fields_set
         self._sources = {
-            name: "option" if name in options else "environment" if name in given else "default"
-            for name in FIELD_NAMES
+            name: "option" if name in options else "environment" if name in given else "default" for name in FIELD_NAMES
         }
 
     @classmethod

@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 import sympy
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from . import _compat
 from .errors import SplitError
 from .facts import EFFECT, GraphFacts
 from .placeholders import GraphInput
@@ -73,15 +73,13 @@ class Scalars:
         facts = self._facts.nodes[node]
         if facts.writes or facts.region is not None or facts.value is None or node.op == "get_attr":
             return False
-        leaves = pytree.tree_leaves(facts.value)
+        leaves = _compat.tree_leaves(facts.value)
         if not all(_is_plain(leaf) for leaf in leaves):
             return False
         if node.op == "placeholder":
             return True
         sources = self._facts.symbol_sources
-        return all(
-            symbol in sources and sources[symbol][0] is not node for symbol in symbols_of_value(facts.value)
-        )
+        return all(symbol in sources and sources[symbol][0] is not node for symbol in symbols_of_value(facts.value))
 
 
 def canonical(facts: GraphFacts, node: Node) -> Value:
@@ -116,7 +114,7 @@ def is_allocation(node: Node) -> bool:
 
 def symbols_of_value(value: Any) -> set[sympy.Symbol]:
     """The symbols in the numbers that a value consists of."""
-    leaves = pytree.tree_leaves(value)
+    leaves = _compat.tree_leaves(value)
     numbers = (leaf for leaf in leaves if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat)))
     return {symbol for number in numbers for symbol in number.node.expr.free_symbols}
 
@@ -242,7 +240,7 @@ class _Cutter:
             if EFFECT in node_facts.writes:
                 self._reasons[node] = f"{op_name(node)} acts on something other than tensors"
             elif not all(
-                _is_plain(leaf) or isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node_facts.value)
+                _is_plain(leaf) or isinstance(leaf, torch.Tensor) for leaf in _compat.tree_leaves(node_facts.value)
             ):
                 self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
         for group, why in facts.regions.bound_reasons.items():
@@ -276,9 +274,15 @@ class _Cutter:
                     born_in.update(dict.fromkeys(foreign, index))
                 else:
                     new_cut = True
-                    owners = ", ".join(dict.fromkeys(self._birth[storage].name for storage in foreign))
-                    self._make_eager(node, f"{op_name(node)} writes {owners}, which outlives the piece")
+                    owners = dict.fromkeys(self._owner(storage) for storage in foreign)
+                    self._make_eager(node, f"{op_name(node)} writes {', '.join(owners)}")
         return new_cut
+
+    def _owner(self, storage: int) -> str:
+        birth = self._birth[storage]
+        if birth.op == "placeholder":
+            return f"graph input {self._inputs[birth.name].label}"
+        return f"{birth.name}, made in another step"
 
     def _make_eager(self, node: Node, reason: str) -> None:
         self._reasons[node] = reason
@@ -431,4 +435,3 @@ def _is_plain(leaf: Any) -> bool:
         (bool, int, float, complex, str, torch.SymInt, torch.SymBool, torch.SymFloat, torch.dtype, torch.device,
          torch.layout, torch.memory_format, slice, type(Ellipsis)),
     )  # fmt: skip
-

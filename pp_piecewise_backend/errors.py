@@ -116,8 +116,7 @@ def gradient_fallback(names: Sequence[str]) -> str:
 def unmatched_split_ops(patterns: Sequence[str], attention_like: Sequence[str]) -> str:
     """``patterns``: split ops given by name that matched nothing; ``attention_like``: ops in the graph."""
     seen = (
-        f"Ops in this graph that look like attention: {_listed(attention_like)}. Name these in split_ops "
-        f"to split there"
+        f"Ops in this graph that look like attention: {_listed(attention_like)}. Name these in split_ops to split there"
         if attention_like
         else "No op in this graph looks like attention; check that the model calls it inside this graph"
     )

@@ -14,8 +14,6 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _compat
 from .errors import SplitError
@@ -29,10 +27,10 @@ EFFECT = -2
 """Stands for the world outside: what ops without a result (asserts, prints, unknown calls) write."""
 
 _MATMUL_OPS = frozenset(
-    "mm addmm bmm baddbmm addbmm mv addmv dot linear matmul convolution _convolution cudnn_convolution "
-    "mkldnn_convolution _scaled_mm _scaled_grouped_mm _grouped_mm _int_mm _weight_int8pack_mm _weight_int4pack_mm "
-    "mkldnn_rnn_layer _cudnn_rnn lstm gru rnn_tanh rnn_relu _sparse_mm sparse_sampled_addmm einsum tensordot "
-    "bilinear _trilinear".split()
+    {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul", "einsum", "tensordot"}
+    | {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "bilinear", "_trilinear"}
+    | {"_scaled_mm", "_scaled_grouped_mm", "_grouped_mm", "_int_mm", "_weight_int8pack_mm", "_weight_int4pack_mm"}
+    | {"_sparse_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn", "mkldnn_rnn_layer"}
 )
 
 # Ops that update running statistics although their schema does not say so, with the positions of what they write
@@ -116,7 +114,7 @@ def collect_facts(graph_module: GraphModule, example_inputs: Sequence[object]) -
     return _Walk(graph_module, example_inputs).run()
 
 
-class _OpRecorder(TorchDispatchMode):
+class _OpRecorder(_compat.TorchDispatchMode):
     """Sees the ATen ops that one node runs: is one a matrix product, is one random, what do they write."""
 
     def __init__(self, storage_of: Callable[[torch.Tensor], int | None]) -> None:
@@ -131,8 +129,8 @@ class _OpRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.OpOverload):
-            name = func._schema.name.split("::", 1)[1]
+        if isinstance(func, _compat.OpOverload):
+            name = str(_compat.schema_name(func)).split("::", 1)[1]
             if func.namespace == "aten":
                 self.heavy |= name in _MATMUL_OPS
             self.random |= torch.Tag.nondeterministic_seeded in func.tags
@@ -197,7 +195,7 @@ class _Walk:
                 elif is_autocast_exit(node):
                     _compat.exit_autocast(open_autocast.pop(node.args[0]))  # type: ignore[index]
                 elif getattr(node.target, "__name__", "") == "_set_grad_enabled":
-                    torch._C._set_grad_enabled(node.args[0])
+                    _compat.set_grad_enabled(node.args[0])
                 elif node.op.startswith("call_") and node not in self._regions.dropped:
                     self._facts[node] = self._run_node(node, recorder)
         return GraphFacts(
@@ -298,20 +296,20 @@ class _Walk:
         try:
             value = self._call(node)
         except Exception as error:
-            if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            if not isinstance(node.target, _compat.HigherOrderOperator):
                 raise SplitError(
                     f"node {node.name} ({op_name(node)}) could not be followed on fake tensors: {error}; the whole "
                     f"graph goes to stock Inductor"
                 ) from error
             # Bodies of higher-order ops may need machinery of their own; Dynamo has already found their result, and
             # forbids them to return their inputs or views of these.
-            value = pytree.tree_map(self._adopt, node.meta.get("example_value"))
+            value = _compat.tree_map(self._adopt, node.meta.get("example_value"))
         reads = {s for tensor in before if (s := self._known_storage(tensor)) is not None}
         writes = set(recorder.writes)
         for tensor, version in zip(before, versions, strict=True):
             if tensor._version != version and (storage := self._known_storage(tensor)) is not None:
                 writes.add(storage)
-        if "mutation" in op_name(node) and bodies == [] and isinstance(node.target, torch._ops.HigherOrderOperator):
+        if "mutation" in op_name(node) and bodies == [] and isinstance(node.target, _compat.HigherOrderOperator):
             writes |= reads  # triton kernels and auto-functionalised ops: which argument is written is not told
         results = _tensors(value)
         known = set(self._storage_numbers.values())
@@ -400,7 +398,7 @@ class _Walk:
                 expression = as_dim(size)
                 if isinstance(expression, sympy.Symbol) and expression not in self._symbol_sources:
                     self._symbol_sources[expression] = (node, dim)
-                    self._symbols[expression] = SymbolSpec(expression, None, *_compat.symbol_range(size))
+                    self._symbols[expression] = SymbolSpec(expression, None, *_compat.symbol_range(size))  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- storages
 
@@ -449,7 +447,7 @@ def _hint_in(value: torch.SymInt, symbol: sympy.Symbol) -> int | None:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in _compat.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _named_heavy(node: Node) -> bool:
@@ -483,4 +481,3 @@ def _leave_functorch(level: int) -> None:
 def _leave_autocast(open_autocast: dict[Node, object]) -> None:
     while open_autocast:
         _compat.exit_autocast(open_autocast.popitem()[1])
-

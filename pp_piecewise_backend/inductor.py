@@ -84,7 +84,7 @@ def compile_whole(graph_module: GraphModule, example_inputs: Sequence[Any], comp
         from torch._inductor.compile_fx import compile_fx
 
         return compile_fx(graph_module, list(example_inputs))  # type: ignore[return-value, arg-type]
-    return torch._dynamo.lookup_backend(compiler)(graph_module, list(example_inputs))
+    return _compat.stock_backend(compiler)(graph_module, list(example_inputs))
 
 
 def ambient_state() -> tuple[object, ...]:
@@ -123,7 +123,7 @@ def _compile(piece: Piece, key: tuple[object, ...], compiler: str) -> CompiledPi
 
                 compiled: Any = compile_fx(graph_module, shapes.inputs, config_patches=dict(_OWN_GRAPHS_OFF))
             else:
-                compiled = torch._dynamo.lookup_backend(compiler)(graph_module, shapes.inputs)
+                compiled = _compat.stock_backend(compiler)(graph_module, shapes.inputs)
     except Exception as error:
         reason = f"{compiler} could not compile this piece: {type(error).__name__}: {error}"
         return CompiledPiece(key, piece.graph_module.forward, (), time.perf_counter() - started, failure=reason)

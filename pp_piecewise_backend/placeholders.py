@@ -80,9 +80,7 @@ def classify_inputs(facts: GraphFacts, stage_input_names: Sequence[str]) -> Inpu
         stage_input_names: names of the proxies, matched on the last component of an input's source.
     """
     frame = _compat.frame_being_compiled()
-    candidates = [
-        _candidate(facts, node, frame) for node in facts.graph_module.graph.nodes if node.op == "placeholder"
-    ]
+    candidates = [_candidate(facts, node, frame) for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
     written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
     stage = [c for c in candidates if c.spec is not None and c.label in stage_input_names and not _in_module(c)]
     token_count, token_reason = _token_count(facts, candidates, stage, written)
@@ -95,9 +93,7 @@ def _classify(
     facts: GraphFacts, candidate: _Candidate, is_stage_input: bool, token_count: Dim | None, written: set[int]
 ) -> GraphInput:
     def result(kind: InputKind, reason: str, **more: Any) -> GraphInput:
-        return GraphInput(
-            candidate.node.name, candidate.source, candidate.label, kind, reason, candidate.spec, **more
-        )
+        return GraphInput(candidate.node.name, candidate.source, candidate.label, kind, reason, candidate.spec, **more)
 
     spec = candidate.spec
     if spec is None:
@@ -105,7 +101,7 @@ def _classify(
         if isinstance(expression, sympy.Symbol) and expression == token_count:
             return result("token-count", "sizes the token dimension", expression=expression)
         return result("scalar", "a number that is no token count", expression=expression)
-    token_dim = next((d for d, size in enumerate(spec.shape) if token_count is not None and size == token_count), None)
+    token_dim = _dim_of(candidate, token_count)
     is_written = spec.storage in written
     if is_stage_input:
         also = " and written by the graph" if is_written else ""
@@ -146,22 +142,35 @@ def _token_count(
 
 
 def _token_dim_size(candidate: _Candidate) -> Dim | None:
-    """Size of the dimension that counts tokens in a proxy or per-token input.
-
-    The last symbolic dimension, as the sequence in ``[batch, tokens, hidden]``; without any, the dimension before
-    the hidden size (floats) or the last one (ids and positions).
-    """
+    """Size of the dimension that counts tokens in a proxy or per-token input; None if it is no bare symbol."""
     assert candidate.spec is not None
-    shape = candidate.spec.shape
-    symbolic = [size for size in shape if not isinstance(size, int)]
-    bare = [size for size in symbolic if isinstance(size, sympy.Symbol)]
-    if symbolic:
-        return bare[-1] if bare else None
-    if not shape:
+    dim = _usual_token_dim(candidate.spec)
+    size = None if dim is None else candidate.spec.shape[dim]
+    return size if isinstance(size, (int, sympy.Symbol)) else None
+
+
+def _usual_token_dim(spec: TensorSpec) -> int | None:
+    """The dimension that usually counts tokens.
+
+    The last one that varies, as the sequence in ``[batch, tokens, hidden]``; if none does, the one before the hidden
+    size (floats) or the last one (ids and positions).
+    """
+    varying = [dim for dim, size in enumerate(spec.shape) if not isinstance(size, int)]
+    if varying:
+        return varying[-1]
+    rank = len(spec.shape)
+    if rank == 0:
         return None
-    if candidate.spec.dtype.is_floating_point and len(shape) > 1:
-        return shape[-2]
-    return shape[-1]
+    return rank - 2 if spec.dtype.is_floating_point and rank > 1 else rank - 1
+
+
+def _dim_of(candidate: _Candidate, token_count: Dim | None) -> int | None:
+    """The dimension of a tensor that is the token count, if any; several may be where sizes are static."""
+    if candidate.spec is None or token_count is None:
+        return None
+    dims = [dim for dim, size in enumerate(candidate.spec.shape) if size == token_count]
+    usual = _usual_token_dim(candidate.spec)
+    return usual if usual in dims else next(iter(dims), None)
 
 
 def _token_reason(facts: GraphFacts, size: Dim | None, candidate: _Candidate) -> str:
@@ -170,9 +179,7 @@ def _token_reason(facts: GraphFacts, size: Dim | None, candidate: _Candidate) ->
         return f"{where} has no dimension that could count tokens"
     if isinstance(size, int):
         return f"static {size}, from {where}"
-    others = sorted(
-        {str(s) for s in candidate.spec.symbols if s != size} if candidate.spec is not None else set()
-    )
+    others = sorted({str(s) for s in candidate.spec.symbols if s != size} if candidate.spec is not None else set())
     also = f"; {', '.join(others)} varies too" if others else ""
     return f"{facts.symbols[size] if size in facts.symbols else size}, from {where}{also}"
 
@@ -266,6 +273,4 @@ def _in_module(candidate: _Candidate) -> bool:
 
 
 def _is_parameter(candidate: _Candidate, facts: GraphFacts) -> bool:
-    return "_parameters" in candidate.path or isinstance(
-        candidate.node.meta.get("example_value"), torch.nn.Parameter
-    )
+    return "_parameters" in candidate.path or isinstance(candidate.node.meta.get("example_value"), torch.nn.Parameter)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import Config
-from .inductor import CompiledPiece
 from .placeholders import GraphInput, InputTable
 from .specs import SymbolSpec
 from .split import Piece, ResultValue, SizeOf, Split
 from .stats import TOTALS, Stats
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .inductor import CompiledPiece
 
 
 @dataclass
@@ -86,16 +88,14 @@ class Program:
 
     def explain(self) -> str:
         """What was split where and why, and what each input is."""
-        from .explain import explain_program
+        from .explanation import explain_program
 
         return explain_program(self)
 
     # ---------------------------------------------------------------------- running
 
     def _run(self, instruction: _Instruction, registers: list[Any]) -> Sequence[Any]:
-        arguments = [
-            registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in instruction.arguments
-        ]
+        arguments = [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in instruction.arguments]
         compiled = instruction.compiled
         if compiled is None:
             return instruction.call(*arguments)
@@ -121,9 +121,9 @@ class Program:
                     owner.setdefault(_memory(value), graph_input.spec.storage)
             cloned = []
             for index, (value, storage) in enumerate(zip(results, self.split.result_storages, strict=True)):
-                if isinstance(value, torch.Tensor) and value.numel():
-                    if owner.setdefault(_memory(value), storage) != storage:
-                        cloned.append(index)
+                is_tensor = isinstance(value, torch.Tensor) and value.numel()
+                if is_tensor and owner.setdefault(_memory(value), storage) != storage:
+                    cloned.append(index)
             self._cloned_results = tuple(cloned)
         for index in self._cloned_results:
             results[index] = results[index].clone()

@@ -18,15 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from . import _compat
 from .split_ops import op_names
 
 _DROPPED_FUNCTIONS: tuple[object, ...] = (
-    torch._C._set_grad_enabled,
-    torch._C._log_api_usage_once,
+    _compat.set_grad_enabled,
+    _compat.log_api_usage_once,
     _compat.enter_inference_mode,
     _compat.exit_inference_mode,
 )
@@ -109,7 +108,7 @@ def is_autocast_exit(node: Node) -> bool:
 
 def sets_state(node: Node) -> bool:
     """Whether the node changes a state of the process or thread rather than a tensor."""
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or isinstance(node.target, _compat.OpOverload):
         return False
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     name = getattr(target, "__name__", "")

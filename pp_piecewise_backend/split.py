@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, TypeAlias
 
 import sympy
 import torch
@@ -43,7 +43,7 @@ class ResultValue(NamedTuple):
     value: str
 
 
-Source = Union[str, SizeOf]
+Source: TypeAlias = str | SizeOf
 """Where a piece's input comes from: a value by name, or the size of one."""
 
 
@@ -113,6 +113,11 @@ class _Key(NamedTuple):
         return name if self.version is None else f"{name}__after_{self.version.name}"
 
     @property
+    def whole(self) -> _Key:
+        """The key of all that the node returns; a renamed value is one tensor already."""
+        return self if self.version is not None else _Key(Value(self.value.node))
+
+    @property
     def is_given(self) -> bool:
         """Whether it exists before the first step runs."""
         return self.version is None and self.value.node.op in ("placeholder", "get_attr")
@@ -162,9 +167,8 @@ class _Splitter:
         wanted = handed_out
         for builder in (last, *reversed(builders)):
             for key in wanted:
-                if not key.is_given and (maker := made_by[key._replace(value=Value(key.value.node)) if key.version is None
-                                                          else key]) is not last:  # fmt: skip
-                    maker.export(key)
+                if not key.is_given:
+                    made_by[key.whole].export(key)
             piece, wanted = builder.finish(result_names)
             if piece is not None:
                 pieces.append(piece)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch.fx import GraphModule, Node
 
+from . import _compat
 from .config import SplitOps
 
 BUILTIN_SPLIT_OPS: tuple[str, ...] = (
@@ -112,27 +113,14 @@ def op_names(node: Node) -> tuple[str, ...]:
         return (str(target),)
     if node.op != "call_function":
         return ()
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::", 1)
-        overload = target._overloadname
-        return (
-            f"{namespace}::{name}",
-            name,
-            f"{namespace}::{name}.{overload}",
-            f"{namespace}.{name}",
-            f"{namespace}.{name}.{overload}",
-            f"torch.ops.{namespace}.{name}",
-            f"torch.ops.{namespace}.{name}.{overload}",
-        )
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        namespace, name = target._qualified_op_name.split("::", 1)
-        return (f"{namespace}::{name}", name, f"{namespace}.{name}", f"torch.ops.{namespace}.{name}")
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, _compat.HigherOrderOperator):
         return (target.name(), f"higher_order::{target.name()}", f"torch.ops.higher_order.{target.name()}")
-    opoverload = getattr(target, "_opoverload", None)  # torch.library.custom_op
-    if isinstance(opoverload, torch._ops.OpOverload):
-        namespace, name = opoverload._schema.name.split("::", 1)
-        return (f"{namespace}::{name}", name, f"{namespace}.{name}", f"torch.ops.{namespace}.{name}")
+    if (schema_name := _compat.schema_name(target)) is not None:  # type: ignore[arg-type]
+        namespace, name = schema_name.split("::", 1)
+        names: tuple[str, ...] = (schema_name, name, f"{namespace}.{name}", f"torch.ops.{namespace}.{name}")
+        if (overload := _compat.overload_name(target)) is not None:  # type: ignore[arg-type]
+            names += tuple(f"{spelling}.{overload}" for spelling in names if spelling != name)
+        return names
     name = getattr(target, "__name__", None) or type(target).__name__
     qualified = getattr(target, "__qualname__", name)
     module = getattr(target, "__module__", None) or ""
@@ -149,13 +137,8 @@ def op_name(node: Node) -> str:
 
 def is_custom_op(node: Node) -> bool:
     """Whether the op comes from a library other than PyTorch's own."""
-    target = node.target
-    target = getattr(target, "_opoverload", target)
-    if isinstance(target, torch._ops.OpOverload):
-        return target.namespace not in ("aten", "prim", "prims")
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return target._qualified_op_name.split("::", 1)[0] not in ("aten", "prim", "prims")
-    return False
+    name = _compat.schema_name(node.target) if callable(node.target) else None
+    return name is not None and name.split("::", 1)[0] not in ("aten", "prim", "prims")
 
 
 def named_like_matmul(name: str) -> bool:

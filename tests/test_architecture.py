@@ -32,6 +32,7 @@ ORDER = (
     "buckets",
     "buffers",
     "capture",
+    "explanation",
     "program",
     "dump",
     "report",
@@ -91,9 +92,7 @@ def dotted_names(tree: ast.AST) -> Iterator[str]:
                 yield f"{node.module}.{alias.name}"
                 imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
-            yield from (
-                arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
-            )
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
     for node in _running_code(tree):
         if isinstance(node, ast.Attribute) and (chain := _chain(node)) and chain[0] in imported:
             yield ".".join([imported[chain[0]], *chain[1:]])
@@ -103,9 +102,7 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
     """The modules of this package that the code imports, by their first component."""
     for node in _running_code(tree):
         if isinstance(node, ast.ImportFrom) and node.level > 0:
-            yield from (
-                [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
-            )
+            yield from ([node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names])
     for name in dotted_names(tree):
         if name == PACKAGE or name.startswith(PACKAGE + "."):
             yield name.split(".")[1] if "." in name else "__init__"

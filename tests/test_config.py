@@ -157,19 +157,13 @@ def test_repr_names_what_differs_from_the_defaults_and_reads_back() -> None:
     options = {name: value for name, (_, value, _) in OTHER_VALUES.items() if name != "dump_dir"}
     full = Config.resolve(options)
     assert repr(Config.resolve()) == "Config()"
-    assert (
-        repr(Config.resolve({"compiler": "eager"}))
-        == str(Config(compiler="eager"))
-        == "Config(compiler='eager')"
-    )
+    assert repr(Config.resolve({"compiler": "eager"})) == str(Config(compiler="eager")) == "Config(compiler='eager')"
     assert eval(repr(full), {"Config": Config}) == full
 
 
 def test_cache_key_changes_with_the_compiler_only() -> None:
     base = Config.resolve().cache_key()
-    different = {
-        name for name in FIELD_NAMES if Config.resolve({name: OTHER_VALUES[name][0]}).cache_key() != base
-    }
+    different = {name for name in FIELD_NAMES if Config.resolve({name: OTHER_VALUES[name][0]}).cache_key() != base}
     assert different == {"compiler"}
 
 
@@ -181,9 +175,7 @@ def test_nothing_is_reported_when_nothing_was_set() -> None:
 
 
 @pytest.mark.parametrize("name", FIELD_NAMES)
-def test_what_the_user_set_and_has_no_machinery_is_reported(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_user_set_and_has_no_machinery_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, _, held = OTHER_VALUES[name]
     expected = {name} if name in NOT_BUILT_YET and held not in NOT_BUILT_YET[name].honoured else set()
     assert set(Config.resolve({name: text}).not_in_effect()) == expected
@@ -220,9 +212,7 @@ def test_flags_that_are_on(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["yes", "on", "", " 1", "2", 2, -1, 1.0, None, [True]])
 def test_flags_take_nothing_else(value: object) -> None:
-    assert f"option 'strict' has the value {value!r}: expected 0, 1, true or false" in message(
-        {"strict": value}
-    )
+    assert f"option 'strict' has the value {value!r}: expected 0, 1, true or false" in message({"strict": value})
 
 
 @pytest.mark.parametrize(
@@ -289,9 +279,7 @@ def test_no_stage_inputs() -> None:
     ],
 )
 def test_bad_whole_numbers(name: str, value: object) -> None:
-    assert f"option {name!r} has the value {value!r}: expected a whole number, at least" in message(
-        {name: value}
-    )
+    assert f"option {name!r} has the value {value!r}: expected a whole number, at least" in message({name: value})
 
 
 @pytest.mark.parametrize("value", ["", 3, b"x"])
@@ -355,9 +343,7 @@ def test_ladders_print_and_read_back(ladder: tuple[SizeRange, ...]) -> None:
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20))
 def test_lists_of_sizes_must_ascend(sizes: list[int]) -> None:
     if sizes == sorted(set(sizes)):
-        assert Config.resolve({"capture_sizes": sizes}) == Config.resolve(
-            {"capture_sizes": ",".join(map(str, sizes))}
-        )
+        assert Config.resolve({"capture_sizes": sizes}) == Config.resolve({"capture_sizes": ",".join(map(str, sizes))})
     else:
         assert "does not lie above" in message({"capture_sizes": sizes})
 
@@ -396,9 +382,7 @@ def test_keywords_of_the_settings_library_are_no_options() -> None:
         ("PP_PIECEWISEMODE", "PP_PIECEWISE_MODE"),
     ],
 )
-def test_unknown_variables_name_the_nearest(
-    wrong: str, nearest: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_variables_name_the_nearest(wrong: str, nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(wrong, "7")
     text = message({})
     assert f"unknown environment variable {wrong}='7'" in text

@@ -154,7 +154,8 @@ def report(generated: list[list[int]], rank: int = 0, calls_without_program: int
         calls=12,
         calls_without_program=calls_without_program,
         load_seconds=0.5,
-        batch_seconds=[1.25, 0.25],
+        compile_seconds=2.25,
+        generate_seconds=1.5,
         generated=generated,
     )
 
@@ -206,8 +207,8 @@ def test_tables_show_what_was_measured() -> None:
     reports = [report([[1, 2], [3]]), report([[1, 2], [3]], rank=1)]
     answers = verdict.answers_table([[1, 2], [4]], 0.125, reports, right=[[1, 2], [3]])
     eager, pipeline = answers.splitlines()[2:]
-    assert eager.split()[-5:] == ["50.0%", "3", "-", "0.12", "-"]
-    assert "100.0%" in pipeline and "2 of 3" in pipeline and "1.50" in pipeline and "1.25" in pipeline
+    assert eager.split()[-5:] == ["process", "50.0%", "3", "-", "0.12"]
+    assert "100.0%" in pipeline and "2 of 3" in pipeline and "1.50" in pipeline
     assert verdict.ranks_table(reports).splitlines()[3].split() == [
         "1",
         "2-3",
@@ -217,6 +218,7 @@ def test_tables_show_what_was_measured() -> None:
         "3",
         "48",
         "0.50",
+        "2.25",
     ]
     assert verdict.eager_lines(reports) == ["  8 x index_copy_, scaled_dot_product_attention: split op"]
     assert max(map(len, verdict.eager_lines(reports, width=40))) <= 40

@@ -74,9 +74,7 @@ def test_every_message_is_tested() -> None:
     builders = {
         name
         for name, function in vars(errors).items()
-        if inspect.isfunction(function)
-        and function.__module__ == errors.__name__
-        and not name.startswith("_")
+        if inspect.isfunction(function) and function.__module__ == errors.__name__ and not name.startswith("_")
     }
     assert builders - {"nearest"} == set(MESSAGES)
 

@@ -99,8 +99,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 def test_loading_the_backend_adds_neither_depyf_nor_transformers_nor_cuda() -> None:
     code = (
-        "before = set(); import torch, pp_piecewise_backend.backend; "
-        f"assert not torch.cuda.is_initialized(); {LOADED}"
+        f"before = set(); import torch, pp_piecewise_backend.backend; assert not torch.cuda.is_initialized(); {LOADED}"
     )
     loaded = json.loads(run_python(code))
     assert "pp_piecewise_backend.backend" in loaded
@@ -108,9 +107,7 @@ def test_loading_the_backend_adds_neither_depyf_nor_transformers_nor_cuda() -> N
 
 
 def test_importing_the_package_reads_no_settings() -> None:
-    assert (
-        run_python("import pp_piecewise_backend; print('fine')", PP_PIECEWISE_NONSENSE="1").strip() == "fine"
-    )
+    assert run_python("import pp_piecewise_backend; print('fine')", PP_PIECEWISE_NONSENSE="1").strip() == "fine"
 
 
 # ----------------------------------------------------------------------------------------- wheel
@@ -136,9 +133,7 @@ def test_the_wheel_holds_all_files_of_the_package(wheel: Path) -> None:
     on_disk = {path.relative_to(CHECKOUT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
     assert inside == {name for name in on_disk if "__pycache__" not in name}
     assert "pp_piecewise_backend/py.typed" in inside
-    assert any(
-        name.startswith("pp_piecewise_backend/demo/") and name.endswith(".safetensors") for name in inside
-    )
+    assert any(name.startswith("pp_piecewise_backend/demo/") and name.endswith(".safetensors") for name in inside)
 
 
 def test_the_wheel_is_small(wheel: Path) -> None:

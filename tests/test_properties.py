@@ -96,9 +96,7 @@ class Writer:
         default_factory=lambda: [Variable("x", TOKENS), Variable("y", TOKENS), Variable("x", TOKENS)]
     )
 
-    def pick(
-        self, *shapes: tuple[int | str, ...], dtype: torch.dtype | None = torch.float32
-    ) -> Variable | None:
+    def pick(self, *shapes: tuple[int | str, ...], dtype: torch.dtype | None = torch.float32) -> Variable | None:
         """A name of one of these shapes (any, if none is given) and of that dtype (None: any)."""
         fitting = [
             variable
@@ -111,9 +109,7 @@ class Writer:
     def choose(self, *choices: str) -> str:
         return self.draw(st.sampled_from(choices))
 
-    def define(
-        self, value: str, shape: tuple[int | str, ...], dtype: torch.dtype = torch.float32
-    ) -> Variable:
+    def define(self, value: str, shape: tuple[int | str, ...], dtype: torch.dtype = torch.float32) -> Variable:
         variable = Variable(f"v{len(self.lines)}", shape, dtype)
         self.lines.append(f"{variable.name} = {value}")
         self.variables.append(variable)
@@ -131,9 +127,7 @@ def elementwise(writer: Writer) -> None:
 
 def binary(writer: Writer) -> None:
     if (a := writer.pick(dtype=None)) and (b := writer.pick(a.shape, dtype=a.dtype)):
-        expression = writer.choose(
-            "{} + {}", "{} * {}", "torch.maximum({}, {})", "torch.where({0} > 0, {0}, {1})"
-        )
+        expression = writer.choose("{} + {}", "{} * {}", "torch.maximum({}, {})", "torch.where({0} > 0, {0}, {1})")
         writer.define(expression.format(a.name, b.name), a.shape, a.dtype)
 
 
@@ -246,9 +240,7 @@ def split_op(writer: Writer) -> None:
         style = writer.choose("sdpa", "fresh", "into", "into new", "cached")
         if style == "sdpa":
             heads = f".view(-1, 2, {HIDDEN // 2}).transpose(0, 1).unsqueeze(0)"
-            q, k = (
-                writer.define(f"{v.name}.contiguous(){heads}", (1, 2, N, HIDDEN // 2)).name for v in (a, b)
-            )
+            q, k = (writer.define(f"{v.name}.contiguous(){heads}", (1, 2, N, HIDDEN // 2)).name for v in (a, b))
             del writer.variables[-2:]
             causal = writer.choose("True", "False")
             output = f"F.scaled_dot_product_attention({q}, {k}, {k}, is_causal={causal})"
@@ -258,11 +250,7 @@ def split_op(writer: Writer) -> None:
         elif style == "cached":
             writer.define(f"torch.ops.prop.cached({a.name}, cache, ids)", TOKENS)
         else:
-            new = (
-                f"{a.name}.new_empty({a.name}.shape)"
-                if style == "into new"
-                else f"torch.empty_like({a.name})"
-            )
+            new = f"{a.name}.new_empty({a.name}.shape)" if style == "into new" else f"torch.empty_like({a.name})"
             out = writer.define(new, TOKENS)
             writer.do(f"torch.ops.prop.into({a.name}, {b.name}, {out.name})")
 
@@ -371,9 +359,7 @@ def examples(draw: Callable[..., Any]) -> Example:
 def _output(writer: Writer) -> str:
     variable = writer.pick(dtype=None)
     assert variable is not None  # the arguments are always there
-    form = writer.choose(
-        "{}", "{}", "{}", "{}[:, :1]", "{}.view_as({})", "cache", "{}.shape[0] * 2", "{}[-1]"
-    )
+    form = writer.choose("{}", "{}", "{}", "{}[:, :1]", "{}.view_as({})", "cache", "{}.shape[0] * 2", "{}[-1]")
     return form.format(variable.name, variable.name)
 
 
@@ -386,9 +372,7 @@ class ExampleModule(nn.Module):
     def __init__(self, source: str) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        self.weight = nn.Parameter(
-            torch.randn(HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5, requires_grad=False
-        )
+        self.weight = nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5, requires_grad=False)
         self.bias = nn.Parameter(torch.randn(HIDDEN, generator=generator), requires_grad=False)
         self.register_buffer("state", torch.randn(HIDDEN, generator=generator))
         self.register_buffer("calls", torch.zeros(()))
@@ -436,9 +420,7 @@ def check(example: Example, compiler: str, rtol: float) -> None:
     torch._dynamo.reset()
     ppb.reset()
     expected_module, module = ExampleModule(example.source), ExampleModule(example.source)
-    compiled = torch.compile(
-        module, backend="pp_piecewise", options={"compiler": compiler, "split_ops": SPLIT_OPS}
-    )
+    compiled = torch.compile(module, backend="pp_piecewise", options={"compiler": compiler, "split_ops": SPLIT_OPS})
     for call, tokens in enumerate(example.sizes):
         expected_arguments = make_arguments(example, tokens, seed=call)
         arguments = make_arguments(example, tokens, seed=call)
@@ -457,9 +439,7 @@ def check(example: Example, compiler: str, rtol: float) -> None:
             if not isinstance(want, Tensor):
                 assert value == want, where
                 continue
-            assert (value.shape, value.stride(), value.dtype) == (want.shape, want.stride(), want.dtype), (
-                where
-            )
+            assert (value.shape, value.stride(), value.dtype) == (want.shape, want.stride(), want.dtype), where
             torch.testing.assert_close(
                 value,
                 want,

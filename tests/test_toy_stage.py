@@ -38,9 +38,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def compile_stage(stage: ToyStage, compiler: str = "eager") -> Any:
-    return torch.compile(
-        stage, backend="pp_piecewise", options={"compiler": compiler, "split_ops": SPLIT_OPS}
-    )
+    return torch.compile(stage, backend="pp_piecewise", options={"compiler": compiler, "split_ops": SPLIT_OPS})
 
 
 def mark_tokens_dynamic(inputs: dict[str, Tensor | None]) -> None:
@@ -66,9 +64,7 @@ def assert_call_equals_eager(
         mark_tokens_dynamic(inputs)
     output, expected = compiled(**inputs), reference(**expected_inputs)
     assert type(output) is type(expected)
-    outputs, expected_outputs = (
-        value if isinstance(value, tuple) else (value,) for value in (output, expected)
-    )
+    outputs, expected_outputs = (value if isinstance(value, tuple) else (value,) for value in (output, expected))
     for got, want in zip(outputs, expected_outputs, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
         assert got.stride() == want.stride()
@@ -92,9 +88,7 @@ def assert_call_equals_eager(
 
 
 def attention_steps(program: Any) -> int:
-    return sum(
-        piece.kind == "eager" and any(ATTENTION in name for name in piece.ops) for piece in program.pieces
-    )
+    return sum(piece.kind == "eager" and any(ATTENTION in name for name in piece.ops) for piece in program.pieces)
 
 
 @pytest.mark.compat
@@ -129,9 +123,7 @@ def test_three_pieces_are_compiled_at_any_depth(num_layers: int, inplace_norm: b
     compiled = compile_stage(stage)
     inputs = stage.make_inputs(8)
     mark_tokens_dynamic(inputs)
-    with ppb.expect(
-        programs=1, pieces=num_layers + 1, pieces_compiled=3, pieces_reused=num_layers - 2, recompiles=0
-    ):
+    with ppb.expect(programs=1, pieces=num_layers + 1, pieces_compiled=3, pieces_reused=num_layers - 2, recompiles=0):
         compiled(**inputs)
     (program,) = ppb.programs()
     compute = [piece for piece in program.pieces if piece.kind == "compute"]
@@ -175,9 +167,7 @@ def test_two_instances_through_one_program() -> None:
     compiled = [compile_stage(stage) for stage in stages]
     for round_index, (tokens, start) in enumerate(CALLS[:2] + CALLS[3:5]):
         for index, (stage, reference) in enumerate(zip(stages, references, strict=True)):
-            assert_call_equals_eager(
-                compiled[index], stage, reference, tokens, start, mark=round_index == index == 0
-            )
+            assert_call_equals_eager(compiled[index], stage, reference, tokens, start, mark=round_index == index == 0)
     (program,) = ppb.programs()
     assert program.stats.calls == 4 * len(stages)
     assert ppb.stats().pieces_compiled == 3
@@ -232,9 +222,7 @@ def test_threads_compile_at_the_same_time() -> None:
             # One code object for all: four models with three programs each. The setting is a thread's own.
             with torch._dynamo.config.patch(recompile_limit=32):
                 for tokens, start in CALLS:
-                    assert_call_equals_eager(
-                        compiled[index], stages[index], references[index], tokens, start
-                    )
+                    assert_call_equals_eager(compiled[index], stages[index], references[index], tokens, start)
         except BaseException as error:
             failures.append(error)
 

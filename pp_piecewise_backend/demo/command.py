@@ -138,7 +138,8 @@ def execute(task: Task) -> int:
     job = task.job
     transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
     print(
-        f"{len(job.prompts)} prompts, {job.ranks} ranks, {transport}, compiler {job.options['compiler']}",
+        f"{_count(len(job.prompts), 'prompt')}, {_count(job.ranks, 'rank')}, {transport}, "
+        f"compiler {job.options['compiler']}",
         flush=True,
     )
     try:
@@ -159,6 +160,10 @@ def execute(task: Task) -> int:
     for problem in judged.problems:
         print(f"demo: {problem}", file=sys.stderr)
     return judged.exit_code
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _read_config(model_dir: Path) -> Any:

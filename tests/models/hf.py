@@ -113,9 +113,7 @@ AttentionInterface.register(CAPPED_FLEX, _capped_flex_attention)
 AttentionMaskInterface.register(CAPPED_FLEX, _full_mask)
 
 
-def make_model(
-    architecture: str, num_layers: int = 2, seed: int = 0, attention: str | None = None
-) -> PreTrainedModel:
+def make_model(architecture: str, num_layers: int = 2, seed: int = 0, attention: str | None = None) -> PreTrainedModel:
     """A tiny decoder in float32, evaluation mode, on the CPU, with the weights that `seed` gives.
 
     `attention` names transformers' attention implementation; None is the library's own choice (SDPA, but

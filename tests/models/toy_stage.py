@@ -57,9 +57,7 @@ def attention(
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, layer_index: int
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, layer_index: int) -> Tensor:
     return torch.empty_like(q)
 
 
@@ -138,9 +136,7 @@ class ToyAttention(nn.Module):
                 q, k, v, self.k_cache, self.v_cache, positions, attended, self.layer_index
             )
         else:
-            attended = torch.ops.toy.attention(
-                q, k, v, self.k_cache, self.v_cache, positions, self.layer_index
-            )
+            attended = torch.ops.toy.attention(q, k, v, self.k_cache, self.v_cache, positions, self.layer_index)
         return self.out(attended.view(-1, q_size))
 
 

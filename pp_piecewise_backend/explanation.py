@@ -1,0 +1,182 @@
+"""The report that a person reads: what was split where and why, what each input is, what was not done and why."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import _compat
+from .placeholders import GraphInput, InputKind
+from .split import Piece
+
+if TYPE_CHECKING:
+    from .program import Program
+
+WIDTH = 120
+_LONGEST_REPEAT = 12
+_KIND_ORDER: tuple[InputKind, ...] = (
+    "token-count", "stage-input", "per-token", "state", "scalar", "other-tensor", "parameter",
+)  # fmt: skip
+
+
+def explain_program(program: Program) -> str:
+    """The report on one program, at most ``WIDTH`` columns wide; repeated layers fold into one line with a count."""
+    compute = [piece for piece in program.pieces if piece.kind == "compute"]
+    distinct = len({piece.key for piece in compute})
+    eager = len(program.pieces) - len(compute)
+    stats = program.stats.snapshot()
+    lines = [
+        f"{program.name}: {len(compute)} compute pieces ({distinct} distinct), {eager} eager steps, "
+        f"{stats.calls} calls",
+        *_entry("  settings", str(program.config)),
+        *_entry("  tokens", program.table.token_reason),
+        *_entry("  split at", _matches(program)),
+    ]
+    lines.append(f"  inputs ({len(program.inputs)})")
+    lines += _input_lines(program.inputs)
+    lines.append(f"  steps ({len(program.pieces)})")
+    lines += _step_lines(program)
+    if program.table.unmatched_stage_inputs:
+        lines += _entry("  not found", f"stage inputs {', '.join(program.table.unmatched_stage_inputs)}")
+    for index, reason in sorted(program.plain_runs.items()):
+        lines += _entry("  ran as plain FX", f"piece[{index}]: {reason}")
+    failures = {c.failure: i for i, c in enumerate(program.compiled) if c is not None and c.failure is not None}
+    for failure, index in failures.items():
+        lines += _entry("  not compiled", f"piece[{index}]: {failure}")
+    lines += _entry(
+        "  compiled",
+        f"{stats.pieces_compiled} pieces in {stats.compile_seconds:.2f} s, {stats.pieces_reused} served by equal ones",
+    )
+    for name, sentence in program.config.not_in_effect().items():
+        lines += _entry("  not in effect", f"{name}: {sentence}")
+    return "\n".join(lines)
+
+
+def explain_all(reports: Sequence[str]) -> str:
+    """The reports on all programs of the process, after what Dynamo did that no program can see."""
+    lines = [f"{len(reports)} live programs"]
+    if given_up := _compat.recompile_limit_hits():
+        lines += _entry(
+            "  given up by Dynamo",
+            f"{given_up} times a frame hit torch._dynamo.config.recompile_limit; its further kinds of input run "
+            f"eagerly and never reach this backend. Raise the limit, or let fewer kinds of input vary.",
+        )
+    if breaks := _compat.graph_breaks():
+        lines += _entry("  graph breaks", f"{breaks}; see TORCH_LOGS=graph_breaks")
+    return "\n\n".join(("\n".join(lines), *reports))
+
+
+# ------------------------------------------------------------------------------- inputs
+
+
+def short_source(source: str) -> str:
+    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` as ``self.layers.0.weight``."""
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", source)
+    return re.sub(r"^[LG]\['([^']+)'\]", r"\1", text)
+
+
+def _input_lines(inputs: Sequence[GraphInput]) -> list[str]:
+    groups: dict[tuple[object, ...], list[GraphInput]] = {}
+    for graph_input in sorted(inputs, key=lambda i: _KIND_ORDER.index(i.kind)):
+        pattern = re.sub(r"\d+", "#", short_source(graph_input.source) or graph_input.name)
+        shape = _shape(graph_input)
+        groups.setdefault((graph_input.kind, graph_input.reason, pattern, re.sub(r"\bs\d+", "s#", shape)), []).append(
+            graph_input
+        )
+    lines = []
+    for members in groups.values():
+        first = members[0]
+        count = f" x{len(members)}" if len(members) > 1 else ""
+        name = _folded_name([short_source(m.source) or m.name for m in members])
+        lines += _entry(f"    {first.kind}", f"{name}{count} {_shape(first)}: {first.reason}", indent=18)
+    return lines
+
+
+def _shape(graph_input: GraphInput) -> str:
+    return str(graph_input.expression) if graph_input.spec is None else str(graph_input.spec)
+
+
+def _folded_name(names: Sequence[str]) -> str:
+    """One name for several that differ in their numbers only: ``layers.{0..31}.weight``."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    folded = []
+    for column in zip(*parts, strict=False):
+        values = list(dict.fromkeys(column))
+        folded.append(values[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
+    return "".join(folded)
+
+
+# -------------------------------------------------------------------------------- steps
+
+
+class _Line(NamedTuple):
+    piece: Piece
+    signature: tuple[object, ...]
+    text: str
+
+
+def _step_lines(program: Program) -> list[str]:
+    steps = [_step(piece) for piece in program.pieces]
+    lines = []
+    for start, period, repeats in _fold([step.signature for step in steps]):
+        block = steps[start : start + period]
+        if repeats > 1:
+            last = start + period * repeats - 1
+            lines.append(f"    piece[{start}..{last}]: {repeats} times the same {period} steps:")
+        for step in block:
+            lines += _entry(f"    {'  ' if repeats > 1 else ''}piece[{step.piece.index}]", step.text, indent=18)
+    return lines
+
+
+def _step(piece: Piece) -> _Line:
+    reads = f"; reads {', '.join(piece.reads_stage_inputs)}" if piece.reads_stage_inputs else ""
+    writes = "; gives results" if piece.writes_stage_outputs else ""
+    if piece.kind == "eager":
+        text = f"eager: {piece.reason}{reads}{writes}"
+        return _Line(piece, ("eager", re.sub(r"_\d+\b", "", text)), text)
+    text = f"compute: {_summary(piece.ops)}; key {piece.key}{reads}{writes}"
+    return _Line(piece, ("compute", piece.key, reads, writes), text)
+
+
+def _summary(ops: Iterable[str]) -> str:
+    """The ops of a piece, most frequent kinds only, in the order of their first appearance."""
+    names = [name.rpartition(".")[2] for name in ops]
+    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+    shown = sorted(counts, key=lambda name: counts[name], reverse=True)[:5]
+    listed = ", ".join(f"{name} x{counts[name]}" if counts[name] > 1 else name for name in counts if name in shown)
+    rest = len(names) - sum(counts[name] for name in shown)
+    return f"{len(names)} ops ({listed}{f', {rest} more' if rest else ''})"
+
+
+def _fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]:
+    """Cut a sequence into blocks ``(start, period, repeats)``, folding what repeats right behind itself."""
+    blocks: list[tuple[int, int, int]] = []
+    start = 0
+    while start < len(signatures):
+        best = (1, 1)
+        for period in range(1, min(_LONGEST_REPEAT, (len(signatures) - start) // 2) + 1):
+            block = signatures[start : start + period]
+            repeats = 1
+            while signatures[start + period * repeats : start + period * (repeats + 1)] == block:
+                repeats += 1
+            if repeats > 1 and period * repeats > best[0] * best[1]:
+                best = (period, repeats)
+        blocks.append((start, *best))
+        start += best[0] * best[1]
+    return blocks
+
+
+def _matches(program: Program) -> str:
+    cuts = program.split.cuts
+    found = ", ".join(f"{pattern} ({count} ops)" for pattern, count in cuts.matches.items())
+    like = f"; not split at, though named alike: {', '.join(cuts.attention_like)}" if cuts.attention_like else ""
+    return (found or "nothing: no op of this graph matches split_ops") + like
+
+
+def _entry(head: str, text: str, indent: int = 14) -> list[str]:
+    """A line with a heading, wrapped under its text."""
+    head = f"{head} " if len(head) >= indent else head.ljust(indent)
+    lines = textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * indent)
+    return lines or [head.rstrip()]
