@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import CodeType
+from dataclasses import dataclass, replace
+from types import CellType, CodeType
 from typing import Any, Literal
 
 import sympy
@@ -25,6 +25,8 @@ _PER_TOKEN_NAMES = (
     "input_ids", "inputs_embeds", "hidden_states", "positions", "position_ids", "input_embeds", "tokens", "x",
 )  # fmt: skip
 """Names that engines and Hugging Face give to per-token inputs, the surest first."""
+
+_REGISTERED = ("_modules", "_parameters", "_buffers")
 
 _COMPONENT = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\.([A-Za-z_]\w*)|\[(-?\d+)\]")
 
@@ -71,6 +73,8 @@ class _Candidate:
     path: tuple[str | int, ...]
     label: str
     spec: TensorSpec | None
+    in_module: bool = False
+    """Whether it belongs to a module: a parameter, a buffer, or any other tensor that hangs on it."""
 
 
 def classify_inputs(facts: GraphFacts, stage_input_names: Sequence[str]) -> InputTable:
@@ -80,9 +84,10 @@ def classify_inputs(facts: GraphFacts, stage_input_names: Sequence[str]) -> Inpu
         stage_input_names: names of the proxies, matched on the last component of an input's source.
     """
     frame = _compat.frame_being_compiled()
-    candidates = [_candidate(facts, node, frame) for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
+    candidates = _mark_module_members([_candidate(facts, node, frame) for node in placeholders])
     written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
-    stage = [c for c in candidates if c.spec is not None and c.label in stage_input_names and not _in_module(c)]
+    stage = [c for c in candidates if c.spec is not None and c.label in stage_input_names and not c.in_module]
     token_count, token_reason = _token_count(facts, candidates, stage, written)
     inputs = tuple(_classify(facts, c, c in stage, token_count, written) for c in candidates)
     found = {c.label for c in stage}
@@ -106,11 +111,13 @@ def _classify(
     if is_stage_input:
         also = " and written by the graph" if is_written else ""
         return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
-    if _in_module(candidate):
-        what = "parameter" if _is_parameter(candidate, facts) else "buffer or attribute"
+    if _is_python_float(candidate.node):
+        return result("scalar", "a Python float, which Dynamo passes as a 0-d tensor")
+    if candidate.in_module:
+        what = _member_kind(candidate)
         if is_written:
-            return result("state", f"module {what} that the graph writes")
-        return result("parameter", f"module {what}")
+            return result("state", f"{what} that the graph writes")
+        return result("parameter", what)
     if is_written:
         return result("state", "the graph writes it")
     if token_dim is not None and _may_be_per_token(candidate, token_count):
@@ -133,9 +140,11 @@ def _token_count(
             return None, f"the stage inputs disagree on the token dimension: {shapes}"
         (size,) = sizes
         return size, _token_reason(facts, size, stage[0])
-    plain = [c for c in candidates if c.spec is not None and not _in_module(c) and c.spec.storage not in written]
+    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in written]
     named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
-    for candidate in (*named, *(c for c in plain if len(c.path) == 1 and c not in named)):
+    passed = [c for c in plain if len(c.path) == 1 and c not in named and not _is_python_float(c.node)]
+    passed.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies counts before what does not
+    for candidate in (*named, *passed):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"
@@ -250,27 +259,72 @@ def _variadic_name(code: CodeType, flag: int) -> str | None:
 
 def _parameter_name(code: CodeType, values: Mapping[str, object], position: int) -> str | None:
     """Name of the wrapped function's positional parameter, for a wrapper that takes ``*args``."""
-    wrapped = [values[name] for name in code.co_freevars if callable(values.get(name))]
-    first = values.get("self")
-    if first is None and isinstance(arguments := values.get(_variadic_name(code, inspect.CO_VARARGS) or ""), tuple):
-        first = arguments[0] if arguments else None
-    if isinstance(first, torch.nn.Module):
-        wrapped.append(type(first).forward)
-    for function in wrapped:
-        signature = _compat.unwrapped_signature(function)  # type: ignore[arg-type]
-        parameters = [] if signature is None else list(signature.parameters.values())
-        if position < len(parameters) and parameters[position].kind in (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        ):
-            return parameters[position].name
-    return None
+    wrapped = [(values[name], position) for name in code.co_freevars if name in values]
+    arguments = values.get(_variadic_name(code, inspect.CO_VARARGS) or "")
+    leading = values.get(code.co_varnames[0]) if code.co_argcount else next(iter(arguments or ()), None)  # type: ignore
+    if isinstance(leading, torch.nn.Module) and position > 0:
+        wrapped.append((leading, position - 1))
+    names = (_positional_name(function, at, set()) for function, at in wrapped)
+    return next((name for name in names if name is not None), None)
 
 
-def _in_module(candidate: _Candidate) -> bool:
-    modules = ("_modules", "_parameters", "_buffers")
-    return candidate.path[:1] == ("self",) or any(part in modules for part in candidate.path)
+def _positional_name(function: object, position: int, seen: set[int]) -> str | None:
+    """Name of the parameter that takes a positional argument, looked for through wrappers of ``*args``."""
+    if not callable(function) or id(function) in seen:
+        return None
+    seen.add(id(function))
+    if isinstance(function, torch.nn.Module):
+        # A module around one other passes its arguments on.
+        inner = list(function.children())
+        return _positional_name(function.forward, position, seen) or (
+            _positional_name(inner[0], position, seen) if len(inner) == 1 else None
+        )
+    signature = _compat.unwrapped_signature(function)
+    parameters = [] if signature is None else list(signature.parameters.values())
+    if position < len(parameters) and parameters[position].kind in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        return parameters[position].name
+    if not any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    is_bound = inspect.ismethod(function)
+    cells = getattr(function.__func__ if is_bound else function, "__closure__", None) or ()
+    names = (_positional_name(_cell_contents(cell), position + is_bound, seen) for cell in cells)
+    return next((name for name in names if name is not None), None)
 
 
-def _is_parameter(candidate: _Candidate, facts: GraphFacts) -> bool:
-    return "_parameters" in candidate.path or isinstance(candidate.node.meta.get("example_value"), torch.nn.Parameter)
+def _cell_contents(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _mark_module_members(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Tell which inputs belong to modules, whatever the frame calls these.
+
+    Dynamo writes registered members as ``model._buffers['k']`` and plain attributes as ``model.k``, so one registered
+    member shows that everything behind the same ``model`` belongs to a module.
+    """
+    modules: set[tuple[str | int, ...]] = {("self",)}
+    for candidate in candidates:
+        modules.update(candidate.path[:i] for i, part in enumerate(candidate.path) if part in _REGISTERED and i > 0)
+    return [
+        replace(c, in_module=_is_parameter(c) or any(c.path[:i] in modules for i in range(1, len(c.path))))
+        for c in candidates
+    ]
+
+
+def _member_kind(candidate: _Candidate) -> str:
+    if "_parameters" in candidate.path or _is_parameter(candidate):
+        return "module parameter"
+    return "module buffer" if "_buffers" in candidate.path else "attribute of a module"
+
+
+def _is_parameter(candidate: _Candidate) -> bool:
+    return isinstance(candidate.node.meta.get("example_value"), torch.nn.Parameter)
+
+
+def _is_python_float(node: Node) -> bool:
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))

@@ -35,6 +35,16 @@ class _Instruction:
     cloned_outputs: tuple[int, ...] | None = None
     """Outputs that a compiler merged with other memory although they must have their own; None: not looked at."""
 
+    def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        outputs = self.call(*arguments)
+        if self.cloned_outputs is None:
+            self.cloned_outputs = _merged_outputs(self.piece, arguments, outputs)
+        if self.cloned_outputs:
+            outputs = list(outputs)
+            for index in self.cloned_outputs:
+                outputs[index] = outputs[index].clone()
+        return outputs
+
 
 class Program:
     """One graph, split and compiled, as the callable that Dynamo runs. Threads may call it at the same time.
@@ -71,15 +81,23 @@ class Program:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         registers = [*args, *self.split.constants.values(), *self._empty]
+        all_compiled = True
         with torch.no_grad():
             for instruction in self._instructions:
-                outputs = self._run(instruction, registers)
+                arguments = [
+                    registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in instruction.arguments
+                ]
+                if self._holds(instruction, arguments):
+                    outputs = instruction.run(arguments)
+                else:
+                    outputs = instruction.piece.graph_module.forward(*arguments)
+                    all_compiled = False
                 for register, output in zip(instruction.outputs, outputs, strict=True):
                     registers[register] = output
                 for register in instruction.ends:
                     registers[register] = None
             results = [registers[r.register] if isinstance(r, _Register) else r for r in self._results]
-            self._separate_results(args, results)
+            self._separate_results(args, results, all_compiled)
         self.stats.add_many({"calls": 1, "eager_steps": self._eager_steps})
         return tuple(results)
 
@@ -94,38 +112,36 @@ class Program:
 
     # ---------------------------------------------------------------------- running
 
-    def _run(self, instruction: _Instruction, registers: list[Any]) -> Sequence[Any]:
-        arguments = [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in instruction.arguments]
-        compiled = instruction.compiled
-        if compiled is None:
-            return instruction.call(*arguments)
-        if instruction.symbol_positions and not compiled.accepts([arguments[i] for i in instruction.symbol_positions]):
-            sizes = [arguments[i] for i in instruction.symbol_positions]
-            self.plain_runs[instruction.piece.index] = f"the compiled code does not hold for sizes {sizes}"
-            return instruction.piece.graph_module.forward(*arguments)
-        outputs = instruction.call(*arguments)
-        if instruction.cloned_outputs is None:
-            instruction.cloned_outputs = _merged_outputs(instruction.piece, arguments, outputs)
-        if instruction.cloned_outputs:
-            outputs = list(outputs)
-            for index in instruction.cloned_outputs:
-                outputs[index] = outputs[index].clone()
-        return outputs
+    def _holds(self, instruction: _Instruction, arguments: Sequence[Any]) -> bool:
+        """Whether the compiled code of a step may run on these sizes."""
+        if not instruction.symbol_positions or instruction.compiled is None:
+            return True
+        sizes = [arguments[position] for position in instruction.symbol_positions]
+        if instruction.compiled.accepts(sizes):
+            return True
+        self.plain_runs[instruction.piece.index] = f"the compiled code does not hold for sizes {sizes}"
+        return False
 
-    def _separate_results(self, args: Sequence[Any], results: list[Any]) -> None:
-        """Copy results that share memory although eager's would not; which ones they are shows at the first call."""
-        if self._cloned_results is None:
+    def _separate_results(self, args: Sequence[Any], results: list[Any], all_compiled: bool) -> None:
+        """Copy results that share memory although eager's would not.
+
+        Which ones they are shows at the first call in which only compiled code ran.
+        """
+        cloned = self._cloned_results
+        if cloned is None:
             owner: dict[int, int | None] = {}
             for graph_input, value in zip(self.inputs, args, strict=True):
                 if isinstance(value, torch.Tensor) and graph_input.spec is not None and value.numel():
                     owner.setdefault(_memory(value), graph_input.spec.storage)
-            cloned = []
-            for index, (value, storage) in enumerate(zip(results, self.split.result_storages, strict=True)):
-                is_tensor = isinstance(value, torch.Tensor) and value.numel()
-                if is_tensor and owner.setdefault(_memory(value), storage) != storage:
-                    cloned.append(index)
-            self._cloned_results = tuple(cloned)
-        for index in self._cloned_results:
+            cloned = tuple(
+                index
+                for index, (value, storage) in enumerate(zip(results, self.split.result_storages, strict=True))
+                if isinstance(value, torch.Tensor)
+                and value.numel()
+                and owner.setdefault(_memory(value), storage) != storage
+            )
+            self._cloned_results = cloned if all_compiled else None
+        for index in cloned:
             results[index] = results[index].clone()
 
     # ------------------------------------------------------------------- assembling
@@ -160,7 +176,7 @@ class Program:
                 else tuple(i for i, spec in enumerate(piece.input_specs) if isinstance(spec, SymbolSpec)),
                 outputs=tuple(self._registers[output] for output in piece.outputs),
                 ends=tuple(r for r, last in last_use.items() if last == index and r not in kept),
-                cloned_outputs=() if self.config.compiler == "eager" else None,
+                cloned_outputs=() if compiled is None or self.config.compiler == "eager" else None,
             )
             for index, (piece, compiled) in enumerate(zip(self.pieces, self.compiled, strict=True))
         )
