@@ -173,9 +173,12 @@ def piecewise_backend(compiler: str, split_ops: str) -> Backend:
 
 
 def unshared_backend(compiler: str, split_ops: str) -> Backend:
-    from pp_piecewise_backend.backend import compile_without_sharing
+    from pp_piecewise_backend.backend import PiecewiseBackend
+    from pp_piecewise_backend.inductor import PieceCompiler
 
-    return _our_backend(compile_without_sharing(), compiler, split_ops)
+    backend = PiecewiseBackend()
+    backend._compiler = PieceCompiler(share=False)  # no option turns sharing off: nobody else wants that
+    return _our_backend(backend, compiler, split_ops)
 
 
 def _our_backend(backend: Callable[..., Any], compiler: str, split_ops: str) -> Backend:

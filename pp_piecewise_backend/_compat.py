@@ -14,9 +14,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -32,12 +32,16 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0")
 
+DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
+"""What a fake tensor raises where a shape or number depends on contents that it has not."""
+
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 
 set_grad_enabled = torch._C._set_grad_enabled
 log_api_usage_once = torch._C._log_api_usage_once
+lazy_load_decompositions = torch._functorch.predispatch.lazy_load_decompositions
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
@@ -54,6 +58,11 @@ def placeholder_source(node: torch.fx.Node) -> str | None:
         return None
     name = source.name
     return str(name() if callable(name) else name)
+
+
+def is_python_float(node: torch.fx.Node) -> bool:
+    """Whether a placeholder is a Python float that Dynamo passes as a 0-d tensor, as ``dynamic=True`` makes it do."""
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
 def frame_being_compiled() -> tuple[CodeType, Mapping[str, object]] | None:
@@ -73,7 +82,12 @@ def frame_being_compiled() -> tuple[CodeType, Mapping[str, object]] | None:
 
 
 def storage_identity(tensor: torch.Tensor) -> int:
-    """A number that two tensors share exactly if they share their storage, valid while one of them lives."""
+    """A number that two tensors share exactly if they share their storage, valid while one of them lives.
+
+    A tensor inside a functorch transform has no storage of its own; the one that it wraps counts.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 
@@ -82,10 +96,8 @@ def symint_expression(value: int | torch.SymInt | torch.SymBool | torch.SymFloat
     return value.node.expr if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)) else value
 
 
-def symint_hint(value: int | torch.SymInt) -> int | None:
-    """The size that a symbolic integer had in the traced call; None for an unbacked one."""
-    if not isinstance(value, torch.SymInt):
-        return value
+def symbolic_hint(value: torch.SymInt | torch.SymFloat) -> int | float | None:
+    """The value that a symbolic number had in the traced call; None for an unbacked one."""
     return value.node.hint if value.node.has_hint() else None
 
 
@@ -210,14 +222,14 @@ def unwrapped_signature(function: Callable[..., object]) -> inspect.Signature | 
 
 
 def recompile_limit_hits() -> int:
-    """How often Dynamo gave up on a frame since ``torch._dynamo.reset()`` because it had too many programs."""
+    """How often Dynamo gave up on a frame in this process because it had too many programs."""
     from torch._dynamo.utils import counters
 
     return sum(count for text, count in counters["unimplemented"].items() if "recompile limit exceeded" in text)
 
 
 def graph_breaks() -> int:
-    """How many graph breaks Dynamo counted since ``torch._dynamo.reset()``."""
+    """How many graph breaks Dynamo counted in this process."""
     from torch._dynamo.utils import counters
 
     return sum(counters["graph_break"].values())

@@ -37,6 +37,7 @@ class PiecewiseBackend:
         self._lock = threading.Lock()
         self._compiler = PieceCompiler()
         self._programs: list[weakref.ref[AnyProgram]] = []
+        self._dynamo_before = (0, 0)
         self._graphs_of_code: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
 
     def __call__(
@@ -62,15 +63,19 @@ class PiecewiseBackend:
         if not config.enabled:
             return compile_whole(graph_module, example_inputs, "inductor")
         name = self._count_graph()
+        matcher = SplitOpMatcher.from_config(config.split_ops)
         try:
             facts = collect_facts(graph_module, example_inputs)
-            if facts.needs_gradient:
-                return self._fall_back_for_gradients(name, graph_module, example_inputs, config, facts.needs_gradient)
             table = classify_inputs(facts, config.stage_inputs)
-            matcher = SplitOpMatcher.from_config(config.split_ops)
-            split = split_graph(facts, table, matcher)
+            split = None if facts.needs_gradient else split_graph(facts, table, matcher)
         except errors.SplitError as error:
             return self._unsplit(name, graph_module, example_inputs, config, str(error))
+        except Exception as error:
+            # A graph that we do not understand must still run; the traceback is for the report of the bug.
+            _LOG.error("%s: internal error while splitting", name, exc_info=True)
+            return self._unsplit(name, graph_module, example_inputs, config, errors.internal_error(error))
+        if split is None:
+            return self._fall_back_for_gradients(name, graph_module, example_inputs, config, facts.needs_gradient)
         self._report_unmatched(config, matcher, table, split)
         return self._register(self._build(name, split, table, config))
 
@@ -82,11 +87,22 @@ class PiecewiseBackend:
             self._programs.clear()
             self._graphs_of_code.clear()
             self._compiler.reset()
+            # Dynamo's own counters outlive its reset.
+            self._dynamo_before = (_compat.recompile_limit_hits(), _compat.graph_breaks())
 
     def programs(self) -> tuple[AnyProgram, ...]:
         """The live programs, oldest first."""
         with self._lock:
             return tuple(self._live())
+
+    def explain(self) -> str:
+        """What was split where and why, for every live program."""
+        given_up, breaks = self._dynamo_before
+        return explain_all(
+            [program.explain() for program in self.programs()],
+            frames_given_up=_compat.recompile_limit_hits() - given_up,
+            graph_breaks=_compat.graph_breaks() - breaks,
+        )
 
     # ------------------------------------------------------------------------ building
 
@@ -119,6 +135,8 @@ class PiecewiseBackend:
         self, name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, reason: str,
         counter: str | None = None,
     ) -> UnsplitProgram:  # fmt: skip
+        if config.strict:
+            raise errors.SplitError(reason)
         _LOG.warning("%s is not split: %s", name, reason)
         call = compile_whole(graph_module, example_inputs, config.compiler)
         program = UnsplitProgram(name, call, config, reason, counter)
@@ -128,7 +146,7 @@ class PiecewiseBackend:
     def _fall_back_for_gradients(
         self, name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, names: Sequence[str]
     ) -> UnsplitProgram:
-        sentence = errors.gradient_fallback(names)
+        sentence = errors.gradient_fallback(names, config.compiler)
         if config.strict:
             raise errors.GradientFallback(sentence)
         warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
@@ -186,7 +204,7 @@ def programs() -> tuple[AnyProgram, ...]:
 
 def explain() -> str:
     """What was split where and why, for every live program of this process."""
-    return explain_all([program.explain() for program in backend.programs()])
+    return backend.explain()
 
 
 def reset() -> None:

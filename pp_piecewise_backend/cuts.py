@@ -26,10 +26,14 @@ from . import _compat
 from .errors import SplitError
 from .facts import EFFECT, GraphFacts
 from .placeholders import GraphInput
+from .specs import TensorSpec
 from .split_ops import SplitOpMatcher, is_getitem, looks_like_attention, op_name
+from .written_out_attention import find_written_out_attention
 
 Kind = Literal["compute", "eager"]
 
+WRITTEN_OUT = "attention written out as matmul, softmax, matmul"
+_FLOATS = (float, torch.SymFloat)
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
 
@@ -60,6 +64,8 @@ class Cuts:
     """Pattern of a split op -> number of nodes that it cut at."""
     attention_like: tuple[str, ...]
     """Names of the ops that were not cut at although their names suggest attention."""
+    exclusive_storages: frozenset[int]
+    """Inputs whose writes were moved, or given to a compiler: right only while no other input overlaps them."""
 
 
 class Scalars:
@@ -67,19 +73,32 @@ class Scalars:
 
     def __init__(self, facts: GraphFacts) -> None:
         self._facts = facts
+        self._written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
+        self._known: dict[Node, bool] = {}
 
     def is_scalar(self, node: Node) -> bool:
         """Whether the node's value consists of numbers known from the inputs, and computing it has no effect."""
-        facts = self._facts.nodes[node]
-        if facts.writes or facts.region is not None or facts.value is None or node.op == "get_attr":
+        if node not in self._known:
+            self._known[node] = self._is_scalar(node)
+        return self._known[node]
+
+    def _is_scalar(self, node: Node) -> bool:
+        facts = self._facts.nodes.get(node)
+        if facts is None or facts.writes or facts.region is not None or facts.value is None or node.op == "get_attr":
             return False
-        leaves = _compat.tree_leaves(facts.value)
-        if not all(_is_plain(leaf) for leaf in leaves):
+        if not all(_is_plain(leaf) for leaf in _compat.tree_leaves(facts.value)):
             return False
-        if node.op == "placeholder":
+        if node.op == "placeholder" or self.reads_input(node):
             return True
         sources = self._facts.symbol_sources
         return all(symbol in sources and sources[symbol][0] is not node for symbol in symbols_of_value(facts.value))
+
+    def reads_input(self, node: Node) -> bool:
+        """Whether the node reads a number out of an input that nothing writes, as Dynamo does for varying floats."""
+        if node.op != "call_method" or node.target != "item" or not isinstance(self._facts.nodes[node].value, _FLOATS):
+            return False
+        (argument,) = node.all_input_nodes
+        return argument.op == "placeholder" and not self._facts.nodes[argument].storages & self._written
 
 
 def canonical(facts: GraphFacts, node: Node) -> Value:
@@ -99,14 +118,6 @@ def canonical(facts: GraphFacts, node: Node) -> Value:
     return Value(node, path)
 
 
-def leaf_of(facts: GraphFacts, value: Value) -> Any:
-    """The fake tensor or number that a value is."""
-    leaf = facts.nodes[value.node].value
-    for index in value.path:
-        leaf = leaf[index]
-    return leaf
-
-
 def is_allocation(node: Node) -> bool:
     """Whether the node returns memory whose contents mean nothing yet."""
     return op_name(node).split("::")[-1] in _ALLOCATIONS
@@ -119,8 +130,22 @@ def symbols_of_value(value: Any) -> set[sympy.Symbol]:
     return {symbol for number in numbers for symbol in number.node.expr.free_symbols}
 
 
+def plain_numbers(value: Any) -> Any:
+    """Symbolic numbers without symbols, as Python's own."""
+    return _compat.tree_map(
+        lambda leaf: (
+            _compat.build_expression(leaf.node.expr, {})
+            if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat))
+            else leaf
+        ),
+        value,
+    )
+
+
 def does_nothing(facts: GraphFacts, node: Node) -> bool:
     """Whether the node only hands on what another made: an element of a tuple, or an argument left unchanged."""
+    if facts.nodes[node].region is not None and not is_getitem(node):
+        return False  # such as marking a tensor for a gradient transform
     return canonical(facts, node).node is not node and not facts.nodes[node].writes
 
 
@@ -142,15 +167,17 @@ class _Cutter:
         self._attention_like: dict[str, None] = {}
         self._reasons: dict[Node, str] = {}
         self._renamed: dict[Node, tuple[Value, ...]] = {}
-        self._front: tuple[Node, ...] = ()
+        self._sinking: set[Node] = set()
         self._nodes = list(facts.graph_module.graph.nodes)
         self._position = {node: index for index, node in enumerate(self._nodes)}
         self._order = self._schedulable()
+        # A stage input that shares its memory with another input is treated like any other: the compiler of a piece
+        # would not see that they are one.
+        shared = [s for n, f in facts.nodes.items() if n.op == "placeholder" for s in f.storages]
         self._stage_storages = {
-            storage
-            for node in facts.nodes
-            if node.op == "placeholder" and self._inputs[node.name].kind == "stage-input"
-            for storage in facts.nodes[node].storages
+            i.spec.storage
+            for i in inputs
+            if i.kind == "stage-input" and i.spec is not None and shared.count(i.spec.storage) == 1
         }
         self._birth = {s: node for node, f in facts.nodes.items() for s in f.born}
         for node in self._order:
@@ -159,13 +186,21 @@ class _Cutter:
                 self._matches[pattern] = self._matches.get(pattern, 0) + 1
             elif looks_like_attention(node):
                 self._attention_like[op_name(node)] = None
+        if matcher.written_out:
+            for node in find_written_out_attention(facts, inputs):
+                self._reasons.setdefault(node, f"split op {WRITTEN_OUT}")
+                is_softmax = "softmax" in op_name(node)
+                self._matches[WRITTEN_OUT] = self._matches.get(WRITTEN_OUT, 0) + is_softmax
 
     def run(self) -> Cuts:
         self._mark_opaque()
         while True:
-            steps = self._arrange()
+            steps, front = self._arrange()
             if not self._cut_at_visible_writes(steps):
-                return Cuts(tuple(steps), dict(self._renamed), self._matches, tuple(self._attention_like))
+                reordered = [*front, *(node for step in steps if step.kind == "compute" for node in step.nodes)]
+                writes = {storage for node in reordered for storage in self._facts.nodes[node].writes}
+                exclusive = frozenset(writes & self._facts.input_storages)
+                return Cuts(tuple(steps), self._renamed, self._matches, tuple(self._attention_like), exclusive)
 
     # ------------------------------------------------------------ what must be eager
 
@@ -190,7 +225,7 @@ class _Cutter:
 
         The usual output buffer of an attention op is then born in the eager step that fills it.
         """
-        sinking: set[Node] = set()
+        sinking = self._sinking
         for node in nodes:
             facts = self._facts.nodes[node]
             if facts.region is not None or facts.writes:
@@ -225,7 +260,9 @@ class _Cutter:
                 continue
             if self._scalars.is_scalar(argument):
                 for symbol in symbols_of_value(self._facts.nodes[argument].value):
-                    found[self._facts.symbol_sources[symbol][0]] = None
+                    source, _ = self._facts.symbol_sources[symbol]
+                    if not self._scalars.is_scalar(source):
+                        found[canonical(self._facts, source).node] = None
             else:
                 found[canonical(self._facts, argument).node] = None
         return [n for n in found if n.op not in ("placeholder", "get_attr")]
@@ -240,10 +277,10 @@ class _Cutter:
             if EFFECT in node_facts.writes:
                 self._reasons[node] = f"{op_name(node)} acts on something other than tensors"
             elif not all(
-                _is_plain(leaf) or isinstance(leaf, torch.Tensor) for leaf in _compat.tree_leaves(node_facts.value)
+                _is_plain(leaf) or isinstance(leaf, TensorSpec) for leaf in _compat.tree_leaves(node_facts.value)
             ):
                 self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
-        for group, why in facts.regions.bound_reasons.items():
+        for group, why in enumerate(facts.regions.bound_reasons):
             members = [node for node in self._order if facts.nodes[node].region == group]
             inside = next((self._reasons[node] for node in members if node in self._reasons), "")
             if why or inside:
@@ -304,7 +341,7 @@ class _Cutter:
                 for argument in node.all_input_nodes
                 if argument in self._facts.nodes and storage in self._facts.nodes[argument].storages
             }
-            if storage in self._facts.input_storages or len(targets) != 1:
+            if storage in self._facts.input_storages or len(targets) != 1 or self._results_in(storage) > 1:
                 return ()
             (target,) = targets
             for later in self._nodes[self._position[node] + 1 :]:
@@ -316,10 +353,19 @@ class _Cutter:
             copies.append(target)
         return tuple(copies)
 
+    def _results_in(self, storage: int) -> int:
+        """How many different results of the graph lie in this memory."""
+        results = self._nodes[-1].all_input_nodes
+        return len({
+            canonical(self._facts, node)
+            for node in results
+            if node in self._facts.nodes and storage in self._facts.nodes[node].storages
+        })  # fmt: skip
+
     # ------------------------------------------------------------------- arranging
 
-    def _arrange(self) -> list[Step]:
-        """Cut the current order into steps: M4, then runs of equal kind, then M3."""
+    def _arrange(self) -> tuple[list[Step], list[Node]]:
+        """Cut the current order into steps (M4, then runs of equal kind, then M3); also the nodes that M4 moved."""
         front, rest = self._move_to_front()
         steps = _absorb(self._runs(rest), self._facts)
         if front:
@@ -329,12 +375,19 @@ class _Cutter:
                 steps[0] = Step("eager", nodes, self._reason(nodes))
             else:
                 steps.insert(0, first)
-        return [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
+        steps = [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
+        return steps, front
 
     def _runs(self, nodes: Sequence[Node]) -> list[Step]:
         steps: list[Step] = []
+        kinds: dict[Node, Kind] = {}
+        following: Kind = "compute"
+        for node in reversed(nodes):
+            if node not in self._sinking:
+                following = "eager" if node in self._reasons else "compute"
+            kinds[node] = following
         for node in nodes:
-            kind: Kind = "eager" if node in self._reasons else "compute"
+            kind = kinds[node]
             if steps and steps[-1].kind == kind:
                 steps[-1] = Step(kind, (*steps[-1].nodes, node), "")
             else:
@@ -366,14 +419,15 @@ class _Cutter:
         for node in self._order:
             facts = self._facts.nodes[node]
             needed = set(self._arguments(node))
-            for storage in facts.reads | facts.writes:
+            reads, writes = facts.reads, facts.writes
+            for storage in reads | writes:
                 if storage in last_write:
                     needed.add(last_write[storage])
-            for storage in facts.writes:
+            for storage in writes:
                 needed |= reads_since.get(storage, set())
-            for storage in facts.reads | facts.storages:
+            for storage in reads:
                 reads_since.setdefault(storage, set()).add(node)
-            for storage in facts.writes:
+            for storage in writes:
                 last_write[storage] = node
                 reads_since[storage] = {node}
             needs[node] = needed - {node}

@@ -103,12 +103,20 @@ def unsupported_keywords(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------ graphs and programs
 
 
-def gradient_fallback(names: Sequence[str]) -> str:
+def internal_error(error: Exception) -> str:
+    """``error``: what was raised where nothing should have been."""
+    return (
+        f"an internal error of pp_piecewise_backend, {type(error).__name__}: {error}. The graph goes whole to the "
+        f"stock backend; its results are right but it is not split. Please report it with the traceback from the log."
+    )
+
+
+def gradient_fallback(names: Sequence[str], compiler: str) -> str:
     """``names``: the graph inputs that require gradients (may be empty when none could be named)."""
     which = f" ({_listed(names)} require them)" if names else ""
     return (
-        f"gradients are required{which}, so this graph was given to stock Inductor: it is not split and "
-        f"its proxies do not land in static memory. To serve, call the model under torch.inference_mode() "
+        f"gradients are required{which}, so this graph was given to the stock backend {compiler!r}: it is not split "
+        f"and its proxies do not land in static memory. To serve, call the model under torch.inference_mode() "
         f"or torch.no_grad(), or call requires_grad_(False) on it."
     )
 

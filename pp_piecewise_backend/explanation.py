@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _compat
 from .placeholders import GraphInput, InputKind
 from .split import Piece
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 WIDTH = 120
 _LONGEST_REPEAT = 12
+_LONGEST_REASON = 600
 _KIND_ORDER: tuple[InputKind, ...] = (
     "token-count", "stage-input", "per-token", "state", "scalar", "other-tensor", "parameter",
 )  # fmt: skip
@@ -28,8 +28,11 @@ def explain_program(program: Program) -> str:
     eager = len(program.pieces) - len(compute)
     stats = program.stats.snapshot()
     lines = [
-        f"{program.name}: {len(compute)} compute pieces ({distinct} distinct), {eager} eager steps, "
-        f"{stats.calls} calls",
+        *_entry(
+            f"{program.name}:",
+            f"{len(compute)} compute pieces ({distinct} distinct), {eager} eager steps, {stats.calls} calls",
+            indent=2,
+        ),
         *_entry("  settings", str(program.config)),
         *_entry("  tokens", program.table.token_reason),
         *_entry("  split at", _matches(program)),
@@ -41,10 +44,14 @@ def explain_program(program: Program) -> str:
     if program.table.unmatched_stage_inputs:
         lines += _entry("  not found", f"stage inputs {', '.join(program.table.unmatched_stage_inputs)}")
     for index, reason in sorted(program.plain_runs.items()):
-        lines += _entry("  ran as plain FX", f"piece[{index}]: {reason}")
-    failures = {c.failure: i for i, c in enumerate(program.compiled) if c is not None and c.failure is not None}
-    for failure, index in failures.items():
-        lines += _entry("  not compiled", f"piece[{index}]: {failure}")
+        which = "the whole graph" if index < 0 else f"piece[{index}]"
+        lines += _entry("  ran as plain FX", f"{which}: {reason}")
+    failures: dict[str, list[int]] = {}
+    for index, compiled in enumerate(program.compiled):
+        if compiled is not None and compiled.failure is not None:
+            failures.setdefault(compiled.failure, []).append(index)
+    for failure, indices in failures.items():
+        lines += _entry("  not compiled", f"piece[{_ranges(indices)}]: {_shortened(failure)}")
     lines += _entry(
         "  compiled",
         f"{stats.pieces_compiled} pieces in {stats.compile_seconds:.2f} s, {stats.pieces_reused} served by equal ones",
@@ -54,17 +61,22 @@ def explain_program(program: Program) -> str:
     return "\n".join(lines)
 
 
-def explain_all(reports: Sequence[str]) -> str:
+def explain_unsplit(name: str, compiler: str, reason: str) -> str:
+    """The report on a graph that went whole to the stock backend ``compiler``."""
+    return "\n".join(_entry(f"{name}:", f"not split, given whole to {compiler}: {_shortened(reason)}", indent=2))
+
+
+def explain_all(reports: Sequence[str], frames_given_up: int, graph_breaks: int) -> str:
     """The reports on all programs of the process, after what Dynamo did that no program can see."""
     lines = [f"{len(reports)} live programs"]
-    if given_up := _compat.recompile_limit_hits():
+    if frames_given_up:
         lines += _entry(
             "  given up by Dynamo",
-            f"{given_up} times a frame hit torch._dynamo.config.recompile_limit; its further kinds of input run "
+            f"{frames_given_up} times a frame hit torch._dynamo.config.recompile_limit; its further kinds of input run "
             f"eagerly and never reach this backend. Raise the limit, or let fewer kinds of input vary.",
         )
-    if breaks := _compat.graph_breaks():
-        lines += _entry("  graph breaks", f"{breaks}; see TORCH_LOGS=graph_breaks")
+    if graph_breaks:
+        lines += _entry("  graph breaks", f"{graph_breaks}; see TORCH_LOGS=graph_breaks")
     return "\n\n".join(("\n".join(lines), *reports))
 
 
@@ -100,12 +112,30 @@ def _shape(graph_input: GraphInput) -> str:
 
 def _folded_name(names: Sequence[str]) -> str:
     """One name for several that differ in their numbers only: ``layers.{0..31}.weight``."""
-    parts = [re.split(r"(\d+)", name) for name in names]
+    columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
     folded = []
-    for column in zip(*parts, strict=False):
+    for column in columns:
         values = list(dict.fromkeys(column))
-        folded.append(values[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
+        folded.append(values[0] if len(values) == 1 else f"{{{_ranges([int(value) for value in values])}}}")
     return "".join(folded)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0..3, 5, 8..9`` for 0, 1, 2, 3, 5, 8, 9; steps other than 1 as ``0, 2..30``."""
+    ordered = sorted(set(numbers))
+    runs: list[str] = []
+    start = 0
+    while start < len(ordered):
+        stride = ordered[start + 1] - ordered[start] if start + 1 < len(ordered) else 1
+        end = start
+        while end + 1 < len(ordered) and ordered[end + 1] - ordered[end] == stride:
+            end += 1
+        if stride != 1 and end - start < 3:
+            end = start
+        first = str(ordered[start]) if stride == 1 or end == start else f"{ordered[start]}, {ordered[start + 1]}"
+        runs.append(first if end == start else f"{first}..{ordered[end]}")
+        start = end + 1
+    return ", ".join(runs)
 
 
 # -------------------------------------------------------------------------------- steps
@@ -125,8 +155,9 @@ def _step_lines(program: Program) -> list[str]:
         if repeats > 1:
             last = start + period * repeats - 1
             lines.append(f"    piece[{start}..{last}]: {repeats} times the same {period} steps:")
-        for step in block:
-            lines += _entry(f"    {'  ' if repeats > 1 else ''}piece[{step.piece.index}]", step.text, indent=18)
+        for offset, step in enumerate(block):
+            text = _common_text([steps[start + offset + period * repeat].text for repeat in range(repeats)])
+            lines += _entry(f"    {'  ' if repeats > 1 else ''}piece[{step.piece.index}]", text, indent=18)
     return lines
 
 
@@ -135,9 +166,20 @@ def _step(piece: Piece) -> _Line:
     writes = "; gives results" if piece.writes_stage_outputs else ""
     if piece.kind == "eager":
         text = f"eager: {piece.reason}{reads}{writes}"
-        return _Line(piece, ("eager", re.sub(r"_\d+\b", "", text)), text)
+        return _Line(piece, ("eager", _without_numbers(text)), text)
     text = f"compute: {_summary(piece.ops)}; key {piece.key}{reads}{writes}"
     return _Line(piece, ("compute", piece.key, reads, writes), text)
+
+
+def _without_numbers(text: str) -> str:
+    """What is left of a text when layers and the suffixes of node names no longer count."""
+    return re.sub(r"\d+", "#", re.sub(r"_\d+\b", "", text))
+
+
+def _common_text(texts: Sequence[str]) -> str:
+    """One text for several steps that are equal but for numbers."""
+    patterns = {re.sub(r"\d+", "#", text) for text in texts}
+    return texts[0] if len(set(texts)) == 1 or len(patterns) > 1 else _folded_name(texts)
 
 
 def _summary(ops: Iterable[str]) -> str:
@@ -175,8 +217,17 @@ def _matches(program: Program) -> str:
     return (found or "nothing: no op of this graph matches split_ops") + like
 
 
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, _LONGEST_REASON, placeholder=" [...]")
+
+
 def _entry(head: str, text: str, indent: int = 14) -> list[str]:
     """A line with a heading, wrapped under its text."""
-    head = f"{head} " if len(head) >= indent else head.ljust(indent)
-    lines = textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * indent)
-    return lines or [head.rstrip()]
+    if len(head) > WIDTH // 2:
+        return [*_wrap(head, "", ""), *_wrap(text, " " * indent, " " * indent)]
+    return _wrap(text, f"{head} " if len(head) >= indent else head.ljust(indent), " " * indent)
+
+
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return lines or [first.rstrip()]

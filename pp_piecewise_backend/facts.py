@@ -1,14 +1,17 @@
 """What every node of a Dynamo graph does: the value it gives, the memory it shares, reads, writes and creates.
 
-The graph is run once, node by node, on fake tensors of a shape environment of our own. Schemas alone do not tell
-enough: methods and ``setitem`` have none, custom ops return views, ``.to()`` may return its input.
+Note [two sources of facts]
+Geometry comes from Dynamo: each node carries a fake tensor whose sizes are expressions over symbols. What happens to
+memory is seen by running the graph once, node by node, on fake tensors with the sizes of the traced call. Schemas do
+not tell enough (methods and ``setitem`` have none, ``.to()`` may return its input), and symbolic sizes would send some
+ops through Python decompositions that copy where the kernel returns its input [ran: dropout in eval mode].
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -44,12 +47,16 @@ _UNDECLARED_WRITES: Mapping[str, tuple[tuple[int, ...], int]] = {
 }
 
 
+# Ops whose kernel copies although on fake tensors they may return a view [ran].
+_ALWAYS_COPY = frozenset({"channel_shuffle", "native_channel_shuffle"})
+
+
 @dataclass(frozen=True)
 class NodeFacts:
     """What one node does. Storages are numbered per graph; negative numbers are ``RANDOM`` and ``EFFECT``."""
 
     value: Any
-    """Fake tensors and symbolic numbers, nested as the node returns them."""
+    """What it returns, nested as it returns it: a ``TensorSpec`` for each tensor, numbers with symbols."""
     storages: frozenset[int] = frozenset()
     """Storages of the tensors that it returns."""
     born: frozenset[int] = frozenset()
@@ -66,19 +73,23 @@ class NodeFacts:
     """Whether it changes the shape or strides of one of its arguments, as ``transpose_`` does."""
     region: int | None = None
     """Inseparable group of nodes (see ``regions.py``), if any."""
-    element_storages: Mapping[tuple[int, ...], int] = field(default_factory=dict, repr=False)
-    """For a node that returns several tensors, the storage of each by its path."""
+
+    def element(self, path: tuple[int, ...]) -> Any:
+        """The part of the value at ``path``."""
+        element = self.value
+        for index in path:
+            element = element[index]
+        return element
 
     def storages_at(self, path: tuple[int, ...]) -> frozenset[int]:
-        """Storages of the element at ``path``; of everything that the node returns for ``()``."""
-        if not path:
-            return self.storages
-        return frozenset(s for at, s in self.element_storages.items() if at[: len(path)] == path)
+        """Storages of the part at ``path``; of everything that the node returns for ``()``."""
+        leaves = _compat.tree_leaves(self.element(path))
+        return frozenset(leaf.storage for leaf in leaves if isinstance(leaf, TensorSpec))
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """Facts about one graph. Owned by one program build; fake tensors in it are never run again."""
+    """Facts about one graph. Holds no tensor."""
 
     graph_module: GraphModule
     nodes: Mapping[Node, NodeFacts]
@@ -90,15 +101,11 @@ class GraphFacts:
     """Storages that exist before the graph runs: graph inputs and constants."""
     needs_gradient: tuple[str, ...]
     """Names of the inputs through which a result would require gradients; () when none does."""
-    example_inputs: Sequence[object] = field(default=(), repr=False)
 
     def spec(self, node: Node) -> TensorSpec | None:
         """Geometry of the node's value when it is one tensor, else None."""
         value = self.nodes[node].value
-        if not isinstance(value, torch.Tensor):
-            return None
-        (storage,) = self.nodes[node].storages or (EFFECT,)
-        return TensorSpec.of(value, storage)
+        return value if isinstance(value, TensorSpec) else None
 
 
 def collect_facts(graph_module: GraphModule, example_inputs: Sequence[object]) -> GraphFacts:
@@ -109,7 +116,7 @@ def collect_facts(graph_module: GraphModule, example_inputs: Sequence[object]) -
         example_inputs: one per placeholder. Tensors may be real or fake; their contents are never read.
 
     Raises:
-        SplitError: the graph has something that cannot be followed (tensor subclasses, unknown symbols).
+        SplitError: the graph has something that cannot be followed (tensor subclasses, unknown sizes).
     """
     return _Walk(graph_module, example_inputs).run()
 
@@ -129,10 +136,10 @@ class _OpRecorder(_compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, _compat.OpOverload):
-            name = str(_compat.schema_name(func)).split("::", 1)[1]
-            if func.namespace == "aten":
-                self.heavy |= name in _MATMUL_OPS
+        name = _compat.schema_name(func)
+        if name is not None:
+            namespace, name = name.split("::", 1)
+            self.heavy |= namespace == "aten" and name in _MATMUL_OPS
             self.random |= torch.Tag.nondeterministic_seeded in func.tags
             written: list[Any] = []
             for where in _compat.schema_writes(func):
@@ -151,18 +158,20 @@ class _OpRecorder(_compat.TorchDispatchMode):
 
 
 class _Walk:
-    """One run of a graph on fake tensors."""
+    """One run of a graph on fake tensors with the sizes of the traced call."""
 
     def __init__(self, graph_module: GraphModule, example_inputs: Sequence[object]) -> None:
         self._module = graph_module
         self._example_inputs = example_inputs
         self._regions = find_regions(graph_module.graph)
-        self._env = _compat.new_shape_env()
-        self._fake_mode = _compat.FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self._fake_mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
         self._facts: dict[Node, NodeFacts] = {}
+        self._values: dict[Node, Any] = {}
+        """Fake tensors and plain numbers, as each node returns them."""
+        self._sizes: dict[sympy.Symbol, int] = {}
+        """The number that each symbol stands for in this run."""
         self._symbols: dict[sympy.Symbol, SymbolSpec] = {}
         self._symbol_sources: dict[sympy.Symbol, tuple[Node, int | None]] = {}
-        self._from_outer: dict[sympy.Symbol, sympy.Expr] = {}
         self._storage_numbers: dict[int, int] = {}
         self._keep_alive: list[object] = []
         self._has_history = False
@@ -181,7 +190,6 @@ class _Walk:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(grad_mode))
             stack.callback(_leave_functorch, _compat.functorch_level())
-            stack.enter_context(_compat.enable_python_dispatcher())
             stack.enter_context(self._fake_mode)
             self._read_inputs(placeholders)
             recorder = stack.enter_context(_OpRecorder(self._known_storage))
@@ -189,15 +197,16 @@ class _Walk:
             stack.callback(_leave_autocast, open_autocast)
             for node in self._module.graph.nodes:
                 if node.op == "get_attr":
-                    self._facts[node] = self._read_attribute(node)
+                    self._read_attribute(node)
                 elif is_autocast_enter(node):
                     open_autocast[node] = _compat.enter_autocast(*node.args)
                 elif is_autocast_exit(node):
                     _compat.exit_autocast(open_autocast.pop(node.args[0]))  # type: ignore[index]
-                elif getattr(node.target, "__name__", "") == "_set_grad_enabled":
+                elif node.target is _compat.set_grad_enabled and node in self._regions.dropped:
                     _compat.set_grad_enabled(node.args[0])
                 elif node.op.startswith("call_") and node not in self._regions.dropped:
-                    self._facts[node] = self._run_node(node, recorder)
+                    self._run_node(node, recorder)
+            needs_gradient = self._gradient_inputs(placeholders)
         return GraphFacts(
             graph_module=self._module,
             nodes=self._facts,
@@ -210,8 +219,7 @@ class _Walk:
                 if node.op in ("placeholder", "get_attr")
                 for storage in facts.storages
             ),
-            needs_gradient=self._gradient_inputs(placeholders),
-            example_inputs=self._example_inputs,
+            needs_gradient=needs_gradient,
         )
 
     # ------------------------------------------------------------------ inputs
@@ -221,24 +229,19 @@ class _Walk:
             node.meta.get("example_value", given)
             for node, given in zip(placeholders, self._example_inputs, strict=True)
         ]
-        for node, example in zip(placeholders, examples, strict=True):
-            if isinstance(example, torch.SymInt):
-                expression = self._translate(example.node.expr, hint_of=example)
-                self._facts[node] = NodeFacts(value=self._integer(expression))
-                if isinstance(expression, sympy.Symbol):
-                    self._symbol_sources.setdefault(expression, (node, None))
+        for example, given in zip(examples, self._example_inputs, strict=True):
+            self._learn_sizes(example, given)
+        # Integers first: they are the simplest source of a symbol.
+        for kind in (False, True):
+            for node, example in zip(placeholders, examples, strict=True):
+                if isinstance(example, torch.Tensor) is kind:
+                    self._note_symbols(node, example)
         real_storages: dict[int, int] = {}
         for node, example, given in zip(placeholders, examples, self._example_inputs, strict=True):
-            if node in self._facts:
-                continue
             if not isinstance(example, torch.Tensor):
+                self._values[node] = self._concrete(example)
                 self._facts[node] = NodeFacts(value=example)
                 continue
-            if _compat.is_traceable_wrapper_subclass(example):
-                raise SplitError(
-                    f"graph input {node.name} is a tensor subclass ({type(example).__name__}); the backend "
-                    f"follows plain tensors only, so the whole graph goes to stock Inductor"
-                )
             fake = self._fake_input(node, example)
             number = self._number(fake)
             # Two inputs over one storage must count as one memory, or a write through one would go unseen.
@@ -246,29 +249,21 @@ class _Walk:
                 with contextlib.suppress(RuntimeError, NotImplementedError):
                     number = real_storages.setdefault(_compat.storage_identity(given), number)
                     self._storage_numbers[_compat.storage_identity(fake)] = number
-            self._facts[node] = NodeFacts(fake, storages=frozenset((number,)), born=frozenset((number,)))
+            self._values[node] = fake
+            self._facts[node] = _given(TensorSpec.of(example, number))
 
     def _fake_input(self, node: Node, example: torch.Tensor) -> torch.Tensor:
+        if _compat.is_traceable_wrapper_subclass(example):
+            raise SplitError(
+                f"graph input {node.name} is a tensor subclass ({type(example).__name__}); the backend follows plain "
+                f"tensors only, so the whole graph goes to the stock backend"
+            )
         if example.layout is not torch.strided:
             raise SplitError(
-                f"graph input {node.name} has layout {example.layout}; the backend follows strided tensors only, "
-                f"so the whole graph goes to stock Inductor"
+                f"graph input {node.name} has layout {example.layout}; the backend follows strided tensors only, so "
+                f"the whole graph goes to the stock backend"
             )
-        geometry = [
-            self._outer_integer(value) for value in (*example.shape, *example.stride(), example.storage_offset())
-        ]
-        rank = example.dim()
-        shape, stride, offset = geometry[:rank], geometry[rank : 2 * rank], geometry[-1]
-        with torch.no_grad():
-            if offset == 0:
-                fake = torch.empty_strided(shape, stride, dtype=example.dtype, device=example.device)
-            else:
-                extent = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 + offset
-                base = torch.empty((extent,), dtype=example.dtype, device=example.device)
-                fake = base.as_strided(shape, stride, offset)
-        for dim, value in enumerate(shape):
-            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-                self._symbol_sources.setdefault(value.node.expr, (node, dim))
+        fake = self._adopt(example)
         if example.requires_grad and torch.is_grad_enabled():
             if example.grad_fn is not None:
                 self._has_history = True
@@ -276,70 +271,79 @@ class _Walk:
                 fake.requires_grad_(True)
         return fake
 
-    def _read_attribute(self, node: Node) -> NodeFacts:
+    def _read_attribute(self, node: Node) -> None:
         value = attribute(self._module, str(node.target))
-        if not isinstance(value, torch.Tensor):
-            return NodeFacts(value)
-        fake = self._fake_mode.from_tensor(value, static_shapes=True)
-        number = self._number(fake)
-        return NodeFacts(fake, storages=frozenset((number,)), born=frozenset((number,)))
+        if isinstance(value, torch.Tensor):
+            fake = self._fake_mode.from_tensor(value, static_shapes=True)
+            self._values[node] = fake
+            self._facts[node] = _given(TensorSpec.of(fake, self._number(fake)))
+        else:
+            self._values[node] = value
+            self._facts[node] = NodeFacts(value)
 
     # ------------------------------------------------------------------- nodes
 
-    def _run_node(self, node: Node, recorder: _OpRecorder) -> NodeFacts:
-        arguments = {n: self._facts[n].value for n in node.all_input_nodes if n in self._facts}
+    def _run_node(self, node: Node, recorder: _OpRecorder) -> None:
+        arguments = {n: self._values[n] for n in node.all_input_nodes if n in self._values}
         before = _tensors(list(arguments.values()))
         versions = [tensor._version for tensor in before]
-        shapes = [(tuple(tensor.shape), tuple(tensor.stride())) for tensor in before]
+        shapes = [(tensor.shape, tensor.stride()) for tensor in before]
         recorder.clear()
         bodies = list(nested_graphs(node))
-        try:
-            value = self._call(node)
-        except Exception as error:
-            if not isinstance(node.target, _compat.HigherOrderOperator):
-                raise SplitError(
-                    f"node {node.name} ({op_name(node)}) could not be followed on fake tensors: {error}; the whole "
-                    f"graph goes to stock Inductor"
-                ) from error
-            # Bodies of higher-order ops may need machinery of their own; Dynamo has already found their result, and
-            # forbids them to return their inputs or views of these.
-            value = _compat.tree_map(self._adopt, node.meta.get("example_value"))
+        value = self._call_or_adopt(node)
+        if op_name(node).rpartition("::")[2] in _ALWAYS_COPY:
+            value = value.clone()
+        example = node.meta.get("example_value")
         reads = {s for tensor in before if (s := self._known_storage(tensor)) is not None}
         writes = set(recorder.writes)
         for tensor, version in zip(before, versions, strict=True):
             if tensor._version != version and (storage := self._known_storage(tensor)) is not None:
                 writes.add(storage)
-        if "mutation" in op_name(node) and bodies == [] and isinstance(node.target, _compat.HigherOrderOperator):
-            writes |= reads  # triton kernels and auto-functionalised ops: which argument is written is not told
-        results = _tensors(value)
-        known = set(self._storage_numbers.values())
-        storages = {number for tensor in results if (number := self._number(tensor)) is not None}
-        if recorder.random or (bodies and _has_random_op(bodies)):
+        if isinstance(node.target, _compat.HigherOrderOperator) and "mutation" in op_name(node) and not bodies:
+            writes |= reads  # user-written triton kernels: which argument is written is not told
+        if recorder.random or _has_random_op(bodies):
             writes.add(RANDOM)
         if value is None and not writes:
             writes.add(EFFECT)
-        self._keep_alive += [*results, value]
-        self._note_new_symbols(node, value)
+        known = set(self._storage_numbers.values())
+        storages = {number for tensor in _tensors(value) if (number := self._number(tensor)) is not None}
+        self._values[node] = value
+        self._note_symbols(node, example)
         same = [n for n, v in arguments.items() if v is value and isinstance(v, torch.Tensor)]
-        return NodeFacts(
-            value=value,
+        self._facts[node] = NodeFacts(
+            value=self._describe(value, example),
             storages=frozenset(storages),
             born=frozenset(storages - known),
             reads=frozenset(reads),
             writes=frozenset(writes),
             returns_argument=same[0] if same else None,
             heavy=recorder.heavy or _named_heavy(node) or any(_body_is_heavy(body) for body in bodies),
-            reshapes_in_place=shapes != [(tuple(t.shape), tuple(t.stride())) for t in before],
+            reshapes_in_place=shapes != [(tensor.shape, tensor.stride()) for tensor in before],
             region=self._regions.bound.get(node),
-            element_storages=dict(self._elements(value)) if isinstance(value, (tuple, list)) else {},
         )
 
-    def _call(self, node: Node) -> Any:
-        def value_of(n: Node) -> Any:
-            return self._facts[n].value
+    def _call_or_adopt(self, node: Node) -> Any:
+        """Run the node; where its result depends on data that a fake tensor has not, take what Dynamo found."""
+        try:
+            return self._call(node)
+        except Exception as error:
+            depends_on_data = isinstance(error, _compat.DATA_DEPENDENT_ERRORS)
+            is_higher_order = isinstance(node.target, _compat.HigherOrderOperator)
+            if "example_value" not in node.meta or not (depends_on_data or is_higher_order):
+                raise SplitError(
+                    f"node {node.name} ({op_name(node)}) could not be followed on fake tensors: "
+                    f"{type(error).__name__}: {error}; the whole graph goes to the stock backend"
+                ) from error
+        # Dynamo forbids the bodies of higher-order ops to return their inputs or views of these.
+        example = node.meta["example_value"]
+        for leaf in _compat.tree_leaves(example):
+            self._learn_sizes(leaf, None)
+        return _compat.tree_map(lambda leaf: self._adopt(leaf) if isinstance(leaf, torch.Tensor) else
+                                self._concrete(leaf), example)  # fmt: skip
 
-        args = torch.fx.node.map_arg(node.args, value_of)
-        kwargs = torch.fx.node.map_arg(node.kwargs, value_of)
+    def _call(self, node: Node) -> Any:
+        args = torch.fx.node.map_arg(node.args, self._values.__getitem__)
+        kwargs = torch.fx.node.map_arg(node.kwargs, self._values.__getitem__)
         if node.op == "call_method":
             receiver, *rest = args
             return getattr(receiver, str(node.target))(*rest, **kwargs)
@@ -347,89 +351,96 @@ class _Walk:
             return attribute(self._module, str(node.target))(*args, **kwargs)  # type: ignore[operator]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _adopt(self, value: Any) -> Any:
-        """Rebuild a value of Dynamo's fake mode in ours."""
+    def _adopt(self, example: torch.Tensor) -> torch.Tensor:
+        """A fake tensor of ours with the geometry of Dynamo's."""
+        shape = [self._concrete(size) for size in example.shape]
+        stride = [self._concrete(step) for step in example.stride()]
+        offset = self._concrete(example.storage_offset())
+        with torch.no_grad():
+            if not offset:
+                return torch.empty_strided(shape, stride, dtype=example.dtype, device=example.device)
+            extent = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 + offset
+            base = torch.empty((max(extent, 0),), dtype=example.dtype, device=example.device)
+            return base.as_strided(shape, stride, offset)
+
+    def _describe(self, value: Any, example: Any) -> Any:
+        """What a node returns, as ``NodeFacts.value`` keeps it: Dynamo's geometry, storages as this run saw them."""
         if isinstance(value, torch.Tensor):
-            shape = [self._outer_integer(size) for size in value.shape]
-            stride = [self._outer_integer(step) for step in value.stride()]
-            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-        return self._outer_integer(value) if isinstance(value, torch.SymInt) else value
+            number = self._number(value)
+            return TensorSpec.of(example if isinstance(example, torch.Tensor) else value, number)
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            examples = (
+                example if isinstance(example, (tuple, list)) and len(example) == len(value) else [None] * len(value)
+            )
+            items = [self._describe(item, at) for item, at in zip(value, examples, strict=True)]
+            return items if isinstance(value, list) else tuple(items)
+        return value if example is None else example
 
     # ----------------------------------------------------------------- symbols
 
-    def _outer_integer(self, value: int | torch.SymInt) -> int | torch.SymInt:
-        if not isinstance(value, torch.SymInt):
+    def _learn_sizes(self, example: Any, given: Any) -> None:
+        """Fix the number that each new symbol of a value stands for: its size in the traced call."""
+        if isinstance(example, torch.Tensor):
+            sizes = (*example.shape, *example.stride(), example.storage_offset())
+            is_real = isinstance(given, torch.Tensor) and given.dim() == example.dim()
+            real = (*given.shape, *given.stride(), given.storage_offset()) if is_real else (None,) * len(sizes)
+            for size, number in zip(sizes, real, strict=True):
+                self._learn_sizes(size, number)
+        elif isinstance(example, (torch.SymInt, torch.SymFloat)):
+            symbol = example.node.expr
+            if not isinstance(symbol, sympy.Symbol) or symbol in self._sizes:
+                return
+            hint = _compat.symbolic_hint(example)
+            if hint is None and isinstance(given, (int, float)) and not isinstance(given, bool):
+                hint = given
+            if isinstance(example, torch.SymFloat):
+                self._sizes[symbol] = 1.5 if hint is None else hint  # type: ignore[assignment]
+                return
+            lower, upper = _compat.symbol_range(example)
+            if hint is None or (_compat.symbolic_hint(example) is None and hint < 2):
+                # Without a hint, a size at which no dimension degenerates, as far as its range allows.
+                hint = max(lower or 0, min(7, 7 if upper is None else upper))
+            self._sizes[symbol] = int(hint)
+            is_backed = _compat.symbolic_hint(example) is not None
+            self._symbols[symbol] = SymbolSpec(symbol, int(hint) if is_backed else None, lower, upper)
+
+    def _concrete(self, value: Any) -> Any:
+        """A number in place of a symbolic one."""
+        if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return value
-        return self._integer(self._translate(value.node.expr, hint_of=value))
+        expression = value.node.expr
+        unknown = expression.free_symbols - self._sizes.keys()
+        if unknown:
+            raise SplitError(
+                f"the size {expression} depends on {', '.join(sorted(map(str, unknown)))}, which no input of the graph "
+                f"gives; the whole graph goes to the stock backend"
+            )
+        return _compat.build_expression(expression, self._sizes)
 
-    def _translate(self, expression: sympy.Expr, hint_of: torch.SymInt) -> sympy.Expr:
-        """Rewrite an expression over Dynamo's symbols into one over ours, making the symbols that are new."""
-        for symbol in sorted(expression.free_symbols, key=str):
-            if symbol in self._from_outer:
-                continue
-            if symbol is not expression:
-                bare = hint_of.node.shape_env.create_symintnode(symbol, hint=_hint_in(hint_of, symbol))
-            else:
-                bare = hint_of
-            lower, upper = _compat.symbol_range(bare)
-            hint = _compat.symint_hint(bare)
-            private = _compat.new_symbol(self._env, str(symbol), hint, lower, upper).node.expr
-            self._from_outer[symbol] = private
-            if isinstance(private, sympy.Symbol):
-                self._symbols[private] = SymbolSpec(private, hint, lower, upper)
-        return expression.xreplace(self._from_outer)
-
-    def _integer(self, expression: sympy.Expr) -> int | torch.SymInt:
-        hints = {symbol: spec.hint for symbol, spec in self._symbols.items()}
-        known = all(hints.get(symbol) is not None for symbol in expression.free_symbols)
-        hint = int(_compat.build_expression(expression, hints)) if known else None
-        return _compat.symint_from_expression(self._env, expression, hint)
-
-    def _note_new_symbols(self, node: Node, value: Any) -> None:
-        """Remember where symbols that are born in the graph (by ``item``, ``nonzero``) get their value."""
-        if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            expression = value.node.expr
-            if isinstance(expression, sympy.Symbol) and expression not in self._symbol_sources:
-                self._symbol_sources[expression] = (node, None)
-                if isinstance(value, torch.SymInt):
-                    self._symbols[expression] = SymbolSpec(expression, None, *_compat.symbol_range(value))
-        elif isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
+    def _note_symbols(self, node: Node, example: Any) -> None:
+        """Remember where symbols get their value: inputs, or nodes in whose results they are born."""
+        if isinstance(example, torch.Tensor):
+            for dim, size in enumerate(example.shape):
                 expression = as_dim(size)
-                if isinstance(expression, sympy.Symbol) and expression not in self._symbol_sources:
-                    self._symbol_sources[expression] = (node, dim)
-                    self._symbols[expression] = SymbolSpec(expression, None, *_compat.symbol_range(size))  # type: ignore[arg-type]
+                if isinstance(expression, sympy.Symbol):
+                    self._symbol_sources.setdefault(expression, (node, dim))
+        elif isinstance(example, (torch.SymInt, torch.SymFloat)) and isinstance(example.node.expr, sympy.Symbol):
+            self._symbol_sources.setdefault(example.node.expr, (node, None))
 
     # ---------------------------------------------------------------- storages
 
     def _number(self, tensor: torch.Tensor) -> int:
-        identity = _compat.storage_identity(tensor)
         self._keep_alive.append(tensor)
-        return self._storage_numbers.setdefault(identity, len(self._storage_numbers))
-
-    def _elements(self, value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], int]]:
-        if isinstance(value, (tuple, list)):
-            for index, item in enumerate(value):
-                yield from self._elements(item, (*path, index))
-        elif isinstance(value, torch.Tensor):
-            yield path, self._number(value)
+        return self._storage_numbers.setdefault(_compat.storage_identity(tensor), len(self._storage_numbers))
 
     def _known_storage(self, tensor: torch.Tensor) -> int | None:
-        try:
-            return self._storage_numbers.get(_compat.storage_identity(tensor))
-        except (RuntimeError, NotImplementedError):
-            return None
+        return self._storage_numbers.get(_compat.storage_identity(tensor))
 
     def _gradient_inputs(self, placeholders: Sequence[Node]) -> tuple[str, ...]:
         (output,) = (node for node in self._module.graph.nodes if node.op == "output")
-        results = _tensors([self._facts[node].value for node in output.all_input_nodes if node in self._facts])
-        written = {s for facts in self._facts.values() for s in facts.writes}
-        results += [
-            tensor
-            for node in placeholders
-            if self._facts[node].storages & written
-            for tensor in _tensors(self._facts[node].value)
-        ]
+        results = _tensors([self._values[node] for node in output.all_input_nodes if node in self._values])
+        written = {storage for facts in self._facts.values() for storage in facts.writes}
+        results += _tensors([self._values[node] for node in placeholders if self._facts[node].storages & written])
         if not self._has_history and not any(tensor.grad_fn is not None for tensor in results):
             return ()
         return tuple(
@@ -439,11 +450,10 @@ class _Walk:
         )
 
 
-def _hint_in(value: torch.SymInt, symbol: sympy.Symbol) -> int | None:
-    environment = value.node.shape_env
-    hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-    hint = hints.get(symbol)
-    return None if hint is None else int(hint)
+def _given(spec: TensorSpec) -> NodeFacts:
+    """Facts about a tensor that exists before the graph runs."""
+    storages = frozenset((spec.storage,))
+    return NodeFacts(spec, storages=storages, born=storages)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import CellType, CodeType
+from types import CellType, CodeType, MethodType
 from typing import Any, Literal
 
 import sympy
@@ -27,6 +27,9 @@ _PER_TOKEN_NAMES = (
 """Names that engines and Hugging Face give to per-token inputs, the surest first."""
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
+
+_DEEPEST_WRAPPER = 16
+"""How far to look through functions and modules that pass ``*args`` on; bounds those that refer to themselves."""
 
 _COMPONENT = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\.([A-Za-z_]\w*)|\[(-?\d+)\]")
 
@@ -111,7 +114,7 @@ def _classify(
     if is_stage_input:
         also = " and written by the graph" if is_written else ""
         return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
-    if _is_python_float(candidate.node):
+    if _compat.is_python_float(candidate.node):
         return result("scalar", "a Python float, which Dynamo passes as a 0-d tensor")
     if candidate.in_module:
         what = _member_kind(candidate)
@@ -142,8 +145,8 @@ def _token_count(
         return size, _token_reason(facts, size, stage[0])
     plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in written]
     named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
-    passed = [c for c in plain if len(c.path) == 1 and c not in named and not _is_python_float(c.node)]
-    passed.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies counts before what does not
+    passed = [c for c in plain if len(c.path) == 1 and c not in named and not _compat.is_python_float(c.node)]
+    passed.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies comes first
     for candidate in (*named, *passed):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
@@ -190,7 +193,7 @@ def _token_reason(facts: GraphFacts, size: Dim | None, candidate: _Candidate) ->
         return f"static {size}, from {where}"
     others = sorted({str(s) for s in candidate.spec.symbols if s != size} if candidate.spec is not None else set())
     also = f"; {', '.join(others)} varies too" if others else ""
-    return f"{facts.symbols[size] if size in facts.symbols else size}, from {where}{also}"
+    return f"{facts.symbols.get(size, size)}, from {where}{also}"
 
 
 def _may_be_per_token(candidate: _Candidate, token_count: Dim | None) -> bool:
@@ -264,20 +267,19 @@ def _parameter_name(code: CodeType, values: Mapping[str, object], position: int)
     leading = values.get(code.co_varnames[0]) if code.co_argcount else next(iter(arguments or ()), None)  # type: ignore
     if isinstance(leading, torch.nn.Module) and position > 0:
         wrapped.append((leading, position - 1))
-    names = (_positional_name(function, at, set()) for function, at in wrapped)
+    names = (_positional_name(function, at, _DEEPEST_WRAPPER) for function, at in wrapped)
     return next((name for name in names if name is not None), None)
 
 
-def _positional_name(function: object, position: int, seen: set[int]) -> str | None:
+def _positional_name(function: object, position: int, depth: int) -> str | None:
     """Name of the parameter that takes a positional argument, looked for through wrappers of ``*args``."""
-    if not callable(function) or id(function) in seen:
+    if not callable(function) or depth == 0:
         return None
-    seen.add(id(function))
     if isinstance(function, torch.nn.Module):
         # A module around one other passes its arguments on.
         inner = list(function.children())
-        return _positional_name(function.forward, position, seen) or (
-            _positional_name(inner[0], position, seen) if len(inner) == 1 else None
+        return _positional_name(function.forward, position, depth - 1) or (
+            _positional_name(inner[0], position, depth - 1) if len(inner) == 1 else None
         )
     signature = _compat.unwrapped_signature(function)
     parameters = [] if signature is None else list(signature.parameters.values())
@@ -288,9 +290,10 @@ def _positional_name(function: object, position: int, seen: set[int]) -> str | N
         return parameters[position].name
     if not any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return None
-    is_bound = inspect.ismethod(function)
-    cells = getattr(function.__func__ if is_bound else function, "__closure__", None) or ()
-    names = (_positional_name(_cell_contents(cell), position + is_bound, seen) for cell in cells)
+    if isinstance(function, MethodType):
+        return _positional_name(function.__func__, position + 1, depth - 1)
+    cells = getattr(function, "__closure__", None) or ()
+    names = (_positional_name(_cell_contents(cell), position, depth - 1) for cell in cells)
     return next((name for name in names if name is not None), None)
 
 
@@ -317,14 +320,12 @@ def _mark_module_members(candidates: Sequence[_Candidate]) -> list[_Candidate]:
 
 
 def _member_kind(candidate: _Candidate) -> str:
-    if "_parameters" in candidate.path or _is_parameter(candidate):
+    if "_parameters" in candidate.path:
         return "module parameter"
+    if _is_parameter(candidate):
+        return "torch.nn.Parameter"
     return "module buffer" if "_buffers" in candidate.path else "attribute of a module"
 
 
 def _is_parameter(candidate: _Candidate) -> bool:
     return isinstance(candidate.node.meta.get("example_value"), torch.nn.Parameter)
-
-
-def _is_python_float(node: Node) -> bool:
-    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))

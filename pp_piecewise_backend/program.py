@@ -63,9 +63,17 @@ class Program:
         self.stage = None
         self.stats = Stats(parent=TOTALS)
         self.plain_runs: dict[int, str] = {}
-        """Compute pieces that ran as plain FX at least once, with the reason."""
+        """Compute pieces that ran as plain FX at least once, with the reason; -1 stands for the whole graph."""
         self._registers: dict[str, int] = {}
         self._instructions = self._assemble()
+        tensors = [(position, i) for position, i in enumerate(table.inputs) if i.spec is not None]
+        self._exclusive = tuple(position for position, i in tensors if i.name in split.exclusive_inputs)
+        storages = {table.inputs[position].spec.storage for position in self._exclusive}  # type: ignore[union-attr]
+        self._others = tuple(
+            position
+            for position, i in tensors
+            if i.kind != "parameter" and i.spec is not None and i.spec.storage not in storages
+        )
         self._cloned_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
 
@@ -80,6 +88,8 @@ class Program:
         return self.table.inputs
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        if self._exclusive and self._overlap(args):
+            return self._run_whole(args)
         registers = [*args, *self.split.constants.values(), *self._empty]
         all_compiled = True
         with torch.no_grad():
@@ -121,6 +131,19 @@ class Program:
             return True
         self.plain_runs[instruction.piece.index] = f"the compiled code does not hold for sizes {sizes}"
         return False
+
+    def _overlap(self, args: Sequence[Any]) -> bool:
+        """Whether an input whose writes were moved shares memory with another input; no guard of Dynamo's tells."""
+        exclusive = {_memory(args[position]) for position in self._exclusive}
+        return not exclusive.isdisjoint(_memory(args[position]) for position in self._others)
+
+    def _run_whole(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        names = ", ".join(self.inputs[position].label for position in self._exclusive)
+        self.plain_runs[-1] = f"inputs that the graph writes ({names}) share memory with other inputs"
+        with torch.no_grad():
+            results = self.split.whole(*args)
+        self.stats.add_many({"calls": 1})
+        return tuple(results)
 
     def _separate_results(self, args: Sequence[Any], results: list[Any], all_compiled: bool) -> None:
         """Copy results that share memory although eager's would not.
@@ -208,7 +231,9 @@ class UnsplitProgram:
 
     def explain(self) -> str:
         """Why the graph is not split."""
-        return f"{self.name}: not split, given whole to {self.config.compiler}: {self.reason}"
+        from .explanation import explain_unsplit
+
+        return explain_unsplit(self.name, self.config.compiler, self.reason)
 
 
 @dataclass(frozen=True)

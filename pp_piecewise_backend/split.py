@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import sympy
@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from . import _compat
 from .canonical import digest, piece_text
-from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, leaf_of, symbols_of_value
+from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers, symbols_of_value
 from .errors import SplitError
 from .facts import GraphFacts
 from .placeholders import InputTable
@@ -90,6 +90,10 @@ class Split:
     constants: Mapping[str, object]
     """Attributes of the graph that pieces take as inputs, by value name."""
     cuts: Cuts
+    whole: GraphModule = field(repr=False)
+    """The graph before it was cut."""
+    exclusive_inputs: tuple[str, ...]
+    """Names of the graph inputs that no other input may overlap; for a call where one does, ``whole`` is right."""
 
 
 def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher) -> Split:
@@ -184,6 +188,12 @@ class _Splitter:
             result_storages=tuple(result_storages),
             constants=constants,
             cuts=self.cuts,
+            whole=self.facts.graph_module,
+            exclusive_inputs=tuple(
+                node.name
+                for node, node_facts in self.facts.nodes.items()
+                if node.op == "placeholder" and node_facts.storages & self.cuts.exclusive_storages
+            ),
         )
 
     def _result(self, item: Any, last: _StepBuilder) -> tuple[Any, _Key | None, int | None]:
@@ -192,9 +202,8 @@ class _Splitter:
             return item, None, None
         if self.scalars.is_scalar(item):
             value = self.facts.nodes[item].value
-            symbols = symbols_of_value(value)
-            if not symbols:
-                return value, None, None
+            if not symbols_of_value(value) and not self.scalars.reads_input(item):
+                return plain_numbers(value), None, None
             if item.op == "placeholder":
                 return ResultValue(item.name), None, None
             return ResultValue(last.make_number(item)), None, None
@@ -247,10 +256,10 @@ class _Splitter:
         return bool(storages) and not storages & self.facts.nodes[value.node].born
 
     def spec(self, key: _Key) -> TensorSpec | None:
-        leaf = leaf_of(self.facts, key.value)
-        if not isinstance(leaf, torch.Tensor):
+        spec = self.facts.nodes[key.value.node].element(key.value.path)
+        if not isinstance(spec, TensorSpec):
             return None
-        return TensorSpec.of(leaf, next(iter(self.storages_of(key)), -1))
+        return replace(spec, storage=next(iter(self.storages_of(key))))
 
 
 class _StepBuilder:
@@ -261,11 +270,13 @@ class _StepBuilder:
         self._splitter = splitter
         self._facts = splitter.facts
         self._graph = fx.Graph()
+        self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
         self._attributes: dict[str, object] = {}
         self._attribute_names: dict[int, str] = {}
         self._made: dict[Value, Any] = {}
         """What stands for a value in this step's graph from here on."""
         self._versions: dict[_Key, Node] = {}
+        self._numbers: dict[Node, Any] = {}
         self._expressions: dict[sympy.Basic, Any] = {}
         self._inputs: dict[Node, tuple[Source, TensorSpec | SymbolSpec | None, _Key | None]] = {}
         self._input_nodes: dict[Any, Node] = {}
@@ -287,14 +298,15 @@ class _StepBuilder:
                 self._made[value] = self._versions[_Key(value, node)] = fresh
             copy = self._copy(node)
             self._made[Value(node)] = copy
-            if self._facts.nodes[node].writes:
+            if self._facts.nodes[node].writes or self._facts.nodes[node].region is not None:
                 self._acting.add(copy)
         self._match_autocast(())
-        self._position = self._splitter.end
+        if self.step.nodes:
+            self._position += 1  # what later steps ask for is asked for as it stands at the end of this one
 
     def make_number(self, node: Node) -> str:
         """Compute a number in this step and hand it over; its name comes back."""
-        self._exports[node.name] = (self._number(self._facts.nodes[node].value), None)
+        self._exports[node.name] = (self._scalar(node), None)
         return node.name
 
     def make_result(self, key: _Key) -> str:
@@ -318,7 +330,7 @@ class _StepBuilder:
 
     def _argument(self, node: Node) -> Any:
         if self._splitter.scalars.is_scalar(node):
-            return self._number(self._facts.nodes[node].value)
+            return self._scalar(node)
         if node.op == "get_attr" and not isinstance(self._facts.nodes[node].value, torch.Tensor):
             return self._graph.get_attr(self._attach(str(node.target)))
         return self._resolve(canonical(self._facts, node))
@@ -329,7 +341,7 @@ class _StepBuilder:
             return self._made[value]
         version = self._splitter.version_at(value, self._position)
         if version is None:
-            leaf = leaf_of(self._facts, value)
+            leaf = self._facts.nodes[value.node].element(value.path)
             if value.path and Value(value.node) in self._made:
                 return self._element(value)
             if isinstance(leaf, (tuple, list)) and not isinstance(leaf, torch.Size):
@@ -385,29 +397,51 @@ class _StepBuilder:
 
     # ----------------------------------------------------------------- numbers
 
+    def _scalar(self, node: Node) -> Any:
+        """The number that a node of the whole graph gives, computed in this step from the bare symbols.
+
+        Arithmetic is copied as Dynamo wrote it; the sizes of tensors, where it starts, become expressions.
+        """
+        if node not in self._numbers:
+            facts = self._facts.nodes[node]
+            takes_tensors = any(not self._splitter.scalars.is_scalar(argument) for argument in node.all_input_nodes)
+            is_read = takes_tensors and self._splitter.scalars.reads_input(node)
+            if is_read or (symbols_of_value(facts.value) and not takes_tensors and node.op != "placeholder"):
+                self._numbers[node] = self._copy(node)
+            else:
+                self._numbers[node] = self._number(facts.value)
+        return self._numbers[node]
+
     def _number(self, value: Any) -> Any:
-        """A number, or numbers nested in tuples and slices, computed in this step from the bare symbols."""
+        """Sizes, or sizes nested in tuples, computed in this step from the bare symbols."""
         if isinstance(value, (tuple, list)):
             items = [self._number(item) for item in value]
             return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, slice):
-            return slice(*(self._number(part) for part in (value.start, value.stop, value.step)))
         expression = _compat.symint_expression(value)
         if not isinstance(expression, sympy.Basic):
             return value
-        if expression in (sympy.true, sympy.false):
-            return bool(expression)
-        if expression.is_number:
-            return int(expression) if expression.is_integer else float(expression)
+        if not expression.free_symbols:
+            return _compat.build_expression(expression, {})
+        if isinstance(expression, sympy.Symbol):
+            return self._symbol(expression)
         if expression not in self._expressions:
-            symbols = {s: fx.Proxy(self._symbol(s)) for s in sorted(expression.free_symbols, key=str)}
-            built = _compat.build_expression(expression, symbols)
-            self._expressions[expression] = built.node if isinstance(built, fx.Proxy) else built
+            symbols = {s: fx.Proxy(self._symbol(s), self._tracer) for s in sorted(expression.free_symbols, key=str)}
+            try:
+                self._expressions[expression] = _compat.build_expression(expression, symbols).node
+            except Exception as error:
+                raise SplitError(
+                    f"the size {expression} cannot be computed outside its piece: {error}; the whole graph goes to the "
+                    f"stock backend"
+                ) from error
         return self._expressions[expression]
 
     def _symbol(self, symbol: sympy.Symbol) -> Node:
         if symbol not in self._input_nodes:
+            if symbol not in self._facts.symbol_sources:
+                raise SplitError(f"no value gives the size {symbol}; the whole graph goes to the stock backend")
             node, dim = self._facts.symbol_sources[symbol]
+            if node.op != "placeholder" and self._splitter.scalars.is_scalar(node):
+                return self._scalar(node)
             if Value(node) in self._made:
                 made = self._made[Value(node)]
                 self._input_nodes[symbol] = (

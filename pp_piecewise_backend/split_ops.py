@@ -19,6 +19,7 @@ BUILTIN_SPLIT_OPS: tuple[str, ...] = (
     "_scaled_dot_product_*",
     "_native_multi_head_attention",
     "multi_head_attention_forward",
+    "_transformer_encoder_layer_fwd",
     "flex_attention",
     "flex_attention_backward",
     "torch_attn::*",
@@ -42,6 +43,7 @@ BUILTIN_SPLIT_OPS: tuple[str, ...] = (
     # xFormers
     "xformers*::*attention*",
     "xformers*::*fmha*",
+    "xformers_flash*::*",
     "memory_efficient_attention*",
     # FlashInfer
     "flashinfer*::*attention*",
@@ -74,13 +76,13 @@ class SplitOpMatcher:
     patterns: tuple[str, ...]
     required: tuple[str, ...]
     """The patterns that the user gave: one that matches nothing is reported."""
+    written_out: bool
+    """Whether attention written out in plain ops counts too."""
 
     @classmethod
-    def from_config(cls, split_ops: SplitOps | None) -> SplitOpMatcher:
-        if split_ops is None:
-            return cls(patterns=BUILTIN_SPLIT_OPS, required=())
+    def from_config(cls, split_ops: SplitOps) -> SplitOpMatcher:
         builtin = BUILTIN_SPLIT_OPS if split_ops.extends_builtin else ()
-        return cls(patterns=(*builtin, *split_ops.patterns), required=split_ops.patterns)
+        return cls((*builtin, *split_ops.patterns), split_ops.patterns, written_out=split_ops.extends_builtin)
 
     def match(self, node: Node) -> str | None:
         """The pattern that matches this node, or an op inside a graph that it takes as an argument."""

@@ -19,7 +19,7 @@ def check(
     split_ops: str | None = None,
     compiler: str = "eager",
     dynamic: bool | None = None,
-    mark: int | None = None,
+    mark: bool = True,
     tolerance: float = 0.0,
     unsplit: bool = False,
     twin: Callable[..., Any] | None = None,
@@ -30,7 +30,8 @@ def check(
 
     Args:
         calls: positional arguments of one call each. Tensors among them are copied, with their aliasing.
-        mark: the dimension of every tensor argument of the first call to be marked as dynamic.
+        mark: whether to mark, in the first call, dimension 0 as dynamic in all tensors that have it in common with
+            the first one. Sizes above 1 are then one program.
         unsplit: whether the graph is expected to be given to the stock backend whole.
         twin: what to run eagerly; a deep copy of ``function`` when that is a module, else ``function``.
     """
@@ -42,9 +43,8 @@ def check(
     compiled = torch.compile(function, backend="pp_piecewise", options=options, dynamic=dynamic, fullgraph=True)
     for index, arguments in enumerate(calls):
         ours, theirs = copy.deepcopy(list(arguments)), copy.deepcopy(list(arguments))
-        if index == 0 and mark is not None:
-            for leaf in tensors(ours):
-                torch._dynamo.mark_dynamic(leaf, mark)
+        if index == 0 and mark:
+            mark_tokens(ours)
         state = torch.get_rng_state()
         expected = twin(*theirs)
         after = torch.get_rng_state()
@@ -62,6 +62,14 @@ def check(
     assert sum(program.stats.calls for program in programs) == len(calls), "a call did not reach a program"
     assert all((not program.pieces) == unsplit for program in programs), ppb.explain()
     return programs[-1]
+
+
+def mark_tokens(arguments: Any) -> None:
+    """Mark dimension 0 as dynamic in the first tensor and in all that have as many rows."""
+    leaves = [leaf for leaf in tensors(arguments) if leaf.dim()]
+    for leaf in leaves:
+        if leaf.shape[0] == leaves[0].shape[0] > 1:
+            torch._dynamo.mark_dynamic(leaf, 0)
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -105,3 +113,13 @@ def eager_ops(program: Any) -> list[str]:
 
 def compute_ops(program: Any) -> list[str]:
     return [op for piece in program.pieces if piece.kind == "compute" for op in piece.ops]
+
+
+def steps(program: Any) -> str:
+    """The kinds of the steps in order, by their initials, such as "cec"."""
+    return "".join(kind[0] for kind in kinds(program))
+
+
+def tokens(*sizes: int, width: int = 8) -> list[tuple[Tensor]]:
+    """One call for each size, with a float tensor of so many rows."""
+    return [(torch.randn(size, width),) for size in sizes]

@@ -25,6 +25,7 @@ ORDER = (
     "regions",
     "facts",
     "placeholders",
+    "written_out_attention",
     "cuts",
     "canonical",
     "split",

@@ -44,8 +44,12 @@ MESSAGES = {
     ),
     "unsupported_keywords": (errors.unsupported_keywords(["depth"]), ["'depth'", "options={...}"]),
     "gradient_fallback": (
-        errors.gradient_fallback(["weight"]),
-        ["'weight'", "stock Inductor", "torch.no_grad()", "requires_grad_(False)"],
+        errors.gradient_fallback(["weight"], "inductor"),
+        ["'weight'", "stock backend 'inductor'", "torch.no_grad()", "requires_grad_(False)"],
+    ),
+    "internal_error": (
+        errors.internal_error(KeyError("item")),
+        ["KeyError: 'item'", "results are right", "report it"],
     ),
     "unmatched_split_ops": (
         errors.unmatched_split_ops(["mine"], ["aten::attn"]),
@@ -80,7 +84,7 @@ def test_every_message_is_tested() -> None:
 
 
 def test_messages_when_there_is_nothing_to_list() -> None:
-    assert "gradients are required, so" in errors.gradient_fallback([])
+    assert "gradients are required, so" in errors.gradient_fallback([], "eager")
     assert "No op in this graph looks like attention" in errors.unmatched_split_ops(["mine"], [])
     assert "It has no tensor inputs" in errors.unmatched_stage_inputs(["hidden"], [])
     assert "nearest" not in errors.bad_value("option 'mode'", 3, "one of full, none", "", ["full", "none"])

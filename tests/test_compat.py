@@ -1,0 +1,342 @@
+"""The private torch API that the package leans on, helper by helper: what a new torch release may break."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, nn
+
+from pp_piecewise_backend import _compat
+
+pytestmark = pytest.mark.compat
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------ Dynamo
+
+
+def during_compilation(function: Callable[..., Any], *args: Any, look: Callable[[Any], Any], **kwargs: Any) -> Any:
+    """What ``look(graph_module)`` gives while Dynamo compiles ``function``."""
+    seen: list[Any] = []
+
+    def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        seen.append(look(graph_module))
+        return graph_module.forward
+
+    torch.compile(function, backend=backend, **kwargs)(*args)
+    (found,) = seen
+    return found
+
+
+def _sources(graph_module: torch.fx.GraphModule) -> list[str | None]:
+    return [_compat.placeholder_source(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def test_placeholder_source() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2, bias=False)
+            self.caches = [torch.zeros(2)]
+
+        def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
+            return self.linear(x) + self.caches[0] + kwargs["y"]
+
+    model = Model()
+    seen: list[Any] = []
+
+    def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        seen.extend(_sources(graph_module))
+        return graph_module.forward
+
+    torch.compile(model, backend=backend)(torch.randn(3, 2), y=torch.randn(2))
+    assert set(seen) == {
+        "L['x']", "L['kwargs']['y']", "L['self']._modules['linear']._parameters['weight']", "L['self'].caches[0]",
+    }  # fmt: skip
+
+
+def test_placeholder_source_without_dynamo() -> None:
+    assert _sources(torch.fx.symbolic_trace(lambda x: x + 1)) == [None]
+
+
+def test_frame_being_compiled() -> None:
+    scale = torch.ones(2)
+
+    def outer(x: Tensor, *args: Tensor) -> Tensor:
+        return inner(x) * scale + args[0]
+
+    def inner(x: Tensor) -> Tensor:
+        return x + 1
+
+    code, values = during_compilation(
+        outer, torch.zeros(2), torch.ones(2), look=lambda graph: _compat.frame_being_compiled()
+    )
+    assert code is outer.__code__  # the frame that the user called, not the one that was inlined last
+    assert values["scale"] is scale and len(values["args"]) == 1 and "x" in values
+    assert _compat.frame_being_compiled() is None
+
+
+def test_recompile_limit_hits_and_graph_breaks() -> None:
+    before = _compat.recompile_limit_hits(), _compat.graph_breaks()
+
+    def function(x: Tensor, kind: str) -> Tensor:
+        x = x + len(kind)
+        torch._dynamo.graph_break()
+        return x * 2
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run = torch.compile(function, backend="eager")
+        for kind in ("a", "bb", "ccc"):
+            run(torch.zeros(2), kind)
+    assert _compat.graph_breaks() > before[1]
+    assert _compat.recompile_limit_hits() > before[0]
+
+
+# ------------------------------------------------------------------------------ shapes
+
+
+def test_symbols_of_our_own() -> None:
+    env = _compat.new_shape_env()
+    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
+    other = _compat.new_symbol(env, "s1", 5, None, None)
+    assert isinstance(_compat.symint_expression(tokens), sympy.Symbol)
+    assert _compat.symint_expression(tokens) != _compat.symint_expression(other)  # no duck shaping
+    assert _compat.symbol_range(tokens) == (2, 64)
+    assert _compat.symbol_range(other)[1] is None
+    assert _compat.symbolic_hint(tokens) == 5 and _compat.symbolic_hint(tokens * 2 + 1) == 11
+    assert _compat.symint_expression(7) == 7
+
+
+@pytest.mark.parametrize("hint", [0, 1])
+def test_symbols_are_not_specialised_at_zero_and_one(hint: int) -> None:
+    env = _compat.new_shape_env()
+    symint = _compat.new_symbol(env, "s0", hint, 0, None)
+    assert isinstance(symint, torch.SymInt) and isinstance(_compat.symint_expression(symint), sympy.Symbol)
+    assert _compat.shape_env_conditions(env) == ()
+
+
+def test_unbacked_symbols() -> None:
+    env = _compat.new_shape_env()
+    symint = _compat.new_symbol(env, "s0", None, 1, 8)
+    assert _compat.symbolic_hint(symint) is None
+    assert _compat.symbol_range(symint) == (1, 8)
+
+
+def test_symint_from_expression() -> None:
+    env = _compat.new_shape_env()
+    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
+    symbol = _compat.symint_expression(tokens)
+    assert _compat.symint_from_expression(env, sympy.Integer(3), 3) == 3
+    doubled = _compat.symint_from_expression(env, symbol * 2, 10)
+    assert _compat.symint_expression(doubled) == symbol * 2 and _compat.symbolic_hint(doubled) == 10
+
+
+def test_conditions_are_what_was_asked_about() -> None:
+    env = _compat.new_shape_env()
+    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
+    symbol = _compat.symint_expression(tokens)
+    assert bool(tokens <= 64)  # follows from the range: nothing new is relied on
+    assert _compat.shape_env_conditions(env) == ()
+    assert not bool(tokens > 32)
+    conditions = _compat.shape_env_conditions(env)
+    assert conditions
+    assert all(condition.subs(symbol, 20) == sympy.true for condition in conditions)
+    assert any(condition.subs(symbol, 40) == sympy.false for condition in conditions)
+
+
+def test_an_equality_is_a_condition() -> None:
+    env = _compat.new_shape_env()
+    first, second = (_compat.new_symbol(env, name, 5, 2, 64) for name in ("s0", "s1"))
+    symbols = _compat.symint_expression(first), _compat.symint_expression(second)
+    assert bool(first == second)
+    conditions = _compat.shape_env_conditions(env)
+    equal, different = ({symbols[0]: 5, symbols[1]: value} for value in (5, 6))
+    assert all(condition.subs(equal) == sympy.true for condition in conditions)
+    assert any(condition.subs(different) == sympy.false for condition in conditions)
+
+
+def test_a_deferred_assert_is_a_condition() -> None:
+    env = _compat.new_shape_env()
+    first = _compat.new_symbol(env, "s0", None, 0, None)
+    second = _compat.new_symbol(env, "s1", None, 0, None)
+    symbols = _compat.symint_expression(first), _compat.symint_expression(second)
+    torch._check(first * 2 <= second + 7)
+    conditions = _compat.shape_env_conditions(env)
+    assert any(c.subs({symbols[0]: 100, symbols[1]: 1}) == sympy.false for c in conditions)
+
+
+def test_ranges_narrow_with_what_is_learned() -> None:
+    env = _compat.new_shape_env()
+    tokens = _compat.new_symbol(env, "s0", None, 0, 100)
+    symbol = _compat.symint_expression(tokens)
+    assert int(_compat.shape_env_ranges(env)[symbol].upper) == 100
+    torch._check(tokens <= 10)
+    bounds = int(_compat.shape_env_ranges(env)[symbol].upper)
+    conditions = _compat.shape_env_conditions(env)
+    assert bounds == 10 or any(c.subs(symbol, 11) == sympy.false for c in conditions)
+
+
+def test_build_expression_on_numbers_and_proxies() -> None:
+    s0, s1 = sympy.symbols("s0 s1", integer=True, positive=True)
+    expression = (s0 * 3 + s1) * s1
+    assert _compat.build_expression(expression, {s0: 2, s1: 5}) == 55
+    assert _compat.build_expression(sympy.Integer(4), {}) == 4
+    graph = torch.fx.Graph()
+    proxies = {symbol: torch.fx.Proxy(graph.placeholder(str(symbol))) for symbol in (s0, s1)}
+    graph.output(_compat.build_expression(expression, proxies).node)
+    assert torch.fx.GraphModule({}, graph)(2, 5) == 55
+
+
+def test_build_expression_of_floor_division_and_remainder() -> None:
+    env = _compat.new_shape_env()
+    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
+    symbol = _compat.symint_expression(tokens)
+    for made, wanted in ((tokens // 4, 17 // 4), (tokens % 4, 17 % 4), (-(-tokens // 4), -(-17 // 4))):
+        assert _compat.build_expression(_compat.symint_expression(made), {symbol: 17}) == wanted
+
+
+def test_private_tracing_keeps_guards_out_of_the_outer_environment() -> None:
+    env = _compat.new_shape_env()
+    fake_mode = _compat.FakeTensorMode(shape_env=env)
+    before = torch._guards.TracingContext.try_get()
+    with _compat.private_tracing(fake_mode):
+        context = torch._guards.TracingContext.try_get()
+        assert context is not None and context.fake_mode is fake_mode
+    assert torch._guards.TracingContext.try_get() is before
+
+
+# ------------------------------------------------------------------------------ tensors
+
+
+def test_storage_identity() -> None:
+    base = torch.zeros(4)
+    assert _compat.storage_identity(base) == _compat.storage_identity(base[1:]) == _compat.storage_identity(base.t())
+    assert _compat.storage_identity(base) != _compat.storage_identity(base.clone())
+    reference = weakref.ref(base)
+    del base
+    assert reference() is None  # asking keeps nothing alive
+
+
+def test_storage_identity_of_fake_tensors() -> None:
+    with _compat.FakeTensorMode():
+        base = torch.zeros(4)
+        assert isinstance(base, _compat.FakeTensor)
+        assert _compat.storage_identity(base) == _compat.storage_identity(base.view(2, 2))
+        assert _compat.storage_identity(base) != _compat.storage_identity(torch.zeros(4))
+
+
+def test_storage_identity_and_level_inside_a_transform() -> None:
+    seen: list[Any] = []
+
+    def body(row: Tensor) -> Tensor:
+        seen.append((_compat.storage_identity(row), _compat.functorch_level()))
+        return row * 2
+
+    rows = torch.zeros(3, 4)
+    assert _compat.functorch_level() == 0
+    torch.vmap(body)(rows)
+    assert seen == [(_compat.storage_identity(rows), 1)]
+    assert _compat.functorch_level() == 0
+
+
+def test_pop_functorch_level() -> None:
+    torch._C._functorch._vmap_increment_nesting(3, "error")
+    assert _compat.functorch_level() == 1
+    _compat.pop_functorch_level()
+    assert _compat.functorch_level() == 0
+
+
+def test_wrapper_subclasses() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert _compat.is_traceable_wrapper_subclass(TwoTensor(torch.zeros(2), torch.zeros(2)))
+    assert not _compat.is_traceable_wrapper_subclass(torch.zeros(2))
+    assert not _compat.is_traceable_wrapper_subclass(nn.Parameter(torch.zeros(2)))
+
+
+# ---------------------------------------------------------------------------------- ops
+
+
+@torch.library.custom_op("compattest::write", mutates_args=("out",))
+def write(x: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    out.copy_(x * scale)
+
+
+@pytest.mark.parametrize(
+    ("op", "written"),
+    [
+        (torch.ops.aten.add_.Tensor, (0,)),
+        (torch.ops.aten.add.Tensor, ()),
+        (torch.ops.aten.add.out, ("out",)),
+        (torch.ops.compattest.write.default, (1,)),
+        (torch.ops.aten.view.default, ()),
+    ],
+)
+def test_schema_writes(op: Any, written: tuple[int | str, ...]) -> None:
+    assert _compat.schema_writes(op) == written
+
+
+def test_schema_and_overload_names() -> None:
+    assert _compat.schema_name(torch.ops.aten.add_.Tensor) == "aten::add_"
+    assert _compat.overload_name(torch.ops.aten.add_.Tensor) == "Tensor"
+    assert _compat.schema_name(torch.ops.compattest.write) == _compat.schema_name(write) == "compattest::write"
+    assert _compat.schema_name(torch.nn.functional.softmax) is None
+    assert _compat.overload_name(torch.ops.aten.add_) is None
+
+
+def test_unwrapped_signature() -> None:
+    def wrapped(a: int, b: int) -> int:
+        return a + b
+
+    @functools.wraps(wrapped)
+    def wrapper(*args: Any) -> Any:
+        return wrapped(*args)
+
+    signature = _compat.unwrapped_signature(wrapper)
+    assert isinstance(signature, inspect.Signature) and list(signature.parameters) == ["a", "b"]
+    assert _compat.unwrapped_signature(torch.add) is None  # a builtin without a text signature
+
+
+# -------------------------------------------------------------------------------- state
+
+
+def test_autocast_state() -> None:
+    outside = _compat.autocast_state()
+    assert outside == ()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = _compat.autocast_state()
+    with torch.autocast("cpu", dtype=torch.float16):
+        other = _compat.autocast_state()
+    assert len({outside, inside, other}) == 3
+    assert _compat.autocast_state() == outside
+
+
+def test_entering_and_leaving_autocast_by_hand() -> None:
+    entered = _compat.enter_autocast("cpu", torch.bfloat16, True, None)
+    try:
+        assert torch.is_autocast_enabled("cpu")
+    finally:
+        _compat.exit_autocast(entered)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_entering_and_leaving_inference_mode_by_hand() -> None:
+    entered = _compat.enter_inference_mode(True)
+    try:
+        assert torch.is_inference_mode_enabled()
+    finally:
+        _compat.exit_inference_mode(entered)
+    assert not torch.is_inference_mode_enabled()
