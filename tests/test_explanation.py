@@ -230,7 +230,7 @@ def test_pieces_that_did_not_compile_or_ran_plain() -> None:
     program.plain_runs[-1] = "inputs that the graph writes share memory"
     report = program.explain()
     assert_fits(report)
-    assert "ran as plain FX all pieces: inputs that the graph writes share memory" in flat(report)
+    assert "ran as plain FX the whole graph: inputs that the graph writes share memory" in flat(report)
     compute = [piece.index for piece in program.pieces if piece.kind == "compute"]
     assert len(compute) == 2
     text = flat(report)

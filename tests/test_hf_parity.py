@@ -94,45 +94,37 @@ def assert_attention_was_split_out(op: str) -> None:
         assert sum(piece.kind == "compute" for piece in program.pieces) > LAYERS
 
 
-SDPA_ARCHITECTURES = [name for name in hf.ARCHITECTURES if name != "gemma2"]
 SDPA = "scaled_dot_product_attention"
+# SDPA has no soft cap, so transformers writes Gemma2's attention out as matmul, softmax, matmul.
+ATTENTION = {name: SDPA for name in hf.ARCHITECTURES} | {"gemma2": "softmax"}
 
 
 @pytest.mark.parametrize("cache_kind", hf.CACHES)
-@pytest.mark.parametrize("architecture", SDPA_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", hf.ARCHITECTURES)
 def test_token_exact(architecture: str, cache_kind: str) -> None:
     assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS)
-    assert_attention_was_split_out(SDPA)
+    assert_attention_was_split_out(ATTENTION[architecture])
 
 
 @pytest.mark.parametrize("cache_kind", hf.CACHES)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gemma2"])
 def test_token_exact_with_inductor(architecture: str, cache_kind: str) -> None:
     assert_decodes_like_eager(architecture, cache_kind, "inductor", FEWER_PROMPT_TOKENS)
-    assert_attention_was_split_out(SDPA)
+    assert_attention_was_split_out(ATTENTION[architecture])
 
 
 @pytest.mark.parametrize("cache_kind", hf.CACHES)
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
-def test_gemma2_token_exact(compiler: str, cache_kind: str) -> None:
-    """SDPA has no soft cap, so Gemma2's attention is one op only as FlexAttention."""
-    prompts = PROMPT_TOKENS if compiler == "eager" else FEWER_PROMPT_TOKENS
-    assert_decodes_like_eager("gemma2", cache_kind, compiler, prompts, hf.CAPPED_FLEX)
+def test_gemma2_token_exact_with_flex_attention(cache_kind: str) -> None:
+    assert_decodes_like_eager("gemma2", cache_kind, "eager", PROMPT_TOKENS, hf.CAPPED_FLEX)
     assert_attention_was_split_out("flex_attention")
 
 
-@pytest.mark.parametrize("cache_kind", hf.CACHES)
-def test_gemma2_as_transformers_runs_it(cache_kind: str) -> None:
-    """With matmul and softmax for attention: no op to split at, but the cache's writes are cut out."""
-    assert_decodes_like_eager("gemma2", cache_kind, "eager", FEWER_PROMPT_TOKENS)
-    assert attention_ops_split_out(SDPA) == [0] * len(ppb.programs())
-    if cache_kind == "dynamic":  # which never writes: it concatenates
-        return
-    writing = {"index_copy_", "copy_"}
+def test_caches_are_written_in_eager_steps() -> None:
+    assert_decodes_like_eager("gemma2", "static", "eager", FEWER_PROMPT_TOKENS)
     given_caches = [p for p in ppb.programs() if any(i.source.endswith(".keys") for i in p.inputs)]
     assert given_caches  # in the others the cache is born, and may be written where it is born
     for program in given_caches:
-        written_by = {piece.kind for piece in program.pieces if writing & set(piece.ops)}
+        written_by = {piece.kind for piece in program.pieces if {"index_copy_", "copy_"} & set(piece.ops)}
         assert written_by == {"eager"}
 
 
