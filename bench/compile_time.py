@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,16 @@ TARGET_DEPTH_RATIO = 1.3
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
-    runs = measure(options)
-    summary = summarize(runs)
-    ratios = depth_ratios(summary)
     parameters = {name: getattr(options, name) for name in ("layers", "methods", "caches", "repeats")}
     parameters |= {"hidden": options.hidden, "tokens": options.tokens, "compiler": options.compiler}
-    body = {"summary": summary, "ratios": ratios, "runs": runs}
-    json_path = write_result(options.output, NAME, parameters, body)
+    runs: list[dict[str, Any]] = []
+    for run in measure(options):
+        runs.append(run)
+        summary = summarize(runs)
+        ratios = depth_ratios(summary)
+        # Written after every run: an hour of measuring should survive an interrupt.
+        body = {"summary": summary, "ratios": ratios, "runs": runs}
+        json_path = write_result(options.output, NAME, parameters, body)
     plot_path = plot(summary, options.output / f"{NAME}.png")
     print_table(summary, ratios)
     print(f"\n{json_path}\n{plot_path}")
@@ -64,11 +67,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All runs, repeats outermost, so that a slow minute of the machine falls on every method alike."""
     from tqdm import tqdm
 
-    runs: list[dict[str, Any]] = []
     combinations = list(itertools.product(range(options.repeats), options.layers, options.methods))
     wanted = set(options.caches)
     with tqdm(total=len(combinations) * len(wanted), unit="run") as progress:
@@ -92,9 +94,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     CHILD_TIMEOUT_SECONDS,
                 )
                 if caches in wanted:
-                    runs.append({**request, "caches": caches, "repeat": repeat, **answer})
                     progress.update()
-    return runs
+                    yield {**request, "caches": caches, "repeat": repeat, **answer}
 
 
 def cache_variables(caches: str, folder: str) -> dict[str, str]:
