@@ -214,7 +214,7 @@ class _Cutter:
             if facts.nodes[node].reshapes_in_place:
                 raise SplitError(
                     f"{op_name(node)} (node {node.name}) changes the shape or strides of a tensor in place, which a "
-                    f"cut cannot follow; the whole graph goes to stock Inductor"
+                    f"cut cannot follow; the whole graph goes to the stock backend"
                 )
             if not self._scalars.is_scalar(node) and not does_nothing(facts, node):
                 nodes.append(node)

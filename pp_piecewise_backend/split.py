@@ -365,7 +365,7 @@ class _StepBuilder:
         if self._facts.nodes[node].writes:
             raise SplitError(
                 f"{op_name(node)} (node {node.name}) both writes memory and returns a view of it that another step "
-                f"uses; the whole graph goes to stock Inductor"
+                f"uses; the whole graph goes to the stock backend"
             )
         self._made[Value(node)] = self._copy(node)
         return self._element(value) if value.path else self._made[value]
