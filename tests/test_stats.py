@@ -11,7 +11,7 @@ from pp_piecewise_backend import stats as stats_module_or_function
 from pp_piecewise_backend.stats import COUNTERS, NAMES, TOTALS, Snapshot, Stats, expect, stats
 
 ALL_COUNTERS = {
-    "programs", "recompiles", "recompiles_after_seal", "pieces", "pieces_compiled", "pieces_reused",
+    "programs", "calls", "recompiles", "recompiles_after_seal", "pieces", "pieces_compiled", "pieces_reused",
     "captures", "capture_seconds", "compile_seconds", "graph_bytes", "static_bytes", "replays",
     "eager_steps", "graph_misses", "miss_reasons", "input_copies", "input_bytes_copied", "output_copies",
     "stage_input_copies", "stage_inputs_in_place", "padded_tokens", "grad_fallbacks", "unmatched_split_ops",
