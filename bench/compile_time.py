@@ -249,7 +249,8 @@ def plot(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     from matplotlib import pyplot
 
     states = [caches for caches in CACHES if any(entry["caches"] == caches for entry in summary)]
-    figure, panels = pyplot.subplots(1, len(states), figsize=(6 * len(states), 4.5), squeeze=False)
+    bars = max(sum(entry["caches"] == caches for entry in summary) for caches in states)
+    figure, panels = pyplot.subplots(1, len(states), figsize=(max(6, bars) * len(states), 4.5), squeeze=False)
     colors = dict(zip(PHASES, ("#9aa5b1", "#e0a458", "#3b6ea5", "#7fb069"), strict=True))
     for panel, caches in zip(panels[0], states, strict=True):
         entries = [entry for entry in summary if entry["caches"] == caches]
