@@ -66,14 +66,11 @@ class Program:
         """Compute pieces that ran as plain FX at least once, with the reason; -1 stands for the whole graph."""
         self._registers: dict[str, int] = {}
         self._instructions = self._assemble()
-        tensors = [(position, i) for position, i in enumerate(table.inputs) if i.spec is not None]
-        self._exclusive = tuple(position for position, i in tensors if i.name in split.exclusive_inputs)
-        storages = {table.inputs[position].spec.storage for position in self._exclusive}  # type: ignore[union-attr]
-        self._others = tuple(
-            position
-            for position, i in tensors
-            if i.kind != "parameter" and i.spec is not None and i.spec.storage not in storages
-        )
+        tensors = [(at, i.spec.storage, i) for at, i in enumerate(table.inputs) if i.spec is not None]
+        self._exclusive = {at: storage for at, storage, i in tensors if i.name in split.exclusive_inputs}
+        """Position -> storage number of the inputs that must not overlap with another storage."""
+        storages = set(self._exclusive.values())
+        self._others = tuple(at for at, storage, i in tensors if i.kind != "parameter" and storage not in storages)
         self._cloned_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
 
@@ -134,8 +131,11 @@ class Program:
 
     def _overlap(self, args: Sequence[Any]) -> bool:
         """Whether an input whose writes were moved shares memory with another input; no guard of Dynamo's tells."""
-        exclusive = {_memory(args[position]) for position in self._exclusive}
-        return not exclusive.isdisjoint(_memory(args[position]) for position in self._others)
+        owner: dict[int, int] = {}
+        for position, storage in self._exclusive.items():
+            if owner.setdefault(_memory(args[position]), storage) != storage:
+                return True
+        return any(_memory(args[position]) in owner for position in self._others)
 
     def _run_whole(self, args: Sequence[Any]) -> tuple[Any, ...]:
         names = ", ".join(self.inputs[position].label for position in self._exclusive)

@@ -426,3 +426,24 @@ def test_a_piece_runs_plain_where_its_compiled_code_does_not_hold() -> None:
 
 def _uncompiled(run: Any) -> nn.Module:
     return run._orig_mod
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_two_written_proxies_that_overlap_in_a_later_call_only(compiler: str) -> None:
+    weight = torch.randn(8, 8)
+
+    def function(hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        hidden_states.add_(1)
+        residual.mul_(2)
+        return (hidden_states @ weight).softmax(-1) @ weight
+
+    compiled = torch.compile(function, backend="pp_piecewise", options={"compiler": compiler, "split_ops": "softmax"})
+    compiled(torch.randn(5, 8), torch.randn(5, 8))
+    memory = torch.randn(6, 8)
+    expected_memory = memory.clone()
+    got = compiled(memory[:5], memory[1:])
+    expected = function(expected_memory[:5], expected_memory[1:])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(memory, expected_memory)
+    assert sum(program.stats.calls for program in ppb.programs()) == 2
+    assert any("share memory" in reason for p in ppb.programs() for reason in p.plain_runs.values())
