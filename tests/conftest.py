@@ -32,6 +32,28 @@ def _fixed_seed_and_fresh_compiler() -> Iterator[None]:
         sys.modules["torch._dynamo"].reset()
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def fresh_backend() -> Iterator[None]:
+    """No programs, no compiled pieces and counters at zero, before the test and after it."""
+    import torch
+
+    import pp_piecewise_backend as ppb
+
+    torch._dynamo.reset()
+    ppb.reset()
+    yield
+    torch._dynamo.reset()
+    ppb.reset()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda"):
         import torch

@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,13 +25,7 @@ HIDDEN = 8
 EAGER = {"compiler": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    yield
-    torch._dynamo.reset()
-    ppb.reset()
+pytestmark = pytest.mark.usefixtures("fresh_backend")
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None, **more: Any) -> Any:

@@ -19,12 +19,7 @@ from against_eager import check, tokens
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 
 def softmax(x: Tensor) -> Tensor:

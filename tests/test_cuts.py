@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +17,7 @@ WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 SIZES = (5, 9, 1)
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def attention(x: Tensor, cache: Tensor | None = None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,13 +22,7 @@ from pp_piecewise_backend.program import Program, UnsplitProgram
 WIDTH, MOST_LINES = 120, 60
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    with torch.no_grad():
-        yield
-    ppb.reset()
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 
 def assert_fits(report: str, lines: int = MOST_LINES) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +19,7 @@ from pp_piecewise_backend.facts import RANDOM, GraphFacts, collect_facts
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def facts_of(function: Callable[..., Any], *arguments: Any) -> GraphFacts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,12 +32,7 @@ LOGIT_TOLERANCE = 1e-3
 RECOMPILE_LIMIT = {"gemma2": 16}
 
 
-@pytest.fixture(autouse=True)
-def fresh_backend() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    yield
-    ppb.reset()
+pytestmark = pytest.mark.usefixtures("fresh_backend")
 
 
 def assert_decodes_like_eager(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,12 +21,7 @@ from pp_piecewise_backend.inductor import CompiledPiece, PieceCompiler
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 
 def softmax(x: Tensor) -> Tensor:

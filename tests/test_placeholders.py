@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,13 +22,7 @@ from pp_piecewise_backend.program import Program
 TOKENS, HIDDEN = 5, 4
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    with torch.no_grad():
-        yield
-    ppb.reset()
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 
 def compiled(function: Callable[..., Any], *, dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:

@@ -20,10 +20,7 @@ WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 WIDE = torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def heads(x: Tensor, width: int = 4) -> Tensor:

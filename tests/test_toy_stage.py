@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,13 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CALLS = ((8, 0), (5, 8), (1, 13), (16, 0), (8, 16), (1, 24), (2, 25))
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    ppb.reset()
-    yield
-    torch._dynamo.reset()
-    ppb.reset()
+pytestmark = pytest.mark.usefixtures("fresh_backend")
 
 
 def compile_stage(stage: ToyStage, compiler: str = "eager") -> Any:
