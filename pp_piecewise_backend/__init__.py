@@ -13,13 +13,30 @@ from .config import Config
 from .stats import expect, stats
 
 if TYPE_CHECKING:
-    from .backend import explain, programs, reset
+    from .backend import explain, programs, reset, seal, unseal, warmup
+    from .buffers import Proxy, Stage
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "errors", "expect", "explain", "programs", "reset", "stats"]
+__all__ = [
+    "Config",
+    "Proxy",
+    "Stage",
+    "errors",
+    "expect",
+    "explain",
+    "programs",
+    "reset",
+    "seal",
+    "stats",
+    "unseal",
+    "warmup",
+]
 
-_LOADED_AT_FIRST_USE = {"explain": ".backend", "programs": ".backend", "reset": ".backend"}
+_LOADED_AT_FIRST_USE = {
+    **dict.fromkeys(("explain", "programs", "reset", "seal", "unseal", "warmup"), ".backend"),
+    **dict.fromkeys(("Proxy", "Stage"), ".buffers"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -238,3 +238,41 @@ def graph_breaks() -> int:
 def stock_backend(name: str) -> Callable[..., Any]:
     """The backend that ``torch.compile`` knows under this name."""
     return torch._dynamo.lookup_backend(name)
+
+
+def kernel_in_python(op: Callable[..., Any], device_type: str) -> Callable[..., Any] | None:
+    """The kernel of a custom op as a callable that skips the dispatcher; None for PyTorch's own ops.
+
+    A mode that calls it instead of the op sees the ops inside of it.
+    """
+    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES:
+        return None
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))
+    return lambda *args, **kwargs: op.redispatch(keys, *args, **kwargs)
+
+
+_OWN_NAMESPACES = frozenset(
+    {"aten", "prim", "prims", "inductor", "quantized", "mkldnn", "mkl", "_quantized", "profiler"}
+)
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Run ops as they were recorded below autocast, whatever the caller's autocast state."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor at the same address and with the same geometry that does not keep the memory alive.
+
+    Reading it is right only while somebody else guarantees the memory, as a graph pool does during a replay.
+    """
+    storage = tensor.untyped_storage()
+    weak = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    with torch.inference_mode(False), torch.no_grad():
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())

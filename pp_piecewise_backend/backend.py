@@ -15,15 +15,19 @@ import torch
 from torch.fx import GraphModule
 
 from . import _compat, errors
+from .buckets import Ladder
+from .buffers import Proxy, Stage
 from .config import Config
 from .explanation import explain_all
 from .facts import collect_facts
 from .inductor import CompiledPiece, PieceCompiler, compile_whole
 from .placeholders import InputTable, classify_inputs
+from .plan import GraphSettings
 from .program import Program, UnsplitProgram
 from .split import Split, split_graph
 from .split_ops import SplitOpMatcher
 from .stats import TOTALS
+from .warming_up import MakeInputs, warm_up
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ class PiecewiseBackend:
         self._programs: list[weakref.ref[AnyProgram]] = []
         self._dynamo_before = (0, 0)
         self._graphs_of_code: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
+        self._stages: dict[tuple[object, ...], weakref.ref[Stage]] = {}
+        """Stages made here, by code, module instance and what lands in them: its programs share one."""
+        self._sealed = False
 
     def __call__(
         self,
@@ -59,15 +66,20 @@ class PiecewiseBackend:
             raise errors.ConfigError(errors.unsupported_mode_keyword(mode))
         if unknown:
             raise errors.ConfigError(errors.unsupported_keywords(sorted(unknown)))
-        config = Config.resolve(options)
+        config, stage = _read_options(options)
         if not config.enabled:
             return compile_whole(graph_module, example_inputs, "inductor")
+        if self._sealed:
+            return self._refuse_after_seal(graph_module, config)
         name = self._count_graph()
         matcher = SplitOpMatcher.from_config(config.split_ops)
+        stage_input_names = config.stage_inputs if stage is None else tuple(stage.inputs)
         try:
             facts = collect_facts(graph_module, example_inputs)
-            table = classify_inputs(facts, config.stage_inputs)
-            split = None if facts.needs_gradient else split_graph(facts, table, matcher)
+            table = classify_inputs(facts, stage_input_names)
+            facts = facts.with_equal_symbols(table.equal_symbols)
+            whole = config.mode == "full"
+            split = None if facts.needs_gradient else split_graph(facts, table, matcher, whole=whole)
         except errors.SplitError as error:
             return self._unsplit(name, graph_module, example_inputs, config, str(error))
         except Exception as error:
@@ -77,7 +89,7 @@ class PiecewiseBackend:
         if split is None:
             return self._fall_back_for_gradients(name, graph_module, example_inputs, config, facts.needs_gradient)
         self._report_unmatched(config, matcher, table, split)
-        return self._register(self._build(name, split, table, config))
+        return self._register(self._build(name, split, table, config, stage))
 
     def reset(self) -> None:
         """Forget programs and compiled pieces. ``torch._dynamo.reset()`` calls it too."""
@@ -86,9 +98,15 @@ class PiecewiseBackend:
                 program.release()
             self._programs.clear()
             self._graphs_of_code.clear()
+            self._stages.clear()
+            self._sealed = False
             self._compiler.reset()
             # Dynamo's own counters outlive its reset.
             self._dynamo_before = (_compat.recompile_limit_hits(), _compat.graph_breaks())
+
+    def seal(self, sealed: bool) -> None:
+        """Whether further graphs are refused."""
+        self._sealed = sealed
 
     def programs(self) -> tuple[AnyProgram, ...]:
         """The live programs, oldest first."""
@@ -106,7 +124,7 @@ class PiecewiseBackend:
 
     # ------------------------------------------------------------------------ building
 
-    def _build(self, name: str, split: Split, table: InputTable, config: Config) -> Program:
+    def _build(self, name: str, split: Split, table: InputTable, config: Config, stage: Stage | None) -> Program:
         started = time.perf_counter()
         compiled: list[CompiledPiece | None] = []
         reused: list[bool] = []
@@ -119,7 +137,12 @@ class PiecewiseBackend:
             reused.append(was_known)
             if result.failure is not None and not was_known:
                 _LOG.warning("%s piece[%d]: %s; it runs as plain FX", name, piece.index, result.failure)
-        program = Program(name, split, table, compiled, config)
+        settings, reason = _graph_settings(config, table, stage)
+        if settings is not None:
+            stage = self._stage_for(table, settings.ladder.max_tokens) if stage is None else _checked(stage, table)
+        program = Program(
+            name, split, table, compiled, config, stage=stage, graph_settings=settings, graphs_off_reason=reason
+        )
         program.stats.add_many(
             {
                 "programs": 1,
@@ -130,6 +153,42 @@ class PiecewiseBackend:
             }
         )
         return program
+
+    def _stage_for(self, table: InputTable, max_tokens: int) -> Stage | None:
+        """Landing memory for a program that was given none, shared with other programs of the same module."""
+        proxies: dict[str, Proxy] = {}
+        device: torch.device | None = None
+        for graph_input in table.of_kind("stage-input"):
+            spec, dim = graph_input.spec, graph_input.token_dim
+            if spec is None or dim is None or any(size != 1 for size in spec.shape[:dim]):
+                continue
+            tail = tuple(size for size in spec.shape[dim + 1 :] if isinstance(size, int))
+            if len(tail) == len(spec.shape) - dim - 1 and all(tail) and device in (None, spec.device):
+                proxies[graph_input.label] = Proxy(tail, spec.dtype)
+                device = spec.device
+        if not proxies:
+            return None
+        frame = _compat.frame_being_compiled()
+        code, owner = (None, None) if frame is None else (frame[0], frame[1].get("self"))
+        key = (code, id(owner), tuple(proxies.items()), max_tokens, device)
+        with self._lock:
+            reference = self._stages.get(key)
+            stage = None if reference is None else reference()
+            if stage is None:
+                stage = Stage(proxies, max_tokens, device)
+                self._stages[key] = weakref.ref(stage)
+        return stage
+
+    def _refuse_after_seal(self, graph_module: GraphModule, config: Config) -> Callable[..., Any]:
+        TOTALS.add("recompiles_after_seal")
+        frame = _compat.frame_being_compiled()
+        code = None if frame is None else frame[0]
+        name = "a graph" if code is None else code.co_name
+        sentence = errors.recompile_after_seal(name, self._graphs_of_code.get(code, 0) if code is not None else 0)
+        if config.strict:
+            raise errors.RecompileAfterSeal(sentence)
+        warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
+        return graph_module.forward
 
     def _unsplit(
         self, name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, reason: str,
@@ -193,6 +252,63 @@ class PiecewiseBackend:
         return [program for reference in self._programs if (program := reference()) is not None]
 
 
+def _read_options(options: Mapping[str, object] | None) -> tuple[Config, Stage | None]:
+    """The config, and the ``Stage`` among the options; where both say the same thing, they must agree."""
+    if not isinstance(options, Mapping) or "stage" not in options:
+        return Config.resolve(options), None
+    rest = {name: value for name, value in options.items() if name != "stage"}
+    stage = options["stage"]
+    if stage is None:
+        return Config.resolve(rest), None
+    if not isinstance(stage, Stage):
+        raise errors.ConfigError(errors.not_a_stage(stage))
+    config = Config.resolve(rest)
+    if config.sources["max_tokens"] != "default" and config.max_tokens != stage.max_tokens:
+        raise errors.ConfigError(errors.two_max_tokens(config.max_tokens, stage.max_tokens))
+    if config.sources["stage_inputs"] != "default" and set(config.stage_inputs) != set(stage.inputs):
+        raise errors.ConfigError(errors.two_stage_inputs(config.stage_inputs, list(stage.inputs)))
+    return config, stage
+
+
+def _graph_settings(config: Config, table: InputTable, stage: Stage | None) -> tuple[GraphSettings | None, str]:
+    """What the program has to know about graphs; None, with the reason, where there are none."""
+    if config.mode == "none" or config.graphs == "off":
+        return None, "mode='none'" if config.mode == "none" else "graphs='off'"
+    devices = [i.spec.device for i in table.inputs if i.spec is not None]
+    on_cuda = any(device.type == "cuda" for device in devices)
+    kind = config.graphs if config.graphs != "auto" else ("cuda" if on_cuda else "off")
+    if kind == "off":
+        return None, "graphs='auto' and no input is on a CUDA device"
+    if kind == "cuda" and not on_cuda:
+        where = ", ".join(sorted({str(device) for device in devices})) or "no device"
+        sentence = errors.graphs_on_other_device("cuda", where)
+        warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
+        return None, sentence
+    return (
+        GraphSettings(
+            device="cuda" if kind == "cuda" else "emulate",
+            mode="full" if config.mode == "full" else "piecewise",
+            ladder=Ladder.from_ranges(config.capture_sizes, config.max_tokens if stage is None else stage.max_tokens),
+            pads=config.padding == "tested",
+            lazy=config.capture == "lazy",
+            strict=config.strict,
+            static_outputs=config.static_outputs,
+            verify_every=config.verify_every,
+            memory_limit_bytes=config.graph_memory_bytes,
+            compiler_runs_ops=config.compiler != "inductor",
+        ),
+        "",
+    )
+
+
+def _checked(stage: Stage, table: InputTable) -> Stage:
+    for graph_input in table.of_kind("stage-input"):
+        assert graph_input.spec is not None
+        if (why := stage.check(graph_input.label, graph_input.spec, graph_input.token_dim)) is not None:
+            raise errors.ConfigError(why)
+    return stage
+
+
 backend = PiecewiseBackend()
 """The object behind ``backend="pp_piecewise"``."""
 
@@ -211,3 +327,50 @@ def reset() -> None:
     """Forget programs and compiled pieces, and zero the counters."""
     backend.reset()
     TOTALS.reset()
+
+
+def seal() -> None:
+    """Refuse further graphs: a new kind of input runs eagerly, with a warning and a counter (``strict``: an error).
+
+    Call it after ``warmup()``. ``unseal()`` and ``reset()`` end it.
+    """
+    backend.seal(True)
+
+
+def unseal() -> None:
+    """Compile new graphs again."""
+    backend.seal(False)
+
+
+def warmup(
+    compiled: Callable[..., Any],
+    make_inputs: MakeInputs,
+    sizes: Sequence[int] | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Compile and capture all that calls of ``compiled`` need, so that no later call compiles or captures.
+
+    State, proxies and random generators are afterwards as they were. The calls run the module, so ``make_inputs``
+    should give inputs like those of serving, of the same kinds, made in the same grad or inference mode.
+
+    Args:
+        compiled: what ``torch.compile(module, backend="pp_piecewise")`` returned.
+        make_inputs: number of tokens -> ``(args, kwargs)`` for the module.
+        sizes: numbers of tokens to call with; by default whatever reaches every bucket of the options.
+        progress: whether to show a bar; by default on a terminal only, with one line in the log elsewhere.
+
+    Raises:
+        PPPiecewiseError: no program ran, or nothing could be captured; the message says why.
+    """
+
+    def captured() -> dict[int, tuple[float, int]]:
+        found: dict[int, tuple[float, int]] = {}
+        for program in backend.programs():
+            for bucket, _ in program.graphs.buckets if program.graphs is not None else ():
+                seconds, num_bytes = found.get(bucket.tokens, (0.0, 0))
+                found[bucket.tokens] = (seconds + bucket.seconds, num_bytes + bucket.graph_bytes)
+        return found
+
+    warm_up(compiled, make_inputs, sizes, progress, captured)
+    if not backend.programs():
+        raise errors.PPPiecewiseError(errors.no_program_in_warmup())

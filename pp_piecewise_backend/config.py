@@ -235,18 +235,7 @@ class NotBuiltYet(NamedTuple):
     """Values that this version does honour."""
 
 
-_NO_GRAPHS = "no CUDA graphs are captured in this version"
-
 NOT_BUILT_YET: dict[str, NotBuiltYet] = {
-    "mode": NotBuiltYet(f"{_NO_GRAPHS}, so the model runs as with mode 'none'", honoured=("none",)),
-    "graphs": NotBuiltYet(_NO_GRAPHS, honoured=("off",)),
-    "capture_sizes": NotBuiltYet(_NO_GRAPHS),
-    "max_tokens": NotBuiltYet("calls of every size run compiled, without graphs"),
-    "padding": NotBuiltYet("no call is padded in this version", honoured=("never",)),
-    "capture": NotBuiltYet(_NO_GRAPHS),
-    "graph_memory_bytes": NotBuiltYet("no graph memory is held in this version", honoured=(None,)),
-    "static_outputs": NotBuiltYet("every output belongs to the caller", honoured=(False,)),
-    "verify_every": NotBuiltYet("there are no replays to compare in this version", honoured=(0,)),
     "dump_dir": NotBuiltYet("nothing is written in this version", honoured=(None,)),
 }
 

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import sympy
 import torch
 from torch.fx import Node
 
@@ -91,7 +90,9 @@ class Scalars:
         if node.op == "placeholder" or self.reads_input(node):
             return True
         sources = self._facts.symbol_sources
-        return all(symbol in sources and sources[symbol][0] is not node for symbol in symbols_of_value(facts.value))
+        return all(
+            symbol in sources and sources[symbol][0] is not node for symbol in self._facts.symbols_of_value(facts.value)
+        )
 
     def reads_input(self, node: Node) -> bool:
         """Whether the node reads a number out of an input that nothing writes, as Dynamo does for varying floats."""
@@ -123,13 +124,6 @@ def is_allocation(node: Node) -> bool:
     return op_name(node).split("::")[-1] in _ALLOCATIONS
 
 
-def symbols_of_value(value: Any) -> set[sympy.Symbol]:
-    """The symbols in the numbers that a value consists of."""
-    leaves = _compat.tree_leaves(value)
-    numbers = (leaf for leaf in leaves if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat)))
-    return {symbol for number in numbers for symbol in number.node.expr.free_symbols}
-
-
 def plain_numbers(value: Any) -> Any:
     """Symbolic numbers without symbols, as Python's own."""
     return _compat.tree_map(
@@ -149,13 +143,17 @@ def does_nothing(facts: GraphFacts, node: Node) -> bool:
     return canonical(facts, node).node is not node and not facts.nodes[node].writes
 
 
-def find_cuts(facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpMatcher) -> Cuts:
+def find_cuts(facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpMatcher, whole: bool = False) -> Cuts:
     """Apply the rules to a graph.
+
+    Args:
+        whole: make one step of everything that a compiler can be given.
 
     Raises:
         SplitError: the graph changes the shape of a tensor in place, which a cut cannot follow.
     """
-    return _Cutter(facts, inputs, matcher).run()
+    cutter = _Cutter(facts, inputs, matcher)
+    return cutter.run_whole() if whole else cutter.run()
 
 
 class _Cutter:
@@ -201,6 +199,18 @@ class _Cutter:
                 writes = {storage for node in reordered for storage in self._facts.nodes[node].writes}
                 exclusive = frozenset(writes & self._facts.input_storages)
                 return Cuts(tuple(steps), self._renamed, self._matches, tuple(self._attention_like), exclusive)
+
+    def run_whole(self) -> Cuts:
+        self._reasons.clear()
+        self._mark_opaque()
+        steps = self._runs(self._order)
+        steps = [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
+        if len(steps) > 1:
+            raise SplitError(
+                f"mode='full' needs a graph that can be compiled as one: {steps[0].reason or steps[1].reason}"
+            )
+        writes = {storage for node in self._order for storage in self._facts.nodes[node].writes}
+        return Cuts(tuple(steps), {}, self._matches, (), frozenset(writes & self._facts.input_storages))
 
     # ------------------------------------------------------------ what must be eager
 
@@ -259,7 +269,7 @@ class _Cutter:
             if argument not in self._facts.nodes:
                 continue
             if self._scalars.is_scalar(argument):
-                for symbol in symbols_of_value(self._facts.nodes[argument].value):
+                for symbol in self._facts.symbols_of_value(self._facts.nodes[argument].value):
                     source, _ = self._facts.symbol_sources[symbol]
                     if not self._scalars.is_scalar(source):
                         found[canonical(self._facts, source).node] = None

@@ -34,6 +34,14 @@ class RecompileAfterSeal(PPPiecewiseError):
     """Under ``strict``: a new graph arrived after ``seal()``."""
 
 
+class GraphMiss(PPPiecewiseError):
+    """Under ``strict``: a call could not replay its graphs, for another reason than being the first or too large."""
+
+
+class ReplayDiffers(PPPiecewiseError):
+    """Under ``strict``: ``verify_every`` found a replay that differs from the piece that it was captured from."""
+
+
 class PlanMismatch(PPPiecewiseError):
     """The ranks of a pipeline were set up with plans that differ."""
 
@@ -147,6 +155,125 @@ def recompile_after_seal(code_name: str, programs_before: int) -> str:
         f"program(s); it runs eagerly and nothing was compiled. Warm up with this kind of input before "
         f"seal(), mark the dimension that varies as dynamic, or call unseal()."
     )
+
+
+# -------------------------------------------------------------------------------- static memory
+
+
+def bad_proxy(field: str, value: object, expected: str) -> str:
+    return f"Proxy got {field}={value!r}: expected {expected}."
+
+
+def bad_stage_inputs(inputs: object) -> str:
+    return (
+        f"Stage got inputs={inputs!r}: expected a mapping of argument names to Proxy, such as "
+        f"{{'hidden_states': Proxy((4096,), torch.bfloat16)}}."
+    )
+
+
+def bad_stage_tokens(max_tokens: object) -> str:
+    return f"Stage got max_tokens={max_tokens!r}: expected the largest number of tokens of a call, at least 1."
+
+
+def not_a_stage(value: object) -> str:
+    return (
+        f"option 'stage' is {value!r} of type {type(value).__name__}: expected a pp_piecewise_backend.Stage. Make one "
+        f"for each module instance, or leave the option out."
+    )
+
+
+def two_max_tokens(option: int, stage: int) -> str:
+    return (
+        f"max_tokens={option} in the options, but the Stage was made for max_tokens={stage}. Give the same number in "
+        f"both places, or only to the Stage."
+    )
+
+
+def two_stage_inputs(option: Sequence[str], stage: Sequence[str]) -> str:
+    return (
+        f"stage_inputs names {_listed(option)}, but the Stage has memory for {_listed(stage)}. Give the same names in "
+        f"both places, or only to the Stage."
+    )
+
+
+def rows_out_of_range(num_tokens: int, max_tokens: int) -> str:
+    return f"views({num_tokens}) of a Stage with max_tokens={max_tokens}: expected 1 to {max_tokens} rows."
+
+
+def stage_lacks_input(name: str, names: Sequence[str]) -> str:
+    return f"the Stage has no memory for stage input {name!r}; it has {_listed(names)}"
+
+
+def stage_input_without_tokens(name: str, geometry: str) -> str:
+    return f"stage input {name!r} is {geometry}, in which no dimension counts tokens"
+
+
+def stage_input_differs(name: str, geometry: str, shape: Sequence[int], dtype: object) -> str:
+    return (
+        f"stage input {name!r} is {geometry} in the graph, but the Stage has rows of shape {tuple(shape)} and dtype "
+        f"{dtype}. Declare the Proxy as the previous stage sends it"
+    )
+
+
+def stage_on_other_device(name: str, got: object, expected: object) -> str:
+    return f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})"
+
+
+# ------------------------------------------------------------------------------- capture and replay
+
+
+def graph_miss(program: str, num_tokens: int | None, code: str, sentence: str) -> str:
+    return (
+        f"{program}: a call of {num_tokens} tokens could not replay its graphs ({code}): {sentence}. strict=1 makes "
+        f"this an error; explain() tells more."
+    )
+
+
+def bucket_dropped(program: str, bucket: int, held_bytes: int, limit_bytes: int) -> str:
+    return (
+        f"{program}: with the bucket of {bucket} tokens, graphs hold {held_bytes} bytes where graph_memory_bytes "
+        f"allows {limit_bytes}; calls of this bucket run without graphs. Raise the limit, or lower max_tokens"
+    )
+
+
+def replay_differs(program: str, bucket: int, where: str) -> str:
+    return (
+        f"{program}: a replay in the bucket of {bucket} tokens differs from the piece that it was captured from: "
+        f"{where}. The bucket is replayed no more; please report it with a dump"
+    )
+
+
+def no_room_for_state(num_bytes: int) -> str:
+    return (
+        f"warmup() copies the state that a call writes, to give it back, and there was no room for {num_bytes} bytes. "
+        f"Let make_inputs give a smaller KV cache of its own, or warm up before the cache takes the memory."
+    )
+
+
+def bad_make_inputs(made: object) -> str:
+    return (
+        f"make_inputs returned {type(made).__name__}: expected a tuple (args, kwargs) for the module, such as "
+        f"((), {{'input_ids': ids}})."
+    )
+
+
+def nested_warmup() -> str:
+    return "warmup() was called inside warmup(); call it once, outside of make_inputs and of the module."
+
+
+def no_program_in_warmup() -> str:
+    return (
+        "warmup() called the module, but no program of backend 'pp_piecewise' ran. Pass what torch.compile(module, "
+        "backend='pp_piecewise') returned."
+    )
+
+
+def nothing_captured(reasons: Sequence[str]) -> str:
+    return f"warmup() captured nothing: {'; '.join(reasons) or 'graphs are off'}."
+
+
+def graphs_on_other_device(graphs: str, device: object) -> str:
+    return f"graphs={graphs!r}, but the tensors of this graph are on {device}; it runs compiled, without graphs"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -101,6 +101,26 @@ class GraphFacts:
     """Storages that exist before the graph runs: graph inputs and constants."""
     needs_gradient: tuple[str, ...]
     """Names of the inputs through which a result would require gradients; () when none does."""
+    equal_symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+    """Symbol -> the one that stands for it: both count the same thing, which each call has to check."""
+
+    def with_equal_symbols(self, equal: Mapping[sympy.Symbol, sympy.Symbol]) -> GraphFacts:
+        """These facts with some symbols replaced, in all tensors, by others that must have the same value."""
+        if not equal:
+            return self
+        nodes = {node: replace(f, value=_renamed(f.value, equal)) for node, f in self.nodes.items()}
+        return replace(self, nodes=nodes, equal_symbols=equal)
+
+    def symbols_of_value(self, value: Any) -> set[sympy.Symbol]:
+        """The symbols in the numbers that a value consists of."""
+        leaves = _compat.tree_leaves(value)
+        numbers = (leaf for leaf in leaves if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat)))
+        return {self.equal_symbols.get(s, s) for number in numbers for s in number.node.expr.free_symbols}
+
+    def expression(self, value: Any) -> Any:
+        """The expression behind a symbolic number; a plain number comes back as it is."""
+        expression = _compat.symint_expression(value)
+        return expression.xreplace(dict(self.equal_symbols)) if isinstance(expression, sympy.Basic) else expression
 
     def spec(self, node: Node) -> TensorSpec | None:
         """Geometry of the node's value when it is one tensor, else None."""
@@ -448,6 +468,15 @@ class _Walk:
             for node, given in zip(placeholders, self._example_inputs, strict=True)
             if isinstance(given, torch.Tensor) and given.requires_grad
         )
+
+
+def _renamed(value: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Any:
+    if isinstance(value, TensorSpec):
+        return value.renamed(symbols)
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        items = [_renamed(item, symbols) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
 
 
 def _given(spec: TensorSpec) -> NodeFacts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import CellType, CodeType, MethodType
 from typing import Any, Literal
 
@@ -64,6 +64,11 @@ class InputTable:
     token_reason: str
     unmatched_stage_inputs: tuple[str, ...]
     """Registered names that no input of this graph has."""
+    equal_symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+    """Symbol of a stage input's rows -> the token count, where the graph itself does not say that they agree. Opaque
+    ops leave that open; each call has to check it."""
+    equal_rows: tuple[tuple[int, int], ...] = ()
+    """Positions of these stage inputs, and the dimension that must have the size of the token count."""
 
     def of_kind(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(graph_input for graph_input in self.inputs if graph_input.kind == kind)
@@ -91,10 +96,23 @@ def classify_inputs(facts: GraphFacts, stage_input_names: Sequence[str]) -> Inpu
     candidates = _mark_module_members([_candidate(facts, node, frame) for node in placeholders])
     written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
     stage = [c for c in candidates if c.spec is not None and c.label in stage_input_names and not c.in_module]
+    equal = _equal_symbols(facts, stage)
+    if equal:
+        facts = facts.with_equal_symbols(equal)
+        stage = [replace(c, spec=facts.spec(c.node)) for c in stage]
+        candidates = [replace(c, spec=facts.spec(c.node)) for c in candidates]
     token_count, token_reason = _token_count(facts, candidates, stage, written)
     inputs = tuple(_classify(facts, c, c in stage, token_count, written) for c in candidates)
     found = {c.label for c in stage}
-    return InputTable(inputs, token_count, token_reason, tuple(n for n in stage_input_names if n not in found))
+    rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.kind == "stage-input" and i.token_dim is not None]
+    return InputTable(
+        inputs,
+        token_count,
+        token_reason,
+        tuple(n for n in stage_input_names if n not in found),
+        equal,
+        tuple(rows) if equal else (),
+    )
 
 
 def _classify(
@@ -105,7 +123,10 @@ def _classify(
 
     spec = candidate.spec
     if spec is None:
-        expression = as_dim(value) if isinstance(value := facts.nodes[candidate.node].value, torch.SymInt) else value
+        value = facts.nodes[candidate.node].value
+        expression = as_dim(value) if isinstance(value, torch.SymInt) else value
+        if isinstance(expression, sympy.Symbol):
+            expression = facts.equal_symbols.get(expression, expression)
         if isinstance(expression, sympy.Symbol) and expression == token_count:
             return result("token-count", "sizes the token dimension", expression=expression)
         return result("scalar", "a number that is no token count", expression=expression)
@@ -151,6 +172,15 @@ def _token_count(
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"
+
+
+def _equal_symbols(facts: GraphFacts, stage: Sequence[_Candidate]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Symbols of the stage inputs' rows that had the same value while tracing -> the first of them."""
+    sizes = list(dict.fromkeys(_token_dim_size(candidate) for candidate in stage))
+    symbols = [size for size in sizes if isinstance(size, sympy.Symbol) and size in facts.symbols]
+    if len(symbols) < 2 or len(symbols) < len(sizes) or len({facts.symbols[s].hint for s in symbols}) > 1:
+        return {}
+    return dict.fromkeys(symbols[1:], symbols[0])
 
 
 def _token_dim_size(candidate: _Candidate) -> Dim | None:

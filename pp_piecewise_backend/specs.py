@@ -7,7 +7,7 @@ shape environment of our own (`facts.py`), never to Dynamo's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import sympy
@@ -44,6 +44,15 @@ class TensorSpec:
     @property
     def symbols(self) -> frozenset[sympy.Symbol]:
         return symbols_of((*self.shape, *self.stride, self.storage_offset))
+
+    def renamed(self, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> TensorSpec:
+        """The same geometry with some symbols replaced by others."""
+
+        def rename(dim: Dim) -> Dim:
+            return dim if isinstance(dim, int) else dim.xreplace(dict(symbols))
+
+        shape, stride = tuple(map(rename, self.shape)), tuple(map(rename, self.stride))
+        return replace(self, shape=shape, stride=stride, storage_offset=rename(self.storage_offset))
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")

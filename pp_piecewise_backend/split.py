@@ -22,12 +22,21 @@ from torch.fx import GraphModule, Node
 
 from . import _compat
 from .canonical import digest, piece_text
-from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers, symbols_of_value
+from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
 from .errors import SplitError
 from .facts import GraphFacts
 from .placeholders import InputTable
 from .specs import SymbolSpec, TensorSpec
 from .split_ops import SplitOpMatcher, attribute, op_name
+from .traits import (
+    Traits,
+    handed_on_allocations,
+    is_meaningless,
+    padding_reason,
+    random_or_written,
+    selects_tokens,
+    token_values,
+)
 
 
 class SizeOf(NamedTuple):
@@ -64,7 +73,7 @@ class Piece:
     writes_stage_outputs: bool
     """Whether a result of the graph comes from it."""
     padding: str
-    """Whether it may run on padded rows: "safe", or why not."""
+    """Whether it may run on padded rows: "safe", or why not. Eager steps never do: they see the real rows."""
     graph_module: GraphModule = field(repr=False, compare=False)
     inputs: tuple[Source, ...] = field(repr=False)
     input_specs: tuple[TensorSpec | SymbolSpec | None, ...] = field(repr=False)
@@ -76,6 +85,7 @@ class Piece:
     own_memory: tuple[bool, ...] = field(repr=False)
     """For each output, whether another step writes it or a view of it is made later, so that its memory must be its
     own whatever a compiler would like to merge."""
+    traits: Traits = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -96,13 +106,16 @@ class Split:
     """Names of the graph inputs that no other input may overlap; for a call where one does, ``whole`` is right."""
 
 
-def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher) -> Split:
+def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher, whole: bool = False) -> Split:
     """Cut ``facts.graph_module``, which is not changed, into pieces.
+
+    Args:
+        whole: make one piece of all of it, attention and writes to state included.
 
     Raises:
         SplitError: the graph cannot be cut without changing what it means; the message says why.
     """
-    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher)).run()
+    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher, whole)).run()
 
 
 class _Key(NamedTuple):
@@ -134,6 +147,8 @@ class _Splitter:
         self.facts = facts
         self.cuts = cuts
         self.scalars = Scalars(facts)
+        self.token_count = table.token_count
+        self.stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
         order = [node for step in cuts.steps for node in step.nodes]
         self.position = {node: index for index, node in enumerate(order)}
         self.end = len(order)
@@ -202,7 +217,7 @@ class _Splitter:
             return item, None, None
         if self.scalars.is_scalar(item):
             value = self.facts.nodes[item].value
-            if not symbols_of_value(value) and not self.scalars.reads_input(item):
+            if not self.facts.symbols_of_value(value) and not self.scalars.reads_input(item):
                 return plain_numbers(value), None, None
             if item.op == "placeholder":
                 return ResultValue(item.name), None, None
@@ -281,6 +296,8 @@ class _StepBuilder:
         self._inputs: dict[Node, tuple[Source, TensorSpec | SymbolSpec | None, _Key | None]] = {}
         self._input_nodes: dict[Any, Node] = {}
         self._exports: dict[str, tuple[Any, TensorSpec | None]] = {}
+        self._copies: dict[Node, Node] = {}
+        """Node of this step's graph -> the node of the whole graph that it copies."""
         self._acting: set[Node] = set()
         """Nodes that count even if nobody uses what they return."""
         self._open_autocast: list[tuple[Node, Node]] = []
@@ -326,6 +343,7 @@ class _StepBuilder:
         target = self._attach(str(node.target)) if node.op == "call_module" else node.target
         copy = self._graph.create_node(node.op, target, args, kwargs, name=node.name)
         copy.meta.update({key: node.meta[key] for key in ("stack_trace", "custom") if key in node.meta})
+        self._copies[copy] = node
         return copy
 
     def _argument(self, node: Node) -> Any:
@@ -406,7 +424,9 @@ class _StepBuilder:
             facts = self._facts.nodes[node]
             takes_tensors = any(not self._splitter.scalars.is_scalar(argument) for argument in node.all_input_nodes)
             is_read = takes_tensors and self._splitter.scalars.reads_input(node)
-            if is_read or (symbols_of_value(facts.value) and not takes_tensors and node.op != "placeholder"):
+            if is_read or (
+                self._facts.symbols_of_value(facts.value) and not takes_tensors and node.op != "placeholder"
+            ):
                 self._numbers[node] = self._copy(node)
             else:
                 self._numbers[node] = self._number(facts.value)
@@ -417,7 +437,7 @@ class _StepBuilder:
         if isinstance(value, (tuple, list)):
             items = [self._number(item) for item in value]
             return items if isinstance(value, list) else tuple(items)
-        expression = _compat.symint_expression(value)
+        expression = self._facts.expression(value)
         if not isinstance(expression, sympy.Basic):
             return value
         if not expression.free_symbols:
@@ -490,6 +510,8 @@ class _StepBuilder:
         known_specs = [spec for spec in input_specs if spec is not None]
         reads = {self._splitter.stage_labels.get(spec.storage): None for spec in known_specs
                  if isinstance(spec, TensorSpec)}  # fmt: skip
+        output_specs = tuple(spec for _, spec in self._exports.values())
+        traits = self._traits(outputs, inputs, output_specs)
         piece = Piece(
             index=-1,
             kind=self.step.kind,
@@ -498,15 +520,60 @@ class _StepBuilder:
             key=digest(piece_text(graph_module, known_specs)),
             reads_stage_inputs=tuple(label for label in reads if label is not None),
             writes_stage_outputs=any(name in result_names for name in self._exports),
-            padding="not judged: this version captures no graphs",
+            padding=self._padding(traits, input_specs, output_specs),
             graph_module=graph_module,
             inputs=tuple(source for source, _, _ in inputs),
             input_specs=input_specs,
             outputs=tuple(self._exports),
-            output_specs=tuple(spec for _, spec in self._exports.values()),
+            output_specs=output_specs,
             own_memory=tuple(spec is not None and spec.storage in shared for _, spec in self._exports.values()),
+            traits=traits,
         )
         return piece, [key for _, _, key in inputs if key is not None]
+
+    def _traits(
+        self,
+        outputs: Sequence[Any],
+        inputs: Sequence[tuple[Source, TensorSpec | SymbolSpec | None, _Key | None]],
+        output_specs: Sequence[TensorSpec | None],
+    ) -> Traits:
+        facts, token_count = self._facts, self._splitter.token_count
+        copies = {copy: self._copies[copy] for copy in self._graph.nodes if copy in self._copies}
+        nodes = list(copies.values())
+        random, written = random_or_written(facts, nodes, self._splitter.cuts.renamed)
+        writes = [
+            source
+            for source, spec, key in inputs
+            if isinstance(spec, TensorSpec)
+            and isinstance(source, str)
+            and key is not None
+            and facts.nodes[key.value.node].storages_at(key.value.path) & written
+        ]
+        exported = {
+            name: frozenset((spec.storage,))
+            for name, spec in zip(self._exports, output_specs, strict=True)
+            if spec is not None
+        }
+        is_compute = self.step.kind == "compute"
+        return Traits(
+            random=random,
+            writes=tuple(writes),
+            token_values=token_values(facts, nodes, token_count) if is_compute else (),
+            selects_tokens=selects_tokens(facts, nodes, token_count) if is_compute else (),
+            allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),
+            uninitialised=tuple(is_meaningless(output) for output in outputs),
+        )
+
+    def _padding(
+        self,
+        traits: Traits,
+        input_specs: Sequence[TensorSpec | SymbolSpec | None],
+        output_specs: Sequence[TensorSpec | None],
+    ) -> str:
+        if self.step.kind == "eager":
+            return "never padded: an eager step sees the real rows"
+        token_count, stage_inputs = self._splitter.token_count, self._splitter.stage_inputs
+        return padding_reason(traits, input_specs, output_specs, token_count, stage_inputs) or "not tested yet"
 
     def _drop_dead_nodes(self, live: list[Node]) -> None:
         """Remove views, sizes and inputs that only other steps need."""

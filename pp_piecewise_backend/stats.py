@@ -36,6 +36,7 @@ COUNTERS: Mapping[str, Counter] = {
     "eager_steps": Counter("eager steps run"),
     "input_copies": Counter("tensors copied into static inputs"),
     "input_bytes_copied": Counter("bytes copied into static inputs"),
+    "border_copies": Counter("tensors copied for an eager step, where padding changes their strides"),
     "output_copies": Counter("tensors copied out for the caller"),
     "stage_input_copies": Counter("stage inputs of a call that were copied into landing memory"),
     "stage_inputs_in_place": Counter("stage inputs of a call that already lay in landing memory"),

@@ -1,0 +1,493 @@
+"""One bucket of a program: its captured graphs and the static memory they read, captured in a single pass.
+
+Note [one pass per bucket]
+All pieces of a bucket are captured in one pass over the program, in the order in which they replay. Memory whose last
+reader has been captured serves what is captured later, of this bucket and of all others of the same stage; that is
+sound only because a call replays in that very order and nothing but what it returns outlives it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import poison
+from .buffers import StaticMemory, StaticTensor, extent_bytes, geometry, tensor_in
+from .capture import CapturedGraph, CaptureError, Device, same_bits
+from .plan import GraphPlan, Obstacle
+from .specs import SymbolSpec, TensorSpec
+from .steps import Instruction, address
+from .traits import is_on, token_dims
+
+GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
+"""Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
+is still being sent."""
+
+
+@dataclass
+class Verdicts:
+    """What the poison runs found for the pieces of one set of parameters (rule R3)."""
+
+    by_step: dict[int, str | None] = field(default_factory=dict)
+    """Step -> why it must not be padded; None if nothing was found."""
+    tested_tokens: tuple[int, int] | None = None
+    """Smallest and largest bucket in which all were tested: buckets between them need no test of their own."""
+    mutations_checked: set[int] = field(default_factory=set)
+    """Steps that were seen to leave their by-address inputs alone."""
+
+    def covers(self, bucket: int) -> bool:
+        return self.tested_tokens is not None and self.tested_tokens[0] <= bucket <= self.tested_tokens[1]
+
+    def extend_to(self, bucket: int) -> None:
+        low, high = self.tested_tokens or (bucket, bucket)
+        self.tested_tokens = (min(low, bucket), max(high, bucket))
+
+
+@dataclass
+class Bucket:
+    """The captured graphs of one bucket, for one set of parameters."""
+
+    tokens: int
+    graphs: dict[int, CapturedGraph] = field(default_factory=dict)
+    """Step -> its graph."""
+    static: dict[int, StaticTensor] = field(default_factory=dict)
+    """Register -> the memory in which captured pieces find or leave its value."""
+    given_buffers: dict[int, list[StaticTensor]] = field(default_factory=dict)
+    """Eager step -> the static output buffers that it is given."""
+    obstacles: dict[int, Obstacle] = field(default_factory=dict)
+    """Steps that could not be captured in this bucket."""
+    addresses: tuple[int, ...] = ()
+    scalars: tuple[int, ...] = ()
+    """Addresses and integers at capture, in the order of the plan."""
+    seconds: float = 0.0
+    graph_bytes: int = 0
+    static_memory: frozenset[int] = frozenset()
+    """Addresses of all memory that later calls overwrite."""
+    programs: dict[Any, Any] = field(default_factory=dict)
+    """Flat programs, by number of tokens and what misses (see ``replay.py``)."""
+
+    def release(self) -> None:
+        """See Note [release order]."""
+        self.programs.clear()
+        for graph in self.graphs.values():
+            graph.release()
+        self.graphs.clear()
+        self.given_buffers.clear()
+        self.static.clear()
+
+
+@dataclass
+class _Lease:
+    """Memory that must not be reused while one of these registers is still to be read."""
+
+    registers: set[int]
+    end: Callable[[], None]
+
+
+class BucketCapture:
+    """Runs one call and captures a bucket on the way. The call's results are right whatever is captured."""
+
+    def __init__(self, plan: GraphPlan, device: Device, memory: StaticMemory, verdicts: Verdicts, tokens: int) -> None:
+        self._plan = plan
+        self._device = device
+        self._memory = memory
+        self._verdicts = verdicts
+        self.bucket = Bucket(tokens)
+        self._leases: dict[int, _Lease] = {}
+        """Address of static memory -> who still reads it."""
+        self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
+        self._registers: list[Any] = []
+        self._real_tokens = 0
+
+    def run(self, args: Sequence[Any], real_tokens: int) -> tuple[Bucket, list[Any]]:
+        """Capture every step that can be captured; the bucket and the graph's results come back."""
+        started = time.perf_counter()
+        plan, layout = self._plan, self._plan.layout
+        self._real_tokens = real_tokens
+        self._registers = [*args, *layout.constants, *([None] * layout.values_made)]
+        pools = [self._pool(name) for name in (GRAPH_POOL, OUTPUT_POOL)]
+        held_before = sum(pool.held_bytes for pool in pools)
+        self.bucket.addresses = addresses(plan, args)
+        self.bucket.scalars = scalars(plan, args)
+        self._admit_inputs()
+        needs_test = self._needs_test()
+        try:
+            for step, instruction in enumerate(plan.instructions):
+                if step in plan.capturable:
+                    self._capture(step, instruction, needs_test)
+                if step in self.bucket.graphs and self._may_replay(step):
+                    self._replay(step, instruction)
+                else:
+                    self._run_on_real_rows(step, instruction)
+                for register in instruction.ends:
+                    self._registers[register] = None
+                    self._end(register)
+            results = layout.collect(self._registers)
+        except BaseException:
+            self.bucket.release()
+            raise
+        finally:
+            self._registers = []
+            for lease in self._leases.values():
+                lease.end()
+        if needs_test:
+            self._verdicts.extend_to(self.bucket.tokens)
+        self.bucket.static_memory = frozenset(self._leases)
+        self.bucket.graph_bytes = max(0, sum(pool.held_bytes for pool in pools) - held_before)
+        self.bucket.seconds = time.perf_counter() - started
+        return self.bucket, results
+
+    # ------------------------------------------------------------------- values and memory
+
+    def _pool(self, name: str) -> Any:
+        if name not in self._memory.pools:
+            self._memory.pools[name] = self._device.new_pool()
+        return self._memory.pools[name]
+
+    def _static_tensor(self, register: int, spec: TensorSpec, block: torch.Tensor) -> StaticTensor:
+        plan = self._plan
+        shape, stride = geometry(spec, plan.symbols(self.bucket.tokens))
+        tensor = tensor_in(block, shape, stride, spec.dtype)
+        return StaticTensor(tensor, spec, token_dims(spec, plan.token_symbol), plan.symbols, block)
+
+    def _take(self, register: int, spec: TensorSpec) -> StaticTensor:
+        """Static memory for a value, until its last reader has run."""
+        shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
+        block = self._memory.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
+        static = self._static_tensor(register, spec, block)
+        self.bucket.static[register] = static
+        self._leases[address(block)] = _Lease({register}, lambda: self._memory.give_back(block))
+        return static
+
+    def _end(self, register: int) -> None:
+        for lease in self._leases.values():
+            if register in lease.registers:
+                lease.registers.discard(register)
+                if not lease.registers:
+                    lease.end()
+
+    def _admit_inputs(self) -> None:
+        """Bring the graph inputs that captured pieces read into static memory."""
+        plan = self._plan
+        for register, arrival in plan.arrivals.items():
+            spec, value = plan.specs[register], self._registers[register]
+            if arrival == "landing":
+                assert plan.stage is not None
+                block = plan.stage.landing(plan.inputs[register].label)
+                self.bucket.static[register] = static = self._static_tensor(register, spec, block)
+                if value.data_ptr() != static.tensor.data_ptr():
+                    self._fill(static, value)
+            elif arrival == "copied":
+                self._fill(self._take(register, spec), value)
+
+    def _fill(self, static: StaticTensor, value: torch.Tensor) -> None:
+        static.rows(self._real_tokens).copy_(value)
+        if fills_tail(static):
+            for tail, first_row in static.tails(self._real_tokens):
+                tail.copy_(first_row)
+
+    def _inputs(self, step: int, instruction: Instruction) -> list[Any]:
+        """The arguments of a step as wide as the bucket. Raises CaptureError where one is not at hand."""
+        return inputs_as_wide_as_the_bucket(self._plan, self.bucket, step, instruction, self._registers)
+
+    # --------------------------------------------------------------------------- capturing
+
+    def _needs_test(self) -> bool:
+        plan, bucket = self._plan, self.bucket.tokens
+        if plan.token_symbol is None or not plan.settings.pads or self._verdicts.covers(bucket):
+            return False
+        return self._test_rows() is not None
+
+    def _test_rows(self) -> int | None:
+        """How many of the real rows the poison runs take for real; None where no call is ever padded."""
+        plan = self._plan
+        smallest = max(plan.smallest_tokens, plan.ladder.smallest_call(self.bucket.tokens))
+        if smallest >= self.bucket.tokens:
+            return None
+        most = min(self._real_tokens, self.bucket.tokens - 1)
+        return max(min(most, max(plan.smallest_tokens, self.bucket.tokens // 2)), 1)
+
+    def _capture(self, step: int, instruction: Instruction, needs_test: bool) -> None:
+        bucket = self.bucket
+        inputs: list[Any] = []
+        outputs: list[Any] = []
+        try:
+            inputs = self._inputs(step, instruction)
+            if not instruction.holds(inputs) and is_on("R6"):
+                sizes = [inputs[at] for at in instruction.symbol_positions]
+                raise _NotHere("guard", f"the compiled code does not hold for sizes {sizes}")
+            self._warm_up(step, instruction, inputs)
+            if self._is_to_be_examined(step, needs_test):
+                self._verdicts.by_step[step] = self._examine(step, instruction, inputs)
+            name = OUTPUT_POOL if instruction.piece.writes_stage_outputs else GRAPH_POOL
+            graph = self._device.capture(instruction.run, inputs, self._pool(name))
+        except _NotHere as obstacle:
+            bucket.obstacles[step] = Obstacle(obstacle.code, str(obstacle))
+            return
+        except (CaptureError, RuntimeError) as error:
+            # RuntimeError: out of memory, or an op that fails at this size; the call goes on without this graph.
+            bucket.obstacles[step] = Obstacle("capture-failed", f"{type(error).__name__}: {error}")
+            return
+        outputs = graph.outputs
+        places: list[tuple[int, StaticTensor]] = []
+        for register, output, spec in zip(instruction.outputs, outputs, instruction.piece.output_specs, strict=True):
+            assert spec is not None
+            shape, _ = geometry(spec, self._plan.symbols(bucket.tokens))
+            if not isinstance(output, torch.Tensor) or tuple(output.shape) != shape or output.dtype != spec.dtype:
+                graph.release()
+                bucket.obstacles[step] = Obstacle(
+                    "capture-failed", f"output {register} is {_described(output)} where {spec} was traced"
+                )
+                return
+            dims = token_dims(spec, self._plan.token_symbol)
+            places.append((register, StaticTensor(output, spec, dims, self._plan.symbols)))
+        bucket.graphs[step] = graph
+        for index, (register, static) in enumerate(places):
+            bucket.static[register] = static
+            if not static.tensor.numel():
+                continue
+            lease = self._leases.get(address(static.tensor))
+            if lease is not None and lease.registers:
+                lease.registers.add(register)  # an alias: of an input, or of an output before it
+                previous = lease.end
+                lease.end = _both(previous, graph, index) if address_is_new(graph, index, inputs) else previous
+            elif address_is_new(graph, index, inputs):
+                self._leases[address(static.tensor)] = _Lease({register}, _ender(graph, index))
+
+    def _is_to_be_examined(self, step: int, needs_test: bool) -> bool:
+        if not self._plan.settings.pads or self._plan.padding_obstacle(step) is not None:
+            return False
+        verdicts = self._verdicts.by_step
+        return step not in verdicts or (needs_test and verdicts[step] is None)
+
+    def _warm_up(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> None:
+        """Run the piece once outside of a capture, leaving no trace, and see that it leaves alone what it should."""
+        written = self._written_positions(step, instruction)
+        given = [poison.like(value) if at in written else value for at, value in enumerate(inputs)]
+        checked = step in self._verdicts.mutations_checked
+        before = [] if checked else [
+            (value, value.clone()) for at, value in enumerate(given) if isinstance(value, torch.Tensor) and
+            at not in written
+        ]  # fmt: skip
+        self._device.warm_up(lambda: instruction.run(given))
+        changed = [(value, copy) for value, copy in before if not same_bits(value, copy)]
+        for value, copy in changed:
+            value.copy_(copy)
+        if changed:
+            raise _NotHere("writes-state", "it writes an input although no op of it says so")
+        self._verdicts.mutations_checked.add(step)
+
+    def _written_positions(self, step: int, instruction: Instruction) -> tuple[int, ...]:
+        written = self._plan.written_registers[step]
+        return tuple(at for at, register in enumerate(instruction.arguments) if register in written)
+
+    def _examine(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> str | None:
+        rows = self._test_rows()
+        if rows is None or not is_on("R3"):
+            return None
+        plan = self._plan
+        symbol, specs = plan.token_symbol, instruction.piece.input_specs
+        dims = [token_dims(spec, symbol) if isinstance(spec, TensorSpec) else () for spec in specs]
+
+        def unpadded(values: Sequence[Any]) -> list[Any]:
+            found: list[Any] = []
+            for value, spec, token in zip(values, specs, dims, strict=True):
+                if isinstance(spec, TensorSpec) and token:
+                    shape, stride = geometry(spec, plan.symbols(rows))
+                    copy = torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+                    found.append(copy.copy_(StaticTensor(value, spec, token, plan.symbols).rows(rows)))
+                else:
+                    found.append(rows if isinstance(spec, SymbolSpec) and spec.symbol == symbol else value)
+            return found
+
+        trial = poison.Trial(
+            call=instruction.run,
+            call_unpadded=lambda values: instruction.run_where_valid(values)[0],
+            input_token_dims=dims,
+            output_token_dims=[token_dims(s, symbol) if s is not None else () for s in instruction.piece.output_specs],
+            compared=[not meaningless for meaningless in instruction.piece.traits.uninitialised],
+            written=self._written_positions(step, instruction),
+            unpadded_inputs=unpadded,
+        )
+        return self._device.warm_up(lambda: poison.examine(trial, inputs, rows))
+
+    # ----------------------------------------------------------------------------- running
+
+    def _may_replay(self, step: int) -> bool:
+        return self._real_tokens == self.bucket.tokens or may_pad(self._plan, self._verdicts, step) is None
+
+    def _replay(self, step: int, instruction: Instruction) -> None:
+        self.bucket.graphs[step].replay()
+        for register in self._plan.written_registers[step]:
+            self._copy_back(register)
+        for register in instruction.outputs:
+            self._registers[register] = real_rows(self.bucket.static[register], self._real_tokens)
+
+    def _copy_back(self, register: int) -> None:
+        value, static = self._registers[register], self.bucket.static.get(register)
+        if static is not None and value.data_ptr() != static.tensor.data_ptr():
+            value.copy_(static.rows(self._real_tokens))
+
+    def _run_on_real_rows(self, step: int, instruction: Instruction) -> None:
+        plan = self._plan
+        arguments = instruction.gather(self._registers)
+        buffers: list[StaticTensor] = []
+        if step in plan.hoisted:
+            buffers = self._given_buffers(step, instruction)
+        exact = [buffer.exact(self._real_tokens) for buffer in buffers]
+        if buffers and all(view is not None for view in exact):
+            outputs = plan.hoisted[step][0](*arguments, *exact)
+        else:
+            outputs, _ = instruction.run_where_valid(arguments)
+        for register, output in zip(instruction.outputs, outputs, strict=True):
+            self._registers[register] = self._separated(register, output)
+            self._admit(step, register)
+        for register in plan.written_registers[step]:
+            static = self.bucket.static.get(register)
+            if static is not None and not shares_memory(self._registers[register], static.tensor):
+                self._fill(static, self._registers[register])
+
+    def _given_buffers(self, step: int, instruction: Instruction) -> list[StaticTensor]:
+        """Static memory for the output buffers of an eager step, and for the values that lie in it."""
+        buffers = []
+        for spec in self._plan.hoisted[step][1]:
+            users = [
+                (register, output_spec)
+                for register, output_spec in zip(instruction.outputs, instruction.piece.output_specs, strict=True)
+                if output_spec is not None and output_spec.storage == spec.storage
+            ]
+            static = self._take(users[0][0], spec)
+            self._leases[address(static.tensor)].registers.update(register for register, _ in users)
+            for register, output_spec in users:
+                assert static.block is not None
+                self.bucket.static[register] = self._static_tensor(register, output_spec, static.block)
+            buffers.append(static)
+        self.bucket.given_buffers[step] = buffers
+        return buffers
+
+    def _separated(self, register: int, output: Any) -> Any:
+        """The output, copied if it lies in static memory although its facts say that it does not."""
+        if not isinstance(output, torch.Tensor) or not output.numel():
+            return output
+        lease = self._leases.get(address(output))
+        spec = self._plan.specs.get(register)
+        if lease is None or spec is None or not lease.registers:
+            return output
+        if any(self._plan.specs[other].storage == spec.storage for other in lease.registers):
+            lease.registers.add(register)
+            return output
+        return poison.like(output)
+
+    def _admit(self, step: int, register: int) -> None:
+        """Bring a value that was made on the real rows to where captured pieces read it."""
+        plan, value = self._plan, self._registers[register]
+        last = self._last_reader.get(register)
+        if last is None or last <= step:
+            return
+        spec = plan.specs[register]
+        shape, _ = geometry(spec, plan.symbols(self._real_tokens))
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != spec.dtype:
+            return  # its readers find no static input and say so
+        static = self.bucket.static.get(register) or self._take(register, spec)
+        if not shares_memory(value, static.tensor):
+            self._fill(static, value)
+
+
+# ----------------------------------------------------------------------- shared with ``replay.py``
+
+
+def inputs_as_wide_as_the_bucket(
+    plan: GraphPlan, bucket: Bucket, step: int, instruction: Instruction, registers: Sequence[Any]
+) -> list[Any]:
+    """The arguments with which a step is captured: static tensors, tensors read by address, the bucket's size."""
+    inputs: list[Any] = []
+    for source, spec in zip(instruction.arguments, plan.piece_specs(step), strict=True):
+        if isinstance(spec, SymbolSpec):
+            if spec.symbol == plan.token_symbol:
+                inputs.append(bucket.tokens)
+            else:
+                inputs.append(bucket.scalars[plan.scalar_sources.index(source)])
+            continue
+        assert isinstance(source, int)
+        if source in bucket.static:
+            inputs.append(bucket.static[source].tensor)
+        elif plan.arrivals.get(source) in ("parameter", "address", "constant"):
+            inputs.append(registers[source])
+        else:
+            raise _NotHere("unexpected-tensor", f"{plan_name(plan, source)} was not of the traced size and dtype")
+    return inputs
+
+
+def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Obstacle | None:
+    """Why a step does not replay in padded calls; None if it does."""
+    if not plan.settings.pads:
+        return Obstacle("padding-off", "padding='never'")
+    reason = plan.padding_obstacle(step) or verdicts.by_step.get(step)
+    return None if reason is None else Obstacle("padding-unsafe", reason)
+
+
+def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
+    """The real rows with the strides that were traced: a view where it can have them, else a copy."""
+    view = static.exact(num_tokens)
+    if view is not None and is_on("R5"):
+        return view
+    rows = static.rows(num_tokens)
+    if not is_on("R5"):
+        return rows
+    shape, stride = geometry(static.spec, static.symbols(num_tokens))
+    return torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device).copy_(rows)
+
+
+def fills_tail(static: StaticTensor) -> bool:
+    """Whether padded rows must hold values of the same batch: integers may index something."""
+    dtype = static.tensor.dtype
+    return not (dtype.is_floating_point or dtype.is_complex) and is_on("tail")
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writes to one of two tensors of the same value show in the other."""
+    return one.data_ptr() == other.data_ptr() and address(one) == address(other)
+
+
+def addresses(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(args[position].data_ptr() for position in plan.address_positions)
+
+
+def scalars(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(args[s] if isinstance(s, int) else args[s[0]].size(s[1])) for s in plan.scalar_sources)
+
+
+def plan_name(plan: GraphPlan, register: int) -> str:
+    return next((name for name, at in plan.layout.registers.items() if at == register), str(register))
+
+
+def address_is_new(graph: CapturedGraph, index: int, inputs: Sequence[Any]) -> bool:
+    """Whether an output of a graph lies in memory that the graph allocated."""
+    where = address(graph.outputs[index])
+    return all(not isinstance(value, torch.Tensor) or address(value) != where for value in inputs)
+
+
+class _NotHere(Exception):
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def _ender(graph: CapturedGraph, index: int) -> Callable[[], None]:
+    return lambda: graph.release_output(index)
+
+
+def _both(first: Callable[[], None], graph: CapturedGraph, index: int) -> Callable[[], None]:
+    def end() -> None:
+        first()
+        graph.release_output(index)
+
+    return end
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,425 @@
+"""Decides for each call which graphs replay: buckets, sets of parameters, what moved, what is captured when.
+
+Note [sets of parameters] (rule R7)
+Dynamo may run several module instances through one program. Captures hang on the addresses of the parameters that the
+pieces read: another instance, or a parameter that was given other memory, is another set with captures of its own.
+Nothing is ever copied into a tensor that is read by address.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from . import errors
+from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
+from .buffers import StaticMemory
+from .capture import Device, make_device
+from .plan import REASONS, GraphPlan, Obstacle
+from .replay import Call, FlatProgram
+from .results import hand_over, merged_results
+from .stats import Stats
+from .traits import is_on
+from .warming_up import current_session
+
+_LOG = logging.getLogger(__name__)
+
+MAX_PARAMETER_SETS = 32
+"""Sets of parameters with captures at one time; the one not used for longest goes first."""
+
+MAX_CAPTURED_SETS = 128
+"""Sets of parameters that are captured in a program's life."""
+
+MAX_RECAPTURES = 4
+"""How often one bucket is captured again because something that it reads by address moved and stayed."""
+
+MAX_FLAT_PROGRAMS = 64
+"""Flat programs kept per bucket; each holds the views for one number of tokens."""
+
+
+@dataclass
+class ParameterSet:
+    """Captures for one tuple of parameter addresses."""
+
+    verdicts: Verdicts = field(default_factory=Verdicts)
+    buckets: dict[int, Bucket] = field(default_factory=dict)
+    calls_seen: dict[int, int] = field(default_factory=dict)
+    """Bucket -> calls that could have used it before it was captured."""
+    recaptures: dict[int, int] = field(default_factory=dict)
+    moved_to: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    """Bucket -> where a call found what it reads by address, if not where it was captured."""
+
+
+class Graphs:
+    """The captured side of a program. One call at a time uses it; others run without graphs meanwhile."""
+
+    def __init__(self, plan: GraphPlan, memory: StaticMemory, stats: Stats, name: str) -> None:
+        self.plan = plan
+        self.name = name
+        self._memory = memory
+        self._stats = stats
+        self._device: Device = make_device(plan.settings.device, plan.settings.compiler_runs_ops)
+        self._sets: OrderedDict[tuple[int, ...], ParameterSet] = OrderedDict()
+        self._sets_captured = 0
+        self._dropped: dict[int, Obstacle] = {}
+        """Buckets that are captured no more, and why."""
+        self.miss_log: OrderedDict[tuple[str, int], int] = OrderedDict()
+        """(Reason, number of tokens) -> calls, for the report."""
+        self._calls = 0
+        self._given_out: list[weakref.ref[torch.Tensor]] = []
+        self.plain: dict[int, Sequence[Any]] = {}
+        positions = plan.parameter_positions
+        self._parameters = itemgetter(*positions) if len(positions) > 1 else None
+
+    # ------------------------------------------------------------------------------ calls
+
+    def run(self, args: Sequence[Any]) -> list[Any] | None:
+        """The graph's results, or None where the call is to run without graphs; then every miss is counted.
+
+        Raises:
+            GraphMiss: under ``strict``, for a miss other than the first call of a bucket or a call above the largest.
+        """
+        num_tokens = self.plan.count_tokens(args)
+        outcome = self._try(args, num_tokens)
+        if isinstance(outcome, list):
+            return outcome
+        self._miss_all(outcome, num_tokens)
+        return None
+
+    def _try(self, args: Sequence[Any], num_tokens: int | None) -> list[Any] | Obstacle | None:
+        """The results, or why the call runs without graphs (None where each piece has a reason of its own)."""
+        plan = self.plan
+        if not plan.capturable or num_tokens is None:
+            return None
+        size = plan.bucket(num_tokens)
+        if size is None:
+            return Obstacle("over-max", REASONS["over-max"])
+        if self._device.is_capturing():
+            return Obstacle("outer-capture", REASONS["outer-capture"])
+        if not self._memory.lock.acquire(blocking=False):
+            return Obstacle("concurrent-call", REASONS["concurrent-call"])
+        try:
+            session = current_session()
+            if session is None:
+                return self._run_in_bucket(args, num_tokens, size, warming_up=False)
+            with session.leaving_no_trace(plan, args, self.name):
+                return self._run_in_bucket(args, num_tokens, size, warming_up=True)
+        finally:
+            self._memory.lock.release()
+
+    def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
+        plan, settings = self.plan, self.plan.settings
+        key = self._parameter_addresses(args)
+        parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
+        if parameters is None:
+            if self._sets_captured >= MAX_CAPTURED_SETS:
+                return Obstacle("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
+            parameters = self._new_set(key)
+        elif len(self._sets) > 1:
+            self._sets.move_to_end(key)
+        if size in self._dropped:
+            return self._dropped[size]
+        bucket = parameters.buckets.get(size)
+        moved: dict[int, str] = {}
+        if bucket is not None:
+            here = (addresses(plan, args), scalars(plan, args))
+            if here != (bucket.addresses, bucket.scalars) and is_on("R7"):
+                if self._shall_recapture(parameters, size, here):
+                    self._release_bucket(parameters, size)
+                    bucket = None
+                    parameters.calls_seen[size] = 1
+                else:
+                    moved = self._moved(bucket, here)
+        if bucket is None:
+            obstacle = self._why_not_capture(parameters, num_tokens, size, warming_up)
+            if obstacle is not None:
+                return obstacle
+            return self._capture(parameters, args, num_tokens, size, warming_up)
+        program = self._flat_program(parameters, bucket, num_tokens, moved)
+        if not program.admits(args):
+            return Obstacle("rows-disagree", REASONS["rows-disagree"])
+        if settings.strict:
+            self._refuse(program.miss_counts, num_tokens)
+        self._calls += 1
+        self._spoil_given_out()
+        if settings.verify_every and self._calls % settings.verify_every == 0:
+            results, call, in_place = self._run_verified(program, args, size)
+        else:
+            results, call, in_place = program.run(args)
+        self.plain.update(call.plain)
+        results, copied = self._hand_over(args, results, bucket, program)
+        if not warming_up:
+            self._count(program, call, in_place, copied, num_tokens)
+        return results
+
+    def _parameter_addresses(self, args: Sequence[Any]) -> tuple[int, ...]:
+        if self._parameters is not None:
+            return tuple(map(torch.Tensor.data_ptr, self._parameters(args)))
+        return tuple(args[position].data_ptr() for position in self.plan.parameter_positions)
+
+    def _flat_program(
+        self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]
+    ) -> FlatProgram:
+        key = (num_tokens, tuple(sorted(moved.items())))
+        program = bucket.programs.get(key)
+        if program is None:
+            misses = dict(moved)
+            for step in self.plan.compute_steps:
+                obstacle = self.plan.obstacles.get(step) or bucket.obstacles.get(step)
+                if obstacle is None and num_tokens < bucket.tokens:
+                    obstacle = may_pad(self.plan, parameters.verdicts, step)
+                if obstacle is not None:
+                    misses[step] = obstacle.code
+            if len(bucket.programs) >= MAX_FLAT_PROGRAMS:
+                bucket.programs.pop(next(iter(bucket.programs)))
+            program = bucket.programs[key] = FlatProgram(self.plan, bucket, num_tokens, misses)
+        return program
+
+    def _hand_over(
+        self, args: Sequence[Any], results: list[Any], bucket: Bucket, program: FlatProgram | None
+    ) -> tuple[list[Any], int]:
+        """Results that belong to the caller, and how many tensors were copied for it."""
+        plan = self.plan
+        storages = plan.split.result_storages
+        if plan.settings.static_outputs:
+            if plan.settings.strict and plan.settings.device == "emulate":
+                self._given_out = [weakref.ref(r) for r in results if isinstance(r, torch.Tensor)]
+            return results, 0
+        copied = hand_over(results, storages, plan.input_storages, bucket.static_memory | plan.landing_addresses)
+        merged = program.merged_results if program is not None else None
+        if merged is None:
+            merged = merged_results(plan.inputs, args, results, storages)
+            if program is not None:
+                program.merged_results = merged
+        for index in merged:
+            results[index] = results[index].clone()
+        return results, copied
+
+    def _spoil_given_out(self) -> None:
+        """Overwrite what the last call returned, so that whoever still reads it sees that it is gone."""
+        for reference in self._given_out:
+            tensor = reference()
+            if tensor is not None:
+                with torch.inference_mode(False), torch.no_grad():
+                    value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+                    tensor.fill_(value)
+        self._given_out = []
+
+    # ------------------------------------------------------------------------- capturing
+
+    def _new_set(self, key: tuple[int, ...]) -> ParameterSet:
+        if len(self._sets) >= MAX_PARAMETER_SETS:
+            _, oldest = self._sets.popitem(last=False)
+            for size in list(oldest.buckets):
+                self._release_bucket(oldest, size)
+        parameters = self._sets[key] = ParameterSet()
+        return parameters
+
+    def _why_not_capture(
+        self, parameters: ParameterSet, num_tokens: int, size: int, warming_up: bool
+    ) -> Obstacle | None:
+        """Why this call does not capture the bucket; None if it does."""
+        plan = self.plan
+        if num_tokens < size:
+            obstacles = [may_pad(plan, parameters.verdicts, step) for step in plan.capturable]
+            if all(obstacle is not None for obstacle in obstacles):
+                return obstacles[0]
+        if warming_up:
+            return None
+        if not plan.settings.lazy:
+            return Obstacle("not-warmed-up", REASONS["not-warmed-up"])
+        seen = parameters.calls_seen.get(size, 0)
+        parameters.calls_seen[size] = seen + 1
+        if seen:
+            return None
+        if len(self._sets) > 1 and not parameters.buckets and seen == 0:
+            return Obstacle("address-moved", REASONS["address-moved"])
+        return Obstacle("first-call", REASONS["first-call"])
+
+    def _capture(
+        self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool
+    ) -> list[Any]:
+        if not parameters.buckets:
+            self._sets_captured += 1
+        self._spoil_given_out()
+        capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
+        bucket, results = capture.run(args, num_tokens)
+        parameters.buckets[size] = bucket
+        for step, obstacle in bucket.obstacles.items():
+            _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
+        amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
+        results, copied = self._hand_over(args, results, bucket, None)
+        if not warming_up:
+            replayed = [s for s in bucket.graphs if num_tokens == size or
+                        may_pad(self.plan, parameters.verdicts, s) is None]  # fmt: skip
+            amounts |= {
+                "calls": 1,
+                "eager_steps": len(self.plan.instructions) - len(self.plan.compute_steps),
+                "replays": len(replayed),
+                "padded_tokens": size - num_tokens if replayed else 0,
+                "output_copies": copied,
+            }
+            flat = self._flat_program(parameters, bucket, num_tokens, {})
+            for code, pieces in flat.miss_counts.items():
+                self._stats.add_miss(code, pieces)
+                self._log_miss(code, num_tokens)
+            in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
+            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": len(flat.landing) - in_place}
+        self._stats.add_many(amounts)
+        self._count_memory()
+        self._keep_within_limit(parameters, size)
+        return results
+
+    def _keep_within_limit(self, parameters: ParameterSet, size: int) -> None:
+        limit = self.plan.settings.memory_limit_bytes
+        if limit is None or self._graph_bytes() <= limit:
+            return
+        largest = max(parameters.buckets)
+        sentence = errors.bucket_dropped(self.name, largest, self._graph_bytes(), limit)
+        _LOG.warning("%s", sentence)
+        self._dropped[largest] = Obstacle("graph-memory", sentence)
+        # The pool shrinks only as a whole; the smaller buckets are captured again when they are needed.
+        for other in self._sets.values():
+            for tokens in list(other.buckets):
+                self._release_bucket(other, tokens)
+                other.calls_seen[tokens] = 1
+        self._memory.pools.clear()
+        self._count_memory()
+
+    def _moved(self, bucket: Bucket, here: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[int, str]:
+        moved: dict[int, str] = {}
+        for step in bucket.graphs:
+            by_address, by_value = self.plan.depends_on(step)
+            if any(here[0][k] != bucket.addresses[k] for k in by_address):
+                moved[step] = "address-moved"
+            elif any(here[1][k] != bucket.scalars[k] for k in by_value):
+                moved[step] = "scalar-changed"
+        return moved
+
+    def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[Any, ...]) -> bool:
+        """Whether what moved has stayed since the last call of this bucket."""
+        stayed = parameters.moved_to.get(size) == here
+        parameters.moved_to[size] = here
+        if not stayed or parameters.recaptures.get(size, 0) >= MAX_RECAPTURES or not self.plan.settings.lazy:
+            return False
+        parameters.recaptures[size] = parameters.recaptures.get(size, 0) + 1
+        return True
+
+    # --------------------------------------------------------------------------- verifying
+
+    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call, int]:
+        found: list[str] = []
+        outcome = program.run_verified(args, found.append)
+        if found:
+            sentence = errors.replay_differs(self.name, size, found[0])
+            if self.plan.settings.strict:
+                raise errors.ReplayDiffers(sentence)
+            _LOG.error("%s", sentence)
+            self._dropped[size] = Obstacle("verify-failed", sentence)
+        return outcome
+
+    # ----------------------------------------------------------------------------- counting
+
+    def _count(self, program: FlatProgram, call: Call, in_place: int, copied: int, num_tokens: int) -> None:
+        amounts = program.counts | {
+            "stage_inputs_in_place": in_place,
+            "stage_input_copies": call.stage_copies,
+            "input_copies": call.copies,
+            "input_bytes_copied": call.bytes_copied,
+            "border_copies": call.border_copies,
+            "output_copies": copied,
+        }
+        if call.misses:
+            amounts["replays"] -= sum(call.misses.values())
+        self._stats.add_many(amounts)
+        for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
+            self._stats.add_miss(code, pieces)
+            self._log_miss(code, num_tokens)
+
+    def _miss_all(self, obstacle: Obstacle | None, num_tokens: int | None) -> None:
+        """Count every compute piece of a call that runs without graphs, each with its own reason."""
+        codes: dict[str, int] = {}
+        for step in self.plan.compute_steps:
+            own = self.plan.obstacles.get(step) or obstacle
+            assert own is not None
+            codes[own.code] = codes.get(own.code, 0) + 1
+        if current_session() is not None:
+            return
+        if self.plan.settings.strict:
+            self._refuse(codes, num_tokens, obstacle)
+        for code, pieces in codes.items():
+            self._stats.add_miss(code, pieces)
+            self._log_miss(code, num_tokens)
+
+    def miss(self, code: str, args: Sequence[Any]) -> None:
+        """Count a call that no piece of this program may run."""
+        self._miss_all(Obstacle(code, REASONS[code]), self.plan.count_tokens(args))
+
+    def _refuse(self, codes: dict[str, int], num_tokens: int | None, obstacle: Obstacle | None = None) -> None:
+        for code in codes:
+            if code not in ("first-call", "over-max"):
+                sentence = obstacle.sentence if obstacle is not None and obstacle.code == code else REASONS[code]
+                raise errors.GraphMiss(errors.graph_miss(self.name, num_tokens, code, sentence))
+
+    def _log_miss(self, code: str, num_tokens: int | None) -> None:
+        key = (code, num_tokens or 0)
+        self.miss_log[key] = self.miss_log.get(key, 0) + 1
+        self.miss_log.move_to_end(key)
+        if len(self.miss_log) > 256:
+            self.miss_log.popitem(last=False)
+
+    def _graph_bytes(self) -> int:
+        return sum(p.held_bytes for name, p in self._memory.pools.items() if name in (GRAPH_POOL, OUTPUT_POOL))
+
+    def _count_memory(self) -> None:
+        """Bring the gauges up to date; programs of one stage share its memory, which counts once."""
+        memory = self._memory
+        now = self._graph_bytes(), memory.held_bytes
+        before, memory.counted_bytes = memory.counted_bytes, now
+        self._stats.add_many({"graph_bytes": now[0] - before[0], "static_bytes": now[1] - before[1]})
+
+    # ------------------------------------------------------------------------------ release
+
+    def _release_bucket(self, parameters: ParameterSet, size: int) -> None:
+        parameters.buckets.pop(size).release()
+
+    def release(self) -> None:
+        """Give back graphs, pools and static memory, in this order; see Note [release order]."""
+        for parameters in self._sets.values():
+            for size in list(parameters.buckets):
+                self._release_bucket(parameters, size)
+        self._sets.clear()
+        self._dropped.clear()
+        self._sets_captured = 0
+        self._memory.release()
+        self._count_memory()
+
+    # ------------------------------------------------------------------------------ report
+
+    @property
+    def buckets(self) -> list[tuple[Bucket, ParameterSet]]:
+        """What is captured now, largest bucket first."""
+        found = [(bucket, parameters) for parameters in self._sets.values() for bucket in parameters.buckets.values()]
+        return sorted(found, key=lambda pair: -pair[0].tokens)
+
+    @property
+    def dropped(self) -> dict[int, Obstacle]:
+        return dict(self._dropped)
+
+    def padding_of(self, step: int) -> str:
+        """Whether a compute step may be padded: "safe", or why not, or that no test has run yet."""
+        static = self.plan.padding_obstacle(step)
+        if static is not None:
+            return static
+        verdicts = [p.verdicts for p in self._sets.values() if step in p.verdicts.by_step]
+        for verdict in verdicts:
+            if (reason := verdict.by_step[step]) is not None:
+                return reason
+        return "safe" if verdicts else "not tested yet"

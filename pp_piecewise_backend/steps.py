@@ -1,0 +1,158 @@
+"""A split graph as instructions over numbered registers: what a program runs, and what graphs are captured from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .placeholders import InputTable
+from .specs import SymbolSpec
+from .split import Piece, ResultValue, SizeOf, Split
+
+if TYPE_CHECKING:
+    from .inductor import CompiledPiece
+
+
+@dataclass(frozen=True)
+class Register:
+    """A result of the graph that is what this register holds at the end."""
+
+    index: int
+
+
+@dataclass
+class Instruction:
+    """One step: what to call, on which registers, and which of them end here."""
+
+    piece: Piece
+    compiled: CompiledPiece | None
+    call: Callable[..., Sequence[Any]]
+    arguments: tuple[int | tuple[int, int], ...]
+    """A register, or a register and the dimension whose size is meant."""
+    symbol_positions: tuple[int, ...]
+    """Which arguments are the piece's symbols, if the compiled code relies on anything about them."""
+    outputs: tuple[int, ...]
+    ends: tuple[int, ...]
+    """Registers that nothing reads after this step, so that their memory is free for the next."""
+    cloned_outputs: tuple[int, ...] | None = None
+    """Outputs that a compiler merged with other memory although they must have their own; None: not looked at."""
+
+    def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The step's outputs; of a compute piece, by its compiled code."""
+        outputs = self.call(*arguments)
+        if self.cloned_outputs is None:
+            self.cloned_outputs = _merged_outputs(self.piece, arguments, outputs)
+        if self.cloned_outputs:
+            outputs = list(outputs)
+            for index in self.cloned_outputs:
+                outputs[index] = outputs[index].clone()
+        return outputs
+
+    def run_where_valid(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], bool]:
+        """The step's outputs, and whether compiled code made them rather than plain FX."""
+        if self.holds(arguments):
+            return self.run(arguments), True
+        return self.piece.graph_module.forward(*arguments), False
+
+    def holds(self, arguments: Sequence[Any]) -> bool:
+        """Whether the compiled code of the step may run on these sizes."""
+        if not self.symbol_positions or self.compiled is None:
+            return True
+        return self.compiled.accepts([arguments[position] for position in self.symbol_positions])
+
+    def gather(self, registers: Sequence[Any]) -> list[Any]:
+        """The step's arguments."""
+        return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in self.arguments]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A program's registers: graph inputs first, constants behind them, then one for each value that pieces make."""
+
+    instructions: tuple[Instruction, ...]
+    registers: Mapping[str, int]
+    """Name of a value -> its register."""
+    constants: tuple[object, ...]
+    values_made: int
+    """How many registers are empty when a call begins."""
+    results: tuple[Any, ...]
+    """Per result of the graph: ``Register``, or a constant."""
+
+    def run(self, args: Sequence[Any]) -> tuple[list[Any], dict[int, Sequence[Any]]]:
+        """The graph's results without any graph replayed, and the sizes for which a step ran as plain FX."""
+        registers = [*args, *self.constants, *([None] * self.values_made)]
+        plain: dict[int, Sequence[Any]] = {}
+        for instruction in self.instructions:
+            arguments = instruction.gather(registers)
+            outputs, was_compiled = instruction.run_where_valid(arguments)
+            if not was_compiled:
+                plain[instruction.piece.index] = [arguments[at] for at in instruction.symbol_positions]
+            for register, output in zip(instruction.outputs, outputs, strict=True):
+                registers[register] = output
+            del arguments, outputs
+            for register in instruction.ends:
+                registers[register] = None
+        return self.collect(registers), plain
+
+    def collect(self, registers: Sequence[Any]) -> list[Any]:
+        return [registers[r.index] if isinstance(r, Register) else r for r in self.results]
+
+
+def lay_out(
+    split: Split, table: InputTable, compiled: Sequence[CompiledPiece | None], *, pieces_are_exact: bool
+) -> Layout:
+    """Number the values of a split graph.
+
+    Args:
+        pieces_are_exact: whether compiled pieces alias exactly as eager does, as plain FX does.
+    """
+    names = [*(i.name for i in table.inputs), *split.constants]
+    names += [output for piece in split.pieces for output in piece.outputs]
+    registers = {name: index for index, name in enumerate(names)}
+    results = tuple(Register(registers[r.value]) if isinstance(r, ResultValue) else r for r in split.results)
+    kept = {r.index for r in results if isinstance(r, Register)}
+    last_use: dict[int, int] = {}
+    for index, piece in enumerate(split.pieces):
+        for source in piece.inputs:
+            last_use[registers[source.value if isinstance(source, SizeOf) else source]] = index
+        for output in piece.outputs:
+            last_use.setdefault(registers[output], index)
+    instructions = tuple(
+        Instruction(
+            piece=piece,
+            compiled=one,
+            call=piece.graph_module.forward if one is None else one.call,
+            arguments=tuple(
+                (registers[s.value], s.dim) if isinstance(s, SizeOf) else registers[s] for s in piece.inputs
+            ),
+            symbol_positions=()
+            if one is None or not one.conditions
+            else tuple(i for i, spec in enumerate(piece.input_specs) if isinstance(spec, SymbolSpec)),
+            outputs=tuple(registers[output] for output in piece.outputs),
+            ends=tuple(r for r, last in last_use.items() if last == index and r not in kept),
+            cloned_outputs=() if one is None or pieces_are_exact else None,
+        )
+        for index, (piece, one) in enumerate(zip(split.pieces, compiled, strict=True))
+    )
+    given = len(table.inputs) + len(split.constants)
+    return Layout(instructions, registers, tuple(split.constants.values()), len(names) - given, results)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the tensor's storage begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _merged_outputs(piece: Piece, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[int, ...]:
+    """Outputs that must have memory of their own but share it with an input or an earlier output."""
+    taken = {address(a) for a in arguments if isinstance(a, torch.Tensor) and a.numel()}
+    merged = []
+    for index, (output, own) in enumerate(zip(outputs, piece.own_memory, strict=True)):
+        if isinstance(output, torch.Tensor) and output.numel():
+            if own and address(output) in taken:
+                merged.append(index)
+            taken.add(address(output))
+    return tuple(merged)

@@ -1,0 +1,159 @@
+"""``warmup()``: compile and capture everything before the first request, and leave no trace of it.
+
+Note [order of a warm-up]
+Plain ``torch.compile`` makes up to three programs: one for the first size, one for all others from 2 up, one for
+size 1. Three small calls bring them into being; then each bucket is captured, the largest first, since it fixes how
+much memory the pools hold. A bucket is captured by a call that only it serves and that no static program takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import errors
+
+if TYPE_CHECKING:
+    from .plan import GraphPlan
+
+_LOG = logging.getLogger(__name__)
+
+MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
+
+_SESSION: ContextVar[Session | None] = ContextVar("pp_piecewise_backend.warmup", default=None)
+
+
+def current_session() -> Session | None:
+    """The warm-up that is under way in this thread, if any."""
+    return _SESSION.get()
+
+
+@dataclass
+class Session:
+    """One warm-up: calls made in it capture at once, are not counted, and have their writes undone."""
+
+    ladders: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Program -> the buckets that it can be called in."""
+    smallest: dict[str, int] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def leaving_no_trace(self, plan: GraphPlan, args: Sequence[Any], name: str) -> Iterator[None]:
+        """Give state and proxies the contents back that they had before the call."""
+        if plan.token_symbol is not None:
+            self.ladders[name] = plan.ladder.sizes_tokens
+            self.smallest[name] = plan.smallest_tokens
+        with self.restoring(written_tensors(plan, args)):
+            yield
+
+    @contextlib.contextmanager
+    def restoring(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        try:
+            copies = [tensor.clone() for tensor in tensors]
+        except torch.OutOfMemoryError as error:
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            raise errors.PPPiecewiseError(errors.no_room_for_state(num_bytes)) from error
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, copy in zip(tensors, copies, strict=True):
+                    tensor.copy_(copy)
+
+
+def written_tensors(plan: GraphPlan, args: Sequence[Any]) -> list[torch.Tensor]:
+    """State that the graph writes, its stage inputs, and the landing memory."""
+    tensors = [
+        value
+        for graph_input, value in zip(plan.inputs, args, strict=True)
+        if graph_input.kind in ("state", "stage-input") and isinstance(value, torch.Tensor)
+    ]
+    if plan.stage is not None:
+        tensors += [plan.stage.landing(name) for name in plan.stage.inputs]
+    return tensors
+
+
+def warm_up(
+    compiled: Callable[..., Any],
+    make_inputs: MakeInputs,
+    sizes: Sequence[int] | None,
+    progress: bool | None,
+    captured: Callable[[], Mapping[int, tuple[float, int]]],
+) -> None:
+    """See ``pp_piecewise_backend.warmup``.
+
+    Args:
+        captured: bucket -> (seconds, bytes) of what all programs hold captured now.
+    """
+    session = Session()
+    started = time.perf_counter()
+    with _keeping_generators(), _in_session(session):
+        probes = [2, 3, 1] if sizes is None else sorted({min(sizes), max(sizes)}, reverse=True)
+        for probe in probes:
+            _call(compiled, make_inputs, probe, sizes is not None)
+        buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
+        wanted = _calls(buckets, session, sizes)
+        for num_tokens in _with_progress(wanted, progress):
+            _call(compiled, make_inputs, num_tokens, True)
+    found = captured()
+    parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
+    _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
+
+
+def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None) -> list[int]:
+    """Numbers of tokens to call with, the largest bucket first; see Note [order of a warm-up]."""
+    if sizes is not None:
+        return sorted(set(sizes), reverse=True)
+    lowest = max([*session.smallest.values(), 1])
+    calls = []
+    for index, bucket in enumerate(buckets):
+        below = buckets[index + 1] if index + 1 < len(buckets) else 0
+        inside = bucket - 1 if bucket - 1 > below and bucket - 1 >= lowest else bucket
+        calls.append(inside)
+        if inside != bucket:
+            calls.append(bucket)
+    return calls
+
+
+def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int, required: bool) -> None:
+    made = make_inputs(num_tokens)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
+        raise errors.ConfigError(errors.bad_make_inputs(made))
+    args, kwargs = made
+    compiled(*args, **kwargs)
+
+
+def _with_progress(calls: Sequence[int], progress: bool | None) -> Iterator[int]:
+    from tqdm import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    with tqdm(calls, desc="capturing", unit="call", disable=not shown) as bar:
+        for num_tokens in bar:
+            bar.set_postfix(tokens=num_tokens)
+            yield num_tokens
+
+
+@contextlib.contextmanager
+def _in_session(session: Session) -> Iterator[None]:
+    if current_session() is not None:
+        raise errors.PPPiecewiseError(errors.nested_warmup())
+    token = _SESSION.set(session)
+    try:
+        yield
+    finally:
+        _SESSION.reset(token)
+
+
+@contextlib.contextmanager
+def _keeping_generators() -> Iterator[None]:
+    """Random generators end as they began, whatever the calls and ``make_inputs`` draw."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
