@@ -19,9 +19,10 @@ from . import poison
 from .buffers import StaticMemory, StaticTensor, extent_bytes, geometry, tensor_in
 from .capture import CapturedGraph, CaptureError, Device, same_bits
 from .plan import GraphPlan, Obstacle
+from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
 from .steps import Instruction, address
-from .traits import is_on, token_dims
+from .traits import token_dims
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
@@ -185,7 +186,13 @@ class BucketCapture:
                 self._fill(self._take(register, spec), value)
 
     def _fill(self, static: StaticTensor, value: torch.Tensor) -> None:
-        static.rows(self._real_tokens).copy_(value)
+        rows = static.rows(self._real_tokens)
+        if rows.shape != value.shape:
+            # Its size is no bare token count (R1): nothing that reads it replays in this call, but what is captured
+            # needs valid values.
+            rows.copy_(value.reshape(-1)[:1].expand(rows.shape) if value.numel() else torch.zeros_like(rows))
+            return
+        rows.copy_(value)
         if fills_tail(static):
             for tail, first_row in static.tails(self._real_tokens):
                 tail.copy_(first_row)
@@ -277,7 +284,7 @@ class BucketCapture:
         changed = [(value, copy) for value, copy in before if not same_bits(value, copy)]
         for value, copy in changed:
             value.copy_(copy)
-        if changed:
+        if changed and is_on("R2"):
             raise _NotHere("writes-state", "it writes an input although no op of it says so")
         self._verdicts.mutations_checked.add(step)
 
@@ -432,6 +439,8 @@ def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Obstacle | None:
 
 def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
     """The real rows with the strides that were traced: a view where it can have them, else a copy."""
+    if not is_on("rows"):
+        return static.tensor
     view = static.exact(num_tokens)
     if view is not None and is_on("R5"):
         return view

@@ -116,7 +116,7 @@ class CudaGraph:
         self._strong[index] = None
 
     def release(self) -> None:
-        self._strong = []
+        self._strong = [None] * len(self._strong)  # who holds it may still release outputs
         self.outputs = []
         self.replay = _released
         self._graph.reset()
@@ -265,7 +265,7 @@ class EmulatedGraph:
     def release(self) -> None:
         for index in range(len(self._entries)):
             self.release_output(index)
-        self.outputs, self._entries, self._free = [], [], []
+        self.outputs, self._free = [], []  # who holds it may still release outputs
         self.replay, self._run = _released, _nothing
 
 

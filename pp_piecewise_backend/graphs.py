@@ -25,8 +25,8 @@ from .capture import Device, make_device
 from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
+from .rules import is_on
 from .stats import Stats
-from .traits import is_on
 from .warming_up import current_session
 
 _LOG = logging.getLogger(__name__)

@@ -272,8 +272,8 @@ class FlatProgram:
         border = []
         for register in instruction.outputs:
             static = self.bucket.static[register]
-            if (view := static.exact(self.num_tokens)) is not None:
-                self.template[register] = view
+            if static.exact(self.num_tokens) is not None:
+                self.template[register] = real_rows(static, self.num_tokens)
             elif self._is_read_outside(register):
                 border.append((register, static))
         if border:

@@ -19,6 +19,7 @@ ORDER = (
     "stats",
     "config",
     "_compat",
+    "rules",
     # FX graph -> GraphInput -> Piece -> CompiledPiece -> CapturedPiece -> Program -> StageRunner
     "specs",
     "split_ops",
