@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import poison
-from .buffers import StaticMemory, StaticTensor, extent_bytes, geometry, tensor_in
+from .buffers import StaticMemory, StaticTensor, assign, extent_bytes, geometry, tensor_in, without_repeats
 from .capture import CapturedGraph, CaptureError, Device, same_bits
 from .plan import GraphPlan, Obstacle
 from .rules import is_on
@@ -103,6 +103,8 @@ class BucketCapture:
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
         self._registers: list[Any] = []
         self._real_tokens = 0
+        self.copied_back = 0
+        """Stage inputs that captured pieces wrote and that were copied back to where the caller has them."""
 
     def run(self, args: Sequence[Any], real_tokens: int) -> tuple[Bucket, list[Any]]:
         """Capture every step that can be captured; the bucket and the graph's results come back."""
@@ -190,9 +192,10 @@ class BucketCapture:
         if rows.shape != value.shape:
             # Its size is no bare token count (R1): nothing that reads it replays in this call, but what is captured
             # needs valid values.
+            rows = without_repeats(rows)
             rows.copy_(value.reshape(-1)[:1].expand(rows.shape) if value.numel() else torch.zeros_like(rows))
             return
-        rows.copy_(value)
+        assign(rows, value)
         if fills_tail(static):
             for tail, first_row in static.tails(self._real_tokens):
                 tail.copy_(first_row)
@@ -306,7 +309,7 @@ class BucketCapture:
                 if isinstance(spec, TensorSpec) and token:
                     shape, stride = geometry(spec, plan.symbols(rows))
                     copy = torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
-                    found.append(copy.copy_(StaticTensor(value, spec, token, plan.symbols).rows(rows)))
+                    found.append(assign(copy, StaticTensor(value, spec, token, plan.symbols).rows(rows)))
                 else:
                     found.append(rows if isinstance(spec, SymbolSpec) and spec.symbol == symbol else value)
             return found
@@ -338,6 +341,7 @@ class BucketCapture:
         value, static = self._registers[register], self.bucket.static.get(register)
         if static is not None and value.data_ptr() != static.tensor.data_ptr():
             value.copy_(static.rows(self._real_tokens))
+            self.copied_back += 1
 
     def _run_on_real_rows(self, step: int, instruction: Instruction) -> None:
         plan = self._plan
@@ -448,7 +452,7 @@ def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
     if not is_on("R5"):
         return rows
     shape, stride = geometry(static.spec, static.symbols(num_tokens))
-    return torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device).copy_(rows)
+    return assign(torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device), rows)
 
 
 def fills_tail(static: StaticTensor) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from . import _compat
-from .buffers import allocate, tensor_in
+from .buffers import allocate, assign, tensor_in
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
@@ -254,7 +254,7 @@ class EmulatedGraph:
                 block.fill_(SCRIBBLE_BYTE)
             for output, result, entry in zip(self.outputs, self._run(), self._entries, strict=True):
                 if entry is not None:
-                    output.copy_(result)
+                    assign(output, result)
 
     def release_output(self, index: int) -> None:
         entry = self._entries[index]
@@ -322,7 +322,7 @@ def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int]
     with torch.inference_mode(False), torch.no_grad():
         for tensor, copy, version in zip(tensors, copies, versions, strict=True):
             if copy is not None and (tensor._version != version or not same_bits(tensor, copy)):
-                tensor.copy_(copy)
+                assign(tensor, copy)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -116,6 +116,8 @@ class Graphs:
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
+        if plan.lands_elsewhere(args, num_tokens):
+            return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
         parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
         if parameters is None:
@@ -271,7 +273,8 @@ class Graphs:
                 self._stats.add_miss(code, pieces)
                 self._log_miss(code, num_tokens)
             in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
-            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": len(flat.landing) - in_place}
+            copied_in = len(flat.landing) - in_place
+            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
         self._stats.add_many(amounts)
         self._count_memory()
         self._keep_within_limit(parameters, size)

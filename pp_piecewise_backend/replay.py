@@ -14,7 +14,7 @@ import torch
 
 from . import poison
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
-from .buffers import StaticTensor
+from .buffers import StaticTensor, without_repeats
 from .plan import GraphPlan
 from .steps import Instruction, address
 
@@ -50,16 +50,20 @@ class UnexpectedTensor(Exception):
 class _Copy:
     """Brings a value from a register to static memory."""
 
-    __slots__ = ("dtype", "lands", "num_bytes", "pointer", "register", "rows", "shape", "stride", "tails")
+    __slots__ = ("dtype", "lands", "num_bytes", "pointer", "register", "repeats", "rows", "shape", "stride", "tails")
 
     def __init__(self, register: int, static: StaticTensor, num_tokens: int, lands: bool = False) -> None:
         self.register = register
         self.lands = lands
         """Whether the static memory is the landing memory of a stage input."""
-        self.rows = static.rows(num_tokens)
+        rows = static.rows(num_tokens)
+        self.rows = without_repeats(rows)
+        self.repeats = self.rows.shape != rows.shape
+        """Whether the value is one whose elements lie in memory several times, as ``expand`` makes them."""
         self.tails = static.tails(num_tokens) if fills_tail(static) else []
-        self.shape, self.dtype = self.rows.shape, self.rows.dtype
-        self.pointer, self.stride = self.rows.data_ptr(), self.rows.stride()
+        self.shape, self.dtype = rows.shape, rows.dtype
+        traced = static.exact(num_tokens)  # unlike ``rows`` in the strides of dimensions of size 1
+        self.pointer, self.stride = rows.data_ptr(), (rows if traced is None else traced).stride()
         self.num_bytes = self.rows.numel() * self.rows.element_size()
 
     def is_in_place(self, value: torch.Tensor) -> bool:
@@ -68,10 +72,14 @@ class _Copy:
     def fits(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.shape == self.shape and value.dtype is self.dtype
 
+    def taken(self, value: torch.Tensor) -> torch.Tensor:
+        """What of the value is to be copied to ``rows``."""
+        return value[tuple(slice(size) for size in self.rows.shape)] if self.repeats else value
+
     def run(self, call: Call) -> None:
         value = call.registers[self.register]
         if not self.is_in_place(value):
-            self.rows.copy_(value)
+            self.rows.copy_(self.taken(value))
             if self.lands:
                 call.stage_copies += 1
             else:
@@ -330,10 +338,10 @@ class FlatProgram:
                 call.foreign.add(register)
                 call.stage_copies += 1
                 targets.append(copy.rows)
-                values.append(value)
+                values.append(copy.taken(value))
         for copy in self.admitted:
             targets.append(copy.rows)
-            values.append(args[copy.register])
+            values.append(copy.taken(args[copy.register]))
             call.copies += 1
             call.bytes_copied += copy.num_bytes
         if targets:

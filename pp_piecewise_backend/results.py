@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .buffers import assign
 from .placeholders import GraphInput
 from .steps import address
 
@@ -64,7 +65,7 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ends = [tensor.storage_offset() + _extent(tensor) for tensor in tensors]
     flat = torch.empty(max(ends), dtype=first.dtype, device=first.device)
     if len(tensors) == 1:
-        return [flat.as_strided(first.shape, first.stride(), first.storage_offset()).copy_(first)]
+        return [assign(flat.as_strided(first.shape, first.stride(), first.storage_offset()), first)]
     begin = min(tensor.storage_offset() for tensor in tensors)
     window = (max(ends) - begin,), (1,), begin
     flat.as_strided(*window).copy_(first.as_strided(*window))

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 RULES = frozenset(
-    {"M1", "M2", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "rows", "selection", "random", "tail", "uninitialised"}
+    {
+        "M1",
+        "M2",
+        "R1",
+        "R2",
+        "R3",
+        "R4",
+        "R5",
+        "R6",
+        "R7",
+        "landing",
+        "rows",
+        "selection",
+        "random",
+        "tail",
+        "uninitialised",
+    }
 )
 """Every rule that a test may switch off, to see that it is needed."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -170,9 +171,48 @@ def misses_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
     return {reason: count for reason, count in counts.items() if count}
 
 
-def switch_off(monkeypatch: pytest.MonkeyPatch, names: Iterable[str]) -> None:
-    assert set(names) <= rules.RULES, "no such rule"
-    monkeypatch.setattr(rules, "SWITCHED_OFF", frozenset(names))
+Body = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A body that holds on every device, and that must fail once what defends it is switched off."""
+
+    body: Body
+    rules: tuple[str, ...]
+    """Rules that, switched off together, let the trap close."""
+    breaks: Callable[[pytest.MonkeyPatch], None] | None
+    """What stands for such a rule where the defence is no rule: it breaks one mechanism."""
+    counters_only: bool
+    """Whether results stay right without the rules, at a cost."""
+
+    def __str__(self) -> str:
+        return self.body.__name__
+
+    def must_close(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert set(self.rules) <= rules.RULES, "no such rule"
+        monkeypatch.setattr(rules, "SWITCHED_OFF", frozenset(self.rules))
+        if self.breaks is not None:
+            self.breaks(monkeypatch)
+        with pytest.raises(AssertionError if self.counters_only else Wrong):
+            self.body(device)
+
+
+class Traps(list[Trap]):
+    def trap(
+        self,
+        *rules: str,
+        breaks: Callable[[pytest.MonkeyPatch], None] | None = None,
+        counters_only: bool = False,
+    ) -> Callable[[Body], Body]:
+        """Register a body."""
+        assert rules or breaks, "a trap that nothing closes proves nothing"
+
+        def register(body: Body) -> Body:
+            self.append(Trap(body, rules, breaks, counters_only))
+            return body
+
+        return register
 
 
 def _where(tensor: Tensor) -> int:
