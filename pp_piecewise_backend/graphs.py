@@ -20,7 +20,7 @@ import torch
 
 from . import errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
-from .buffers import StaticMemory
+from .buffers import StaticMemory, without_repeats
 from .capture import Device, make_device
 from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
@@ -190,11 +190,16 @@ class Graphs:
         """Results that belong to the caller, and how many tensors were copied for it."""
         plan = self.plan
         storages = plan.split.result_storages
+        static = bucket.static_memory | plan.landing_addresses
         if plan.settings.static_outputs:
             if plan.settings.strict and plan.settings.device == "emulate":
-                self._given_out = [weakref.ref(r) for r in results if isinstance(r, torch.Tensor)]
+                # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
+                in_static_memory = list(results)
+                hand_over(results, storages, plan.input_storages, static)
+                pairs = zip(results, in_static_memory, strict=True)
+                self._given_out = [weakref.ref(given) for given, other in pairs if given is not other]
             return results, 0
-        copied = hand_over(results, storages, plan.input_storages, bucket.static_memory | plan.landing_addresses)
+        copied = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
         if merged is None:
             merged = merged_results(plan.inputs, args, results, storages)
@@ -210,8 +215,8 @@ class Graphs:
             tensor = reference()
             if tensor is not None:
                 with torch.inference_mode(False), torch.no_grad():
-                    value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-                    tensor.fill_(value)
+                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
         self._given_out = []
 
     # ------------------------------------------------------------------------- capturing
