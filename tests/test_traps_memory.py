@@ -53,6 +53,16 @@ def _(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
     return torch.empty_like(q)
 
 
+@torch.library.custom_op("traps::accumulate", mutates_args=("state",))
+def accumulate(state: Tensor, x: Tensor) -> None:
+    state.add_(x.mean(0))
+
+
+@accumulate.register_fake
+def _(state: Tensor, x: Tensor) -> None:
+    return None
+
+
 # An op that breaks the contract of custom ops: it says that its result is a tensor of its own.
 _LIBRARY = torch.library.Library("trapslib", "DEF")
 _LIBRARY.define("nothing(Tensor x) -> Tensor")
@@ -113,9 +123,9 @@ def copy_nothing_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay._Copy, "run", lambda self, call: None)
 
 
-def toy_pair(device: str, landing: ppb.Stage | None = None, **more: Any) -> Pair:
-    model = ToyStage(2, hidden=16, inplace_norm=True, max_tokens=64, **more).to(device)
-    options = {} if landing is None else {"stage": landing}
+def toy_pair(device: str, landing: ppb.Stage | None = None, **options: Any) -> Pair:
+    model = ToyStage(2, hidden=16, inplace_norm=True, max_tokens=64).to(device)
+    options |= {} if landing is None else {"stage": landing}
     return Pair(model, device, dims=(None, 0, 0, 0), split_ops=SPLIT_OPS, **options)
 
 
@@ -129,6 +139,14 @@ def in_place_norm_on_foreign_proxies(device: str) -> None:
     pair.run_sizes(make)
     # Two in; two back behind the first piece and the residual behind each of the others, in each of four calls.
     assert ppb.stats().stage_inputs_in_place == 0 and ppb.stats().stage_input_copies == 4 * (2 + 4)
+
+
+@trap(breaks=copy_nothing_back)
+def in_place_norm_that_a_compiler_functionalised(device: str) -> None:
+    pair = toy_pair(device, compiler="aot_eager")
+    pair.run_sizes(
+        lambda n: [None if v is None else v.to(device) for v in pair.function.make_inputs(n, seed=n).values()]
+    )
 
 
 @trap(breaks=warm_up_in_place)
@@ -271,6 +289,66 @@ def cache_write_with_padded_rows(device: str) -> None:
     pair.run_sizes(lambda n: (rows(n, device), torch.arange(n, device=device) + next(start)))
     reasons = [piece.reason for piece in pair.program.pieces if piece.kind == "eager"]
     assert any("writes graph input cache" in reason for reason in reasons), reasons
+
+
+def refresh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = replay._OnRealRows.__init__
+
+    def make(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.refreshed = ()
+
+    monkeypatch.setattr(replay._OnRealRows, "__init__", make)
+
+
+@trap(breaks=refresh_nothing)
+def small_state_that_attention_writes_and_a_piece_reads(device: str) -> None:
+    """Pieces read a copy of it, which must follow what eager steps write in the middle of the call."""
+
+    def forward(self: Any, x: Tensor, state: Tensor) -> Tensor:
+        x = x @ self.w
+        for _ in range(2):
+            torch.ops.traps.accumulate(state, x)
+            x = x @ self.w + state
+        return x
+
+    state = torch.zeros(HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None))
+    pair.run_sizes(lambda n: (rows(n, device), state))
+
+
+@trap("aliases")
+def state_that_is_passed_twice(device: str) -> None:
+    """Attention writes one argument; a piece reads another one that lies in the same memory."""
+
+    def forward(self: Any, x: Tensor, state: Tensor, view: Tensor) -> Tensor:
+        x = x @ self.w
+        for _ in range(2):
+            torch.ops.traps.accumulate(state, x)
+            x = x @ self.w + view[0]
+        return x
+
+    state = torch.zeros(HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None, None))
+    pair.run_sizes(lambda n: (rows(n, device), state, state.view(1, HIDDEN)))
+
+
+@trap("aliases")
+def state_that_is_passed_twice_in_later_calls_only(device: str) -> None:
+    def forward(self: Any, x: Tensor, state: Tensor, view: Tensor) -> Tensor:
+        x = x @ self.w
+        torch.ops.traps.accumulate(state, x)
+        return x @ self.w + view[0]
+
+    state = torch.zeros(HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None, None))
+    pair.run_sizes(lambda n: (rows(n, device), state, torch.ones(1, HIDDEN, device=device)))
+    before = ppb.stats()
+    pair(rows(5, device), state, state.view(1, HIDDEN))
+    assert misses_between(before, ppb.stats()) == {"inputs-overlap": 2}
+    pair(rows(5, device), state, torch.ones(1, HIDDEN, device=device))
+    assert ppb.stats().replays - before.replays == 2
+    assert len(ppb.programs()) == 1
 
 
 @trap("M1", "R2", "R3", "R7")
