@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_be
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import graphs, poison, replay
 from pp_piecewise_backend.buffers import StaticMemory
-from pp_piecewise_backend.inductor import CompiledPiece
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -528,81 +526,6 @@ def zero_stride_inputs(device: str) -> None:
         return rows(n, device), torch.randn(1, HIDDEN, device=device).expand(n, HIDDEN)
 
     Pair(net(forward, device), device).run_sizes(make)
-
-
-# --------------------------------------------------------------------------------- other mechanisms
-
-
-@trap("R6")
-def guard_that_the_bucket_breaks(device: str) -> None:
-    """Compiling added a condition on the token count: it holds for the real rows, not for the bucket."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return torch.ops.traps.mix(x @ self.w) @ self.w
-
-    pair = Pair(net(forward, device), device)
-    pair(rows(7, device))
-    (first, *_) = (i for i in pair.program.layout.instructions if i.piece.kind == "compute")
-    compiled, symbol = first.call, pair.program.graphs.plan.token_symbol
-
-    def right_up_to_seven(*arguments: Any) -> Any:
-        outputs = compiled(*arguments)
-        is_wrong = any(isinstance(a, Tensor) and a.shape[0] > 7 and a.shape[1] == HIDDEN for a in arguments[:1])
-        tensors = [a for a in arguments if isinstance(a, Tensor) and a.data_ptr() != pair.function.w.data_ptr()]
-        is_wrong = any(a.shape[0] > 7 for a in tensors)
-        return [output * 0 for output in outputs] if is_wrong else outputs
-
-    at = [k for k, spec in enumerate(first.piece.input_specs) if type(spec).__name__ == "SymbolSpec"]
-    first.call = right_up_to_seven
-    first.compiled = CompiledPiece((), right_up_to_seven, (sympy.Le(sympy.Symbol("s0"), 7),), 0.0)
-    first.symbol_positions = tuple(at)
-    assert symbol is not None and at
-    for num_tokens in (6, 8, 5, 7):
-        pair(rows(num_tokens, device))
-    assert ppb.stats().miss_reasons == {"first-call": 2, "guard": 4}
-    assert ppb.stats().replays == 4
-    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
-    assert "does not hold" in reason
-    assert pair.program.plain_runs == {0: "the compiled code does not hold for sizes [8]"}
-
-
-@trap("rows")
-def token_counts_around_every_bucket(device: str) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return torch.ops.traps.mix(x @ self.w) @ self.w
-
-    pair = Pair(net(forward, device), device)
-    counts = [2, 3, 5, 8, 1, 9]  # one in each bucket, then one above all
-    for _ in range(2):
-        for num_tokens in counts:
-            pair(rows(num_tokens, device))
-    before = ppb.stats()
-    around = sorted({n for bucket in (1, 2, 4, 8) for n in (bucket - 1, bucket, bucket + 1)} - {0})
-    for num_tokens in (*around, *reversed(around)):
-        pair(rows(num_tokens, device))
-    assert around == [1, 2, 3, 4, 5, 7, 8, 9]
-    assert misses_between(before, ppb.stats()) == {"over-max": 2 * 2}
-    assert ppb.stats().replays - before.replays == 2 * 2 * (len(around) - 1)
-    assert ppb.stats().captures == before.captures
-    assert ppb.stats().padded_tokens - before.padded_tokens == 2 * (1 + 3 + 1)  # 3 in 4; 5 and 7 in 8
-
-
-@trap("rows")
-def nan_in_the_padded_rows(device: str) -> None:
-    """Whatever lies behind the real rows of all static memory."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = torch.ops.traps.mix(x @ self.w) @ self.w
-        return x
-
-    pair = Pair(net(forward, device), device)
-    pair.run_sizes(lambda n: (rows(n, device),))
-    (bucket, _), *_ = pair.program.graphs.buckets
-    for num_tokens in (5, 6, 7):
-        for static in bucket.static.values():
-            static.tensor.fill_(float("nan"))
-        pair(rows(num_tokens, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
