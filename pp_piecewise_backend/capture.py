@@ -127,9 +127,6 @@ class CudaDevice:
 
     name = "cuda"
 
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-
     def new_pool(self) -> CudaPool:
         return CudaPool()
 
@@ -162,15 +159,25 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def _on_side_stream(self) -> Iterator[None]:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+        side, current = _side_stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(side):
                 yield
         finally:
-            current.wait_stream(self._stream)
+            current.wait_stream(side)
+
+
+_SIDE_STREAMS = threading.local()
+
+
+def _side_stream() -> torch.cuda.Stream:
+    """The stream on which this thread captures; one for all, since cuBLAS keeps a workspace for each stream [ran]."""
+    streams: dict[int, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
+    device = torch.cuda.current_device()
+    if device not in streams:
+        streams[device] = torch.cuda.Stream()
+    return streams[device]
 
 
 @contextlib.contextmanager
@@ -327,7 +334,8 @@ def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int]
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal bit for bit, NaN included."""
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a, b)
 
 
 class _Recorder(_compat.TorchDispatchMode):
