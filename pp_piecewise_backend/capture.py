@@ -113,7 +113,8 @@ class CudaGraph:
         self.outputs = [_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
 
     def release_output(self, index: int) -> None:
-        self._strong[index] = None
+        if self._strong:
+            self._strong[index] = None
 
     def release(self) -> None:
         self._strong = []
@@ -173,8 +174,8 @@ _SIDE_STREAMS = threading.local()
 
 def _side_stream() -> torch.cuda.Stream:
     """The stream on which this thread captures; one for all, since cuBLAS keeps a workspace for each stream [ran]."""
-    streams: dict[int, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
-    device = torch.cuda.current_device()
+    streams: dict[str, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
+    device = f"cuda:{torch.cuda.current_device()}"
     if device not in streams:
         streams[device] = torch.cuda.Stream()
     return streams[device]
@@ -256,7 +257,7 @@ class EmulatedGraph:
         self.replay = self._replay
 
     def _replay(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for block in self._free:
                 block.fill_(SCRIBBLE_BYTE)
             for output, result, entry in zip(self.outputs, self._run(), self._entries, strict=True):
@@ -264,7 +265,7 @@ class EmulatedGraph:
                     output.copy_(result)
 
     def release_output(self, index: int) -> None:
-        entry = self._entries[index]
+        entry = self._entries[index] if self._entries else None
         if entry is not None and index not in self._read_no_more:
             self._read_no_more.add(index)
             entry[1] -= 1
@@ -292,15 +293,15 @@ class EmulatedDevice:
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: EmulatedPool) -> EmulatedGraph:
         # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             captured = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
         storages = _storages(captured)
         recorder = _Recorder()
         written = [value.clone() if isinstance(value, torch.Tensor) else None for value in captured]
-        versions = [value._version if isinstance(value, torch.Tensor) else 0 for value in captured]
+        versions = [_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
-            with torch.inference_mode(False), torch.no_grad(), recorder:
+            with torch.no_grad(), recorder:
                 results = call(captured)
         except CaptureError:
             raise
@@ -324,11 +325,14 @@ class EmulatedDevice:
 _CAPTURING = threading.local()
 
 
-def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int]) -> None:
+def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int | None]) -> None:
     """Give inputs their contents back: a real capture runs nothing."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for tensor, copy, version in zip(tensors, copies, versions, strict=True):
-            if copy is not None and (tensor._version != version or not same_bits(tensor, copy)):
+            if copy is None:
+                continue
+            is_untouched = version is not None and _compat.version(tensor) == version
+            if not is_untouched or not same_bits(tensor, copy):
                 tensor.copy_(copy)
 
 
