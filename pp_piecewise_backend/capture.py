@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .buffers import allocate, tensor_in
@@ -301,7 +302,7 @@ class EmulatedDevice:
         versions = [_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
-            with torch.no_grad(), recorder:
+            with torch.no_grad(), _NoHostReads(), recorder:
                 results = call(captured)
         except CaptureError:
             raise
@@ -360,7 +361,7 @@ class _Recorder(_compat.TorchDispatchMode):
         inside = _compat.kernel_in_python(func, _device_type((args, kwargs)))
         if inside is not None:
             # A graph holds what the op did, not the Python that chose it.
-            with self:
+            with self, _NoHostReads():
                 return inside(*args, **kwargs)
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in _compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -395,6 +396,18 @@ class _Recorder(_compat.TorchDispatchMode):
             return [fill(value) for value in wanted]
 
         return run
+
+
+class _NoHostReads(TorchFunctionMode):
+    """Refuses what reads a tensor from Python without any op, as CPU tensors allow and a capture does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS_WITHOUT_OPS:
+            raise CaptureError(f"Tensor.{func.__name__} reads device memory from the host, which no graph can hold")
+        return func(*args, **(kwargs or {}))
+
+
+_READS_WITHOUT_OPS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "item"})
 
 
 class _Slot:

@@ -96,8 +96,8 @@ def _graph_lines(program: Program) -> list[str]:
     for bucket, _ in graphs.buckets:
         lines += _entry(
             "  captured",
-            f"{bucket.tokens} tokens: {len(bucket.graphs)} pieces in {bucket.seconds:.2f} s, {bucket.graph_bytes} bytes "
-            f"more",
+            f"{bucket.tokens} tokens: {len(bucket.graphs)} pieces in {bucket.seconds:.2f} s, "
+            f"{bucket.graph_bytes} bytes more",
         )
         lines += _by_reason("    not here", {step: o.sentence for step, o in bucket.obstacles.items()})
     for tokens, obstacle in graphs.dropped.items():
