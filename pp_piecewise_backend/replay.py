@@ -19,7 +19,6 @@ from .buffers import StaticTensor
 from .plan import GraphPlan
 from .steps import Instruction, address, gather
 
-
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
@@ -351,9 +350,7 @@ class FlatProgram:
                 refreshed.append((_Copy(register, bucket.static[register], n, lands), lands))
         held = [r for r, last in self._last_use_outside.items() if last == step and self.template[r] is None]
         places = range(first_buffer, len(self.template))
-        return _OnRealRows(
-            step, instruction, call, places, copies, given, refreshed, self._memory, held, plan.specs
-        )
+        return _OnRealRows(step, instruction, call, places, copies, given, refreshed, self._memory, held, plan.specs)
 
     # --------------------------------------------------------------------------- running
 
