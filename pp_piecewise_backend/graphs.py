@@ -67,6 +67,8 @@ class Graphs:
         self._stats = stats
         self._device: Device = make_device(plan.settings.device, plan.settings.compiler_runs_ops)
         self._sets: OrderedDict[tuple[int, ...], ParameterSet] = OrderedDict()
+        self._last_set: tuple[tuple[int, ...] | None, ParameterSet | None] = None, None
+        """The set of the last call: to compare its addresses costs less than to hash them."""
         self._sets_captured = 0
         self._dropped: dict[int, Obstacle] = {}
         """Buckets that are captured no more, and why."""
@@ -117,13 +119,17 @@ class Graphs:
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
         key = self._parameter_addresses(args)
-        parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
+        if key == self._last_set[0]:
+            parameters = self._last_set[1]
+        else:
+            parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
                 return Obstacle("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
             parameters = self._new_set(key)
-        elif len(self._sets) > 1:
+        elif len(self._sets) > 1 and is_on("R7"):
             self._sets.move_to_end(key)
+        self._last_set = key, parameters
         if size in self._dropped:
             return self._dropped[size]
         bucket = parameters.buckets.get(size)
@@ -148,15 +154,17 @@ class Graphs:
         if settings.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
-        self._spoil_given_out()
+        if self._given_out:
+            self._spoil_given_out()
         if settings.verify_every and self._calls % settings.verify_every == 0:
-            results, call, in_place = self._run_verified(program, args, size)
+            results, call = self._run_verified(program, args, size)
         else:
-            results, call, in_place = program.run(args)
-        self.plain.update(call.plain)
+            results, call = program.run(args)
+        if call.plain:
+            self.plain.update(call.plain)
         results, copied = self._hand_over(args, results, bucket, program)
         if not warming_up:
-            self._count(program, call, in_place, copied, num_tokens)
+            self._count(program, call, copied, num_tokens)
         return results
 
     def _parameter_addresses(self, args: Sequence[Any]) -> tuple[int, ...]:
@@ -167,7 +175,7 @@ class Graphs:
     def _flat_program(
         self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]
     ) -> FlatProgram:
-        key = (num_tokens, tuple(sorted(moved.items())))
+        key = (num_tokens, tuple(sorted(moved.items()))) if moved else num_tokens
         program = bucket.programs.get(key)
         if program is None:
             misses = dict(moved)
@@ -192,7 +200,7 @@ class Graphs:
             if plan.settings.strict and plan.settings.device == "emulate":
                 self._given_out = [weakref.ref(r) for r in results if isinstance(r, torch.Tensor)]
             return results, 0
-        copied = hand_over(results, storages, plan.input_storages, bucket.static_memory | plan.landing_addresses)
+        copied = hand_over(results, storages, plan.input_storages, bucket.overwritten)
         merged = program.merged_results if program is not None else None
         if merged is None:
             merged = merged_results(plan.inputs, args, results, storages)
@@ -316,7 +324,7 @@ class Graphs:
 
     # --------------------------------------------------------------------------- verifying
 
-    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call, int]:
+    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call]:
         found: list[str] = []
         outcome = program.run_verified(args, found.append)
         if found:
@@ -329,18 +337,8 @@ class Graphs:
 
     # ----------------------------------------------------------------------------- counting
 
-    def _count(self, program: FlatProgram, call: Call, in_place: int, copied: int, num_tokens: int) -> None:
-        amounts = program.counts | {
-            "stage_inputs_in_place": in_place,
-            "stage_input_copies": call.stage_copies,
-            "input_copies": call.copies,
-            "input_bytes_copied": call.bytes_copied,
-            "border_copies": call.border_copies,
-            "output_copies": copied,
-        }
-        if call.misses:
-            amounts["replays"] -= sum(call.misses.values())
-        self._stats.add_many(amounts)
+    def _count(self, program: FlatProgram, call: Call, copied: int, num_tokens: int) -> None:
+        self._stats.add_many(program.count(call, copied))
         for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
             self._stats.add_miss(code, pieces)
             self._log_miss(code, num_tokens)
@@ -398,6 +396,7 @@ class Graphs:
             for size in list(parameters.buckets):
                 self._release_bucket(parameters, size)
         self._sets.clear()
+        self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
         self._memory.release()

@@ -88,21 +88,10 @@ class Program:
         return self.table.inputs
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        graphs = self.graphs
+        if not torch.is_grad_enabled():
+            return self._run(args)
         with torch.no_grad():
-            if self._exclusive and self._overlap(args):
-                names = ", ".join(self.inputs[position].label for position in self._exclusive)
-                reason = f"inputs that the graph writes ({names}) share memory with other inputs"
-                return self._run_whole(args, "inputs-overlap", reason)
-            if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-                return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
-            if graphs is not None:
-                results = graphs.run(args)
-                if results is not None:
-                    if graphs.plain:
-                        self._note_plain(graphs.plain)
-                    return tuple(results)
-            return self._run_uncaptured(args)
+            return self._run(args)
 
     def release(self) -> None:
         """Give back graphs and static memory; a later call takes them again."""
@@ -148,6 +137,22 @@ class Program:
         }
 
     # ---------------------------------------------------------------------- running
+
+    def _run(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        graphs = self.graphs
+        if self._exclusive and self._overlap(args):
+            names = ", ".join(self.inputs[position].label for position in self._exclusive)
+            reason = f"inputs that the graph writes ({names}) share memory with other inputs"
+            return self._run_whole(args, "inputs-overlap", reason)
+        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
+            return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
+        if graphs is not None:
+            results = graphs.run(args)
+            if results is not None:
+                if graphs.plain:
+                    self._note_plain(graphs.plain)
+                return tuple(results)
+        return self._run_uncaptured(args)
 
     def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
         session = current_session()
