@@ -216,7 +216,9 @@ def stage_input_differs(name: str, geometry: str, shape: Sequence[int], dtype: o
 
 
 def stage_on_other_device(name: str, got: object, expected: object) -> str:
-    return f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})."
+    return (
+        f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})."
+    )
 
 
 # ------------------------------------------------------------------------------- capture and replay
