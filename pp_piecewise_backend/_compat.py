@@ -276,3 +276,8 @@ def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written in place; None for an inference tensor, which does not count."""
+    return None if tensor.is_inference() else int(tensor._version)

@@ -128,12 +128,10 @@ class BucketCapture:
                     self._end(register)
             results = layout.collect(self._registers)
         except BaseException:
+            self._end_all()
             self.bucket.release()
             raise
-        finally:
-            self._registers = []
-            for lease in self._leases.values():
-                lease.end()
+        self._end_all()
         if needs_test:
             self._verdicts.extend_to(self.bucket.tokens)
         self.bucket.static_memory = frozenset(self._leases)
@@ -169,6 +167,11 @@ class BucketCapture:
                 lease.registers.discard(register)
                 if not lease.registers:
                     lease.end()
+
+    def _end_all(self) -> None:
+        self._registers = []
+        for lease in self._leases.values():
+            lease.end()
 
     def _admit_inputs(self) -> None:
         """Bring the graph inputs that captured pieces read into static memory."""

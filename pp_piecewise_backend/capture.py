@@ -113,7 +113,8 @@ class CudaGraph:
         self.outputs = [_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
 
     def release_output(self, index: int) -> None:
-        self._strong[index] = None
+        if self._strong:
+            self._strong[index] = None
 
     def release(self) -> None:
         self._strong = []
@@ -126,9 +127,6 @@ class CudaDevice:
     """Real CUDA graphs on the current device."""
 
     name = "cuda"
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
 
     def new_pool(self) -> CudaPool:
         return CudaPool()
@@ -162,15 +160,25 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def _on_side_stream(self) -> Iterator[None]:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+        side, current = _side_stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(side):
                 yield
         finally:
-            current.wait_stream(self._stream)
+            current.wait_stream(side)
+
+
+_SIDE_STREAMS = threading.local()
+
+
+def _side_stream() -> torch.cuda.Stream:
+    """The stream on which this thread captures; one for all, since cuBLAS keeps a workspace for each stream [ran]."""
+    streams: dict[str, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
+    device = f"cuda:{torch.cuda.current_device()}"
+    if device not in streams:
+        streams[device] = torch.cuda.Stream()
+    return streams[device]
 
 
 @contextlib.contextmanager
@@ -249,7 +257,7 @@ class EmulatedGraph:
         self.replay = self._replay
 
     def _replay(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for block in self._free:
                 block.fill_(SCRIBBLE_BYTE)
             for output, result, entry in zip(self.outputs, self._run(), self._entries, strict=True):
@@ -257,7 +265,7 @@ class EmulatedGraph:
                     output.copy_(result)
 
     def release_output(self, index: int) -> None:
-        entry = self._entries[index]
+        entry = self._entries[index] if self._entries else None
         if entry is not None and index not in self._read_no_more:
             self._read_no_more.add(index)
             entry[1] -= 1
@@ -285,15 +293,15 @@ class EmulatedDevice:
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: EmulatedPool) -> EmulatedGraph:
         # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             captured = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
         storages = _storages(captured)
         recorder = _Recorder()
         written = [value.clone() if isinstance(value, torch.Tensor) else None for value in captured]
-        versions = [value._version if isinstance(value, torch.Tensor) else 0 for value in captured]
+        versions = [_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
-            with torch.inference_mode(False), torch.no_grad(), recorder:
+            with torch.no_grad(), recorder:
                 results = call(captured)
         except CaptureError:
             raise
@@ -317,17 +325,21 @@ class EmulatedDevice:
 _CAPTURING = threading.local()
 
 
-def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int]) -> None:
+def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int | None]) -> None:
     """Give inputs their contents back: a real capture runs nothing."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for tensor, copy, version in zip(tensors, copies, versions, strict=True):
-            if copy is not None and (tensor._version != version or not same_bits(tensor, copy)):
+            if copy is None:
+                continue
+            is_untouched = version is not None and _compat.version(tensor) == version
+            if not is_untouched or not same_bits(tensor, copy):
                 tensor.copy_(copy)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal bit for bit, NaN included."""
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a, b)
 
 
 class _Recorder(_compat.TorchDispatchMode):

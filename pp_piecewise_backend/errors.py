@@ -259,6 +259,10 @@ def bad_make_inputs(made: object) -> str:
     )
 
 
+def bad_warmup_sizes(sizes: object) -> str:
+    return f"warmup() got sizes={sizes!r}: expected numbers of tokens, each at least 1, or None for every bucket."
+
+
 def nested_warmup() -> str:
     return "warmup() was called inside warmup(); call it once, outside of make_inputs and of the module."
 

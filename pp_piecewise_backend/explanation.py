@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .placeholders import GraphInput, InputKind
+from .plan import REASONS
 from .split import Piece
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def explain_program(program: Program) -> str:
         "  compiled",
         f"{stats.pieces_compiled} pieces in {stats.compile_seconds:.2f} s, {stats.pieces_reused} served by equal ones",
     )
+    lines += _graph_lines(program)
     for name, sentence in program.config.not_in_effect().items():
         lines += _entry("  not in effect", f"{name}: {sentence}")
     return "\n".join(lines)
@@ -78,6 +80,64 @@ def explain_all(reports: Sequence[str], frames_given_up: int, graph_breaks: int)
     if graph_breaks:
         lines += _entry("  graph breaks", f"{graph_breaks}; see TORCH_LOGS=graph_breaks")
     return "\n\n".join(("\n".join(lines), *reports))
+
+
+# ------------------------------------------------------------------------------- graphs
+
+
+def _graph_lines(program: Program) -> list[str]:
+    """What is captured, what never can be, and why compute pieces ran without their graphs."""
+    graphs = program.graphs
+    if graphs is None:
+        return _entry("  graphs", f"off: {program.graphs_off_reason}")
+    plan = graphs.plan
+    static = "" if plan.token_symbol is not None else "; this graph has one size only"
+    lines = _entry("  graphs", f"{plan.settings.mode}, {plan.settings.device}; buckets of {plan.ladder} tokens{static}")
+    for bucket, _ in graphs.buckets:
+        lines += _entry(
+            "  captured",
+            f"{bucket.tokens} tokens: {len(bucket.graphs)} pieces in {bucket.seconds:.2f} s, {bucket.graph_bytes} bytes "
+            f"more",
+        )
+        lines += _by_reason("    not here", {step: o.sentence for step, o in bucket.obstacles.items()})
+    for tokens, obstacle in graphs.dropped.items():
+        lines += _entry("  dropped", f"{tokens} tokens ({obstacle.code}): {obstacle.sentence}")
+    lines += _by_reason("  never captured", {step: f"{o.code}: {o.sentence}" for step, o in plan.obstacles.items()})
+    lines += _by_reason("  padding", {step: graphs.padding_of(step) for step in plan.capturable})
+    by_arrival: dict[str, list[str]] = {}
+    for register, arrival in plan.arrivals.items():
+        if register < len(plan.inputs):
+            by_arrival.setdefault(arrival, []).append(plan.inputs[register].label)
+    for how, labels in by_arrival.items():
+        names = ", ".join(dict.fromkeys(labels)) if how != "parameter" else f"{len(labels)} tensors"
+        lines += _entry("  read from", f"{_ARRIVALS[how]}: {_shortened(names)}")
+    misses = program.stats.snapshot().miss_reasons
+    for code, pieces in misses.items():
+        calls = [(tokens, count) for (logged, tokens), count in graphs.miss_log.items() if logged == code]
+        sizes = _ranges(tokens for tokens, _ in calls)
+        count = sum(count for _, count in calls)
+        lines += _entry("  missed", f"{code}: {pieces} pieces in {count} calls of {sizes} tokens: {REASONS[code]}")
+    return lines
+
+
+_ARRIVALS = {
+    "landing": "landing memory, where the previous stage or the caller puts it",
+    "copied": "static memory, copied in each call",
+    "parameter": "parameters at their own addresses, checked in each call",
+    "address": "large tensors at their own addresses, checked in each call",
+    "constant": "constants of the graph",
+}
+
+
+def _by_reason(head: str, reasons: Mapping[int, str]) -> list[str]:
+    """One line per reason, with the pieces that it holds for."""
+    pieces: dict[str, list[int]] = {}
+    for step, reason in reasons.items():
+        pieces.setdefault(reason, []).append(step)
+    lines = []
+    for reason, steps in pieces.items():
+        lines += _entry(head, f"piece[{_ranges(steps)}]: {_shortened(reason)}")
+    return lines
 
 
 # ------------------------------------------------------------------------------- inputs

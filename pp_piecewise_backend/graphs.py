@@ -285,6 +285,8 @@ class Graphs:
         sentence = errors.bucket_dropped(self.name, largest, self._graph_bytes(), limit)
         _LOG.warning("%s", sentence)
         self._dropped[largest] = Obstacle("graph-memory", sentence)
+        if (session := current_session()) is not None:
+            session.must_repeat = True
         # The pool shrinks only as a whole; the smaller buckets are captured again when they are needed.
         for other in self._sets.values():
             for tokens in list(other.buckets):

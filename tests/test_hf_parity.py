@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def assert_decodes_like_eager(
     compiler: str,
     prompt_tokens: tuple[int, ...],
     attention: str | None = None,
+    **options: Any,
 ) -> None:
     """Greedy decoding by eager transformers and by the compiled model gives the same tokens."""
     # The reference always has transformers' own attention, also where the compiled model's is another.
@@ -52,7 +54,7 @@ def assert_decodes_like_eager(
         assert expected.smallest_margin() > SMALLEST_MARGIN
         if attention is not None:
             model = hf.make_model(architecture, LAYERS, SEEDS[architecture], attention)
-        compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler})
+        compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler, **options})
         decoded = hf.greedy_decode(compiled, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
     assert decoded.tokens == expected.tokens
     for got, want in zip(decoded.logits, expected.logits, strict=True):
@@ -98,6 +100,28 @@ ATTENTION = {name: SDPA for name in hf.ARCHITECTURES} | {"gemma2": "softmax"}
 def test_token_exact(architecture: str, cache_kind: str) -> None:
     assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS)
     assert_attention_was_split_out(ATTENTION[architecture])
+
+
+# Lengths in random order, each more than once, so that buckets are captured and replayed, padded and not.
+MANY_PROMPT_TOKENS = (5, 9, 3, 5, 1, 7, 6, 9, 3, 1, 7)
+GRAPHS = {"graphs": "emulate", "max_tokens": 16, "capture_sizes": "1,2,4,8"}
+
+
+@pytest.mark.parametrize("cache_kind", hf.CACHES)
+@pytest.mark.parametrize("architecture", hf.ARCHITECTURES)
+def test_token_exact_with_graphs(architecture: str, cache_kind: str) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "eager", MANY_PROMPT_TOKENS, **GRAPHS)
+    assert_attention_was_split_out(ATTENTION[architecture])
+    stats = ppb.stats()
+    assert stats.replays > 0
+    if cache_kind == "static":
+        # Each conversation has a new cache object, and decoding replays nevertheless.
+        decoding = max(ppb.programs(), key=lambda program: program.stats.calls)
+        assert decoding.stats.replays > decoding.stats.graph_misses
+    unexpected = set(stats.miss_reasons) - {"first-call", "over-max", "padding-unsafe", "other-dynamic-dimension"}
+    assert not unexpected, ppb.explain()
+    for code in stats.miss_reasons:
+        assert code in ppb.explain()
 
 
 @pytest.mark.parametrize("cache_kind", hf.CACHES)
