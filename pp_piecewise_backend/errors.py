@@ -201,22 +201,24 @@ def rows_out_of_range(num_tokens: int, max_tokens: int) -> str:
 
 
 def stage_lacks_input(name: str, names: Sequence[str]) -> str:
-    return f"the Stage has no memory for stage input {name!r}; it has {_listed(names)}"
+    return f"the Stage has no memory for stage input {name!r}; it has {_listed(names)}."
 
 
 def stage_input_without_tokens(name: str, geometry: str) -> str:
-    return f"stage input {name!r} is {geometry}, in which no dimension counts tokens"
+    return f"stage input {name!r} is {geometry}, in which no dimension counts tokens."
 
 
 def stage_input_differs(name: str, geometry: str, shape: Sequence[int], dtype: object) -> str:
     return (
         f"stage input {name!r} is {geometry} in the graph, but the Stage has rows of shape {tuple(shape)} and dtype "
-        f"{dtype}. Declare the Proxy as the previous stage sends it"
+        f"{dtype}. Declare the Proxy as the previous stage sends it."
     )
 
 
 def stage_on_other_device(name: str, got: object, expected: object) -> str:
-    return f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})"
+    return (
+        f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})."
+    )
 
 
 # ------------------------------------------------------------------------------- capture and replay
