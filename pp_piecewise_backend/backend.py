@@ -360,7 +360,8 @@ def warmup(
         progress: whether to show a bar; by default on a terminal only, with one line in the log elsewhere.
 
     Raises:
-        PPPiecewiseError: no program ran, or nothing could be captured; the message says why.
+        PPPiecewiseError: no program ran, or state could not be kept for want of memory.
+        ConfigError: ``make_inputs`` or ``sizes`` cannot be used.
     """
 
     def captured() -> dict[int, tuple[float, int]]:
@@ -371,6 +372,6 @@ def warmup(
                 found[bucket.tokens] = (seconds + bucket.seconds, num_bytes + bucket.graph_bytes)
         return found
 
-    warm_up(compiled, make_inputs, sizes, progress, captured)
-    if not backend.programs():
-        raise errors.PPPiecewiseError(errors.no_program_in_warmup())
+    if not warm_up(compiled, make_inputs, sizes, progress, captured):
+        reasons = [p.graphs_off_reason for p in backend.programs() if isinstance(p, Program) and p.graphs is None]
+        warnings.warn(errors.nothing_captured(list(dict.fromkeys(reasons))), errors.PPPiecewiseWarning, stacklevel=2)

@@ -100,6 +100,10 @@ class StaticMemory:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held by the call that uses the memory."""
+        self.holder: int | None = None
+        """The thread of that call."""
+        self.users: set[int] = set()
+        """Ids of the programs' graphs that have something captured in it; the last one to go releases it."""
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         self.pools: dict[str, Any] = {}

@@ -274,6 +274,10 @@ def no_program_in_warmup() -> str:
     )
 
 
+def released_in_a_call(program: str) -> str:
+    return f"release() of {program} was called from within one of its calls; call it when the call has returned."
+
+
 def nothing_captured(reasons: Sequence[str]) -> str:
     return f"warmup() captured nothing: {'; '.join(reasons) or 'graphs are off'}."
 

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -105,16 +106,15 @@ class Graphs:
             return Obstacle("over-max", REASONS["over-max"])
         if self._device.is_capturing():
             return Obstacle("outer-capture", REASONS["outer-capture"])
-        if not self._memory.lock.acquire(blocking=False):
+        memory = self._memory
+        if not memory.lock.acquire(blocking=False):
             return Obstacle("concurrent-call", REASONS["concurrent-call"])
         try:
-            session = current_session()
-            if session is None:
-                return self._run_in_bucket(args, num_tokens, size, warming_up=False)
-            with session.leaving_no_trace(plan, args, self.name):
-                return self._run_in_bucket(args, num_tokens, size, warming_up=True)
+            memory.holder = get_ident()
+            return self._run_in_bucket(args, num_tokens, size, warming_up=current_session() is not None)
         finally:
-            self._memory.lock.release()
+            memory.holder = None
+            memory.lock.release()
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
@@ -260,6 +260,7 @@ class Graphs:
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
         bucket, results = capture.run(args, num_tokens)
         parameters.buckets[size] = bucket
+        self._memory.users.add(id(self))
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
@@ -391,7 +392,20 @@ class Graphs:
         parameters.buckets.pop(size).release()
 
     def release(self) -> None:
-        """Give back graphs, pools and static memory, in this order; see Note [release order]."""
+        """Give back graphs, pools and static memory, in this order; see Note [release order].
+
+        Waits for a call that is under way in another thread.
+
+        Raises:
+            PPPiecewiseError: it was called from within such a call.
+        """
+        if self._memory.holder == get_ident():
+            raise errors.PPPiecewiseError(errors.released_in_a_call(self.name))
+        with self._memory.lock:
+            self.release_unlocked()
+
+    def release_unlocked(self) -> None:
+        """The same for a program that is gone, which no call can be using."""
         for parameters in self._sets.values():
             for size in list(parameters.buckets):
                 self._release_bucket(parameters, size)
@@ -399,7 +413,9 @@ class Graphs:
         self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
-        self._memory.release()
+        self._memory.users.discard(id(self))
+        if not self._memory.users:
+            self._memory.release()
         self._count_memory()
 
     # ------------------------------------------------------------------------------ report

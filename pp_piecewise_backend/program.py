@@ -69,7 +69,7 @@ class Program:
             memory = StaticMemory() if stage is None else stage.memory
             self.graphs = Graphs(plan, memory, self.stats, name)
             # At interpreter exit, too, graphs go before the memory that they read.
-            self._finalizer = weakref.finalize(self, self.graphs.release)
+            self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -88,13 +88,19 @@ class Program:
         return self.table.inputs
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled():
+        session = current_session()
+        if not torch.is_grad_enabled() and session is None:
             return self._run(args)
         with torch.no_grad():
-            return self._run(args)
+            if session is None:
+                return self._run(args)
+            if self.graphs is not None:
+                session.note(self.name, self.graphs.plan)
+            with session.leaving_no_trace(self.inputs, args, self.stage):
+                return self._run(args)
 
     def release(self) -> None:
-        """Give back graphs and static memory; a later call takes them again."""
+        """Give back graphs and static memory; a later call takes them again. Raises inside a call of the program."""
         if self.graphs is not None:
             self.graphs.release()
 
@@ -155,12 +161,7 @@ class Program:
         return self._run_uncaptured(args)
 
     def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        session = current_session()
-        if session is None or self.graphs is None:
-            results, plain = self.layout.run(args)
-        else:
-            with session.leaving_no_trace(self.graphs.plan, args, self.name):
-                results, plain = self.layout.run(args)
+        results, plain = self.layout.run(args)
         self._note_plain(plain)
         merged = self._merged_results
         if merged is None:
@@ -169,7 +170,7 @@ class Program:
             self._merged_results = None if plain else merged
         for index in merged:
             results[index] = results[index].clone()
-        if session is None:
+        if current_session() is None:
             self.stats.add_many({"calls": 1, "eager_steps": self._eager_steps})
         return tuple(results)
 
@@ -190,7 +191,8 @@ class Program:
         if self.graphs is not None:
             self.graphs.miss(code, args)
         results = self.split.whole(*args)
-        self.stats.add_many({"calls": 1})
+        if current_session() is None:
+            self.stats.add_many({"calls": 1})
         return tuple(results)
 
 
