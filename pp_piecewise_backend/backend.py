@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import _compat, errors
+from . import _compat, dump, errors
 from .config import Config
+from .events import Events
 from .explanation import explain_all
 from .facts import collect_facts
 from .inductor import CompiledPiece, PieceCompiler, compile_whole
@@ -63,24 +64,30 @@ class PiecewiseBackend:
         if not config.enabled:
             return compile_whole(graph_module, example_inputs, "inductor")
         name = self._count_graph()
+        events = dump.start(name, config)
+        events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops)
         try:
             facts = collect_facts(graph_module, example_inputs)
             table = classify_inputs(facts, config.stage_inputs)
             split = None if facts.needs_gradient else split_graph(facts, table, matcher)
         except errors.SplitError as error:
-            return self._unsplit(name, graph_module, example_inputs, config, str(error))
+            return _told(events, self._unsplit(name, graph_module, example_inputs, config, str(error)))
         except Exception as error:
             # A graph that we do not understand must still run; the traceback is for the report of the bug.
             _LOG.error("%s: internal error while splitting", name, exc_info=True)
-            return self._unsplit(name, graph_module, example_inputs, config, errors.internal_error(error))
+            reason = errors.internal_error(error)
+            return _told(events, self._unsplit(name, graph_module, example_inputs, config, reason))
         if split is None:
-            return self._fall_back_for_gradients(name, graph_module, example_inputs, config, facts.needs_gradient)
+            needs = facts.needs_gradient
+            return _told(events, self._fall_back_for_gradients(name, graph_module, example_inputs, config, needs))
+        events.split(split, table)
         self._report_unmatched(config, matcher, table, split)
-        return self._register(self._build(name, split, table, config))
+        return self._register(_told(events, self._build(name, split, table, config, events)))
 
     def reset(self) -> None:
         """Forget programs and compiled pieces. ``torch._dynamo.reset()`` calls it too."""
+        dump.finish()
         with self._lock:
             for program in self._live():
                 program.release()
@@ -106,7 +113,7 @@ class PiecewiseBackend:
 
     # ------------------------------------------------------------------------ building
 
-    def _build(self, name: str, split: Split, table: InputTable, config: Config) -> Program:
+    def _build(self, name: str, split: Split, table: InputTable, config: Config, events: Events) -> Program:
         started = time.perf_counter()
         compiled: list[CompiledPiece | None] = []
         reused: list[bool] = []
@@ -117,6 +124,7 @@ class PiecewiseBackend:
             result, was_known = self._compiler.compile(piece, config)
             compiled.append(result)
             reused.append(was_known)
+            (events.reused if was_known else events.compiled)(piece, result)
             if result.failure is not None and not was_known:
                 _LOG.warning("%s piece[%d]: %s; it runs as plain FX", name, piece.index, result.failure)
         program = Program(name, split, table, compiled, config)
@@ -191,6 +199,13 @@ class PiecewiseBackend:
     def _live(self) -> list[AnyProgram]:
         self._programs = [reference for reference in self._programs if reference() is not None]
         return [program for reference in self._programs if (program := reference()) is not None]
+
+
+def _told(events: Events, program: Any) -> Any:
+    """The finished program, after whoever writes things down has heard of it."""
+    events.built(program)
+    dump.trace_program(program)
+    return program
 
 
 backend = PiecewiseBackend()

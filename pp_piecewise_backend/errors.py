@@ -149,5 +149,47 @@ def recompile_after_seal(code_name: str, programs_before: int) -> str:
     )
 
 
+# --------------------------------------------------------------------------------------------- dumps
+
+
+def dump_failed(folder: object, error: Exception) -> str:
+    return (
+        f"cannot write the dump into {folder}: {type(error).__name__}: {error}. This process dumps nothing more there; "
+        f"its results are not affected. Give dump_dir a folder that can be written, with some MB free, or unset it."
+    )
+
+
+def dump_folder_taken(wanted: object, used: object) -> str:
+    return (
+        f"{wanted} is there already, from an earlier run or from a process with the same rank, so this one dumps into "
+        f"{used}. Remove the old folder, give each run its own dump_dir, or set RANK in each process."
+    )
+
+
+def depyf_failed(file: str, error: Exception) -> str:
+    return f"depyf could not make {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def too_long_to_decompile(count: int, most: int) -> str:
+    return (
+        f"the frame has {count} instructions and at most {most} are decompiled, since the time grows with the square; "
+        f"wrap the first call in depyf.prepare_debug() to have it all"
+    )
+
+
+def not_a_dump(path: object) -> str:
+    return (
+        f"{path} holds no dump: expected a folder with a summary.json, or with folders of ranks and programs, such as "
+        f"dump_dir or PP_PIECEWISE_DUMP_DIR had. Run the model once with one of them set."
+    )
+
+
+def unreadable_dump(path: object, detail: str) -> str:
+    return (
+        f"{path} cannot be read as a dump: {detail}. Expected a file that this version of pp_piecewise_backend wrote; "
+        f"dump again, or inspect it with the version named in it."
+    )
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names)
