@@ -43,7 +43,20 @@ from .report import report_page
 from .specs import TensorSpec
 from .split import Piece, ResultValue, Split
 from .stats import Stats
-from .summary import BucketEntry, Extras, Graphs, InputEntry, MissEntry, OptionEntry, PieceEntry, Progress, Summary
+from .summary import (
+    EVENTS,
+    REPORT,
+    SUMMARY,
+    BucketEntry,
+    Extras,
+    Graphs,
+    InputEntry,
+    MissEntry,
+    OptionEntry,
+    PieceEntry,
+    Progress,
+    Summary,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,9 +66,6 @@ Method = TypeVar("Method", bound=Callable[..., None])
 DYNAMO_GRAPH = "dynamo_graph.py"
 SPLIT_PARENT = "split_parent.py"
 EXPLANATION = "explain.txt"
-EVENTS = "events.jsonl"
-SUMMARY = "summary.json"
-REPORT = "report.html"
 GUARDS = "guards.txt"
 TRANSFORMED_CODE = "transformed_code.py"
 
@@ -270,7 +280,9 @@ class ProgramDump(Events):
         if generated:
             self._write(inductor_file(piece), "\n\n".join(Path(path).read_text() for path in generated))
         more = {} if compiled.failure is None else {"failure": compiled.failure}
-        self._event("compiled", piece=piece.index, key=piece.key, seconds=round(compiled.compile_seconds, 6), **more)
+        self._event(
+            "compiled", piece=piece.index, key=piece.key, compile_seconds=round(compiled.compile_seconds, 6), **more
+        )
 
     @_never_fails
     def reused(self, piece: Piece, compiled: CompiledPiece) -> None:
@@ -290,7 +302,9 @@ class ProgramDump(Events):
 
     @_never_fails
     def captured(self, tokens: int, pieces: int, graph_bytes: int, seconds: float) -> None:
-        self._event("captured", tokens=tokens, pieces=pieces, graph_bytes=graph_bytes, seconds=round(seconds, 6))
+        self._event(
+            "captured", tokens=tokens, pieces=pieces, graph_bytes=graph_bytes, capture_seconds=round(seconds, 6)
+        )
         self.refresh()
 
     @_never_fails
@@ -537,7 +551,8 @@ class _FrameWriter:
         self._problems: list[str] = []
         frame = _compat.frame_being_compiled()
         self._code: CodeType | None = None if frame is None else frame[0]
-        self._transformed: CodeType | None = None
+        # Dynamo lets go of a program once nobody holds the code that calls it.
+        self._transformed: weakref.ref[CodeType] | None = None
         if self._code is not None:
             _compat.when_bytecode_is_ready(self._code, self._write_bytecode)
 
@@ -546,20 +561,27 @@ class _FrameWriter:
 
     def write_guards(self) -> None:
         """Dynamo has them once it is done with the frame, and drops them at its reset."""
-        if self._code is None or self._transformed is None or GUARDS in self._files:
+        transformed = None if self._transformed is None else self._transformed()
+        if self._code is None or transformed is None or GUARDS in self._files:
             return
-        guards = _compat.guards_of(self._code, self._transformed)
+        guards = _compat.guards_of(self._code, transformed)
         if guards is not None:
-            write_whole(self._folder / GUARDS, guards.strip() + "\n")
+            write_whole(self._folder / GUARDS, _flat(guards))
             self._files.append(GUARDS)
 
     def _write_bytecode(self, transformed: CodeType) -> None:
-        self._transformed = transformed
+        self._transformed = weakref.ref(transformed)
         try:
             write_whole(self._folder / TRANSFORMED_CODE, decompile(transformed))
             self._files.append(TRANSFORMED_CODE)
         except Exception as error:
             self._problems.append(errors.depyf_failed(TRANSFORMED_CODE, error))
+
+
+def _flat(guards: str) -> str:
+    """One line per guard, without the tree of objects that they hang on and where they come from."""
+    lines = (re.sub(r"^[| ]*\+- |\s+# .*", "", line) for line in guards.splitlines() if "GuardManager: " not in line)
+    return "\n".join(line for line in lines if line.strip()) + "\n"
 
 
 def decompile(code: CodeType) -> str:
@@ -569,7 +591,8 @@ def decompile(code: CodeType) -> str:
     count = sum(1 for _ in dis.get_instructions(code))
     if count > _MOST_INSTRUCTIONS:
         raise ValueError(errors.too_long_to_decompile(count, _MOST_INSTRUCTIONS))
-    return depyf.decompile(code)
+    # depyf keeps what it is given for good, and Dynamo keeps a program as long as the code that calls it lives [ran].
+    return depyf.decompile(code.replace())
 
 
 atexit.register(finish)

@@ -42,6 +42,10 @@ class PeerLost(PPPiecewiseError):
     """Another rank of the pipeline died, fell silent or broke the agreed order."""
 
 
+class DumpError(PPPiecewiseError):
+    """A folder holds no dump, or one that this version cannot read."""
+
+
 class PPPiecewiseWarning(UserWarning):
     """Category of every warning that the package issues."""
 
@@ -167,13 +171,13 @@ def dump_folder_taken(wanted: object, used: object) -> str:
 
 
 def depyf_failed(file: str, error: Exception) -> str:
-    return f"depyf could not make {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"depyf could not make {file}: {type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}."
 
 
 def too_long_to_decompile(count: int, most: int) -> str:
     return (
         f"the frame has {count} instructions and at most {most} are decompiled, since the time grows with the square; "
-        f"wrap the first call in depyf.prepare_debug() to have it all"
+        f"wrap the first call in depyf.prepare_debug() to have it all."
     )
 
 
@@ -182,6 +186,10 @@ def not_a_dump(path: object) -> str:
         f"{path} holds no dump: expected a folder with a summary.json, or with folders of ranks and programs, such as "
         f"dump_dir or PP_PIECEWISE_DUMP_DIR had. Run the model once with one of them set."
     )
+
+
+def wrong_number_of_dumps(count: int) -> str:
+    return f"got {count} folders: expected one dump to show, or two to compare."
 
 
 def unreadable_dump(path: object, detail: str) -> str:

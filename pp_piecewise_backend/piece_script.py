@@ -236,7 +236,8 @@ def _classes(graph_module: GraphModule, name: str) -> Iterator[str]:
                 bodies[target] = f"{name}_{target.replace('.', '_')}"
                 yield from _classes(body, bodies[target])
     init = ["    def __init__(self):", "        super().__init__()"] if bodies else []
-    init += [f"        self.{target} = {class_name}()" for target, class_name in bodies.items()]
+    # Ops with bodies want them as FX graphs.
+    init += [f"        self.{target} = torch.fx.symbolic_trace({body}())" for target, body in bodies.items()]
     yield "\n".join([f"class {name}(torch.nn.Module):", *init, *[""][: len(init)], _forward(graph_module.graph)])
 
 
@@ -455,7 +456,11 @@ def main():
         return 0
     with torch.no_grad():
         piece, tensors = Piece(), build(sizes)
-        eager = run(call, piece, tensors, sizes)
+        try:
+            eager = run(call, piece, tensors, sizes)
+        except Exception as error:
+            print(f"{PIECE}: cannot run here: even eagerly: {type(error).__name__}: {error}")
+            return 0
         if not equal(eager, run(call, piece, tensors, sizes, seed=1)):
             print(f"{PIECE}: cannot be compared: it draws random numbers, or reads memory that nothing has written")
             return 0

@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 
+SUMMARY = "summary.json"
+EVENTS = "events.jsonl"
+REPORT = "report.html"
+
 Progress = Literal["traced", "split", "built", "not split"]
 
 

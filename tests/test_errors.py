@@ -14,6 +14,7 @@ CHILDREN = {
     "RecompileAfterSeal",
     "PlanMismatch",
     "PeerLost",
+    "DumpError",
 }
 
 
@@ -63,6 +64,19 @@ MESSAGES = {
         errors.recompile_after_seal("forward", 3),
         ["forward", "3 earlier", "seal()", "runs eagerly", "unseal()"],
     ),
+    "dump_failed": (
+        errors.dump_failed("/dump", OSError("disk full")),
+        ["/dump", "OSError: disk full", "results are not affected", "dump_dir"],
+    ),
+    "dump_folder_taken": (
+        errors.dump_folder_taken("/dump/rank_0", "/dump/rank_0.2"),
+        ["/dump/rank_0 is there already", "into /dump/rank_0.2", "its own dump_dir", "RANK"],
+    ),
+    "depyf_failed": (errors.depyf_failed("code.py", KeyError("op")), ["depyf", "code.py", "KeyError: 'op'"]),
+    "too_long_to_decompile": (errors.too_long_to_decompile(9, 5), ["9 instructions", "at most 5", "prepare_debug()"]),
+    "not_a_dump": (errors.not_a_dump("/here"), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
+    "unreadable_dump": (errors.unreadable_dump("/here", "no JSON"), ["/here", "no JSON", "dump again"]),
+    "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["got 3 folders", "one dump", "two to compare"]),
 }
 
 
