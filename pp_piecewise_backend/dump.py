@@ -111,8 +111,10 @@ def finish() -> None:
     with _LOCK:
         dumps = [program_dump for program_dump in _DUMPS if program_dump.process_id == os.getpid()]
     for program_dump in dumps:
-        program_dump.refresh()
-        if program_dump.is_complete:
+        is_there = program_dump.path.is_dir()  # whoever has removed it wants it no more
+        if is_there:
+            program_dump.refresh()
+        if program_dump.is_complete or not is_there:
             with _LOCK:
                 _DUMPS.remove(program_dump)
 

@@ -138,14 +138,15 @@ def _picture(summary: Summary) -> str:
         every = "".join(box(piece) for piece in pieces[start : start + period * repeats])
         first, last = start, start + period * repeats - 1
         flow.append(
-            f'<details class="repeat"><summary title="click to unfold"><span class="count">{repeats} &times;</span>'
-            f'<span class="block">{"".join(box(piece) for piece in block)}</span>'
-            f'<span class="range">steps {first} to {last}</span></summary><div class="all">{every}</div></details>'
+            f'<details class="repeat"><summary title="click to unfold"><span class="count">'
+            f'{repeats} &times;<span class="range">{first} to {last}</span></span>'
+            f'<span class="block">{"".join(box(piece) for piece in block)}</span></summary><div class="all">{every}</div></details>'
         )
     results = [_without_stride(f"{name} {kind}") for name, kind in _results(pieces)]
     flow.append(_end("results out", results))
     statuses = dict.fromkeys(_status(piece, summary) for piece in pieces)
     legend = "".join(f'<span class="{status}">{status}</span>' for status in statuses)
+    legend += "<em>one colour for each distinct piece; click a step to see what is in it</em>"
     return (
         f'{lines}<div class="legend">{legend}<button type="button" id="unfold">unfold all</button></div>'
         f'<div class="flow">{"".join(flow)}</div>'
@@ -165,12 +166,12 @@ def _results(pieces: Sequence[PieceEntry]) -> list[tuple[str, str]]:
 
 
 def _box(piece: PieceEntry, look: str, target: str, slowest: float, marks: Sequence[str]) -> str:
-    time = "" if piece.step_seconds is None else f"{1e6 * piece.step_seconds:.0f} us"
+    time = "" if piece.step_seconds is None else f", {1e6 * piece.step_seconds:.0f} us"
     notes = "".join(f'<i title="{escape(mark)}">{escape(_short_mark(mark))}</i>' for mark in marks)
     if piece.kind == "eager":
         return (
             f'<a class="box eager" href="{target}" title="{escape(f"piece[{piece.index}] eager: {piece.reason}")}">'
-            f"<b>{escape(eager_label(piece.ops))}</b><span>eager {time}</span>{notes}</a>"
+            f"<b>{escape(eager_label(piece.ops))}</b><span>eager{time}</span>{notes}</a>"
         )
     width = ""
     if slowest and piece.step_seconds is not None:
@@ -179,7 +180,7 @@ def _box(piece: PieceEntry, look: str, target: str, slowest: float, marks: Seque
     title = f"piece[{piece.index}] compute: {len(piece.ops)} ops, key {piece.key}, padding {piece.padding}"
     return (
         f'<a class="box compute {look}" href="{target}"{width} title="{escape(title)}">'
-        f"<b>piece {piece.index}</b><span>{len(piece.ops)} ops {time}</span>{notes}</a>"
+        f"<b>piece {piece.index}</b><span>{len(piece.ops)} ops{time}</span>{notes}</a>"
     )
 
 
@@ -251,13 +252,20 @@ def _distinct_steps(summary: Summary, texts: Mapping[str, str]) -> str:
             ("gives", _typed(first.outputs, first.output_types)),
         ]
         shown = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts if text)
-        text = texts.get(file, "").partition(HARNESS_MARK)[0].rstrip()
+        text = _graph_only(texts.get(file, ""))
         parts.append(
             f'<details class="step {first.kind}" id="step-{first.index}"><summary><b>{escape(what)}</b> '
             f"<span>{len(first.ops)} ops</span> <code>{escape(file)}</code></summary>"
             f"<dl>{shown}</dl><pre>{escape(text)}</pre></details>"
         )
     return "".join(parts)
+
+
+def _graph_only(text: str) -> str:
+    """The part of a piece's script that is the piece: its classes."""
+    script, mark, _ = text.partition(HARNESS_MARK)
+    begin, end = script.find("\nclass "), script.find("\ndef make_inputs(")
+    return (script[begin:end] if mark and 0 <= begin < end else script).strip("\n")
 
 
 def _typed(names: Sequence[str], types: Sequence[str]) -> str:
@@ -336,10 +344,11 @@ section p { margin: 4px 0; overflow-wrap: anywhere; }
 .legend .eager::before { background: var(--eager); border-color: var(--eager-line); border-radius: 6px; }
 .legend .broken::before { background: #fde6e3; border-color: #c8442f; }
 .legend .captured::before { border: 2px solid #2f9e5b; }
+.legend em { font-style: normal; }
 button { margin-left: auto; font: inherit; padding: 4px 12px; border: 1px solid var(--line); border-radius: 6px;
   background: #fff; cursor: pointer; color: var(--ink); }
 button:hover { background: var(--paper); }
-.flow, .all, .block { display: flex; flex-wrap: wrap; align-items: center; gap: 22px; }
+.flow, .all, .block { display: flex; flex-wrap: wrap; align-items: center; gap: 14px 22px; }
 .flow > *, .all > *, .block > * { position: relative; }
 .flow > * + *::before, .all > * + *::before, .block > * + *::before { content: "\\2192"; position: absolute;
   left: -19px; top: 50%; transform: translateY(-50%); color: #9aa5b3; font-size: 16px; font-weight: normal; }
@@ -362,10 +371,9 @@ button:hover { background: var(--paper); }
 .repeat > summary::-webkit-details-marker { display: none; }
 .repeat[open] > summary .block { display: none; }
 .repeat[open] > summary { margin-bottom: 10px; }
-.count { font-size: 18px; font-weight: 600; white-space: nowrap; }
-.range { color: var(--soft); font-size: 12px; }
-.range::after { content: " \\25B8 unfold"; } .repeat[open] .range::after { content: " \\25BE fold"; }
-.all { row-gap: 12px; }
+.count { font-size: 18px; font-weight: 600; white-space: nowrap; display: flex; flex-direction: column; }
+.range { color: var(--soft); font-size: 12px; font-weight: 400; }
+.range::after { content: " \\25B8"; } .repeat[open] .range::after { content: " \\25BE"; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 12px; }

@@ -359,9 +359,10 @@ def test_profiler_is_enabled() -> None:
 def test_a_trace_artifact_is_not_made_without_a_trace() -> None:
     # In a process of its own: the test runner's log handlers count as a trace.
     code = (
-        "from pp_piecewise_backend import _compat\n"
+        "import torch\nfrom pp_piecewise_backend import _compat\n"
         "def text():\n    raise SystemExit('made')\n"
-        "_compat.trace_artifact('name', text)"
+        "def backend(graph, inputs):\n    _compat.trace_artifact('name', text)\n    return graph.forward\n"
+        "torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_TRACE"}
     command = [sys.executable, "-c", code]

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -190,6 +191,13 @@ def test_misses_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (folder,) = program_folders(tmp_path)
     assert sum(e["event"] == "missed" for e in events_of(folder)) == 20
     assert len(refreshed) < 50  # the first of its kind, then one a second
+
+
+def test_a_dump_that_was_removed_is_not_brought_up_to_date(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_small(tmp_path)
+    shutil.rmtree(tmp_path / "rank_0")
+    dump.finish()
+    assert not list(tmp_path.iterdir()) and messages(caplog) == []
 
 
 # --------------------------------------------------------------------------- it changes nothing
