@@ -140,7 +140,8 @@ def _picture(summary: Summary) -> str:
         flow.append(
             f'<details class="repeat"><summary title="click to unfold"><span class="count">'
             f'{repeats} &times;<span class="range">{first} to {last}</span></span>'
-            f'<span class="block">{"".join(box(piece) for piece in block)}</span></summary><div class="all">{every}</div></details>'
+            f'<span class="block">{"".join(box(piece) for piece in block)}</span></summary>'
+            f'<div class="all">{every}</div></details>'
         )
     results = [_without_stride(f"{name} {kind}") for name, kind in _results(pieces)]
     flow.append(_end("results out", results))

@@ -93,7 +93,7 @@ def test_a_stage_of_any_depth(num_layers: int, tmp_path: Path) -> None:
     folds = page.with_class("repeat")
     assert len(folds) == (num_layers > 2)
     if folds:
-        assert f"{num_layers - 1} {TIMES} attention eager piece 2" in page.text
+        assert f"{num_layers - 1} {TIMES} 1 to {2 * num_layers - 2} attention eager piece 2" in page.text
     assert f"self.layers.{{0..{num_layers - 1}}}.mlp.down.weight {num_layers} float32[64, 128]" in page.text
     assert "class Piece(torch.nn.Module)" in page.text and "def differences(" not in page.text
     assert "argparse" not in page.text  # the graph, not what is the same in every script
@@ -109,7 +109,7 @@ def test_eighty_layers_are_no_longer_than_a_few(tmp_path: Path) -> None:
         update={"pieces": [p.model_copy(update={"index": index}) for index, p in enumerate(pieces)]}
     )
     page = _Page(report_page(deep, {}))
-    assert f"79 {TIMES} attention eager piece 2" in page.text
+    assert f"79 {TIMES} 1 to 158 attention eager piece 2" in page.text
     (fold,) = page.with_class("repeat")
     assert "open" not in fold
     assert len(page.with_class("step")) == 4  # the same as for four layers
