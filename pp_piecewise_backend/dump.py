@@ -195,17 +195,20 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _never_fails(method: Method) -> Method:
-    """See Note [a dump never disturbs]."""
+    """See Note [a dump never disturbs]. A folder that fails ends all dumps in it, anything else this program's."""
 
     @functools.wraps(method)
     def guarded(self: ProgramDump, *args: Any, **kwargs: Any) -> None:
-        if self.folder.is_broken or self.process_id != os.getpid():
+        if self.is_broken or self.folder.is_broken or self.process_id != os.getpid():
             return
         try:
             with self.lock:
                 method(self, *args, **kwargs)
-        except Exception as error:
+        except OSError as error:
             self.folder.give_up(error)
+        except Exception as error:
+            self.is_broken = True
+            _LOG.warning("%s", errors.dump_incomplete(self.name, self.path, error), exc_info=error)
 
     return guarded  # type: ignore[return-value]
 
@@ -220,9 +223,10 @@ class ProgramDump(Events):
         assert folder.path is not None
         self.folder = folder
         self.process_id = os.getpid()
+        self.is_broken = False
         self.lock = threading.RLock()
         self.path = _claim(folder.path, re.sub(r"[^A-Za-z0-9_]+", "_", name))
-        self._name = name
+        self.name = name
         self._began = time.perf_counter()
         self._summary = _begin(name, config)
         self._program: weakref.ref[AnyProgram] | None = None
@@ -252,7 +256,7 @@ class ProgramDump(Events):
         self._generated_before = frozenset(generated_files())
         self._write_summary()
         self._event("traced", nodes=len(graph_module.graph.nodes), inputs=len(placeholders))
-        _, _, number = self._name.partition("#")
+        _, _, number = self.name.partition("#")
         if number.isdigit() and int(number):
             self.recompiled(int(number))
 
@@ -260,14 +264,11 @@ class ProgramDump(Events):
     def split(self, split: Split, table: InputTable) -> None:
         self._note_integers(split.constants)
         files = _files(split.pieces)
-        self._write(SPLIT_PARENT, _parent(self._name, split, table))
+        self._write(SPLIT_PARENT, _parent(self.name, split, table))
         for piece in split.pieces:
             if files[piece.index] != piece_file(piece):
                 continue  # an equal piece has it
-            if piece.kind == "compute":
-                self._write(piece_file(piece), piece_script(piece, self._name, self._integer_ranges))
-            else:
-                self._write(piece_file(piece), step_text(piece, self._name))
+            self._write(piece_file(piece), self._piece_text(piece))
         self._summary = self._summary.model_copy(update={"progress": "split", **describe_split(split, table)})
         self._write_summary()
         compute = [piece.key for piece in split.pieces if piece.kind == "compute"]
@@ -344,6 +345,15 @@ class ProgramDump(Events):
         self._write(REPORT, report_page(self._summary, self._texts()))
         self._refreshed_at = time.perf_counter()
 
+    def _piece_text(self, piece: Piece) -> str:
+        try:
+            if piece.kind == "eager":
+                return step_text(piece, self.name)
+            return piece_script(piece, self.name, self._integer_ranges)
+        except Exception as error:  # one piece that cannot be printed must not cost the rest of the dump
+            _LOG.debug("%s piece[%d] cannot be written down", self.name, piece.index, exc_info=error)
+            return f"print({errors.piece_not_written(self.name, piece.index, error)!r})\n"
+
     def _write_summary(self) -> None:
         self._summary = self._summary.model_copy(update={"written_at": _now(), "extras": self._frame.outcome()})
         self._write(SUMMARY, self._summary.model_dump_json(indent=1) + "\n")
@@ -372,8 +382,8 @@ class ProgramDump(Events):
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether it is a real tensor of integers, small enough to look through."""
-    if isinstance(tensor, _compat.FakeTensor) or tensor.is_meta or tensor.layout != torch.strided:
+    """Whether it is a real tensor of integers, small enough to look through. Subclasses may answer with collectives."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return False
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         return False

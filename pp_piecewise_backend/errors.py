@@ -163,6 +163,20 @@ def dump_failed(folder: object, error: Exception) -> str:
     )
 
 
+def dump_incomplete(name: str, folder: object, error: Exception) -> str:
+    return (
+        f"the dump of {name} in {folder} ends here: {type(error).__name__}: {error}. Results are not affected, and "
+        f"other programs are dumped. Please report it with the traceback."
+    )
+
+
+def piece_not_written(name: str, index: int, error: Exception) -> str:
+    return (
+        f"{name} piece[{index}]: cannot run here: it could not be written as a script: {type(error).__name__}: "
+        f"{error}. dynamo_graph.py next to this file has its ops."
+    )
+
+
 def dump_folder_taken(wanted: object, used: object) -> str:
     return (
         f"{wanted} is there already, from an earlier run or from a process with the same rank, so this one dumps into "

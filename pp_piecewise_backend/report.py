@@ -97,6 +97,12 @@ def _misses(summary: Summary) -> str:
     if graphs.buckets:
         rows = [(b.tokens, b.pieces, _bytes(b.bytes), f"{b.seconds:.3f}") for b in graphs.buckets]
         lines.append("<h3>Buckets</h3>" + _table(("tokens", "pieces", "memory", "capture seconds"), rows))
+    if graphs.addresses:
+        shown = "\n".join(json.dumps(address) for address in graphs.addresses)
+        lines.append(
+            f"<details><summary>{len(graphs.addresses)} addresses that the graphs rely on</summary>"
+            f"<pre>{escape(shown)}</pre></details>"
+        )
     return "".join(lines)
 
 

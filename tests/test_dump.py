@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,12 @@ from pp_piecewise_backend.events import NO_EVENTS, Events
 from pp_piecewise_backend.inductor import PieceCompiler
 from pp_piecewise_backend.program import Program
 
-pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 
 TESTS = Path(__file__).parent
 
 WHOLE_FILES = {"dynamo_graph.py", "split_parent.py", "explain.txt", "events.jsonl", "summary.json", "report.html"}
 FRAME_FILES = {"guards.txt", "transformed_code.py"}
-
-
-@pytest.fixture(autouse=True)
-def forget_folders() -> Iterator[None]:
-    yield
-    dump._RANK_FOLDERS.clear()
-    dump._DUMPS.clear()
 
 
 # ------------------------------------------------------------------------------ what is in it
@@ -293,16 +285,50 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path: Path, monkeypatc
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["summary.json"]
 
 
-def test_a_mistake_of_ours_is_said_once_and_the_run_goes_on(
+def test_a_mistake_of_ours_ends_one_dump_and_the_run_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: object) -> None:
         raise KeyError("no such thing")
 
+    with monkeypatch.context() as patched:
+        patched.setattr(dump, "_files", wrong)
+        assert torch.equal(run_small(tmp_path), right_result())
+    said = [message for message in messages(caplog) if "structured trace" not in message]
+    assert len(said) == 1 and "the dump of Small#0" in said[0] and "KeyError: 'no such thing'" in said[0]
+    torch._dynamo.reset()
+    assert torch.equal(run_small(tmp_path), right_result())
+    assert [summary_of(folder).progress for folder in program_folders(tmp_path)] == ["traced", "built"]
+
+
+def test_a_piece_that_cannot_be_written_down_costs_only_its_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(*args: object) -> None:
+        raise KeyError("it's odd")
+
     monkeypatch.setattr(dump, "piece_script", wrong)
     assert torch.equal(run_small(tmp_path), right_result())
-    (message,) = messages(caplog)
-    assert "KeyError: 'no such thing'" in message
+    (folder,) = program_folders(tmp_path)
+    assert summary_of(folder).progress == "built" and messages(caplog) == []
+    done = subprocess.run([sys.executable, folder / "piece_00_compute.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "cannot run here" in done.stdout
+
+
+def test_integers_of_subclasses_and_fakes_are_not_read() -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    assert dump._is_readable(torch.tensor([1, 2]))
+    assert not dump._is_readable(torch.tensor([1, 2]).as_subclass(Subclass))
+    for other in (
+        torch.tensor([1.0]),
+        torch.tensor([], dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64, device="meta"),
+    ):
+        assert not dump._is_readable(other)
+    with dump._compat.FakeTensorMode():
+        assert not dump._is_readable(torch.zeros(2, dtype=torch.int64))
 
 
 def test_somebody_reads_while_it_is_written(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ MESSAGES = {
         errors.dump_failed("/dump", OSError("disk full")),
         ["/dump", "OSError: disk full", "results are not affected", "dump_dir"],
     ),
+    "dump_incomplete": (
+        errors.dump_incomplete("Model#0", "/dump", KeyError("x")),
+        ["dump of Model#0 in /dump", "KeyError: 'x'", "Results are not affected", "report it"],
+    ),
+    "piece_not_written": (
+        errors.piece_not_written("Model#0", 3, KeyError("x")),
+        ["Model#0 piece[3]: cannot run here", "KeyError: 'x'", "dynamo_graph.py"],
+    ),
     "dump_folder_taken": (
         errors.dump_folder_taken("/dump/rank_0", "/dump/rank_0.2"),
         ["/dump/rank_0 is there already", "into /dump/rank_0.2", "its own dump_dir", "RANK"],

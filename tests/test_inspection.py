@@ -15,10 +15,10 @@ import torch
 
 import pp_piecewise_backend as ppb
 from dumping import Small, program_folders, run_small, run_toy_stage
-from pp_piecewise_backend import dump, inspection
+from pp_piecewise_backend import inspection
 from pp_piecewise_backend.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -261,10 +261,3 @@ def test_env_with_a_mistake_in_it(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setenv("PP_PIECEWISE_COMPILER", "gcc")
     assert main(["env"]) == 2
     assert "environment variable PP_PIECEWISE_COMPILER has the value 'gcc'" in capsys.readouterr().err
-
-
-@pytest.fixture(autouse=True)
-def forget_folders() -> Any:
-    yield
-    dump._RANK_FOLDERS.clear()
-    dump._DUMPS.clear()

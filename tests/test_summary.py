@@ -18,7 +18,7 @@ from models.hf import greedy_decode, make_model, make_prompts
 from pp_piecewise_backend import dump
 from pp_piecewise_backend.summary import SCHEMA_VERSION, Summary
 
-pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 
 
 def read(folder: Path) -> dict[str, Any]:
