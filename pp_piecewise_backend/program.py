@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,11 @@ class Program:
 
     def release(self) -> None:
         """Give back what the program holds on devices; a later call takes it again. It holds nothing yet."""
+
+    @property
+    def __code__(self) -> CodeType:
+        """What debuggers of compiled code, such as ``depyf.prepare_debug``, ask every compiled function for."""
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """What was split where and why, and what each input is."""
@@ -228,6 +234,10 @@ class UnsplitProgram:
 
     def release(self) -> None:
         """It holds nothing of ours."""
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """Why the graph is not split."""

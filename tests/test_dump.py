@@ -416,6 +416,17 @@ def test_frames_that_depyf_would_take_minutes_for(tmp_path: Path, monkeypatch: p
     assert "at most 3 are decompiled" in problem and "depyf.prepare_debug()" in problem
 
 
+@pytest.mark.filterwarnings("ignore:.*You are trying to debug.*")
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_depyfs_own_debugging_works_with_our_programs(needs_gradients: bool, tmp_path: Path) -> None:
+    with torch.set_grad_enabled(needs_gradients), depyf.prepare_debug(str(tmp_path / "depyf")):
+        assert torch.equal(run_small(tmp_path / "dump"), right_result())
+    (full,) = (tmp_path / "depyf").glob("full_code_for_forward_*.py")
+    assert "__compiled_fn" in full.read_text() and "check_tensor" in full.read_text()
+    (folder,) = program_folders(tmp_path / "dump")
+    assert "transformed_code.py" in summary_of(folder).extras.files
+
+
 def test_a_frame_with_a_graph_break(tmp_path: Path) -> None:
     class Broken(nn.Module):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
