@@ -76,7 +76,7 @@ _MOST_MISS_EVENTS = 10_000
 _MOST_INSTRUCTIONS = 3_000
 """depyf's time grows with the square of the number: 1 s at 1,500 [ran]."""
 _REFRESH_SECONDS = 1.0
-"""Least time between two rewritings that misses ask for."""
+"""Least time between two rewritings that captures and misses ask for."""
 
 
 def piece_file(piece: Piece) -> str:
@@ -280,8 +280,10 @@ class ProgramDump(Events):
         self._compile_states[piece.index] = "compiled" if compiled.failure is None else "failed"
         generated = [path for path in generated_files() if path not in self._generated_before]
         self._generated_before |= frozenset(generated)
-        if generated:
-            self._write(inductor_file(piece), "\n\n".join(Path(path).read_text() for path in generated))
+        # A cache that somebody has cleared meanwhile is no reason to stop.
+        texts = [Path(path).read_text() for path in generated if Path(path).is_file()]
+        if texts:
+            self._write(inductor_file(piece), "\n\n".join(texts))
         more = {} if compiled.failure is None else {"failure": compiled.failure}
         self._event(
             "compiled", piece=piece.index, key=piece.key, compile_seconds=round(compiled.compile_seconds, 6), **more
@@ -308,7 +310,7 @@ class ProgramDump(Events):
         self._event(
             "captured", tokens=tokens, pieces=pieces, graph_bytes=graph_bytes, capture_seconds=round(seconds, 6)
         )
-        self.refresh()
+        self._refresh_if_due()
 
     @_never_fails
     def missed(self, reason: str, sentence: str, pieces: int, tokens: int | None, call: int) -> None:
@@ -317,8 +319,10 @@ class ProgramDump(Events):
             self._event("missed", reason=reason, sentence=sentence, pieces=pieces, tokens=tokens, call=call)
         is_new = (reason, tokens) not in self._misses_seen
         self._misses_seen.add((reason, tokens))
-        if is_new or time.perf_counter() - self._refreshed_at > _REFRESH_SECONDS:
+        if is_new:
             self.refresh()
+        else:
+            self._refresh_if_due()
 
     @_never_fails
     def recompiled(self, programs_before: int) -> None:
@@ -327,6 +331,7 @@ class ProgramDump(Events):
     @_never_fails
     def sealed(self) -> None:
         self._event("sealed")
+        self.refresh()
 
     # ------------------------------------------------------------------------ writing
 
@@ -344,6 +349,10 @@ class ProgramDump(Events):
         self._write_summary()
         self._write(REPORT, report_page(self._summary, self._texts()))
         self._refreshed_at = time.perf_counter()
+
+    def _refresh_if_due(self) -> None:
+        if time.perf_counter() - self._refreshed_at > _REFRESH_SECONDS:
+            self.refresh()
 
     def _piece_text(self, piece: Piece) -> str:
         try:
