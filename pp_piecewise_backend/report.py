@@ -192,7 +192,7 @@ def _box(piece: PieceEntry, look: str, target: str, slowest: float, marks: Seque
 
 
 def _short_mark(mark: str) -> str:
-    return "proxies free" if "proxies" in mark else "results"
+    return "last proxy read" if "proxies" in mark else "results"
 
 
 def _end(title: str, lines: Sequence[str]) -> str:
