@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +104,11 @@ class Program:
         """Give back graphs and static memory; a later call takes them again. Raises inside a call of the program."""
         if self.graphs is not None:
             self.graphs.release()
+
+    @property
+    def __code__(self) -> CodeType:
+        """What debuggers of compiled code, such as ``depyf.prepare_debug``, ask every compiled function for."""
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
@@ -220,6 +226,10 @@ class UnsplitProgram:
 
     def release(self) -> None:
         """It holds nothing of ours."""
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """Why the graph is not split."""

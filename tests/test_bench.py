@@ -78,3 +78,18 @@ def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
         assert set(run["parts"]["wall"]) == set(run["parts"]["processor"])
     assert [target["layers"] for target in result["targets"]] == [2, 3]
     assert not any(target["is_the_target"] for target in result["targets"])
+
+
+@pytest.mark.timeout(240)
+def test_dump_cost_writes_its_result(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "dump_cost.py"), "--layers", "2", "--calls", "3", "--compiler", "eager"]
+    finished = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "cannot write" not in finished.stderr
+
+    summary = json.loads((tmp_path / "dump_cost.json").read_text())["summary"]
+    assert summary["dump_seconds"] > 0 and summary["depyf_seconds"] > 0
+    assert summary["dump_bytes"] > 10_000 and summary["depyf_bytes"] > 100
+    assert {name: times["count"] for name, times in summary["call_seconds"].items()} == {
+        "dumping": 3, "not dumping": 3,
+    }  # fmt: skip
