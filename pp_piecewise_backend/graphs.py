@@ -45,6 +45,9 @@ MAX_FLAT_PROGRAMS = 64
 """Flat programs kept per bucket; each holds the views for one number of tokens."""
 
 
+_NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+
+
 @dataclass
 class ParameterSet:
     """Captures for one tuple of parameter addresses."""
@@ -78,6 +81,7 @@ class Graphs:
         self._calls = 0
         self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
+        self._more_to_check = bool(plan.address_positions or plan.scalar_sources)
         positions = plan.parameter_positions
         self._parameters = itemgetter(*positions) if len(positions) > 1 else None
 
@@ -135,7 +139,7 @@ class Graphs:
         bucket = parameters.buckets.get(size)
         moved: dict[int, str] = {}
         if bucket is not None:
-            here = (addresses(plan, args), scalars(plan, args))
+            here = (addresses(plan, args), scalars(plan, args)) if self._more_to_check else _NOTHING_CHECKED
             if here != (bucket.addresses, bucket.scalars) and is_on("R7"):
                 if self._shall_recapture(parameters, size, here):
                     self._release_bucket(parameters, size)
@@ -339,10 +343,11 @@ class Graphs:
     # ----------------------------------------------------------------------------- counting
 
     def _count(self, program: FlatProgram, call: Call, copied: int, num_tokens: int) -> None:
-        self._stats.add_many(program.count(call, copied))
-        for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
-            self._stats.add_miss(code, pieces)
-            self._log_miss(code, num_tokens)
+        program.count(call, copied).add_to(self._stats)
+        if program.miss_counts or call.misses:
+            for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
+                self._stats.add_miss(code, pieces)
+                self._log_miss(code, num_tokens)
 
     def _miss_all(self, obstacle: Obstacle | None, num_tokens: int | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""

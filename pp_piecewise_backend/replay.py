@@ -17,7 +17,8 @@ from . import poison
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .buffers import StaticTensor
 from .plan import GraphPlan
-from .steps import Instruction, address, gather
+from .stats import Amounts
+from .steps import Instruction, Register, address, gather
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -171,10 +172,12 @@ class _OnRealRows:
         self.specs = specs
         self.copied_outputs: tuple[int, ...] | None = None
         """Outputs that lie in static memory although their facts say otherwise; None before the first call."""
+        # Per output: where it goes (not into a register that ends here), its static copy, the buffer that it may be.
         self.outputs = tuple(
-            (index, register, copies.get(index), given.get(index)) for index, register in enumerate(instruction.outputs)
+            (index, None if register in ends else register, copies.get(index), given.get(index))
+            for index, register in enumerate(instruction.outputs)
         )
-        self.ends = tuple(ends)
+        self.ends = tuple(register for register in ends if register not in instruction.outputs)
         sources = (*instruction.arguments, *buffers)
         self.take: Callable[[list[Any]], Sequence[Any]] = lambda registers: gather(sources, registers)
         if len(sources) > 1 and all(isinstance(source, int) for source in sources):
@@ -182,17 +185,14 @@ class _OnRealRows:
 
     def run(self, call: Call) -> None:
         registers = call.registers
-        arguments = self.take(registers)
-        if self.body is not None:
-            outputs = self.body(*arguments)
-        else:
-            outputs, was_compiled = self.instruction.run_where_valid(arguments)
-            if not was_compiled:
-                call.note_plain(self.step, [arguments[at] for at in self.instruction.symbol_positions])
+        body = self.body
+        outputs = self._run_where_valid(call) if body is None else body(*self.take(registers))
         if self.copied_outputs != ():
             outputs = self._with_memory_of_their_own(outputs)
         for index, register, copy, given in self.outputs:
-            output = registers[register] = outputs[index]
+            output = outputs[index]
+            if register is not None:
+                registers[register] = output
             if copy is not None and output is not given:
                 if not copy.fits(output):
                     raise self._unexpected(registers, outputs)
@@ -202,6 +202,13 @@ class _OnRealRows:
                 copy.run(call, registers[copy.register])
         for register in self.ends:
             registers[register] = None
+
+    def _run_where_valid(self, call: Call) -> Sequence[Any]:
+        arguments = self.take(call.registers)
+        outputs, was_compiled = self.instruction.run_where_valid(arguments)
+        if not was_compiled:
+            call.note_plain(self.step, [arguments[at] for at in self.instruction.symbol_positions])
+        return outputs
 
     def _unexpected(self, registers: list[Any], outputs: Sequence[Any]) -> UnexpectedTensor:
         for register, output in zip(self.instruction.outputs, outputs, strict=True):
@@ -264,8 +271,12 @@ class FlatProgram:
                 self.steps.append(self._replay(step, instruction))
             else:
                 self.steps.append((None, self._on_real_rows(step, instruction)))
+        layout, places = plan.layout, [r.index for r in plan.layout.results if isinstance(r, Register)]
+        self._results: Callable[[Sequence[Any]], Sequence[Any]] = layout.collect
+        if len(places) == len(layout.results) > 1:
+            self._results = itemgetter(*places)  # type: ignore[assignment]
         self._made_in_call = self.template[given:]
-        self.amounts: dict[tuple[int, ...], Mapping[str, int]] = {}
+        self.amounts: dict[tuple[int, ...], Amounts] = {}
 
     # ------------------------------------------------------------------------- building
 
@@ -295,9 +306,11 @@ class FlatProgram:
                 self.landing.append((register, copy))
             else:
                 self.admitted.append(copy)
+        self.brought = (*self.admitted, *(copy for _, copy in self.landing))
+        """All inputs for which there is static memory."""
         self._rows = [copy.rows for copy in self.admitted]
         self._bytes = sum(copy.num_bytes for copy in self.admitted)
-        self._tails = [pair for copy in (*self.admitted, *(copy for _, copy in self.landing)) for pair in copy.tails]
+        self._tails = [pair for copy in self.brought for pair in copy.tails]
 
     def _replay(self, step: int, instruction: Instruction) -> tuple[Callable[[], None] | None, _Step | None]:
         graph = self.bucket.graphs[step]
@@ -356,9 +369,11 @@ class FlatProgram:
 
     def admits(self, args: Sequence[Any]) -> bool:
         """Whether the inputs that would be copied have the sizes and dtypes that were captured."""
-        return all(copy.fits(args[copy.register]) for copy in self.admitted) and all(
-            copy.fits(args[register]) for register, copy in self.landing
-        )
+        for copy in self.brought:
+            value = args[copy.register]
+            if value.shape != copy.shape or value.dtype is not copy.dtype:
+                return False
+        return True
 
     def run(self, args: Sequence[Any]) -> tuple[list[Any], Call]:
         """The graph's results, some of them in static memory, and what to count."""
@@ -372,7 +387,7 @@ class FlatProgram:
                     step.run(call)
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call)
-        return self.plan.layout.collect(call.registers), call
+        return list(self._results(call.registers)), call
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""
@@ -397,7 +412,7 @@ class FlatProgram:
         for tail, first_row in self._tails:
             tail.copy_(first_row)
 
-    def count(self, call: Call, output_copies: int) -> Mapping[str, int]:
+    def count(self, call: Call, output_copies: int) -> Amounts:
         """The counters of one call. The next call is likely to count the same, so they are kept."""
         key = (call.in_place, call.stage_copies, call.copies, call.bytes_copied, call.border_copies, output_copies)
         amounts = None if call.misses else self.amounts.get(key)
@@ -411,7 +426,7 @@ class FlatProgram:
                 "padded_tokens": self.bucket.tokens - self.num_tokens if self.replayed else 0,
                 **dict(zip((*names, "border_copies", "output_copies"), key, strict=True)),
             }
-            amounts = {name: amount for name, amount in found.items() if amount}
+            amounts = Amounts({name: amount for name, amount in found.items() if amount})
             if not call.misses and len(self.amounts) < 16:
                 self.amounts[key] = amounts
         return amounts
