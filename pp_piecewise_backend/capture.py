@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .buffers import allocate, tensor_in
@@ -260,9 +261,11 @@ class EmulatedGraph:
         with torch.no_grad():
             for block in self._free:
                 block.fill_(SCRIBBLE_BYTE)
-            for output, result, entry in zip(self.outputs, self._run(), self._entries, strict=True):
+            for result, entry in zip(self._run(), self._entries, strict=True):
                 if entry is not None:
-                    output.copy_(result)
+                    # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
+                    num_bytes = result.untyped_storage().nbytes()
+                    entry[0][:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
 
     def release_output(self, index: int) -> None:
         entry = self._entries[index] if self._entries else None
@@ -355,13 +358,18 @@ class _Recorder(_compat.TorchDispatchMode):
             raise CaptureError(f"{func} reads device memory from the host, which no graph can hold")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
             raise CaptureError(f"{func} gives a tensor whose size depends on values, which no graph can hold")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _compat.argument(func, "dropout_p", args, kwargs) != 0:
             raise CaptureError(f"{func} draws random numbers; captured, it would draw other ones than eager")
         inside = _compat.kernel_in_python(func, _device_type((args, kwargs)))
         if inside is not None:
             # A graph holds what the op did, not the Python that chose it.
-            with self:
+            with self, _NoHostReads():
                 return inside(*args, **kwargs)
+        # Inside of a custom op, composite ops arrive whole; what they are made of may be refused.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in _compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self._ops.append((func, args, kwargs, leaves))
@@ -395,6 +403,15 @@ class _Recorder(_compat.TorchDispatchMode):
             return [fill(value) for value in wanted]
 
         return run
+
+
+class _NoHostReads(TorchFunctionMode):
+    """Refuses what reads memory without any op; on a GPU it would wait for the device, which no capture allows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
+            raise CaptureError(f"{func.__name__} reads device memory from the host, which no graph can hold")
+        return func(*args, **(kwargs or {}))
 
 
 class _Slot:
