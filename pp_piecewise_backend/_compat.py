@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -201,6 +201,14 @@ def schema_writes(op: OpOverload) -> tuple[int | str, ...]:
     return tuple(written)
 
 
+def argument(op: OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives the op for this argument, its default if it gives nothing; None if there is no such one."""
+    for position, declared in enumerate(op._schema.arguments):
+        if declared.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, declared.default_value)
+    return None
+
+
 def autocast_state() -> tuple[object, ...]:
     """What the ambient autocast state of this thread does to an op, for every device type in use."""
     devices = ["cpu", *(d for d in ("cuda", "xpu", "mps") if getattr(torch, d).is_available())]
@@ -289,14 +297,20 @@ def stock_backend(name: str) -> Callable[..., Any]:
 
 
 def kernel_in_python(op: Callable[..., Any], device_type: str) -> Callable[..., Any] | None:
-    """The kernel of a custom op as a callable that skips the dispatcher; None for PyTorch's own ops.
+    """The kernel of a custom op as a callable that skips the dispatcher; None for PyTorch's own ops and C++ kernels.
 
     A mode that calls it instead of the op sees the ops inside of it.
     """
-    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES:
+    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES or not _has_kernel_in_python(op, device_type):
         return None
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))
     return lambda *args, **kwargs: op.redispatch(keys, *args, **kwargs)
+
+
+def _has_kernel_in_python(op: OpOverload, device_type: str) -> bool:
+    name = op.name().replace("::", "/")
+    keys = (device_type.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(f"{form}/{key}" in torch.library._impls for form in (name, f"{name}.default") for key in keys)
 
 
 _OWN_NAMESPACES = frozenset(

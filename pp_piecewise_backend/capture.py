@@ -261,9 +261,11 @@ class EmulatedGraph:
         with torch.no_grad():
             for block in self._free:
                 block.fill_(SCRIBBLE_BYTE)
-            for output, result, entry in zip(self.outputs, self._run(), self._entries, strict=True):
+            for result, entry in zip(self._run(), self._entries, strict=True):
                 if entry is not None:
-                    output.copy_(result)
+                    # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
+                    num_bytes = result.untyped_storage().nbytes()
+                    entry[0][:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
 
     def release_output(self, index: int) -> None:
         entry = self._entries[index] if self._entries else None
@@ -356,13 +358,18 @@ class _Recorder(_compat.TorchDispatchMode):
             raise CaptureError(f"{func} reads device memory from the host, which no graph can hold")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
             raise CaptureError(f"{func} gives a tensor whose size depends on values, which no graph can hold")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _compat.argument(func, "dropout_p", args, kwargs) != 0:
             raise CaptureError(f"{func} draws random numbers; captured, it would draw other ones than eager")
         inside = _compat.kernel_in_python(func, _device_type((args, kwargs)))
         if inside is not None:
             # A graph holds what the op did, not the Python that chose it.
             with self, _NoHostReads():
                 return inside(*args, **kwargs)
+        # Inside of a custom op, composite ops arrive whole; what they are made of may be refused.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in _compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self._ops.append((func, args, kwargs, leaves))
