@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import _compat
-from .buffers import allocate, tensor_in
+from .buffers import allocate, assign, tensor_in
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
@@ -118,7 +118,7 @@ class CudaGraph:
             self._strong[index] = None
 
     def release(self) -> None:
-        self._strong = []
+        self._strong = [None] * len(self._strong)  # who holds it may still release outputs
         self.outputs = []
         self.replay = _released
         self._graph.reset()
@@ -276,7 +276,7 @@ class EmulatedGraph:
     def release(self) -> None:
         for index in range(len(self._entries)):
             self.release_output(index)
-        self.outputs, self._entries, self._free = [], [], []
+        self.outputs, self._free = [], []  # who holds it may still release outputs
         self.replay, self._run = _released, _nothing
 
 
@@ -336,7 +336,7 @@ def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int 
                 continue
             is_untouched = version is not None and _compat.version(tensor) == version
             if not is_untouched or not same_bits(tensor, copy):
-                tensor.copy_(copy)
+                assign(tensor, copy)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -21,13 +21,13 @@ import torch
 
 from . import errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
-from .buffers import StaticMemory
+from .buffers import StaticMemory, without_repeats
 from .capture import Device, make_device
 from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
+from .rules import is_on
 from .stats import Stats
-from .traits import is_on
 from .warming_up import current_session
 
 _LOG = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ class Graphs:
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
+        if plan.lands_elsewhere(args, num_tokens):
+            return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
         if key == self._last_set[0]:
             parameters = self._last_set[1]
@@ -200,11 +202,16 @@ class Graphs:
         """Results that belong to the caller, and how many tensors were copied for it."""
         plan = self.plan
         storages = plan.split.result_storages
+        static = bucket.overwritten
         if plan.settings.static_outputs:
             if plan.settings.strict and plan.settings.device == "emulate":
-                self._given_out = [weakref.ref(r) for r in results if isinstance(r, torch.Tensor)]
+                # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
+                in_static_memory = list(results)
+                hand_over(results, storages, plan.input_storages, static)
+                pairs = zip(results, in_static_memory, strict=True)
+                self._given_out = [weakref.ref(given) for given, other in pairs if given is not other]
             return results, 0
-        copied = hand_over(results, storages, plan.input_storages, bucket.overwritten)
+        copied = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
         if merged is None:
             merged = merged_results(plan.inputs, args, results, storages)
@@ -220,8 +227,8 @@ class Graphs:
             tensor = reference()
             if tensor is not None:
                 with torch.inference_mode(False), torch.no_grad():
-                    value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-                    tensor.fill_(value)
+                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
         self._given_out = []
 
     # ------------------------------------------------------------------------- capturing
@@ -284,7 +291,8 @@ class Graphs:
                 self._stats.add_miss(code, pieces)
                 self._log_miss(code, num_tokens)
             in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
-            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": len(flat.landing) - in_place}
+            copied_in = len(flat.landing) - in_place
+            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
         self._stats.add_many(amounts)
         self._count_memory()
         self._keep_within_limit(parameters, size)

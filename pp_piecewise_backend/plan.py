@@ -17,12 +17,13 @@ import torch
 from torch import fx
 
 from .buckets import Ladder
-from .buffers import Stage
+from .buffers import Stage, geometry
 from .placeholders import GraphInput, InputTable
+from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
 from .split import Split
-from .steps import Instruction, Layout, Register
-from .traits import is_on, token_dims
+from .steps import Instruction, Layout, Register, address
+from .traits import token_dims
 
 SMALL_TENSOR_BYTES = 64 * 1024
 """Inputs up to this size are copied into static memory in each call; larger ones are read where they are."""
@@ -54,7 +55,7 @@ REASONS: Mapping[str, str] = {
     "outer-capture": "the call was made inside another capture",
     "rows-disagree": "an input has other sizes or another dtype than the token count and the capture say",
     "unexpected-tensor": "an eager step gave a tensor of another size or dtype than traced",
-    "inputs-overlap": "inputs that the graph writes share memory with other inputs",
+    "inputs-overlap": "inputs that the graph writes, or landing memory of another input, share memory with an input",
 }
 
 
@@ -202,7 +203,7 @@ class GraphPlan:
         if self.settings.mode == "piecewise":
             stage_inputs = {i.name for i in self.inputs if i.kind == "stage-input"}
             outliving = [name for name in piece.traits.writes if name not in stage_inputs]
-            if outliving:
+            if outliving and is_on("R2"):
                 return Obstacle("writes-state", f"it writes {', '.join(outliving)}")
         return None
 
@@ -327,6 +328,29 @@ class GraphPlan:
         return (
             frozenset(self.stage.landing(name).data_ptr() for name in self.stage.inputs) if self.stage else frozenset()
         )
+
+    def lands_elsewhere(self, args: Sequence[Any], num_tokens: int) -> bool:
+        """Whether an argument lies in landing memory that this call is about to overwrite with another argument."""
+        stage = self.stage
+        if stage is None or not stage.is_shown or not is_on("landing"):
+            return False
+        in_place = set()
+        for register, pointer in self._landing_pointers.items():
+            value, stride = args[register], self.specs[register].stride
+            if any(not isinstance(step, int) for step in stride):
+                _, stride = geometry(self.specs[register], self.symbols(num_tokens))
+            if value.data_ptr() == pointer and value.stride() == stride:
+                in_place.add(register)
+        return len(in_place) < len(self._landing_pointers) and any(
+            isinstance(value, torch.Tensor) and at not in in_place and address(value) in self.landing_addresses
+            for at, value in enumerate(args)
+        )
+
+    @cached_property
+    def _landing_pointers(self) -> Mapping[int, int]:
+        """Register of a stage input -> address of the landing memory in which captured pieces read it."""
+        labels = {at: self.inputs[at].label for at, arrival in self.arrivals.items() if arrival == "landing"}
+        return {} if self.stage is None else {at: self.stage.landing(n).data_ptr() for at, n in labels.items()}
 
     @cached_property
     def hoisted(self) -> Mapping[int, tuple[Any, tuple[TensorSpec, ...]]]:

@@ -15,7 +15,7 @@ import torch
 
 from . import poison
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
-from .buffers import StaticTensor
+from .buffers import StaticTensor, without_repeats
 from .plan import GraphPlan
 from .stats import Amounts
 from .steps import Instruction, Register, address, gather
@@ -67,16 +67,20 @@ class UnexpectedTensor(Exception):
 class _Copy:
     """Brings a value from a register to static memory."""
 
-    __slots__ = ("dtype", "lands", "num_bytes", "pointer", "register", "rows", "shape", "stride", "tails")
+    __slots__ = ("dtype", "lands", "num_bytes", "pointer", "register", "repeats", "rows", "shape", "stride", "tails")
 
     def __init__(self, register: int, static: StaticTensor, num_tokens: int, lands: bool = False) -> None:
         self.register = register
         self.lands = lands
         """Whether the static memory is the landing memory of a stage input."""
-        self.rows = static.rows(num_tokens)
+        rows = static.rows(num_tokens)
+        self.rows = without_repeats(rows)
+        self.repeats = self.rows.shape != rows.shape
+        """Whether the value is one whose elements lie in memory several times, as ``expand`` makes them."""
         self.tails = static.tails(num_tokens) if fills_tail(static) else []
-        self.shape, self.dtype = self.rows.shape, self.rows.dtype
-        self.pointer, self.stride = self.rows.data_ptr(), self.rows.stride()
+        self.shape, self.dtype = rows.shape, rows.dtype
+        traced = static.exact(num_tokens)  # unlike ``rows`` in the strides of dimensions of size 1
+        self.pointer, self.stride = rows.data_ptr(), (rows if traced is None else traced).stride()
         self.num_bytes = self.rows.numel() * self.rows.element_size()
 
     def is_in_place(self, value: torch.Tensor) -> bool:
@@ -85,9 +89,13 @@ class _Copy:
     def fits(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.shape == self.shape and value.dtype is self.dtype
 
+    def taken(self, value: torch.Tensor) -> torch.Tensor:
+        """What of the value is to be copied to ``rows``."""
+        return value[tuple(slice(size) for size in self.rows.shape)] if self.repeats else value
+
     def run(self, call: Call, value: torch.Tensor) -> None:
         if not self.is_in_place(value):
-            self.rows.copy_(value)
+            self.rows.copy_(self.taken(value))
             if self.lands:
                 call.stage_copies += 1
             else:
@@ -322,8 +330,8 @@ class FlatProgram:
         border = []
         for register in instruction.outputs:
             static = self.bucket.static[register]
-            if (view := static.exact(self.num_tokens)) is not None:
-                self.template[register] = view
+            if static.exact(self.num_tokens) is not None:
+                self.template[register] = real_rows(static, self.num_tokens)
             elif self._is_read_outside(register):
                 border.append((register, static))
         if border:
@@ -392,7 +400,7 @@ class FlatProgram:
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""
         targets = self._rows
-        values = [args[copy.register] for copy in self.admitted]
+        values = [copy.taken(args[copy.register]) for copy in self.admitted]
         if targets:
             call.copies = len(targets)
             call.bytes_copied = self._bytes
@@ -404,7 +412,7 @@ class FlatProgram:
                 call.foreign = (*call.foreign, register)
                 call.stage_copies += 1
                 targets = [*targets, copy.rows]
-                values.append(value)
+                values.append(copy.taken(value))
         if len(targets) == 1:
             targets[0].copy_(values[0])
         elif targets:

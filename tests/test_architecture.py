@@ -21,6 +21,7 @@ ORDER = (
     "summary",
     "events",
     "_compat",
+    "rules",
     # FX graph -> GraphInput -> Piece -> CompiledPiece -> CapturedPiece -> Program -> StageRunner
     "specs",
     "split_ops",
@@ -35,9 +36,9 @@ ORDER = (
     "profiling",
     "inductor",
     "steps",
-    "results",
     "buckets",
     "buffers",
+    "results",
     "capture",
     "poison",
     "plan",
