@@ -118,7 +118,7 @@ class CudaGraph:
             self._strong[index] = None
 
     def release(self) -> None:
-        self._strong = [None] * len(self._strong)  # who holds it may still release outputs
+        self._strong = []
         self.outputs = []
         self.replay = _released
         self._graph.reset()
@@ -276,7 +276,7 @@ class EmulatedGraph:
     def release(self) -> None:
         for index in range(len(self._entries)):
             self.release_output(index)
-        self.outputs, self._free = [], []  # who holds it may still release outputs
+        self.outputs, self._entries, self._free = [], [], []
         self.replay, self._run = _released, _nothing
 
 

@@ -119,7 +119,6 @@ MESSAGES = {
     "no_room_for_state": (errors.no_room_for_state(4096), ["no room for 4096 bytes", "smaller KV cache"]),
     "bad_make_inputs": (errors.bad_make_inputs([1]), ["returned list", "tuple (args, kwargs)", "{'input_ids': ids}"]),
     "bad_warmup_sizes": (errors.bad_warmup_sizes([0]), ["sizes=[0]", "each at least 1", "None for every bucket"]),
-    "bad_warmup_sizes": (errors.bad_warmup_sizes([0]), ["sizes=[0]", "at least 1"]),
     "released_in_a_call": (errors.released_in_a_call("Model#0"), ["release() of Model#0", "within one of its calls"]),
     "nested_warmup": (errors.nested_warmup(), ["inside warmup()", "call it once"]),
     "no_program_in_warmup": (
