@@ -34,6 +34,9 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0")
 
+GUARDS_PARAMETER_STRIDES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether Dynamo notices that a parameter was given other strides at its old address; 2.11 does not [ran]."""
+
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises where a shape or number depends on contents that it has not."""
 

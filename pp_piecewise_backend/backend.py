@@ -114,6 +114,8 @@ class PiecewiseBackend:
     def seal(self, sealed: bool) -> None:
         """Whether further graphs are refused."""
         self._sealed = sealed
+        for program in self.programs() if sealed else ():
+            program.events.sealed()
 
     def programs(self) -> tuple[AnyProgram, ...]:
         """The live programs, oldest first."""
@@ -151,7 +153,15 @@ class PiecewiseBackend:
         if settings is not None:
             stage = self._stage_for(table, settings.ladder.max_tokens) if stage is None else _checked(stage, table)
         program = Program(
-            name, split, table, compiled, config, stage=stage, graph_settings=settings, graphs_off_reason=reason
+            name,
+            split,
+            table,
+            compiled,
+            config,
+            stage=stage,
+            graph_settings=settings,
+            graphs_off_reason=reason,
+            events=events,
         )
         program.stats.add_many(
             {

@@ -88,13 +88,31 @@ def make_device(kind: str, compiler_runs_ops: bool) -> Device:
 
 
 class CudaPool:
-    """A private pool of the CUDA caching allocator; its memory goes back when its last graph is released."""
+    """A private pool of the CUDA caching allocator; its memory goes back when its last graph is released.
+
+    The allocator forgets a pool then, and refuses its id from there on [ran, 2.11], so the next graph begins another.
+    """
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
+        self._graphs = 0
+
+    def begin(self) -> Any:
+        """The id to capture with."""
+        if self._graphs == 0:
+            self.handle = torch.cuda.graph_pool_handle()
+        return self.handle
+
+    def hold(self) -> None:
+        self._graphs += 1
+
+    def let_go(self) -> None:
+        self._graphs -= 1
 
     @property
     def held_bytes(self) -> int:
+        if self._graphs == 0:
+            return 0
         return sum(
             segment["total_size"]
             for segment in torch.cuda.memory_snapshot()
@@ -105,8 +123,12 @@ class CudaPool:
 class CudaGraph:
     """One captured piece on CUDA."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], input_storages: set[int]) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], input_storages: set[int], pool: CudaPool
+    ) -> None:
         self._graph = graph
+        self._pool: CudaPool | None = pool
+        pool.hold()
         self.replay = graph.replay
         self._strong: list[Any] = [
             o if isinstance(o, torch.Tensor) and _storage_address(o) not in input_storages else None for o in outputs
@@ -122,6 +144,9 @@ class CudaGraph:
         self.outputs = []
         self.replay = _released
         self._graph.reset()
+        if self._pool is not None:
+            self._pool.let_go()
+            self._pool = None
 
 
 class CudaDevice:
@@ -141,7 +166,7 @@ class CudaDevice:
         outputs: Sequence[Any] | None = None
         try:
             with self._on_side_stream(), _no_garbage_collection():
-                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool.begin(), capture_error_mode="thread_local")
                 try:
                     outputs = call(inputs)
                 finally:
@@ -154,7 +179,7 @@ class CudaDevice:
             with contextlib.suppress(Exception):
                 torch.cuda.synchronize()
             raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return CudaGraph(graph, outputs, _storages(inputs))
+        return CudaGraph(graph, outputs, _storages(inputs), pool)
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -113,7 +113,7 @@ def _graph_lines(program: Program) -> list[str]:
         lines += _entry("  read from", f"{_ARRIVALS[how]}: {_shortened(names)}")
     misses = program.stats.snapshot().miss_reasons
     for code, pieces in misses.items():
-        calls = [(tokens, count) for (logged, tokens), count in graphs.miss_log.items() if logged == code]
+        calls = [(tokens, found.calls) for (logged, tokens), found in graphs.miss_log.items() if logged == code]
         sizes = _ranges(tokens for tokens, _ in calls)
         count = sum(count for _, count in calls)
         lines += _entry("  missed", f"{code}: {pieces} pieces in {count} calls of {sizes} tokens: {REASONS[code]}")

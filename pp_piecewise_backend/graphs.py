@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import errors
+from . import _compat, errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
 from .buffers import StaticMemory, without_repeats
 from .capture import Device, make_device
+from .events import NO_EVENTS, Events
 from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
@@ -48,6 +49,18 @@ MAX_FLAT_PROGRAMS = 64
 _NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
 
 
+MAX_MISSES_LOGGED = 256
+
+
+class Misses(NamedTuple):
+    """Calls that missed for one reason with one number of tokens."""
+
+    calls: int
+    pieces: int
+    last_call: int
+    """Which call of the program was the last of them, counted from 1."""
+
+
 @dataclass
 class ParameterSet:
     """Captures for one tuple of parameter addresses."""
@@ -64,20 +77,23 @@ class ParameterSet:
 class Graphs:
     """The captured side of a program. One call at a time uses it; others run without graphs meanwhile."""
 
-    def __init__(self, plan: GraphPlan, memory: StaticMemory, stats: Stats, name: str) -> None:
+    def __init__(
+        self, plan: GraphPlan, memory: StaticMemory, stats: Stats, name: str, events: Events = NO_EVENTS
+    ) -> None:
         self.plan = plan
+        self._events = events
         self.name = name
         self._memory = memory
         self._stats = stats
         self._device: Device = make_device(plan.settings.device, plan.settings.compiler_runs_ops)
-        self._sets: OrderedDict[tuple[int, ...], ParameterSet] = OrderedDict()
-        self._last_set: tuple[tuple[int, ...] | None, ParameterSet | None] = None, None
+        self._sets: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()
+        self._last_set: tuple[tuple[Any, ...] | None, ParameterSet | None] = None, None
         """The set of the last call: to compare its addresses costs less than to hash them."""
         self._sets_captured = 0
         self._dropped: dict[int, Obstacle] = {}
         """Buckets that are captured no more, and why."""
-        self.miss_log: OrderedDict[tuple[str, int], int] = OrderedDict()
-        """(Reason, number of tokens) -> calls, for the report."""
+        self.miss_log: OrderedDict[tuple[str, int], Misses] = OrderedDict()
+        """(Reason, number of tokens) -> what was missed, for reports; the latest reasons are kept."""
         self._calls = 0
         self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
@@ -173,10 +189,14 @@ class Graphs:
             self._count(program, call, copied, num_tokens)
         return results
 
-    def _parameter_addresses(self, args: Sequence[Any]) -> tuple[int, ...]:
+    def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
         if self._parameters is not None:
-            return tuple(map(torch.Tensor.data_ptr, self._parameters(args)))
-        return tuple(args[position].data_ptr() for position in self.plan.parameter_positions)
+            parameters = self._parameters(args)
+        else:
+            parameters = tuple(args[position] for position in self.plan.parameter_positions)
+        found = tuple(map(torch.Tensor.data_ptr, parameters))
+        return found if _compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
 
     def _flat_program(
         self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]
@@ -233,7 +253,7 @@ class Graphs:
 
     # ------------------------------------------------------------------------- capturing
 
-    def _new_set(self, key: tuple[int, ...]) -> ParameterSet:
+    def _new_set(self, key: tuple[Any, ...]) -> ParameterSet:
         if len(self._sets) >= MAX_PARAMETER_SETS:
             _, oldest = self._sets.popitem(last=False)
             for size in list(oldest.buckets):
@@ -288,12 +308,14 @@ class Graphs:
             }
             flat = self._flat_program(parameters, bucket, num_tokens, {})
             for code, pieces in flat.miss_counts.items():
-                self._stats.add_miss(code, pieces)
-                self._log_miss(code, num_tokens)
+                self._add_miss(code, pieces, num_tokens)
             in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
             copied_in = len(flat.landing) - in_place
             amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
         self._stats.add_many(amounts)
+        self._events.captured(
+            tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
+        )
         self._count_memory()
         self._keep_within_limit(parameters, size)
         return results
@@ -354,8 +376,7 @@ class Graphs:
         program.count(call, copied).add_to(self._stats)
         if program.miss_counts or call.misses:
             for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
-                self._stats.add_miss(code, pieces)
-                self._log_miss(code, num_tokens)
+                self._add_miss(code, pieces, num_tokens)
 
     def _miss_all(self, obstacle: Obstacle | None, num_tokens: int | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""
@@ -369,8 +390,7 @@ class Graphs:
         if self.plan.settings.strict:
             self._refuse(codes, num_tokens, obstacle)
         for code, pieces in codes.items():
-            self._stats.add_miss(code, pieces)
-            self._log_miss(code, num_tokens)
+            self._add_miss(code, pieces, num_tokens)
 
     def miss(self, code: str, args: Sequence[Any]) -> None:
         """Count a call that no piece of this program may run."""
@@ -382,12 +402,15 @@ class Graphs:
                 sentence = obstacle.sentence if obstacle is not None and obstacle.code == code else REASONS[code]
                 raise errors.GraphMiss(errors.graph_miss(self.name, num_tokens, code, sentence))
 
-    def _log_miss(self, code: str, num_tokens: int | None) -> None:
-        key = (code, num_tokens or 0)
-        self.miss_log[key] = self.miss_log.get(key, 0) + 1
-        self.miss_log.move_to_end(key)
-        if len(self.miss_log) > 256:
+    def _add_miss(self, code: str, pieces: int, num_tokens: int | None) -> None:
+        self._stats.add_miss(code, pieces)
+        call = self._stats.calls + 1
+        before = self.miss_log.pop((code, num_tokens or 0), None)
+        calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
+        self.miss_log[code, num_tokens or 0] = Misses(calls + 1, earlier + pieces, call)
+        if len(self.miss_log) > MAX_MISSES_LOGGED:
             self.miss_log.popitem(last=False)
+        self._events.missed(code, REASONS[code], pieces=pieces, tokens=num_tokens, call=call)
 
     def _graph_bytes(self) -> int:
         return sum(p.held_bytes for name, p in self._memory.pools.items() if name in (GRAPH_POOL, OUTPUT_POOL))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .buffers import Stage, StaticMemory
+from .events import NO_EVENTS, Events
 from .graphs import Graphs
 from .placeholders import GraphInput, InputTable
 from .plan import REASONS, GraphPlan, GraphSettings
@@ -43,6 +44,7 @@ class Program:
         stage: Stage | None = None,
         graph_settings: GraphSettings | None = None,
         graphs_off_reason: str = "",
+        events: Events = NO_EVENTS,
     ) -> None:
         self.name = name
         self.split = split
@@ -51,6 +53,8 @@ class Program:
         self.compiled = tuple(compiled)
         self.stage = stage
         self.stats = Stats(parent=TOTALS)
+        self.events = events
+        """Who writes down what happens, if anybody does."""
         self.graphs_off_reason = graphs_off_reason
         """Why there are no graphs, if there are none."""
         self.plain_runs: dict[int, str] = {}
@@ -68,7 +72,7 @@ class Program:
         if graph_settings is not None:
             plan = GraphPlan(self.layout, split, table, graph_settings, stage)
             memory = StaticMemory() if stage is None else stage.memory
-            self.graphs = Graphs(plan, memory, self.stats, name)
+            self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
 
@@ -139,8 +143,15 @@ class Program:
             "dropped": {tokens: obstacle.sentence for tokens, obstacle in graphs.dropped.items()},
             "never_captured": {step: [o.code, o.sentence] for step, o in plan.obstacles.items()},
             "misses": [
-                {"reason": code, "sentence": REASONS[code], "tokens": tokens, "calls": calls}
-                for (code, tokens), calls in graphs.miss_log.items()
+                {
+                    "reason": code,
+                    "sentence": REASONS[code],
+                    "pieces": misses.pieces,
+                    "tokens": tokens,
+                    "calls": misses.calls,
+                    "call": misses.last_call,
+                }
+                for (code, tokens), misses in graphs.miss_log.items()
             ],
             "addresses": [
                 {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
@@ -209,6 +220,7 @@ class UnsplitProgram:
     inputs: tuple[GraphInput, ...] = ()
     stage = None
     graphs = None
+    events = NO_EVENTS
 
     def __init__(
         self, name: str, call: Callable[..., Any], config: Config, reason: str, counter: str | None = None

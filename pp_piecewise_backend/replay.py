@@ -17,6 +17,7 @@ from . import poison
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .buffers import StaticTensor, without_repeats
 from .plan import GraphPlan
+from .profiling import named, profiler_is_running, step_name
 from .stats import Amounts
 from .steps import Instruction, Register, address, gather
 
@@ -242,6 +243,13 @@ class _OnRealRows:
         return tuple(found)
 
 
+class _Named:
+    """A step that a profiler shows by its name."""
+
+    def __init__(self, step: _Step, name: str) -> None:
+        self.run = named(step.run, name)
+
+
 class FlatProgram:
     """What a call of ``num_tokens`` tokens runs in a bucket, given which steps do not replay."""
 
@@ -388,7 +396,7 @@ class FlatProgram:
         call = Call([*args, *self._made_in_call])
         self._stage_inputs(args, call)
         try:
-            for replay, step in self.steps:
+            for replay, step in self._named_steps() if profiler_is_running() else self.steps:
                 if step is None:
                     replay()  # type: ignore[misc]
                 else:
@@ -396,6 +404,14 @@ class FlatProgram:
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call)
         return list(self._results(call.registers)), call
+
+    def _named_steps(self) -> list[Any]:
+        """The steps as a profiler shows them."""
+        names = [step_name(instruction.piece) for instruction in self.plan.instructions]
+        found: list[Any] = []
+        for (replay, step), name in zip(self.steps, names, strict=True):
+            found.append((None, _Named(step, name)) if step is not None else (replay and named(replay, name), None))
+        return found
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""
