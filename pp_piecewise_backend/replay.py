@@ -457,6 +457,9 @@ class FlatProgram:
 
     def _finish_without_graphs(self, first: int, call: Call) -> None:
         registers = call.registers
+        for register, static in self.bucket.static.items():
+            if registers[register] is None:  # only replays were to read it
+                registers[register] = real_rows(static, self.num_tokens)
         for step, instruction in enumerate(self.plan.instructions[first:], first):
             outputs, was_compiled = instruction.run_where_valid(instruction.gather(registers))
             if not was_compiled:
