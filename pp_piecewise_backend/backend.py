@@ -360,7 +360,8 @@ def warmup(
         progress: whether to show a bar; by default on a terminal only, with one line in the log elsewhere.
 
     Raises:
-        PPPiecewiseError: no program ran, or nothing could be captured; the message says why.
+        ConfigError: ``make_inputs`` or ``sizes`` gave what cannot be used.
+        PPPiecewiseError: no program ran, there was no room for copies of the state, or the call is inside another one.
     """
 
     def captured() -> dict[int, tuple[float, int]]:
@@ -372,5 +373,14 @@ def warmup(
         return found
 
     warm_up(compiled, make_inputs, sizes, progress, captured)
-    if not backend.programs():
-        raise errors.PPPiecewiseError(errors.no_program_in_warmup())
+    if not captured():
+        reasons = dict.fromkeys(reason for program in backend.programs() for reason in _why_not_captured(program))
+        warnings.warn(errors.nothing_captured(list(reasons)), errors.PPPiecewiseWarning, stacklevel=2)
+
+
+def _why_not_captured(program: AnyProgram) -> list[str]:
+    if isinstance(program, UnsplitProgram):
+        return [program.reason]
+    if program.graphs is None:
+        return [program.graphs_off_reason]
+    return [obstacle.sentence for obstacle in program.graphs.plan.obstacles.values()]

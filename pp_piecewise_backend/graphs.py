@@ -26,6 +26,7 @@ from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
 from .stats import Stats
+from .steps import address
 from .traits import is_on
 from .warming_up import current_session
 
@@ -190,7 +191,13 @@ class Graphs:
         storages = plan.split.result_storages
         if plan.settings.static_outputs:
             if plan.settings.strict and plan.settings.device == "emulate":
-                self._given_out = [weakref.ref(r) for r in results if isinstance(r, torch.Tensor)]
+                # What is not static memory of ours belongs to the caller: a view of an input, or of a fresh tensor.
+                self._given_out = [
+                    weakref.ref(result)
+                    for result, storage in zip(results, storages, strict=True)
+                    if isinstance(result, torch.Tensor) and storage not in plan.input_storages
+                    and address(result) in bucket.static_memory
+                ]  # fmt: skip
             return results, 0
         copied = hand_over(results, storages, plan.input_storages, bucket.static_memory | plan.landing_addresses)
         merged = program.merged_results if program is not None else None
@@ -207,9 +214,11 @@ class Graphs:
         for reference in self._given_out:
             tensor = reference()
             if tensor is not None:
-                with torch.inference_mode(False), torch.no_grad():
-                    value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-                    tensor.fill_(value)
+                with torch.no_grad():
+                    if tensor.is_floating_point() or tensor.is_complex():
+                        tensor.fill_(float("nan"))
+                    else:
+                        tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
         self._given_out = []
 
     # ------------------------------------------------------------------------- capturing

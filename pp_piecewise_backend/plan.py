@@ -45,6 +45,7 @@ REASONS: Mapping[str, str] = {
     "random": "the piece draws random numbers, which a graph would freeze or draw otherwise than eager",
     "writes-state": "the piece writes a tensor that outlives the call",
     "mixed-devices": "the piece takes or gives tensors of more than one device, or of another than the graphs'",
+    "expanded-tensor": "an expanded tensor, whose elements share memory, cannot be copied to or from static memory",
     "guard": "the compiled code does not hold for the size of the bucket",
     "capture-failed": "the piece could not be captured",
     "no-tensor": "the piece takes or gives something that is no tensor",
@@ -199,6 +200,11 @@ class GraphPlan:
             register = source if isinstance(source, int) else source[0]
             if isinstance(spec, SymbolSpec) and spec.symbol != self.token_symbol and register >= len(self.inputs):
                 return Obstacle("scalar-made-in-call", f"{spec.symbol} is known only in the middle of the call")
+        for source, spec in zip((*instruction.arguments, *instruction.outputs), specs, strict=True):
+            if isinstance(source, int) and isinstance(spec, TensorSpec) and is_expanded(spec):
+                if source < len(self.inputs) and self._arrival(source) in ("parameter", "address"):
+                    continue
+                return Obstacle("expanded-tensor", f"{spec} with strides {list(spec.stride)} crosses its border")
         if self.settings.mode == "piecewise":
             stage_inputs = {i.name for i in self.inputs if i.kind == "stage-input"}
             outliving = [name for name in piece.traits.writes if name not in stage_inputs]
@@ -250,6 +256,8 @@ class GraphPlan:
         sizes = [size for size in spec.shape if isinstance(size, int)]
         is_small = len(sizes) == len(spec.shape) and _product(sizes) * spec.dtype.itemsize <= SMALL_TENSOR_BYTES
         counts_tokens = self.token_symbol is not None and self.token_symbol in spec.symbols
+        if is_expanded(spec) and not counts_tokens:
+            return "address"
         return "copied" if graph_input.kind == "per-token" or is_small or counts_tokens else "address"
 
     @cached_property
@@ -345,6 +353,11 @@ class GraphPlan:
                 found[index] = (_with_given_buffers(instruction.piece.graph_module, names),
                                 tuple(allocations[name] for name in names))  # fmt: skip
         return found
+
+
+def is_expanded(spec: TensorSpec) -> bool:
+    """Whether several elements of the tensor are one in memory, so that nothing can be copied to it."""
+    return any(step == 0 and size != 1 for size, step in zip(spec.shape, spec.stride, strict=True))
 
 
 def _with_given_buffers(graph_module: fx.GraphModule, names: Sequence[str]) -> Any:

@@ -102,7 +102,12 @@ def first_differing_row(one: torch.Tensor, other: torch.Tensor, token_dim: int |
 
 def like(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    own = tensor
+    for dim, step in enumerate(tensor.stride()):
+        if step == 0 and tensor.shape[dim] > 1:
+            own = own.narrow(dim, 0, 1)
+    copy = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=own.device).copy_(own)
+    return copy.as_strided(tensor.shape, tensor.stride())
 
 
 def _poisoned(value: torch.Tensor, dims: tuple[int, ...], real_tokens: int, poison: str, number: int) -> torch.Tensor:

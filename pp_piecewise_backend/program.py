@@ -17,7 +17,7 @@ from .results import merged_results
 from .split import Piece, Split
 from .stats import TOTALS, Stats
 from .steps import address, lay_out
-from .warming_up import current_session
+from .warming_up import current_session, written_tensors
 
 if TYPE_CHECKING:
     from .config import Config
@@ -151,8 +151,12 @@ class Program:
 
     def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
         session = current_session()
-        if session is None or self.graphs is None:
+        if session is None:
             results, plain = self.layout.run(args)
+        elif self.graphs is None:
+            session.note(self.config.max_tokens if self.stage is None else self.stage.max_tokens)
+            with session.restoring(written_tensors(self.inputs, args, self.stage)):
+                results, plain = self.layout.run(args)
         else:
             with session.leaving_no_trace(self.graphs.plan, args, self.name):
                 results, plain = self.layout.run(args)
@@ -208,6 +212,8 @@ class UnsplitProgram:
         self._amounts = {"calls": 1} if counter is None else {"calls": 1, counter: 1}
 
     def __call__(self, *args: Any) -> Any:
+        if (session := current_session()) is not None:
+            session.note(self.config.max_tokens)
         self.stats.add_many(self._amounts)
         return self._call(*args)
 

@@ -23,6 +23,8 @@ import torch
 from . import errors
 
 if TYPE_CHECKING:
+    from .buffers import Stage
+    from .placeholders import GraphInput
     from .plan import GraphPlan
 
 _LOG = logging.getLogger(__name__)
@@ -46,18 +48,25 @@ class Session:
     smallest: dict[str, int] = field(default_factory=dict)
     """Program -> the smallest number of tokens that it can be called with."""
     max_tokens: int = 1
-    """The largest bucket of any program."""
+    """The largest call that a program is meant for."""
+    ran: bool = False
+    """Whether a program was called at all."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
+
+    def note(self, max_tokens: int) -> None:
+        """A program was called that is meant for so many tokens."""
+        self.ran = True
+        self.max_tokens = max(self.max_tokens, max_tokens)
 
     @contextlib.contextmanager
     def leaving_no_trace(self, plan: GraphPlan, args: Sequence[Any], name: str) -> Iterator[None]:
         """Give state and proxies the contents back that they had before the call."""
-        self.max_tokens = max(self.max_tokens, plan.settings.ladder.max_tokens)
+        self.note(plan.settings.ladder.max_tokens)
         if plan.token_symbol is not None:
             self.ladders[name] = plan.ladder.sizes_tokens
             self.smallest[name] = plan.smallest_tokens
-        with self.restoring(written_tensors(plan, args)):
+        with self.restoring(written_tensors(plan.inputs, args, plan.stage)):
             yield
 
     @contextlib.contextmanager
@@ -75,15 +84,15 @@ class Session:
                     tensor.copy_(copy)
 
 
-def written_tensors(plan: GraphPlan, args: Sequence[Any]) -> list[torch.Tensor]:
+def written_tensors(inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None) -> list[torch.Tensor]:
     """State that the graph writes, its stage inputs, and the landing memory."""
     tensors = [
         value
-        for graph_input, value in zip(plan.inputs, args, strict=True)
+        for graph_input, value in zip(inputs, args, strict=True)
         if graph_input.kind in ("state", "stage-input") and isinstance(value, torch.Tensor)
     ]
-    if plan.stage is not None:
-        tensors += [plan.stage.landing(name) for name in plan.stage.inputs]
+    if stage is not None:
+        tensors += [stage.landing(name) for name in stage.inputs]
     return tensors
 
 
@@ -113,6 +122,8 @@ def warm_up(
             buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
             for num_tokens in _with_progress(_calls(buckets, session, sizes), progress):
                 _call(compiled, make_inputs, num_tokens)
+    if not session.ran:
+        raise errors.PPPiecewiseError(errors.no_program_in_warmup())
     found = captured()
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
     _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
