@@ -7,6 +7,7 @@ to mend; the rest of the package uses documented API and what is defined here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -241,6 +243,52 @@ def graph_breaks() -> int:
     from torch._dynamo.utils import counters
 
     return sum(counters["graph_break"].values())
+
+
+def profiler_is_enabled() -> bool:
+    """Whether a profiler records in this thread, NVTX ranges included."""
+    return torch.autograd._profiler_enabled()
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``, read by tlparse); without one it is not even made."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
+    )
+
+
+def expression_text(expression: sympy.Basic | int) -> str:
+    """A shape expression as Python, with ``//`` and ``%``, over names of its symbols."""
+    return PythonPrinter().doprint(expression) if isinstance(expression, sympy.Basic) else str(expression)
+
+
+_WAITING_FOR_BYTECODE: dict[CodeType, Callable[[CodeType], None]] = {}
+
+
+def when_bytecode_is_ready(code: CodeType, tell: Callable[[CodeType], None]) -> None:
+    """Call ``tell``, once, with the code that Dynamo makes from ``code``; what Dynamo runs stays as it is."""
+    _register_bytecode_hook()
+    _WAITING_FOR_BYTECODE[code] = tell
+
+
+@functools.cache
+def _register_bytecode_hook() -> None:
+    # For good: a hook that removed itself would change what Dynamo iterates over.
+    torch._dynamo.convert_frame.register_bytecode_hook(_tell_of_bytecode)
+
+
+def _tell_of_bytecode(code: CodeType, new_code: CodeType) -> CodeType | None:
+    tell = _WAITING_FOR_BYTECODE.pop(code, None)
+    if tell is not None:
+        tell(new_code)
+    return None
+
+
+def guards_of(code: CodeType, transformed: CodeType) -> str | None:
+    """The guards under which Dynamo runs ``transformed`` in place of ``code``; None if it does not hold it."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return next((str(e.guard_manager) for e in _debug_get_cache_entry_list(code) if e.code is transformed), None)
 
 
 def stock_backend(name: str) -> Callable[..., Any]:

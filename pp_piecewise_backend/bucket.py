@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from . import poison
-from .buffers import StaticMemory, StaticTensor, extent_bytes, geometry, tensor_in
+from .buffers import StaticMemory, StaticTensor, assign, extent_bytes, geometry, tensor_in, without_repeats
 from .capture import CapturedGraph, CaptureError, Device, same_bits
 from .plan import GraphPlan, Obstacle
+from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
 from .steps import Instruction, address
-from .traits import is_on, token_dims
+from .traits import token_dims
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
@@ -66,7 +67,9 @@ class Bucket:
     seconds: float = 0.0
     graph_bytes: int = 0
     static_memory: frozenset[int] = frozenset()
-    """Addresses of all memory that later calls overwrite."""
+    """Addresses of the memory that captured pieces and eager steps of this bucket write in."""
+    overwritten: frozenset[int] = frozenset()
+    """Addresses of all memory that later calls overwrite: the static memory, and where stage inputs land."""
     programs: dict[Any, Any] = field(default_factory=dict)
     """Flat programs, by number of tokens and what misses (see ``replay.py``)."""
 
@@ -102,6 +105,8 @@ class BucketCapture:
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
         self._registers: list[Any] = []
         self._real_tokens = 0
+        self.copied_back = 0
+        """Stage inputs that captured pieces wrote and that were copied back to where the caller has them."""
 
     def run(self, args: Sequence[Any], real_tokens: int) -> tuple[Bucket, list[Any]]:
         """Capture every step that can be captured; the bucket and the graph's results come back."""
@@ -135,6 +140,7 @@ class BucketCapture:
         if needs_test:
             self._verdicts.extend_to(self.bucket.tokens)
         self.bucket.static_memory = frozenset(self._leases)
+        self.bucket.overwritten = self.bucket.static_memory | plan.landing_addresses
         self.bucket.graph_bytes = max(0, sum(pool.held_bytes for pool in pools) - held_before)
         self.bucket.seconds = time.perf_counter() - started
         return self.bucket, results
@@ -188,7 +194,14 @@ class BucketCapture:
                 self._fill(self._take(register, spec), value)
 
     def _fill(self, static: StaticTensor, value: torch.Tensor) -> None:
-        static.rows(self._real_tokens).copy_(value)
+        rows = static.rows(self._real_tokens)
+        if rows.shape != value.shape:
+            # Its size is no bare token count (R1): nothing that reads it replays in this call, but what is captured
+            # needs valid values.
+            rows = without_repeats(rows)
+            rows.copy_(value.reshape(-1)[:1].expand(rows.shape) if value.numel() else torch.zeros_like(rows))
+            return
+        assign(rows, value)
         if fills_tail(static):
             for tail, first_row in static.tails(self._real_tokens):
                 tail.copy_(first_row)
@@ -280,7 +293,7 @@ class BucketCapture:
         changed = [(value, copy) for value, copy in before if not same_bits(value, copy)]
         for value, copy in changed:
             value.copy_(copy)
-        if changed:
+        if changed and is_on("R2"):
             raise _NotHere("writes-state", "it writes an input although no op of it says so")
         self._verdicts.mutations_checked.add(step)
 
@@ -302,7 +315,7 @@ class BucketCapture:
                 if isinstance(spec, TensorSpec) and token:
                     shape, stride = geometry(spec, plan.symbols(rows))
                     copy = torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
-                    found.append(copy.copy_(StaticTensor(value, spec, token, plan.symbols).rows(rows)))
+                    found.append(assign(copy, StaticTensor(value, spec, token, plan.symbols).rows(rows)))
                 else:
                     found.append(rows if isinstance(spec, SymbolSpec) and spec.symbol == symbol else value)
             return found
@@ -334,6 +347,7 @@ class BucketCapture:
         value, static = self._registers[register], self.bucket.static.get(register)
         if static is not None and value.data_ptr() != static.tensor.data_ptr():
             value.copy_(static.rows(self._real_tokens))
+            self.copied_back += 1
 
     def _run_on_real_rows(self, step: int, instruction: Instruction) -> None:
         plan = self._plan
@@ -435,6 +449,8 @@ def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Obstacle | None:
 
 def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
     """The real rows with the strides that were traced: a view where it can have them, else a copy."""
+    if not is_on("rows"):
+        return static.tensor
     view = static.exact(num_tokens)
     if view is not None and is_on("R5"):
         return view
@@ -442,7 +458,7 @@ def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
     if not is_on("R5"):
         return rows
     shape, stride = geometry(static.spec, static.symbols(num_tokens))
-    return torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device).copy_(rows)
+    return assign(torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device), rows)
 
 
 def fills_tail(static: StaticTensor) -> bool:

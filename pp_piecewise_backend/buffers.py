@@ -100,6 +100,10 @@ class StaticMemory:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held by the call that uses the memory."""
+        self.holder: int | None = None
+        """The thread of that call."""
+        self.users: set[int] = set()
+        """Ids of the programs' graphs that have something captured in it; the last one to go releases it."""
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         self.pools: dict[str, Any] = {}
@@ -165,6 +169,8 @@ class Stage:
             name: allocate(max_tokens * proxy.bytes_per_token, self.device) for name, proxy in self.inputs.items()
         }
         self._views: dict[int, dict[str, torch.Tensor]] = {}
+        self.is_shown = False
+        """Whether anybody was given views of it, so that arguments may lie in it."""
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """``{name: [num_tokens, *shape]}``: the first rows of the landing memory.
@@ -175,6 +181,7 @@ class Stage:
         Raises:
             ValueError: ``num_tokens`` is not in 1 to ``max_tokens``.
         """
+        self.is_shown = True
         if num_tokens not in self._views:
             if not 1 <= num_tokens <= self.max_tokens:
                 raise ValueError(errors.rows_out_of_range(num_tokens, self.max_tokens))
@@ -210,6 +217,25 @@ class Stage:
 
     def __repr__(self) -> str:
         return f"Stage({dict(self.inputs)!r}, max_tokens={self.max_tokens}, device={str(self.device)!r})"
+
+
+def without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of each element once: what ``expand`` repeats is one place in memory, which no op may write twice."""
+    return without_repeats_of(tensor, tensor)
+
+
+def without_repeats_of(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What of ``value`` belongs into ``without_repeats(target)``."""
+    for dim, (size, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if step == 0 and size > 1:
+            value = value.narrow(dim, 0, 1)
+    return value
+
+
+def assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``target.copy_(value)``, also where ``target`` repeats elements, as ``value`` then does too."""
+    without_repeats(target).copy_(without_repeats_of(value, target))
+    return target
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -258,9 +284,10 @@ class StaticTensor:
         with torch.inference_mode(False), torch.no_grad():
             for dim in self.token_dims:
                 padded = self.tensor.shape[dim] - num_tokens
-                if padded > 0:
+                if padded > 0 and self.tensor.stride(dim) != 0:
                     tail = self.tensor.narrow(dim, num_tokens, padded)
-                    pairs.append((tail, self.tensor.narrow(dim, 0, 1).expand_as(tail)))
+                    first_row = self.tensor.narrow(dim, 0, 1).expand_as(tail)
+                    pairs.append((without_repeats(tail), without_repeats_of(first_row, tail)))
         return pairs
 
     def exact(self, num_tokens: int) -> torch.Tensor | None:

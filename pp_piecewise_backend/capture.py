@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import _compat
-from .buffers import allocate, tensor_in
+from .buffers import allocate, assign, tensor_in
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
@@ -304,7 +304,7 @@ class EmulatedDevice:
         versions = [_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
-            with torch.no_grad(), recorder:
+            with torch.no_grad(), _NoHostReads(), recorder:
                 results = call(captured)
         except CaptureError:
             raise
@@ -336,7 +336,7 @@ def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int 
                 continue
             is_untouched = version is not None and _compat.version(tensor) == version
             if not is_untouched or not same_bits(tensor, copy):
-                tensor.copy_(copy)
+                assign(tensor, copy)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -406,12 +406,15 @@ class _Recorder(_compat.TorchDispatchMode):
 
 
 class _NoHostReads(TorchFunctionMode):
-    """Refuses what reads memory without any op; on a GPU it would wait for the device, which no capture allows."""
+    """Refuses what reads a tensor from Python without any op, as CPU tensors allow and a capture does not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
-            raise CaptureError(f"{func.__name__} reads device memory from the host, which no graph can hold")
+        if getattr(func, "__name__", "") in _READS_WITHOUT_OPS:
+            raise CaptureError(f"Tensor.{func.__name__} reads device memory from the host, which no graph can hold")
         return func(*args, **(kwargs or {}))
+
+
+_READS_WITHOUT_OPS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "item"})
 
 
 class _Slot:

@@ -25,6 +25,7 @@ from . import _compat
 from .errors import SplitError
 from .facts import EFFECT, GraphFacts
 from .placeholders import GraphInput
+from .rules import is_on
 from .specs import TensorSpec
 from .split_ops import SplitOpMatcher, is_getitem, looks_like_attention, op_name
 from .written_out_attention import find_written_out_attention
@@ -299,6 +300,8 @@ class _Cutter:
 
     def _cut_at_visible_writes(self, steps: Sequence[Step]) -> bool:
         """M1: rename each write to memory born in another step, or make it eager. True if a new cut is needed."""
+        if not is_on("M1"):
+            return False
         born_in = {
             storage: index
             for index, step in enumerate(steps)

@@ -96,8 +96,8 @@ def _graph_lines(program: Program) -> list[str]:
     for bucket, _ in graphs.buckets:
         lines += _entry(
             "  captured",
-            f"{bucket.tokens} tokens: {len(bucket.graphs)} pieces in {bucket.seconds:.2f} s, {bucket.graph_bytes} bytes "
-            f"more",
+            f"{bucket.tokens} tokens: {len(bucket.graphs)} pieces in {bucket.seconds:.2f} s, "
+            f"{bucket.graph_bytes} bytes more",
         )
         lines += _by_reason("    not here", {step: o.sentence for step, o in bucket.obstacles.items()})
     for tokens, obstacle in graphs.dropped.items():
@@ -161,7 +161,7 @@ def _input_lines(inputs: Sequence[GraphInput]) -> list[str]:
     for members in groups.values():
         first = members[0]
         count = f" x{len(members)}" if len(members) > 1 else ""
-        name = _folded_name([short_source(m.source) or m.name for m in members])
+        name = folded_name([short_source(m.source) or m.name for m in members])
         lines += _entry(f"    {first.kind}", f"{name}{count} {_shape(first)}: {first.reason}", indent=18)
     return lines
 
@@ -170,7 +170,7 @@ def _shape(graph_input: GraphInput) -> str:
     return str(graph_input.expression) if graph_input.spec is None else str(graph_input.spec)
 
 
-def _folded_name(names: Sequence[str]) -> str:
+def folded_name(names: Sequence[str]) -> str:
     """One name for several that differ in their numbers only: ``layers.{0..31}.weight``."""
     columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
     folded = []
@@ -210,7 +210,7 @@ class _Line(NamedTuple):
 def _step_lines(program: Program) -> list[str]:
     steps = [_step(piece) for piece in program.pieces]
     lines = []
-    for start, period, repeats in _fold([step.signature for step in steps]):
+    for start, period, repeats in fold([step.signature for step in steps]):
         block = steps[start : start + period]
         if repeats > 1:
             last = start + period * repeats - 1
@@ -226,12 +226,12 @@ def _step(piece: Piece) -> _Line:
     writes = "; gives results" if piece.writes_stage_outputs else ""
     if piece.kind == "eager":
         text = f"eager: {piece.reason}{reads}{writes}"
-        return _Line(piece, ("eager", _without_numbers(text)), text)
+        return _Line(piece, ("eager", without_numbers(text)), text)
     text = f"compute: {_summary(piece.ops)}; key {piece.key}{reads}{writes}"
     return _Line(piece, ("compute", piece.key, reads, writes), text)
 
 
-def _without_numbers(text: str) -> str:
+def without_numbers(text: str) -> str:
     """What is left of a text when layers and the suffixes of node names no longer count."""
     return re.sub(r"\d+", "#", re.sub(r"_\d+\b", "", text))
 
@@ -239,7 +239,7 @@ def _without_numbers(text: str) -> str:
 def _common_text(texts: Sequence[str]) -> str:
     """One text for several steps that are equal but for numbers."""
     patterns = {re.sub(r"\d+", "#", text) for text in texts}
-    return texts[0] if len(set(texts)) == 1 or len(patterns) > 1 else _folded_name(texts)
+    return texts[0] if len(set(texts)) == 1 or len(patterns) > 1 else folded_name(texts)
 
 
 def _summary(ops: Iterable[str]) -> str:
@@ -252,7 +252,7 @@ def _summary(ops: Iterable[str]) -> str:
     return f"{len(names)} ops ({listed}{f', {rest} more' if rest else ''})"
 
 
-def _fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]:
+def fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]:
     """Cut a sequence into blocks ``(start, period, repeats)``, folding what repeats right behind itself."""
     blocks: list[tuple[int, int, int]] = []
     start = 0

@@ -14,20 +14,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from threading import get_ident
 from typing import Any
 
 import torch
 
 from . import errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
-from .buffers import StaticMemory
+from .buffers import StaticMemory, without_repeats
 from .capture import Device, make_device
 from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
+from .rules import is_on
 from .stats import Stats
-from .steps import address
-from .traits import is_on
 from .warming_up import current_session
 
 _LOG = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ MAX_RECAPTURES = 4
 
 MAX_FLAT_PROGRAMS = 64
 """Flat programs kept per bucket; each holds the views for one number of tokens."""
+
+
+_NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Graphs:
         self._stats = stats
         self._device: Device = make_device(plan.settings.device, plan.settings.compiler_runs_ops)
         self._sets: OrderedDict[tuple[int, ...], ParameterSet] = OrderedDict()
+        self._last_set: tuple[tuple[int, ...] | None, ParameterSet | None] = None, None
+        """The set of the last call: to compare its addresses costs less than to hash them."""
         self._sets_captured = 0
         self._dropped: dict[int, Obstacle] = {}
         """Buckets that are captured no more, and why."""
@@ -76,6 +81,7 @@ class Graphs:
         self._calls = 0
         self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
+        self._more_to_check = bool(plan.address_positions or plan.scalar_sources)
         positions = plan.parameter_positions
         self._parameters = itemgetter(*positions) if len(positions) > 1 else None
 
@@ -104,33 +110,38 @@ class Graphs:
             return Obstacle("over-max", REASONS["over-max"])
         if self._device.is_capturing():
             return Obstacle("outer-capture", REASONS["outer-capture"])
-        if not self._memory.lock.acquire(blocking=False):
+        memory = self._memory
+        if not memory.lock.acquire(blocking=False):
             return Obstacle("concurrent-call", REASONS["concurrent-call"])
         try:
-            session = current_session()
-            if session is None:
-                return self._run_in_bucket(args, num_tokens, size, warming_up=False)
-            with session.leaving_no_trace(plan, args, self.name):
-                return self._run_in_bucket(args, num_tokens, size, warming_up=True)
+            memory.holder = get_ident()
+            return self._run_in_bucket(args, num_tokens, size, warming_up=current_session() is not None)
         finally:
-            self._memory.lock.release()
+            memory.holder = None
+            memory.lock.release()
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
+        if plan.lands_elsewhere(args, num_tokens):
+            return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
-        parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
+        if key == self._last_set[0]:
+            parameters = self._last_set[1]
+        else:
+            parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
                 return Obstacle("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
             parameters = self._new_set(key)
-        elif len(self._sets) > 1:
+        elif len(self._sets) > 1 and is_on("R7"):
             self._sets.move_to_end(key)
+        self._last_set = key, parameters
         if size in self._dropped:
             return self._dropped[size]
         bucket = parameters.buckets.get(size)
         moved: dict[int, str] = {}
         if bucket is not None:
-            here = (addresses(plan, args), scalars(plan, args))
+            here = (addresses(plan, args), scalars(plan, args)) if self._more_to_check else _NOTHING_CHECKED
             if here != (bucket.addresses, bucket.scalars) and is_on("R7"):
                 if self._shall_recapture(parameters, size, here):
                     self._release_bucket(parameters, size)
@@ -149,15 +160,17 @@ class Graphs:
         if settings.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
-        self._spoil_given_out()
+        if self._given_out:
+            self._spoil_given_out()
         if settings.verify_every and self._calls % settings.verify_every == 0:
-            results, call, in_place = self._run_verified(program, args, size)
+            results, call = self._run_verified(program, args, size)
         else:
-            results, call, in_place = program.run(args)
-        self.plain.update(call.plain)
+            results, call = program.run(args)
+        if call.plain:
+            self.plain.update(call.plain)
         results, copied = self._hand_over(args, results, bucket, program)
         if not warming_up:
-            self._count(program, call, in_place, copied, num_tokens)
+            self._count(program, call, copied, num_tokens)
         return results
 
     def _parameter_addresses(self, args: Sequence[Any]) -> tuple[int, ...]:
@@ -168,7 +181,7 @@ class Graphs:
     def _flat_program(
         self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]
     ) -> FlatProgram:
-        key = (num_tokens, tuple(sorted(moved.items())))
+        key = (num_tokens, tuple(sorted(moved.items()))) if moved else num_tokens
         program = bucket.programs.get(key)
         if program is None:
             misses = dict(moved)
@@ -189,17 +202,16 @@ class Graphs:
         """Results that belong to the caller, and how many tensors were copied for it."""
         plan = self.plan
         storages = plan.split.result_storages
+        static = bucket.overwritten
         if plan.settings.static_outputs:
             if plan.settings.strict and plan.settings.device == "emulate":
-                # What is not static memory of ours belongs to the caller: a view of an input, or of a fresh tensor.
-                self._given_out = [
-                    weakref.ref(result)
-                    for result, storage in zip(results, storages, strict=True)
-                    if isinstance(result, torch.Tensor) and storage not in plan.input_storages
-                    and address(result) in bucket.static_memory
-                ]  # fmt: skip
+                # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
+                in_static_memory = list(results)
+                hand_over(results, storages, plan.input_storages, static)
+                pairs = zip(results, in_static_memory, strict=True)
+                self._given_out = [weakref.ref(given) for given, other in pairs if given is not other]
             return results, 0
-        copied = hand_over(results, storages, plan.input_storages, bucket.static_memory | plan.landing_addresses)
+        copied = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
         if merged is None:
             merged = merged_results(plan.inputs, args, results, storages)
@@ -214,11 +226,9 @@ class Graphs:
         for reference in self._given_out:
             tensor = reference()
             if tensor is not None:
-                with torch.no_grad():
-                    if tensor.is_floating_point() or tensor.is_complex():
-                        tensor.fill_(float("nan"))
-                    else:
-                        tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+                with torch.inference_mode(False), torch.no_grad():
+                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
         self._given_out = []
 
     # ------------------------------------------------------------------------- capturing
@@ -261,6 +271,7 @@ class Graphs:
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
         bucket, results = capture.run(args, num_tokens)
         parameters.buckets[size] = bucket
+        self._memory.users.add(id(self))
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
@@ -280,7 +291,8 @@ class Graphs:
                 self._stats.add_miss(code, pieces)
                 self._log_miss(code, num_tokens)
             in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
-            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": len(flat.landing) - in_place}
+            copied_in = len(flat.landing) - in_place
+            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
         self._stats.add_many(amounts)
         self._count_memory()
         self._keep_within_limit(parameters, size)
@@ -325,7 +337,7 @@ class Graphs:
 
     # --------------------------------------------------------------------------- verifying
 
-    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call, int]:
+    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call]:
         found: list[str] = []
         outcome = program.run_verified(args, found.append)
         if found:
@@ -338,21 +350,12 @@ class Graphs:
 
     # ----------------------------------------------------------------------------- counting
 
-    def _count(self, program: FlatProgram, call: Call, in_place: int, copied: int, num_tokens: int) -> None:
-        amounts = program.counts | {
-            "stage_inputs_in_place": in_place,
-            "stage_input_copies": call.stage_copies,
-            "input_copies": call.copies,
-            "input_bytes_copied": call.bytes_copied,
-            "border_copies": call.border_copies,
-            "output_copies": copied,
-        }
-        if call.misses:
-            amounts["replays"] -= sum(call.misses.values())
-        self._stats.add_many(amounts)
-        for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
-            self._stats.add_miss(code, pieces)
-            self._log_miss(code, num_tokens)
+    def _count(self, program: FlatProgram, call: Call, copied: int, num_tokens: int) -> None:
+        program.count(call, copied).add_to(self._stats)
+        if program.miss_counts or call.misses:
+            for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
+                self._stats.add_miss(code, pieces)
+                self._log_miss(code, num_tokens)
 
     def _miss_all(self, obstacle: Obstacle | None, num_tokens: int | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""
@@ -402,14 +405,30 @@ class Graphs:
         parameters.buckets.pop(size).release()
 
     def release(self) -> None:
-        """Give back graphs, pools and static memory, in this order; see Note [release order]."""
+        """Give back graphs, pools and static memory, in this order; see Note [release order].
+
+        Waits for a call that is under way in another thread.
+
+        Raises:
+            PPPiecewiseError: it was called from within such a call.
+        """
+        if self._memory.holder == get_ident():
+            raise errors.PPPiecewiseError(errors.released_in_a_call(self.name))
+        with self._memory.lock:
+            self.release_unlocked()
+
+    def release_unlocked(self) -> None:
+        """The same for a program that is gone, which no call can be using."""
         for parameters in self._sets.values():
             for size in list(parameters.buckets):
                 self._release_bucket(parameters, size)
         self._sets.clear()
+        self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
-        self._memory.release()
+        self._memory.users.discard(id(self))
+        if not self._memory.users:
+            self._memory.release()
         self._count_memory()
 
     # ------------------------------------------------------------------------------ report

@@ -17,12 +17,13 @@ import torch
 from torch import fx
 
 from .buckets import Ladder
-from .buffers import Stage
+from .buffers import Stage, geometry
 from .placeholders import GraphInput, InputTable
+from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
 from .split import Split
-from .steps import Instruction, Layout, Register
-from .traits import is_on, token_dims
+from .steps import Instruction, Layout, Register, address
+from .traits import token_dims
 
 SMALL_TENSOR_BYTES = 64 * 1024
 """Inputs up to this size are copied into static memory in each call; larger ones are read where they are."""
@@ -45,7 +46,6 @@ REASONS: Mapping[str, str] = {
     "random": "the piece draws random numbers, which a graph would freeze or draw otherwise than eager",
     "writes-state": "the piece writes a tensor that outlives the call",
     "mixed-devices": "the piece takes or gives tensors of more than one device, or of another than the graphs'",
-    "expanded-tensor": "an expanded tensor, whose elements share memory, cannot be copied to or from static memory",
     "guard": "the compiled code does not hold for the size of the bucket",
     "capture-failed": "the piece could not be captured",
     "no-tensor": "the piece takes or gives something that is no tensor",
@@ -55,7 +55,7 @@ REASONS: Mapping[str, str] = {
     "outer-capture": "the call was made inside another capture",
     "rows-disagree": "an input has other sizes or another dtype than the token count and the capture say",
     "unexpected-tensor": "an eager step gave a tensor of another size or dtype than traced",
-    "inputs-overlap": "inputs that the graph writes share memory with other inputs",
+    "inputs-overlap": "inputs that the graph writes, or landing memory of another input, share memory with an input",
 }
 
 
@@ -200,15 +200,10 @@ class GraphPlan:
             register = source if isinstance(source, int) else source[0]
             if isinstance(spec, SymbolSpec) and spec.symbol != self.token_symbol and register >= len(self.inputs):
                 return Obstacle("scalar-made-in-call", f"{spec.symbol} is known only in the middle of the call")
-        for source, spec in zip((*instruction.arguments, *instruction.outputs), specs, strict=True):
-            if isinstance(source, int) and isinstance(spec, TensorSpec) and is_expanded(spec):
-                if source < len(self.inputs) and self._arrival(source) in ("parameter", "address"):
-                    continue
-                return Obstacle("expanded-tensor", f"{spec} with strides {list(spec.stride)} crosses its border")
         if self.settings.mode == "piecewise":
             stage_inputs = {i.name for i in self.inputs if i.kind == "stage-input"}
             outliving = [name for name in piece.traits.writes if name not in stage_inputs]
-            if outliving:
+            if outliving and is_on("R2"):
                 return Obstacle("writes-state", f"it writes {', '.join(outliving)}")
         return None
 
@@ -256,8 +251,6 @@ class GraphPlan:
         sizes = [size for size in spec.shape if isinstance(size, int)]
         is_small = len(sizes) == len(spec.shape) and _product(sizes) * spec.dtype.itemsize <= SMALL_TENSOR_BYTES
         counts_tokens = self.token_symbol is not None and self.token_symbol in spec.symbols
-        if is_expanded(spec) and not counts_tokens:
-            return "address"
         return "copied" if graph_input.kind == "per-token" or is_small or counts_tokens else "address"
 
     @cached_property
@@ -336,6 +329,29 @@ class GraphPlan:
             frozenset(self.stage.landing(name).data_ptr() for name in self.stage.inputs) if self.stage else frozenset()
         )
 
+    def lands_elsewhere(self, args: Sequence[Any], num_tokens: int) -> bool:
+        """Whether an argument lies in landing memory that this call is about to overwrite with another argument."""
+        stage = self.stage
+        if stage is None or not stage.is_shown or not is_on("landing"):
+            return False
+        in_place = set()
+        for register, pointer in self._landing_pointers.items():
+            value, stride = args[register], self.specs[register].stride
+            if any(not isinstance(step, int) for step in stride):
+                _, stride = geometry(self.specs[register], self.symbols(num_tokens))
+            if value.data_ptr() == pointer and value.stride() == stride:
+                in_place.add(register)
+        return len(in_place) < len(self._landing_pointers) and any(
+            isinstance(value, torch.Tensor) and at not in in_place and address(value) in self.landing_addresses
+            for at, value in enumerate(args)
+        )
+
+    @cached_property
+    def _landing_pointers(self) -> Mapping[int, int]:
+        """Register of a stage input -> address of the landing memory in which captured pieces read it."""
+        labels = {at: self.inputs[at].label for at, arrival in self.arrivals.items() if arrival == "landing"}
+        return {} if self.stage is None else {at: self.stage.landing(n).data_ptr() for at, n in labels.items()}
+
     @cached_property
     def hoisted(self) -> Mapping[int, tuple[Any, tuple[TensorSpec, ...]]]:
         """Eager steps whose output buffers can be given to them: a callable that takes these behind its arguments."""
@@ -353,11 +369,6 @@ class GraphPlan:
                 found[index] = (_with_given_buffers(instruction.piece.graph_module, names),
                                 tuple(allocations[name] for name in names))  # fmt: skip
         return found
-
-
-def is_expanded(spec: TensorSpec) -> bool:
-    """Whether several elements of the tensor are one in memory, so that nothing can be copied to it."""
-    return any(step == 0 and size != 1 for size, step in zip(spec.shape, spec.stride, strict=True))
 
 
 def _with_given_buffers(graph_module: fx.GraphModule, names: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .buffers import assign, without_repeats
 from .capture import same_bits
 
 # How far the same rows may differ between two numbers of rows, relative to the largest of them. Matrix products of
@@ -102,28 +103,24 @@ def first_differing_row(one: torch.Tensor, other: torch.Tensor, token_dim: int |
 
 def like(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides."""
-    own = tensor
-    for dim, step in enumerate(tensor.stride()):
-        if step == 0 and tensor.shape[dim] > 1:
-            own = own.narrow(dim, 0, 1)
-    copy = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=own.device).copy_(own)
-    return copy.as_strided(tensor.shape, tensor.stride())
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return assign(copy, tensor)
 
 
 def _poisoned(value: torch.Tensor, dims: tuple[int, ...], real_tokens: int, poison: str, number: int) -> torch.Tensor:
     copy = like(value)
     for dim in dims:
         padded = copy.shape[dim] - real_tokens
-        if padded <= 0:
+        if padded <= 0 or copy.stride(dim) == 0:
             continue
-        tail = copy.narrow(dim, real_tokens, padded)
+        tail = without_repeats(copy.narrow(dim, real_tokens, padded))
         if copy.is_floating_point() or copy.is_complex():
             big = torch.finfo(copy.dtype).max
             tail.fill_({"zero": 0.0, "nan": float("nan"), "big": big, "-big": -big}[poison])
         else:
             # Integers may index something: only values of the same batch are sure to be valid.
             row = 0 if poison == "zero" else (number * real_tokens // len(_POISONS)) % real_tokens
-            tail.copy_(copy.narrow(dim, row, 1).expand_as(tail))
+            tail.copy_(without_repeats(copy.narrow(dim, row, 1)).expand_as(tail))
     return copy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from .results import merged_results
 from .split import Piece, Split
 from .stats import TOTALS, Stats
 from .steps import address, lay_out
-from .warming_up import current_session, written_tensors
+from .warming_up import current_session
 
 if TYPE_CHECKING:
     from .config import Config
@@ -69,7 +70,7 @@ class Program:
             memory = StaticMemory() if stage is None else stage.memory
             self.graphs = Graphs(plan, memory, self.stats, name)
             # At interpreter exit, too, graphs go before the memory that they read.
-            self._finalizer = weakref.finalize(self, self.graphs.release)
+            self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -88,26 +89,26 @@ class Program:
         return self.table.inputs
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        graphs = self.graphs
+        session = current_session()
+        if not torch.is_grad_enabled() and session is None:
+            return self._run(args)
         with torch.no_grad():
-            if self._exclusive and self._overlap(args):
-                names = ", ".join(self.inputs[position].label for position in self._exclusive)
-                reason = f"inputs that the graph writes ({names}) share memory with other inputs"
-                return self._run_whole(args, "inputs-overlap", reason)
-            if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-                return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
-            if graphs is not None:
-                results = graphs.run(args)
-                if results is not None:
-                    if graphs.plain:
-                        self._note_plain(graphs.plain)
-                    return tuple(results)
-            return self._run_uncaptured(args)
+            if session is None:
+                return self._run(args)
+            if self.graphs is not None:
+                session.note(self.name, self.graphs.plan)
+            with session.leaving_no_trace(self.inputs, args, self.stage):
+                return self._run(args)
 
     def release(self) -> None:
-        """Give back graphs and static memory; a later call takes them again."""
+        """Give back graphs and static memory; a later call takes them again. Raises inside a call of the program."""
         if self.graphs is not None:
             self.graphs.release()
+
+    @property
+    def __code__(self) -> CodeType:
+        """What debuggers of compiled code, such as ``depyf.prepare_debug``, ask every compiled function for."""
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
@@ -149,17 +150,24 @@ class Program:
 
     # ---------------------------------------------------------------------- running
 
+    def _run(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        graphs = self.graphs
+        if self._exclusive and self._overlap(args):
+            names = ", ".join(self.inputs[position].label for position in self._exclusive)
+            reason = f"inputs that the graph writes ({names}) share memory with other inputs"
+            return self._run_whole(args, "inputs-overlap", reason)
+        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
+            return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
+        if graphs is not None:
+            results = graphs.run(args)
+            if results is not None:
+                if graphs.plain:
+                    self._note_plain(graphs.plain)
+                return tuple(results)
+        return self._run_uncaptured(args)
+
     def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        session = current_session()
-        if session is None:
-            results, plain = self.layout.run(args)
-        elif self.graphs is None:
-            session.note(self.config.max_tokens if self.stage is None else self.stage.max_tokens)
-            with session.restoring(written_tensors(self.inputs, args, self.stage)):
-                results, plain = self.layout.run(args)
-        else:
-            with session.leaving_no_trace(self.graphs.plan, args, self.name):
-                results, plain = self.layout.run(args)
+        results, plain = self.layout.run(args)
         self._note_plain(plain)
         merged = self._merged_results
         if merged is None:
@@ -168,7 +176,7 @@ class Program:
             self._merged_results = None if plain else merged
         for index in merged:
             results[index] = results[index].clone()
-        if session is None:
+        if current_session() is None:
             self.stats.add_many({"calls": 1, "eager_steps": self._eager_steps})
         return tuple(results)
 
@@ -189,7 +197,8 @@ class Program:
         if self.graphs is not None:
             self.graphs.miss(code, args)
         results = self.split.whole(*args)
-        self.stats.add_many({"calls": 1})
+        if current_session() is None:
+            self.stats.add_many({"calls": 1})
         return tuple(results)
 
 
@@ -212,13 +221,15 @@ class UnsplitProgram:
         self._amounts = {"calls": 1} if counter is None else {"calls": 1, counter: 1}
 
     def __call__(self, *args: Any) -> Any:
-        if (session := current_session()) is not None:
-            session.note(self.config.max_tokens)
         self.stats.add_many(self._amounts)
         return self._call(*args)
 
     def release(self) -> None:
         """It holds nothing of ours."""
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """Why the graph is not split."""

@@ -59,21 +59,16 @@ def hand_over(
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies with the geometry of ``tensors``, all in one storage."""
     first = tensors[0]
+    if len(tensors) == 1 and first.is_contiguous() and first.storage_offset() == 0:
+        return [first.clone()]  # the usual case, in one op
     if any(tensor.dtype != first.dtype for tensor in tensors):
         return [_copies([tensor])[0] for tensor in tensors]
     ends = [tensor.storage_offset() + _extent(tensor) for tensor in tensors]
     flat = torch.empty(max(ends), dtype=first.dtype, device=first.device)
-    if len(tensors) == 1 and not _overlaps_itself(first):
-        return [flat.as_strided(first.shape, first.stride(), first.storage_offset()).copy_(first)]
     begin = min(tensor.storage_offset() for tensor in tensors)
     window = (max(ends) - begin,), (1,), begin
     flat.as_strided(*window).copy_(first.as_strided(*window))
     return [flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in tensors]
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether an expanded dimension makes several elements one, to which nothing can be copied."""
-    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _extent(tensor: torch.Tensor) -> int:

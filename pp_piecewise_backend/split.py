@@ -26,6 +26,7 @@ from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_
 from .errors import SplitError
 from .facts import GraphFacts
 from .placeholders import InputTable
+from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
 from .split_ops import SplitOpMatcher, attribute, op_name
 from .traits import (
@@ -265,7 +266,7 @@ class _Splitter:
 
     def is_remade(self, value: Value) -> bool:
         """Whether the value is a view that is made anew in each step that uses it."""
-        if value.node.op in ("placeholder", "get_attr"):
+        if value.node.op in ("placeholder", "get_attr") or not is_on("M2"):
             return False
         storages = self.storages_of(_Key(value)) & self.shared
         return bool(storages) and not storages & self.facts.nodes[value.node].born

@@ -65,7 +65,7 @@ class Instruction:
 
     def gather(self, registers: Sequence[Any]) -> list[Any]:
         """The step's arguments."""
-        return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in self.arguments]
+        return gather(self.arguments, registers)
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ def lay_out(
     )
     given = len(table.inputs) + len(split.constants)
     return Layout(instructions, registers, tuple(split.constants.values()), len(names) - given, results)
+
+
+def gather(sources: Sequence[int | tuple[int, int]], registers: Sequence[Any]) -> list[Any]:
+    """What is in these registers, or the sizes that are meant."""
+    return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in sources]
 
 
 def address(tensor: torch.Tensor) -> int:

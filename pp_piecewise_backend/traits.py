@@ -23,14 +23,9 @@ from torch.fx import Node
 
 from .cuts import is_allocation
 from .facts import RANDOM, GraphFacts
+from .rules import is_on
 from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
 from .split_ops import is_getitem, op_name
-
-RULES = frozenset({"R1", "R2", "R3", "R4", "R5", "R6", "R7", "selection", "random", "tail", "uninitialised"})
-"""Every rule that a test may switch off, to see that it is needed."""
-
-SWITCHED_OFF: frozenset[str] = frozenset()
-"""Rules not applied. Tests replace it; nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,6 @@ class Traits:
     """Uninitialised tensors made in the step that it hands on, by node name: usual for the output of attention."""
     uninitialised: tuple[bool, ...] = ()
     """For each output, whether its contents mean nothing."""
-
-
-def is_on(rule: str) -> bool:
-    return rule not in SWITCHED_OFF
 
 
 def token_dims(spec: TensorSpec, token_count: Dim | None) -> tuple[int, ...]:

@@ -47,26 +47,27 @@ class Session:
     """Program -> the buckets that it can be called in."""
     smallest: dict[str, int] = field(default_factory=dict)
     """Program -> the smallest number of tokens that it can be called with."""
+    calls: int = 0
+    """Calls of programs."""
     max_tokens: int = 1
-    """The largest call that a program is meant for."""
-    ran: bool = False
-    """Whether a program was called at all."""
+    """The largest bucket of any program."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 
-    def note(self, max_tokens: int) -> None:
-        """A program was called that is meant for so many tokens."""
-        self.ran = True
-        self.max_tokens = max(self.max_tokens, max_tokens)
-
-    @contextlib.contextmanager
-    def leaving_no_trace(self, plan: GraphPlan, args: Sequence[Any], name: str) -> Iterator[None]:
-        """Give state and proxies the contents back that they had before the call."""
-        self.note(plan.settings.ladder.max_tokens)
+    def note(self, name: str, plan: GraphPlan) -> None:
+        """Learn from a program that is called which buckets it has."""
+        self.max_tokens = max(self.max_tokens, plan.settings.ladder.max_tokens)
         if plan.token_symbol is not None:
             self.ladders[name] = plan.ladder.sizes_tokens
             self.smallest[name] = plan.smallest_tokens
-        with self.restoring(written_tensors(plan.inputs, args, plan.stage)):
+
+    @contextlib.contextmanager
+    def leaving_no_trace(
+        self, inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None
+    ) -> Iterator[None]:
+        """Give state and proxies the contents back that they had before the call."""
+        self.calls += 1
+        with self.restoring(written_tensors(inputs, args, stage)):
             yield
 
     @contextlib.contextmanager
@@ -91,9 +92,7 @@ def written_tensors(inputs: Sequence[GraphInput], args: Sequence[Any], stage: St
         for graph_input, value in zip(inputs, args, strict=True)
         if graph_input.kind in ("state", "stage-input") and isinstance(value, torch.Tensor)
     ]
-    if stage is not None:
-        tensors += [stage.landing(name) for name in stage.inputs]
-    return tensors
+    return tensors if stage is None else tensors + [stage.landing(name) for name in stage.inputs]
 
 
 def warm_up(
@@ -102,8 +101,8 @@ def warm_up(
     sizes: Sequence[int] | None,
     progress: bool | None,
     captured: Callable[[], Mapping[int, tuple[float, int]]],
-) -> None:
-    """See ``pp_piecewise_backend.warmup``.
+) -> Mapping[int, tuple[float, int]]:
+    """See ``pp_piecewise_backend.warmup``; what is captured comes back.
 
     Args:
         captured: bucket -> (seconds, bytes) of what all programs hold captured now.
@@ -122,11 +121,12 @@ def warm_up(
             buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
             for num_tokens in _with_progress(_calls(buckets, session, sizes), progress):
                 _call(compiled, make_inputs, num_tokens)
-    if not session.ran:
+    if not session.calls:
         raise errors.PPPiecewiseError(errors.no_program_in_warmup())
     found = captured()
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
     _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
+    return found
 
 
 def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None) -> list[int]:

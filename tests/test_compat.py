@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,6 +344,59 @@ def test_entering_and_leaving_inference_mode_by_hand() -> None:
     finally:
         _compat.exit_inference_mode(entered)
     assert not torch.is_inference_mode_enabled()
+
+
+# ------------------------------------------------------------------------------------- dumps
+
+
+def test_profiler_is_enabled() -> None:
+    assert not _compat.profiler_is_enabled()
+    with torch.profiler.profile():
+        assert _compat.profiler_is_enabled()
+    assert not _compat.profiler_is_enabled()
+
+
+def test_a_trace_artifact_is_not_made_without_a_trace() -> None:
+    # In a process of its own: the test runner's log handlers count as a trace.
+    code = (
+        "import torch\nfrom pp_piecewise_backend import _compat\n"
+        "def text():\n    raise SystemExit('made')\n"
+        "def backend(graph, inputs):\n    _compat.trace_artifact('name', text)\n    return graph.forward\n"
+        "torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_TRACE"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True, timeout=60)
+
+
+def test_expression_text_is_python() -> None:
+    s0 = sympy.Symbol("s0", positive=True, integer=True)
+    from torch.utils._sympy.functions import FloorDiv, Mod
+
+    for expression, wanted in ((s0 * 4 + 1, 41), (FloorDiv(s0, 3), 3), (Mod(s0, 4), 2), (sympy.Integer(7), 7), (5, 5)):
+        assert eval(_compat.expression_text(expression), {"s0": 10}) == wanted
+
+
+def test_the_bytecode_and_guards_of_a_frame() -> None:
+    told: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    def look(graph: object) -> None:
+        frame = _compat.frame_being_compiled()
+        assert frame is not None
+        _compat.when_bytecode_is_ready(frame[0], told.append)
+        assert _compat.guards_of(frame[0], frame[0]) is None  # not there yet
+
+    during_compilation(function, torch.zeros(2), look=look)
+    (transformed,) = told
+    guards = _compat.guards_of(function.__code__, transformed)
+    assert guards is not None and "TENSOR_MATCH" in guards and "L['x']" in guards
+    torch.compile(lambda y: y * 2, backend="eager")(torch.zeros(2))
+    assert len(told) == 1  # told once, of this frame only
+    torch._dynamo.reset()
+    assert _compat.guards_of(function.__code__, transformed) is None
 
 
 # ------------------------------------------------------------------------ graphs, emulated and real

@@ -16,6 +16,7 @@ CHILDREN = {
     "ReplayDiffers",
     "PlanMismatch",
     "PeerLost",
+    "DumpError",
 }
 
 
@@ -118,6 +119,7 @@ MESSAGES = {
     "no_room_for_state": (errors.no_room_for_state(4096), ["no room for 4096 bytes", "smaller KV cache"]),
     "bad_make_inputs": (errors.bad_make_inputs([1]), ["returned list", "tuple (args, kwargs)", "{'input_ids': ids}"]),
     "bad_warmup_sizes": (errors.bad_warmup_sizes([0]), ["sizes=[0]", "each at least 1", "None for every bucket"]),
+    "released_in_a_call": (errors.released_in_a_call("Model#0"), ["release() of Model#0", "within one of its calls"]),
     "nested_warmup": (errors.nested_warmup(), ["inside warmup()", "call it once"]),
     "no_program_in_warmup": (
         errors.no_program_in_warmup(),
@@ -131,6 +133,27 @@ MESSAGES = {
         errors.graphs_on_other_device("cuda", "cpu"),
         ["graphs='cuda'", "are on cpu", "runs compiled, without graphs"],
     ),
+    "dump_failed": (
+        errors.dump_failed("/dump", OSError("disk full")),
+        ["/dump", "OSError: disk full", "results are not affected", "dump_dir"],
+    ),
+    "dump_incomplete": (
+        errors.dump_incomplete("Model#0", "/dump", KeyError("x")),
+        ["dump of Model#0 in /dump", "KeyError: 'x'", "Results are not affected", "report it"],
+    ),
+    "piece_not_written": (
+        errors.piece_not_written("Model#0", 3, KeyError("x")),
+        ["Model#0 piece[3]: cannot run here", "KeyError: 'x'", "dynamo_graph.py"],
+    ),
+    "dump_folder_taken": (
+        errors.dump_folder_taken("/dump/rank_0", "/dump/rank_0.2"),
+        ["/dump/rank_0 is there already", "into /dump/rank_0.2", "its own dump_dir", "RANK"],
+    ),
+    "depyf_failed": (errors.depyf_failed("code.py", KeyError("op")), ["depyf", "code.py", "KeyError: 'op'"]),
+    "too_long_to_decompile": (errors.too_long_to_decompile(9, 5), ["9 instructions", "at most 5", "prepare_debug()"]),
+    "not_a_dump": (errors.not_a_dump("/here"), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
+    "unreadable_dump": (errors.unreadable_dump("/here", "no JSON"), ["/here", "no JSON", "dump again"]),
+    "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["got 3 folders", "one dump", "two to compare"]),
 }
 
 

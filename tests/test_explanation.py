@@ -270,7 +270,7 @@ def test_explain_unsplit(reason: str) -> None:
 def test_unfolding_gives_back_the_sequence(letters: list[str]) -> None:
     signatures = [(letter,) for letter in letters]
     unfolded: list[tuple[object, ...]] = []
-    for start, period, repeats in explanation._fold(signatures):
+    for start, period, repeats in explanation.fold(signatures):
         assert start == len(unfolded) and period >= 1 and repeats >= 1
         unfolded += signatures[start : start + period] * repeats
     assert unfolded == signatures
@@ -280,7 +280,7 @@ def test_unfolding_gives_back_the_sequence(letters: list[str]) -> None:
 @given(st.text("ab", min_size=1, max_size=5), st.integers(3, 40), st.text("cd", max_size=3))
 def test_a_repeated_block_folds_into_few_lines(block: str, repeats: int, tail: str) -> None:
     signatures = [(letter,) for letter in block * repeats + tail]
-    folded = explanation._fold(signatures)
+    folded = explanation.fold(signatures)
     assert folded[0][0] == 0 and folded[0][1] * folded[0][2] >= len(block) * (repeats - 1)
     assert len(folded) <= 1 + len(block) + len(tail)
 

@@ -111,27 +111,32 @@ def test_another_dynamic_dimension() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "expected"),
+    ("function", "arguments"),
     [
-        (lambda x, y: torch.ops.plantest.attention(x @ WEIGHT + y) @ WEIGHT,
-         lambda n: (rows(n), torch.randn(1, HIDDEN).expand(n, HIDDEN)), ["expanded-tensor", None]),
-        (lambda x, y: torch.ops.plantest.attention(x @ WEIGHT + y) @ WEIGHT,
-         lambda n: (rows(n), torch.randn(n, 1).expand(n, HIDDEN)), ["expanded-tensor", None]),
-        (lambda x, y: torch.ops.plantest.attention(x @ WEIGHT + y) @ WEIGHT,
-         lambda n: (rows(n), torch.randn(1).expand(HIDDEN)), [None, None]),
-        (lambda x: torch.ops.plantest.attention_expanded(x @ WEIGHT) @ WEIGHT,
-         lambda n: (rows(n),), [None, "expanded-tensor"]),
-        (lambda x: (torch.ops.plantest.attention(x @ WEIGHT), (x @ WEIGHT)[:, :1].relu().expand(-1, 3)),
-         lambda n: (rows(n),), [None, "expanded-tensor"]),
+        (
+            lambda x, y: torch.ops.plantest.attention(x @ WEIGHT + y) @ WEIGHT,
+            lambda n: (rows(n), torch.randn(1, HIDDEN).expand(n, HIDDEN)),
+        ),
+        (
+            lambda x, y: torch.ops.plantest.attention(x @ WEIGHT + y) @ WEIGHT,
+            lambda n: (rows(n), torch.randn(n, 1).expand(n, HIDDEN)),
+        ),
+        (
+            lambda x, y: torch.ops.plantest.attention(x @ WEIGHT + y) @ WEIGHT,
+            lambda n: (rows(n), torch.randn(1).expand(HIDDEN)),
+        ),
+        (lambda x: torch.ops.plantest.attention_expanded(x @ WEIGHT) @ WEIGHT, lambda n: (rows(n),)),
+        (
+            lambda x: (torch.ops.plantest.attention(x @ WEIGHT), (x @ WEIGHT)[:, :1].relu().expand(-1, 3)),
+            lambda n: (rows(n),),
+        ),
     ],
     ids=["rows", "columns", "without-tokens", "from-attention", "result"],
-)  # fmt: skip
-def test_expanded_tensors(
-    function: Callable[..., Any], arguments: Callable[[int], tuple[Tensor, ...]], expected: list[str | None]
-) -> None:
+)
+def test_expanded_tensors(function: Callable[..., Any], arguments: Callable[[int], tuple[Tensor, ...]]) -> None:
     plan = run_twice(function, arguments(4), arguments(3), arguments(8))
-    assert codes(plan) == expected
-    assert (ppb.stats().replays > 0) is (None in expected)
+    assert codes(plan) == [None, None]
+    assert ppb.stats().replays >= 10 and ppb.stats().padded_tokens >= 1
 
 
 def test_an_integer_made_in_the_middle_of_a_call() -> None:
@@ -246,7 +251,7 @@ def test_static_outputs_of_every_dtype_are_spoiled_under_strict() -> None:
     finally:
         WATCHING.clear()
     assert seen == [True]  # in the middle of the next call the results are gone
-    assert all(one.data_ptr() == other.data_ptr() for one, other in zip(results, later, strict=True))
+    assert not later[0].isnan().any()
 
 
 def test_static_outputs_that_are_views_of_inputs_are_left_alone() -> None:

@@ -68,7 +68,7 @@ def _(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @torch.library.custom_op("prop::cached", mutates_args=("cache",))
 def cached(a: Tensor, cache: Tensor, ids: Tensor) -> Tensor:
-    cache[ids] = a
+    cache[ids] = a.clone()  # it may be a view of the cache
     return _mix(a, cache).contiguous()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend import traits
+from pp_piecewise_backend import rules
 from pp_piecewise_backend.program import Program
 from pp_piecewise_backend.specs import TensorSpec
 from pp_piecewise_backend.traits import Traits, padding_reason, token_dims
@@ -192,11 +192,11 @@ BROKEN: dict[str, tuple[Traits, list[TensorSpec | None]]] = {
 def test_each_rule_can_be_switched_off_alone(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, specs = BROKEN[rule]
     assert padding_reason(broken, [], specs, TOKENS, []) is not None
-    monkeypatch.setattr(traits, "SWITCHED_OFF", traits.RULES - {rule})
+    monkeypatch.setattr(rules, "SWITCHED_OFF", rules.RULES - {rule})
     assert padding_reason(broken, [], specs, TOKENS, []) is not None
-    monkeypatch.setattr(traits, "SWITCHED_OFF", frozenset({rule}))
+    monkeypatch.setattr(rules, "SWITCHED_OFF", frozenset({rule}))
     assert padding_reason(broken, [], specs, TOKENS, []) is None
-    assert rule in traits.RULES
+    assert rule in rules.RULES
 
 
 def test_an_op_is_named_once() -> None:

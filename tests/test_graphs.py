@@ -1,0 +1,522 @@
+"""Which graphs replay in a call, and what happens to calls that cannot: other threads, other captures, other memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pp_piecewise_backend as ppb
+from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
+from pp_piecewise_backend import errors
+
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+INNER: dict[str, Any] = {"call": None, "meet": None}
+
+
+@torch.library.custom_op("graphstest::attention", mutates_args=())
+def attention(x: Tensor) -> Tensor:
+    if INNER["meet"] is not None:
+        INNER["meet"]()
+    return torch.tanh(x.cumsum(0) + x.mean(0))
+
+
+@attention.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("graphstest::calling_another_model", mutates_args=())
+def calling_another_model(x: Tensor) -> Tensor:
+    return x * 2 if INNER["call"] is None else INNER["call"](x)
+
+
+@calling_another_model.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def forward(self: Any, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = torch.ops.graphstest.attention(x @ self.w)
+    return x @ self.w
+
+
+def call(program: Any, **values: Any) -> Tensor:
+    """Call a program itself, without Dynamo and its guards."""
+    (result,) = program(*[values["x"].shape[0] if i.spec is None else values[i.label] for i in program.inputs])
+    return result
+
+
+def pair_of(function: Any, device: str, **options: Any) -> Pair:
+    return Pair(function, device, **{"split_ops": "+graphstest::attention", **options})
+
+
+@pytest.fixture(autouse=True)
+def _nothing_inside() -> Any:
+    INNER.update(call=None, meet=None)
+    yield
+    INNER.update(call=None, meet=None)
+
+
+# ------------------------------------------------------------------- calls inside of other calls
+
+
+@on_devices
+def test_a_call_made_inside_another_capture_runs_without_graphs(device: str) -> None:
+    inner = pair_of(net(forward, device), device)
+    inner.run_sizes(lambda n: (rows(n, device),))
+    program, model = inner.program, inner.function
+    captured = ppb.stats().captures
+
+    def outer(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.graphstest.calling_another_model(x @ self.w) @ self.w
+        return torch.ops.graphstest.attention(x) @ self.w
+
+    INNER["call"] = lambda x: call(program, x=x, w=model.w)
+    outer_model = net(outer, device, seed=1)
+    options = {**inner.options, "compiler": "eager"}
+    compiled = torch.compile(outer_model, backend="pp_piecewise", options=options, fullgraph=True)
+    before = program.stats.snapshot()
+    for num_tokens in SIZES:
+        x = rows(num_tokens, device)
+        if num_tokens == 7:
+            torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), outer_model(x), rtol=1e-5, atol=1e-5)
+    misses = misses_between(before, program.stats.snapshot())
+    assert misses.pop("outer-capture") >= 3, misses
+    assert not misses
+    assert program.stats.captures == captured
+
+
+@on_devices
+def test_programs_inside_the_eager_steps_of_another(device: str) -> None:
+    inner = pair_of(net(forward, device), device)
+    inner.run_sizes(lambda n: (rows(n, device),))
+
+    def outer(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.graphstest.calling_another_model(x @ self.w)
+        return torch.ops.graphstest.attention(x @ self.w) @ self.w
+
+    program, model = inner.program, inner.function
+    outer_model = net(outer, device, seed=1)
+    options = {**inner.options, "split_ops": "graphstest::*"}
+    compiled = torch.compile(outer_model, backend="pp_piecewise", options=options, fullgraph=True)
+    before = ppb.stats()
+    for num_tokens in SIZES:
+        x = rows(num_tokens, device)
+        if num_tokens == 7:
+            torch._dynamo.mark_dynamic(x, 0)
+        INNER["call"] = lambda x: call(program, x=x, w=model.w)
+        got = compiled(x)
+        INNER["call"] = inner.twin
+        torch.testing.assert_close(got, outer_model(x), rtol=1e-5, atol=1e-5)
+    assert misses_between(before, ppb.stats()) == {"first-call": 3}
+    assert ppb.stats().replays - before.replays == 4 * 3 + 5 * 3
+
+
+@on_devices
+def test_a_program_inside_itself(device: str) -> None:
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    results = []
+
+    def call_again() -> None:
+        INNER["meet"] = None
+        results.append(call(pair.program, x=rows(6, device), w=pair.function.w))
+
+    INNER["meet"] = call_again
+    before = ppb.stats()
+    got = pair.compiled(rows(5, device))
+    torch.testing.assert_close(got, pair.twin(rows(5, device)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0], pair.twin(rows(6, device)), rtol=1e-5, atol=1e-5)
+    assert misses_between(before, ppb.stats()) == {"concurrent-call": 3}
+    assert ppb.stats().replays - before.replays == 3
+
+
+# ------------------------------------------------------------------------------------- threads
+
+
+def in_threads(*bodies: Any) -> None:
+    failures: list[BaseException] = []
+
+    def guarded(body: Any) -> None:
+        try:
+            with torch.no_grad():
+                body()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    if failures:
+        raise failures[0]
+
+
+@on_devices
+def test_two_threads_with_one_model(device: str) -> None:
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    barrier = threading.Barrier(2)
+    inside = threading.local()
+
+    def meet() -> None:
+        """Both are inside of attention once, so that their calls overlap for certain."""
+        if not getattr(inside, "met", False):
+            inside.met = True
+            barrier.wait(timeout=60)
+
+    INNER["meet"] = meet
+    before = ppb.stats()
+
+    def body(seed: int) -> Any:
+        def run() -> None:
+            for num_tokens in (5, 6, 7, 8) * 5:
+                x = rows(num_tokens, device, seed=seed)
+                got = pair.compiled(x)
+                torch.testing.assert_close(got, pair.twin(x), rtol=1e-5, atol=1e-5)
+
+        return run
+
+    in_threads(body(1), body(2))
+    misses = misses_between(before, ppb.stats())
+    assert set(misses) == {"concurrent-call"} and misses["concurrent-call"] % 3 == 0
+    assert ppb.stats().replays - before.replays == 2 * 20 * 3 - misses["concurrent-call"] > 0
+
+
+@on_devices
+def test_two_threads_with_two_models(device: str) -> None:
+    pairs = [pair_of(net(forward, device), device)]
+    other = net(lambda self, x: torch.ops.graphstest.attention(x @ self.w) @ self.w + 1, device, seed=5)
+    compiled = [pairs[0].compiled, torch.compile(other, backend="pp_piecewise", options=pairs[0].options)]
+    models = [pairs[0].function, other]
+    for model in compiled:
+        for num_tokens in SIZES:
+            x = rows(num_tokens, device)
+            if num_tokens == 7:
+                torch._dynamo.mark_dynamic(x, 0)
+            model(x)
+    before = ppb.stats()
+
+    def body(index: int) -> Any:
+        def run() -> None:
+            for num_tokens in (5, 6, 7, 8) * 5:
+                x = rows(num_tokens, device, seed=index)
+                torch.testing.assert_close(compiled[index](x), models[index](x), rtol=1e-5, atol=1e-5)
+
+        return run
+
+    in_threads(body(0), body(1))
+    assert misses_between(before, ppb.stats()) == {}
+    assert ppb.stats().replays - before.replays == 20 * 3 + 20 * 2
+
+
+# ------------------------------------------------------------------------- what is not captured
+
+
+@on_devices
+def test_other_dtypes_and_strides_are_programs_of_their_own(device: str) -> None:
+    pair = pair_of(lambda x: torch.ops.graphstest.attention(x + 1) @ x.new_ones(HIDDEN, HIDDEN), device)
+    pair(rows(7, device))
+    pair(rows(6, device))
+    before = ppb.stats()
+    pair(rows(6, device).double())
+    pair(torch.randn(HIDDEN, 6, device=device).t())
+    after = ppb.stats()
+    assert after.replays == before.replays
+    assert set(misses_between(before, after)) == {"first-call"}
+
+
+@on_devices
+def test_a_program_called_with_what_no_guard_would_let_through(device: str) -> None:
+    """Whoever calls a program itself, without Dynamo's guards, gets right results too."""
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    program, w = pair.program, pair.function.w
+    before = ppb.stats()
+    x = rows(6, device)
+    strided = torch.randn(HIDDEN, 6, device=device).t()
+    twin = copy.deepcopy(pair.twin)
+    torch.testing.assert_close(call(program, x=strided, w=w), twin(strided), rtol=1e-5, atol=1e-5)
+    assert misses_between(before, ppb.stats()) == {}
+    twin.double()
+    torch.testing.assert_close(call(program, x=x.double(), w=twin.w), twin(x.double()))
+    assert set(misses_between(before, ppb.stats())) == {"address-moved"}
+    with pytest.raises(RuntimeError):  # as eager: a matmul of two dtypes
+        call(program, x=x.double(), w=w)
+    assert misses_between(before, ppb.stats())["rows-disagree"] == 3
+
+
+@on_devices
+def test_a_parameter_transposed_in_place(device: str) -> None:
+    """Address and shape stay, strides do not."""
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    for model in (pair.function, pair.twin):
+        model.w.data = model.w.data.t()
+    for num_tokens in SIZES:
+        pair(rows(num_tokens, device))
+
+
+@on_devices
+def test_a_new_large_cache_for_each_conversation(device: str) -> None:
+    """A compute piece reads it by its address: a conversation of three calls misses once and replays once captured."""
+
+    def reading(self: Any, x: Tensor, cache: Tensor) -> Tensor:
+        x = torch.ops.graphstest.attention(x @ self.w)
+        return (x @ cache) @ cache.t() @ self.w
+
+    pair = pair_of(net(reading, device), device, dims=(0, None))
+    first = torch.randn(HIDDEN, 4096, device=device)
+    for num_tokens in SIZES:
+        pair(rows(num_tokens, device), first)
+    kept, found = [], []
+    for seed in range(6):
+        cache = torch.randn(HIDDEN, 4096, device=device)
+        kept.append(cache)
+        for call in range(3):
+            before = ppb.stats()
+            pair(rows(5 + call, device, seed=seed), cache)
+            found.append(misses_between(before, ppb.stats()))
+            assert ppb.stats().replays - before.replays == 2 - len(found[-1])
+    # Captured again four times at most; the piece that does not read it always replays.
+    moved = {"address-moved": 1}
+    assert found == [moved, {}, {}] * 4 + [moved] * 6
+    assert "address-moved" in {miss["reason"] for miss in pair.program.describe_graphs()["misses"]}
+
+
+@on_devices
+def test_parameters_that_move_too_often(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pp_piecewise_backend.graphs.MAX_CAPTURED_SETS", 2)
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    kept = []
+    for attempt in range(3):
+        for model in (pair.function, pair.twin):
+            kept.append(model.w.data)
+            model.w.data = model.w.data + 0.1
+        before = ppb.stats()
+        for num_tokens in (5, 6, 7):
+            pair(rows(num_tokens, device))
+        expected = {"address-moved": 3} if attempt == 0 else {"moved-too-often": 9}
+        assert misses_between(before, ppb.stats()) == expected
+
+
+@on_devices
+def test_a_number_that_changes(device: str) -> None:
+    def scaled(self: Any, x: Tensor, table: Tensor) -> Tensor:
+        x = torch.ops.graphstest.attention(x @ self.w) @ self.w
+        return x * table.shape[0]
+
+    pair = pair_of(net(scaled, device), device, dims=(0, 0))
+    tables = {size: torch.zeros(size, 2, device=device) for size in (11, 12)}
+    for num_tokens in (7, 6, 8, 5):
+        pair(rows(num_tokens, device), tables[11])
+    assert ppb.stats().miss_reasons == {"first-call": 2}
+    for call, expected in enumerate(({"scalar-changed": 1}, {}, {})):
+        before = ppb.stats()
+        pair(rows(5 + call, device), tables[12])
+        assert misses_between(before, ppb.stats()) == expected, call
+    assert len(ppb.programs()) == 1
+
+
+@on_devices
+def test_capture_in_warmup_only(device: str) -> None:
+    pair = pair_of(net(forward, device), device, capture="warmup")
+    for num_tokens in SIZES * 2:
+        pair(rows(num_tokens, device))
+    assert ppb.stats().captures == 0 and ppb.stats().replays == 0
+    assert ppb.stats().miss_reasons == {"not-warmed-up": 2 * len(SIZES) * 3}
+    ppb.warmup(pair.compiled, lambda n: ((rows(n, device),), {}), sizes=[8], progress=False)
+    assert ppb.stats().captures == 3
+    before = ppb.stats()
+    for num_tokens in (8, 7, 6, 5, 4, 8):
+        pair(rows(num_tokens, device))
+    assert misses_between(before, ppb.stats()) == {"not-warmed-up": 3}  # the bucket of 4
+    assert ppb.stats().captures == before.captures and ppb.stats().replays - before.replays == 5 * 3
+    pair.function.w.data = pair.function.w.data.clone()
+    before = ppb.stats()
+    for _ in range(3):
+        pair(rows(8, device))
+    assert misses_between(before, ppb.stats()) == {"not-warmed-up": 9}
+    assert ppb.stats().captures == before.captures
+
+
+@on_devices
+def test_graph_memory_is_kept_within_its_limit(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    limit = ppb.stats().graph_bytes - 1
+    pair = pair_of(net(forward, device), device, graph_memory_bytes=limit)
+    for num_tokens in (8, 8, 8, 4, 4, 2, 2, 3, 8, 7):
+        pair(rows(num_tokens, device))
+    reasons = ppb.stats().miss_reasons
+    assert reasons["graph-memory"] > 0
+    assert ppb.stats().graph_bytes <= limit
+    dropped = pair.program.describe_graphs()["dropped"]
+    assert 8 in dropped and "graph_memory_bytes" in dropped[8]
+    assert any("bucket of 8 tokens" in record.getMessage() for record in caplog.records)
+    assert device == "cuda" or ppb.stats().replays > 0  # the smaller buckets are kept
+
+
+@on_devices
+def test_strict_makes_a_miss_an_error(device: str) -> None:
+    def drop(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.graphstest.attention(x @ self.w) @ self.w
+        return x - x.mean(0)
+
+    model = net(drop, device)
+    pair = pair_of(model, device, strict=True)
+    x = rows(7, device)
+    torch._dynamo.mark_dynamic(x, 0)
+    pair.compiled(x)
+    pair.compiled(rows(8, device))
+    pair.compiled(rows(8, device))
+    with pytest.raises(errors.GraphMiss, match="padding-unsafe"):
+        pair.compiled(rows(6, device))
+    torch.testing.assert_close(pair.compiled(rows(8, device)), model(rows(8, device)), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- other settings
+
+
+@on_devices
+def test_mode_full_captures_all_of_it(device: str) -> None:
+    def whole(self: Any, x: Tensor, cache: Tensor) -> Tensor:
+        x = x @ self.w
+        cache[: x.shape[0]] = x
+        return torch.tanh(x + cache.sum()) @ self.w
+
+    caches = [torch.zeros(16, HIDDEN, device=device) for _ in range(2)]
+    pair = pair_of(net(whole, device), device, dims=(0, None), mode="full")
+    for num_tokens in (8, 8, 8, 7, 7, 7):
+        pair(rows(num_tokens, device), caches[0])
+    assert len(pair.program.pieces) == 1
+    assert ppb.stats().miss_reasons == {"first-call": 1, "padding-unsafe": 3}
+    assert ppb.stats().replays == 2
+    before = ppb.stats()
+    for call in range(3):
+        pair(rows(8, device, seed=call), caches[1])  # the other conversation
+    assert misses_between(before, ppb.stats()) == {"address-moved": 1}
+    assert ppb.stats().replays - before.replays == 2
+
+
+@on_devices
+def test_mode_full_pads_what_is_safe(device: str) -> None:
+    def whole(self: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w) @ self.w
+
+    pair = pair_of(net(whole, device), device, mode="full")
+    pair.run_sizes(lambda n: (rows(n, device),))
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_static_outputs_are_spoiled_under_strict_when_the_next_call_takes_their_memory(device: str) -> None:
+    def more(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = forward(self, x)
+        return y, y > 0, x[:, :2]
+
+    pair = pair_of(net(more, device), device, static_outputs=True, strict=True)
+    for num_tokens in (7, 8):
+        pair(rows(num_tokens, device))
+    x = rows(8, device)
+    result, positive, view = pair(x)
+    assert view.data_ptr() == x.data_ptr()
+    expected = x.clone()
+    again, *_ = pair(rows(5, device, seed=2))
+    assert torch.equal(x, expected), "the caller's own memory is left alone"
+    assert positive.all()
+    assert torch.isnan(result).all(), "its memory belongs to the later call"
+    torch.testing.assert_close(again, pair.twin(rows(5, device, seed=2))[0], rtol=1e-5, atol=1e-5)
+
+
+@on_devices
+def test_static_outputs_are_views_of_static_memory(device: str) -> None:
+    pair = pair_of(net(forward, device), device, static_outputs=True)
+    pointers = {pair(rows(n, device)).data_ptr() for n in SIZES[1:] if pair.compiled(rows(n, device)) is not None}
+    results = {pair(rows(n, device)).data_ptr() for n in SIZES[1:]}
+    assert len(results) == 1 and results <= pointers
+    assert ppb.stats().output_copies == 0
+
+
+# -------------------------------------------------------------------------------- beginning and end
+
+
+@on_devices
+def test_dynamo_is_reset_in_between(device: str) -> None:
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    program = pair.program
+    torch._dynamo.reset()
+    assert ppb.programs() == ()
+    assert ppb.stats().graph_bytes == 0 and ppb.stats().static_bytes == 0
+    before = ppb.stats()
+    for index, num_tokens in enumerate(SIZES):
+        x = rows(num_tokens, device)
+        if index == 0:
+            torch._dynamo.mark_dynamic(x, 0)
+        pair(x)
+    assert misses_between(before, ppb.stats()) == {"first-call": 3}
+    assert ppb.stats().replays - before.replays == 4 * 3
+    # Who still holds the old program may call it: it captures again.
+    x = rows(5, device)
+    for _ in range(3):
+        torch.testing.assert_close(call(program, x=x, w=pair.function.w), pair.twin(x), rtol=1e-5, atol=1e-5)
+
+
+@on_devices
+def test_release_leaves_no_memory_behind(device: str) -> None:
+    pair = pair_of(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    held = ppb.stats().graph_bytes, ppb.stats().static_bytes
+    assert min(held) > 0
+    for _ in range(2):
+        pair.program.release()
+        assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) == (0, 0)
+        for num_tokens in (8, 8, 5):
+            pair(rows(num_tokens, device))
+        assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) <= held
+    del pair
+    torch._dynamo.reset()
+    gc.collect()
+    assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) == (0, 0)
+
+
+_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+import test_graphs
+from captured import SIZES, Pair, net, rows
+torch.set_grad_enabled(False)
+pair = test_graphs.pair_of(net(test_graphs.forward, {device!r}), {device!r})
+for n in SIZES:
+    kept = pair(rows(n, {device!r}))
+print(test_graphs.ppb.stats().replays)
+"""
+
+
+@on_devices
+def test_the_interpreter_exits_cleanly_with_graphs_alive(device: str) -> None:
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
+    script = _SCRIPT.format(tests=str(here), device=device)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "12", "")

@@ -1,0 +1,539 @@
+"""Traps of memory: stale addresses, aliases, state, and what one call could leave behind for the next.
+
+Read ``test_traps_padding.py`` first; the table works as there.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, nn
+
+import pp_piecewise_backend as ppb
+from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
+from models.toy_stage import SPLIT_OPS, ToyStage
+from pp_piecewise_backend import graphs, poison, replay
+from pp_piecewise_backend.buffers import StaticMemory
+from pp_piecewise_backend.inductor import CompiledPiece
+
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+
+TRAPS = Traps()
+trap = TRAPS.trap
+FAILING = {"now": False}
+
+
+@torch.library.custom_op("traps::mix", mutates_args=())
+def mix(x: Tensor) -> Tensor:
+    if FAILING["now"]:
+        raise ValueError("told to fail")
+    return torch.tanh(x.cumsum(0) + x.mean(0))
+
+
+@mix.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("traps::attend", mutates_args=())
+def attend(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    """Each row sees the cache up to its own position."""
+    visible = torch.arange(cache.shape[0], device=q.device) <= positions[:, None]
+    return torch.where(visible, q @ cache.t(), 0.0) @ cache
+
+
+@attend.register_fake
+def _(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+# An op that breaks the contract of custom ops: it says that its result is a tensor of its own.
+_LIBRARY = torch.library.Library("trapslib", "DEF")
+_LIBRARY.define("nothing(Tensor x) -> Tensor")
+_LIBRARY.impl("nothing", lambda x: x, "CPU")
+_LIBRARY.impl("nothing", lambda x: x, "CUDA")
+_LIBRARY.impl("nothing", lambda x: torch.empty_like(x), "Meta")
+
+
+class Add(nn.Module):
+    """The usual start of a stage, out of place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5, requires_grad=False)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual + hidden_states
+        x = torch.ops.traps.mix((residual - 0.5 * hidden_states) @ self.w)
+        return x @ self.w, residual
+
+
+def stage(device: str, hidden: int = HIDDEN, max_tokens: int = 8) -> ppb.Stage:
+    proxies = {name: ppb.Proxy((hidden,), torch.float32) for name in ("hidden_states", "residual")}
+    return ppb.Stage(proxies, max_tokens, device=device)
+
+
+def proxies(num_tokens: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return rows(num_tokens, device, seed=seed), rows(num_tokens, device, seed=seed + 1)
+
+
+def in_landing_memory(landing: ppb.Stage, num_tokens: int, device: str) -> tuple[Tensor, Tensor]:
+    views = landing.views(num_tokens)
+    for view, value in zip(views.values(), proxies(num_tokens, device), strict=True):
+        view.copy_(value)
+    return views["hidden_states"], views["residual"]
+
+
+# --------------------------------------------------------------------------------- landing memory
+
+
+def copy_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay._Replay, "run", lambda self, call: self.replay())
+
+
+def warm_up_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poison, "like", lambda tensor: tensor)
+
+
+def take_all_for_landed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay._Copy, "is_in_place", lambda self, value: True)
+
+
+def take_none_for_landed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay._Copy, "is_in_place", lambda self, value: False)
+
+
+def copy_nothing_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay._Copy, "run", lambda self, call: None)
+
+
+def toy_pair(device: str, landing: ppb.Stage | None = None, **more: Any) -> Pair:
+    model = ToyStage(2, hidden=16, inplace_norm=True, max_tokens=64, **more).to(device)
+    options = {} if landing is None else {"stage": landing}
+    return Pair(model, device, dims=(None, 0, 0, 0), split_ops=SPLIT_OPS, **options)
+
+
+@trap(breaks=copy_nothing_back)
+def in_place_norm_on_foreign_proxies(device: str) -> None:
+    pair = toy_pair(device)
+
+    def make(n: int) -> list[Any]:
+        return [None if v is None else v.to(device) for v in pair.function.make_inputs(n, seed=n).values()]
+
+    pair.run_sizes(make)
+    # Two in; two back behind the first piece and the residual behind each of the others, in each of four calls.
+    assert ppb.stats().stage_inputs_in_place == 0 and ppb.stats().stage_input_copies == 4 * (2 + 4)
+
+
+@trap(breaks=warm_up_in_place)
+def in_place_norm_on_landing_views(device: str) -> None:
+    landing = stage(device, hidden=16)
+    pair = toy_pair(device, landing)
+
+    def make(n: int) -> list[Any]:
+        made = pair.function.make_inputs(n, seed=n)
+        views = landing.views(n)
+        for name, view in views.items():
+            view.copy_(made[name])
+        return [None, made["positions"].to(device), views["hidden_states"], views["residual"]]
+
+    for num_tokens in SIZES:
+        pair(*make(num_tokens))
+    assert set(pair.padding.values()) == {"safe"}
+    stats = ppb.stats()
+    assert (stats.stage_inputs_in_place, stats.stage_input_copies) == (4 * 2, 0)
+    assert stats.replays == 4 * len(pair.compute)
+
+
+@trap(breaks=take_all_for_landed)
+def foreign_proxies(device: str) -> None:
+    landing = stage(device)
+    pair = Pair(Add(), device, stage=landing)
+    pair.run_sizes(lambda n: proxies(n, device), stage_input_copies=8)
+
+
+@trap(breaks=take_none_for_landed, counters_only=True)
+def proxies_with_a_batch_dimension(device: str) -> None:
+    """``[1, tokens, hidden]``, as Hugging Face has them; the traced strides of the first dimension count tokens."""
+    landing = stage(device)
+
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return torch.ops.traps.mix((hidden_states + residual).squeeze(0) @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device, dims=(1, 1), stage=landing)
+    for num_tokens in SIZES:
+        pair(*(view.unsqueeze(0) for view in in_landing_memory(landing, num_tokens, device)))
+    assert ppb.stats().replays == 4 * 2
+    assert (ppb.stats().stage_inputs_in_place, ppb.stats().stage_input_copies) == (8, 0)
+
+
+@trap("landing")
+def proxies_in_swapped_order(device: str) -> None:
+    landing = stage(device)
+    pair = Pair(Add(), device, stage=landing)
+    for num_tokens in SIZES:
+        pair(*in_landing_memory(landing, num_tokens, device))
+    for num_tokens in SIZES:
+        hidden_states, residual = in_landing_memory(landing, num_tokens, device)
+        before = ppb.stats()
+        pair(residual, hidden_states)
+        assert misses_between(before, ppb.stats()) == {"inputs-overlap": 2}
+    before = ppb.stats()
+    pair(*in_landing_memory(landing, 5, device))
+    assert ppb.stats().replays - before.replays == 2
+
+
+@trap("landing")
+def proxies_that_lie_elsewhere_in_landing_memory(device: str) -> None:
+    """Rows further down, and another layout at the very same address."""
+    landing = stage(device)
+    pair = Pair(Add(), device, stage=landing)
+    for num_tokens in SIZES:
+        pair(*in_landing_memory(landing, num_tokens, device))
+    hidden_states, residual = in_landing_memory(landing, 8, device)
+    pair(hidden_states[2:], residual[:6])
+    hidden_states, residual = in_landing_memory(landing, 8, device)
+    pair(hidden_states[2:7], rows(5, device))
+    hidden_states, residual = in_landing_memory(landing, 8, device)
+    pair(hidden_states.t(), residual)
+
+
+@trap("M2")
+def output_that_is_a_view_of_a_proxy(device: str) -> None:
+    def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.ops.traps.mix(hidden_states @ self.w)
+        return x @ self.w, hidden_states[:, :4], hidden_states
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),))
+
+
+def hand_over_static_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "hand_over", lambda *arguments: 0)
+
+
+@trap(breaks=hand_over_static_memory)
+def outputs_that_share_memory(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.ops.traps.mix(x @ self.w) @ self.w
+        return x, x[:, 1:4], x.t()
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),))
+
+
+# ------------------------------------------------------------------------------------ eager steps
+
+
+@trap(breaks=copy_nothing_in)
+def attention_output_in_a_fresh_tensor(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w) @ self.w
+
+    # In each of three replayed calls behind the capture: the argument, and what attention gave.
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), input_copies=6)
+
+
+def believe_what_ops_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay._OnRealRows, "_hidden_aliases", lambda self, outputs: ())
+
+
+@trap(breaks=believe_what_ops_say)
+def attention_that_returns_its_argument_unseen(device: str) -> None:
+    """The result is kept over later pieces, which may take the memory of the argument."""
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.ops.trapslib.nothing(x @ self.w)
+        x = x @ self.w
+        for _ in range(3):
+            x = torch.ops.traps.mix(x) @ self.w
+        return torch.ops.traps.mix(x + kept) @ self.w, kept
+
+    pair = Pair(net(forward, device), device, split_ops="+traps::*,trapslib::*")
+    pair.run_sizes(lambda n: (rows(n, device),))
+
+
+@trap("M1", "R2", "R3", "selection")
+def cache_write_with_padded_rows(device: str) -> None:
+    def forward(self: Any, x: Tensor, positions: Tensor) -> Tensor:
+        x = (x @ self.w) * self.angles[positions]
+        self.cache[positions] = x
+        return torch.ops.traps.attend(x, self.cache, positions) @ self.w
+
+    model = net(forward, device, angles=torch.randn(32, 1, device=device))
+    model.register_buffer("cache", torch.zeros(32, HIDDEN, device=device))
+    pair = Pair(model, device)
+    start = iter((0, 3, 11, 2, 20))
+    pair.run_sizes(lambda n: (rows(n, device), torch.arange(n, device=device) + next(start)))
+    reasons = [piece.reason for piece in pair.program.pieces if piece.kind == "eager"]
+    assert any("writes graph input cache" in reason for reason in reasons), reasons
+
+
+@trap("M1", "R2", "R3", "R7")
+def two_alternating_conversations(device: str) -> None:
+    """Each with a cache of its own, as an argument; the graph writes it."""
+
+    def forward(self: Any, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        x = x @ self.w
+        cache.index_copy_(0, positions, x)
+        return torch.ops.traps.attend(x, cache, positions) @ self.w
+
+    caches = [torch.zeros(32, HIDDEN, device=device) for _ in range(2)]
+    pair = Pair(net(forward, device), device, dims=(0, 0, None))
+    turn = iter((0, 1, 0, 1, 1))
+    pair.run_sizes(lambda n: (rows(n, device), torch.arange(n, device=device) + 2, caches[next(turn)]))
+    for turn_of, num_tokens in enumerate((1, 1, 1, 1, 1, 1)):
+        pair(rows(num_tokens, device), torch.tensor([10 + turn_of], device=device), caches[turn_of % 2])
+    assert ppb.stats().miss_reasons == {"first-call": 4}
+    assert not torch.equal(*caches)
+
+
+def never_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that stays taken when an exception passes by."""
+
+    class Stuck:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def acquire(self, blocking: bool) -> bool:
+            return self.lock.acquire(blocking)
+
+        def release(self) -> None:
+            if sys.exc_info()[0] is None:
+                self.lock.release()
+
+    made = StaticMemory.__init__
+
+    def make(self: StaticMemory) -> None:
+        made(self)
+        self.lock = Stuck()  # type: ignore[assignment]
+
+    monkeypatch.setattr(StaticMemory, "__init__", make)
+
+
+@trap(breaks=never_let_go, counters_only=True)
+def exception_inside_attention(device: str) -> None:
+    """In a call without graphs, in one that captures, and in one that replays, each followed by a good call."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    pair(rows(7, device))
+    for num_tokens in (6, 8, 5, 8):
+        FAILING["now"] = True
+        try:
+            with pytest.raises(ValueError, match="told to fail"):
+                pair.compiled(rows(num_tokens, device, seed=3))
+        finally:
+            FAILING["now"] = False
+        pair(rows(num_tokens, device))
+    assert ppb.stats().replays == 4 * 2
+    assert ppb.stats().miss_reasons == {"first-call": 2}
+
+
+# --------------------------------------------------------------------------------------- addresses
+
+
+@trap("R7")
+def tensor_replaced_at_the_same_shape(device: str) -> None:
+    """Large enough to be read where it is. What stays is captured again."""
+
+    def forward(self: Any, x: Tensor, mask: Tensor) -> Tensor:
+        x = torch.ops.traps.mix(x @ self.w)
+        return (x @ mask)[:, :HIDDEN] @ self.w
+
+    masks = [torch.randn(HIDDEN, 4096, device=device) for _ in range(2)]
+    pair = Pair(net(forward, device), device, dims=(0, None))
+    for num_tokens in SIZES:
+        pair(rows(num_tokens, device), masks[0])
+    for call, reasons in enumerate(({"address-moved": 1}, {}, {})):
+        before = ppb.stats()
+        pair(rows(5 + call, device), masks[1])
+        assert misses_between(before, ppb.stats()) == reasons, call
+        assert ppb.stats().replays - before.replays == 2 - len(reasons)
+    assert "address-moved" in [miss["reason"] for miss in pair.program.describe_graphs()["misses"]]
+
+
+@trap("R7")
+def parameter_swapped_by_data(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    for model in (pair.function, pair.twin):
+        model.w.data = torch.full((HIDDEN, HIDDEN), 0.25, device=device)
+    for reasons in ({"address-moved": 2}, {}, {}):
+        before = ppb.stats()
+        pair(rows(5, device))
+        assert misses_between(before, ppb.stats()) == reasons
+
+
+@trap("R7")
+def two_instances_through_one_program(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w) @ self.w
+
+    models = [net(forward, device)]
+    models.append(copy.deepcopy(models[0]))
+    models[1].w.data = models[1].w.data.t().contiguous()
+
+    def chosen(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    pair = Pair(chosen, device, dims=(None, 0))
+    for num_tokens in (*SIZES, *SIZES):
+        for model in models:
+            pair(model, rows(num_tokens, device), theirs=(model, rows(num_tokens, device)))
+    assert len(ppb.programs()) == 1
+    assert ppb.stats().miss_reasons == {"first-call": 2, "address-moved": 2}
+    assert ppb.stats().replays == 2 * 2 * 9
+
+
+@trap("R7")
+def ten_stages_of_one_class(device: str) -> None:
+    models = [ToyStage(1, hidden=16, seed=seed).to(device) for seed in range(10)]
+    torch._dynamo.reset()
+    ppb.reset()
+    pairs = []
+    options = {"compiler": "eager", "split_ops": SPLIT_OPS, "capture_sizes": "1,2,4,8", "max_tokens": 8}
+    options["graphs"] = "emulate" if device == "cpu" else "cuda"
+    for model in models:
+        twin = ToyStage(1, hidden=16, seed=0).to(device)
+        twin.load_state_dict(model.state_dict())
+        pairs.append((torch.compile(model, backend="pp_piecewise", options=options), twin, model))
+    for start, num_tokens in enumerate((*SIZES, 7, 1, 1, 1)):
+        for index, (compiled, twin, model) in enumerate(pairs):
+            made = {
+                k: None if v is None else v.to(device) for k, v in model.make_inputs(num_tokens, start, index).items()
+            }
+            if start == 0 and num_tokens > 1:
+                for name in ("positions", "hidden_states", "residual"):
+                    torch._dynamo.mark_dynamic(made[name], 0)
+            expected = twin(**{k: None if v is None else v.clone() for k, v in made.items()})
+            for got, wanted in zip(compiled(**made), expected, strict=True):
+                if not torch.allclose(got, wanted, rtol=1e-5, atol=1e-5):
+                    raise Wrong(f"stage {index}, call {start}")
+            for name, value in model.state_dict().items():
+                if not torch.allclose(value, twin.state_dict()[name], rtol=1e-5, atol=1e-5):
+                    raise Wrong(f"stage {index}, call {start}: {name}")
+    assert ppb.stats().calls == 90, "a call did not reach a program"
+    assert ppb.stats().replays >= 2 * 10 * 6
+
+
+@trap("R5")
+def transposed_inputs(device: str) -> None:
+    """Per-token tensors whose tokens are innermost in memory; a kernel reads them by their strides."""
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.ops.traps.mix(x @ self.w)
+        z = (y * 2).relu()
+        return x @ self.w + z, z
+
+    def make(n: int) -> tuple[Tensor, Tensor]:
+        return rows(n, device), torch.randn(HIDDEN, n, device=device).t()
+
+    Pair(net(forward, device), device).run_sizes(make)
+
+
+@trap("rows")
+def zero_stride_inputs(device: str) -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w + y) @ self.w
+
+    def make(n: int) -> tuple[Tensor, Tensor]:
+        return rows(n, device), torch.randn(1, HIDDEN, device=device).expand(n, HIDDEN)
+
+    Pair(net(forward, device), device).run_sizes(make)
+
+
+# --------------------------------------------------------------------------------- other mechanisms
+
+
+@trap("R6")
+def guard_that_the_bucket_breaks(device: str) -> None:
+    """Compiling added a condition on the token count: it holds for the real rows, not for the bucket."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    pair(rows(7, device))
+    (first, *_) = (i for i in pair.program.layout.instructions if i.piece.kind == "compute")
+    compiled, symbol = first.call, pair.program.graphs.plan.token_symbol
+
+    def right_up_to_seven(*arguments: Any) -> Any:
+        outputs = compiled(*arguments)
+        is_wrong = any(isinstance(a, Tensor) and a.shape[0] > 7 and a.shape[1] == HIDDEN for a in arguments[:1])
+        tensors = [a for a in arguments if isinstance(a, Tensor) and a.data_ptr() != pair.function.w.data_ptr()]
+        is_wrong = any(a.shape[0] > 7 for a in tensors)
+        return [output * 0 for output in outputs] if is_wrong else outputs
+
+    at = [k for k, spec in enumerate(first.piece.input_specs) if type(spec).__name__ == "SymbolSpec"]
+    first.call = right_up_to_seven
+    first.compiled = CompiledPiece((), right_up_to_seven, (sympy.Le(sympy.Symbol("s0"), 7),), 0.0)
+    first.symbol_positions = tuple(at)
+    assert symbol is not None and at
+    for num_tokens in (6, 8, 5, 7):
+        pair(rows(num_tokens, device))
+    assert ppb.stats().miss_reasons == {"first-call": 2, "guard": 4}
+    assert ppb.stats().replays == 4
+    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
+    assert "does not hold" in reason
+    assert pair.program.plain_runs == {0: "the compiled code does not hold for sizes [8]"}
+
+
+@trap("rows")
+def token_counts_around_every_bucket(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.mix(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    counts = [2, 3, 5, 8, 1, 9]  # one in each bucket, then one above all
+    for _ in range(2):
+        for num_tokens in counts:
+            pair(rows(num_tokens, device))
+    before = ppb.stats()
+    around = sorted({n for bucket in (1, 2, 4, 8) for n in (bucket - 1, bucket, bucket + 1)} - {0})
+    for num_tokens in (*around, *reversed(around)):
+        pair(rows(num_tokens, device))
+    assert around == [1, 2, 3, 4, 5, 7, 8, 9]
+    assert misses_between(before, ppb.stats()) == {"over-max": 2 * 2}
+    assert ppb.stats().replays - before.replays == 2 * 2 * (len(around) - 1)
+    assert ppb.stats().captures == before.captures
+    assert ppb.stats().padded_tokens - before.padded_tokens == 2 * (1 + 3 + 1)  # 3 in 4; 5 and 7 in 8
+
+
+@trap("rows")
+def nan_in_the_padded_rows(device: str) -> None:
+    """Whatever lies behind the real rows of all static memory."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.ops.traps.mix(x @ self.w) @ self.w
+        return x
+
+    pair = Pair(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    (bucket, _), *_ = pair.program.graphs.buckets
+    for num_tokens in (5, 6, 7):
+        for static in bucket.static.values():
+            static.tensor.fill_(float("nan"))
+        pair(rows(num_tokens, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap(trap: Trap, device: str) -> None:
+    trap.body(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap_closes_without_its_defence(trap: Trap, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap.must_close(device, monkeypatch)

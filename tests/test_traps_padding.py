@@ -1,0 +1,360 @@
+"""Traps of padding: what padded rows, or the padded number of rows, could do to the real ones.
+
+Each trap is a body that must hold, on the emulated device here and on CUDA where there is one, and must fail once the
+rules that defend it are switched off: the table of both is the proof that every rule is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import pp_piecewise_backend as ppb
+from captured import DEVICES, HIDDEN, Pair, Trap, Traps, net, rows
+
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+
+
+@torch.library.custom_op("traps::attention", mutates_args=())
+def attention(x: Tensor) -> Tensor:
+    """Mixes rows: each one sees all rows before it, and the mean of all."""
+    return torch.tanh(x.cumsum(0) + x.mean(0))
+
+
+@attention.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("traps::attention_into", mutates_args=("out",))
+def attention_into(x: Tensor, out: Tensor) -> None:
+    out.copy_(torch.tanh(x.cumsum(0) + x.mean(0)))
+
+
+@attention_into.register_fake
+def _(x: Tensor, out: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("traps::attention_of_length", mutates_args=())
+def attention_of_length(x: Tensor, num_tokens: int, last: int) -> Tensor:
+    """As engines call it: with integers that the host computed from the number of tokens."""
+    return torch.tanh(x.cumsum(0) / num_tokens + x[last])
+
+
+@attention_of_length.register_fake
+def _(x: Tensor, num_tokens: int, last: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("traps::kernel", mutates_args=())
+def kernel(x: Tensor) -> Tensor:
+    """A kernel that trusts the strides with which it was compiled: it reads memory, not indices."""
+    shape, stride = x.shape, torch.empty(x.shape, device="meta").stride()
+    return torch.tanh(x.as_strided(shape, stride)).contiguous()
+
+
+@kernel.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+TRAPS = Traps()
+trap = TRAPS.trap
+
+
+# ------------------------------------------------------------------------------ rows that meet
+
+
+@trap("R3")
+def last_row_gather(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w)
+        return (x @ self.w)[-1] @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"})
+
+
+@trap("R3", "R4")
+def last_row_by_number(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w)
+        return (x @ self.w)[x.shape[0] - 1] @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R4"})
+
+
+@trap("R3")
+def mean_over_tokens(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return (x - x.mean(0)) @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"})
+
+
+@trap("R3", "selection")
+def sort_over_tokens(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return x.sort(dim=0).values @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "sort"})
+
+
+@trap("R3", "selection")
+def routing_with_capacity(device: str) -> None:
+    """Each expert takes the two tokens that like it best."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w)
+        scores = x @ self.w
+        taken = scores.softmax(-1).topk(2, dim=0)
+        kept = torch.zeros_like(scores).scatter(0, taken.indices, taken.values)
+        return (kept @ self.w) + x
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "topk"})
+
+
+@trap("selection")
+def selection_that_the_test_cannot_see(device: str) -> None:
+    """No token of the tested batches is flagged, so poison finds nothing; later ones are."""
+
+    def forward(self: Any, x: Tensor, ids: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        x = x + ids[:, None]
+        flagged = (ids == 99).float().topk(2, dim=0).values.sum()
+        return x @ self.w * (1 + flagged)
+
+    pair = Pair(net(forward, device), device)
+    ids = torch.zeros(5, dtype=torch.int64, device=device)
+    ids[0] = 99
+    pair.run_sizes(
+        lambda n: (rows(n, device), torch.arange(n, device=device)),
+        unsafe={2: "topk"},
+        then=[(5, (rows(5, device), ids))],
+    )
+
+
+@trap("R3")
+def one_padded_nan_times_zero(device: str) -> None:
+    """Finite padded rows are harmless here; a row of NaN from an earlier call is not."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.kernel(x @ self.w) @ self.w
+        return x + (x * 0).sum(0)
+
+    pair = Pair(net(forward, device), device)
+    poisoned = rows(8, device)
+    poisoned[7] = float("nan")
+    pair.run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"}, then=[(8, (poisoned,)), (5, (rows(5, device),))])
+
+
+@trap("R3")
+def gate_that_is_zero_in_the_first_layer_only(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for gate in self.gates:
+            x = torch.ops.traps.attention(x @ self.w)
+            x = x @ self.w
+            x = torch.where(gate > 0, x + gate * x.mean(0), x)
+        return x @ self.w
+
+    gates = torch.nn.ParameterList(torch.nn.Parameter(torch.tensor([g]), requires_grad=False) for g in (0.0, 0.0, 1.0))
+    pair = Pair(net(forward, device, gates=gates), device)
+    pair.run_sizes(lambda n: (rows(n, device),), unsafe={6: "R3"})
+    assert pair.program.pieces[2].key == pair.program.pieces[4].key
+
+
+@trap("R3", "M1", "R2")
+def batch_statistics_in_training_mode(device: str) -> None:
+    """Running statistics outlive the call, and neither schema nor version tells that they are written."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return F.batch_norm(x, self.mean, self.var, training=True) @ self.w
+
+    model = net(forward, device)
+    model.register_buffer("mean", torch.zeros(HIDDEN, device=device))
+    model.register_buffer("var", torch.ones(HIDDEN, device=device))
+    pair = Pair(model, device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    eager = [piece.reason for piece in pair.program.pieces if piece.kind == "eager"]
+    assert any("batch_norm writes graph input mean" in reason for reason in eager), eager
+
+
+@trap("R3")
+def batch_statistics_without_running_ones(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return F.batch_norm(x, None, None, training=True) @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"})
+
+
+# ------------------------------------------------------------------- the number of tokens as a value
+
+
+@trap("R3", "R4")
+def division_by_the_token_count(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return x / x.shape[0]
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R4"})
+
+
+@trap("R4")
+def token_count_that_the_test_cannot_see(device: str) -> None:
+    """4 and 8 leave the same remainder, and these are the sizes that are tested."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return x * (1 + x.shape[0] % 4)
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R4"})
+
+
+@trap("R3", "R4")
+def mask_built_from_the_token_count(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        n = x.shape[0]
+        mask = torch.arange(n, device=x.device) < n - 2
+        return torch.where(mask[:, None], x, -x) @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R4"})
+
+
+@trap("rows")
+def integers_of_the_token_count_in_attention_arguments(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x @ self.w
+        x = torch.ops.traps.attention_of_length(x, x.shape[0], x.shape[0] - 1)
+        x = x @ self.w
+        return torch.ops.traps.attention_of_length(x, x.size(0) * 2, x.shape[0] // 2) @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),))
+
+
+# ----------------------------------------------------------------------------------- geometry
+
+
+@trap("R1", "R3")
+def four_rows_per_token(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        wide = torch.cat([x, -x, 2 * x, x + 1])
+        return torch.ops.traps.attention(wide)[: x.shape[0]] @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R1", 4: "R1"})
+
+
+@trap("R1", "R3")
+def flattened_heads_and_tokens(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        heads = x.view(-1, 2, HIDDEN // 2).transpose(0, 1).reshape(-1, HIDDEN // 2)
+        heads = torch.ops.traps.attention(heads)
+        return heads.view(2, -1, HIDDEN // 2).transpose(0, 1).reshape(-1, HIDDEN) @ self.w
+
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R1", 4: "R1"})
+
+
+@trap("R5")
+def three_by_tokens(device: str) -> None:
+    """Positions of multimodal models, and a result of that layout: the tokens are not outermost in memory."""
+
+    def forward(self: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = torch.outer(self.w[0, :3], (x @ self.w)[:, 0]) * positions
+        seen = torch.ops.traps.kernel(angles)
+        x = torch.ops.traps.attention(x @ self.w)
+        return x @ self.w + seen.sum(0)[:, None], angles + 1
+
+    def make(n: int) -> tuple[Tensor, Tensor]:
+        return rows(n, device), torch.arange(3 * n, device=device).view(3, n)
+
+    pair = Pair(net(forward, device), device, dims=(0, 1))
+    pair.run_sizes(make)
+    assert ppb.stats().border_copies > 0
+
+
+@trap("R5")
+def heads_before_tokens(device: str) -> None:
+    """``[1, heads, tokens, d]``, contiguous so."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        q = (x @ self.w).view(1, -1, 2, HIDDEN // 2).transpose(1, 2).contiguous()
+        seen = torch.ops.traps.kernel(q)
+        return seen.transpose(1, 2).reshape(-1, HIDDEN) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    assert ppb.stats().border_copies > 0
+
+
+# ----------------------------------------------------------------------- memory without contents
+
+
+@trap("uninitialised", counters_only=True)
+def uninitialised_attention_output(device: str) -> None:
+    """Attention fills a buffer that the graph made: static memory, so nothing is copied to the next piece."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        q = x @ self.w
+        out = torch.empty_like(q)
+        torch.ops.traps.attention_into(q, out)
+        return out @ self.w
+
+    # One copy for each of three replays behind the capture, of the argument; none of what attention gave.
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), input_copies=3)
+
+
+@trap("tail")
+def indices_in_the_padded_rows(device: str) -> None:
+    """What an earlier call left there may index nothing; a row of the same batch always does."""
+
+    def forward(self: Any, x: Tensor, ids: Tensor, first: Tensor) -> Tensor:
+        x = torch.ops.traps.kernel(x @ self.w)
+        return self.table[first + ids] + x @ self.w
+
+    def make(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        first = 0 if n == 8 else 40
+        ids = torch.arange(64 - n - first, 64 - first, device=device)
+        return rows(n, device), ids, torch.tensor(first, device=device)
+
+    pair = Pair(net(forward, device, table=torch.randn(64, HIDDEN, device=device)), device, dims=(0, 0, None))
+    pair.run_sizes(make)
+
+
+@trap("random")
+def dropout(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w)
+        return F.dropout(x @ self.w, 0.5, training=True) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    before = ppb.stats()
+    for n in (7, 6, 8, 5):
+        pair(rows(n, device))
+    assert ppb.stats().replays - before.replays == 3
+    assert ppb.stats().miss_reasons == {"first-call": 1, "random": 4}
+    assert "draws random numbers" in pair.padding[2]
+
+
+# ----------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap(trap: Trap, device: str) -> None:
+    trap.body(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap_closes_without_its_rules(trap: Trap, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap.must_close(device, monkeypatch)
