@@ -244,7 +244,11 @@ def test_the_first_row_that_differs() -> None:
 
 
 def test_a_copy_keeps_strides() -> None:
-    for tensor in (torch.randn(3, 4).t(), torch.randn(3, 4)[:, ::2], torch.randn(2, 3, 4).permute(1, 0, 2)):
+    for tensor in (
+        torch.randn(3, 4).t(),
+        torch.randn(3, 4)[:, ::2],
+        torch.randn(2, 1, 4).permute(1, 0, 2).expand(3, 2, 4),
+    ):
         copy = like(tensor)
         assert torch.equal(copy, tensor) and copy.data_ptr() != tensor.data_ptr()
         assert copy.stride() == tensor.stride()
