@@ -479,7 +479,7 @@ def check_with_graphs(example: Example, sizes: Sequence[int]) -> int:
     return int(ppb.stats().padded_tokens)
 
 
-SMALLEST_PADDED_SHARE = 0.2
+SMALLEST_PADDED_SHARE = 0.15
 """Share of the examples in which padded calls must really have replayed, or the test says nothing about them."""
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
