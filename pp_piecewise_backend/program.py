@@ -99,8 +99,8 @@ class Program:
         with torch.no_grad():
             if session is None:
                 return self._run(args)
-            if self.graphs is not None:
-                session.note(self.name, self.graphs.plan)
+            max_tokens = self.config.max_tokens if self.stage is None else self.stage.max_tokens
+            session.note(self.name, max_tokens, None if self.graphs is None else self.graphs.plan)
             with session.leaving_no_trace(self.inputs, args, self.stage):
                 return self._run(args)
 
@@ -233,7 +233,11 @@ class UnsplitProgram:
         self._amounts = {"calls": 1} if counter is None else {"calls": 1, counter: 1}
 
     def __call__(self, *args: Any) -> Any:
-        self.stats.add_many(self._amounts)
+        session = current_session()
+        if session is None:
+            self.stats.add_many(self._amounts)
+        else:
+            session.note(self.name, self.config.max_tokens, None)
         return self._call(*args)
 
     def release(self) -> None:

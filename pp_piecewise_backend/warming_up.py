@@ -50,14 +50,15 @@ class Session:
     calls: int = 0
     """Calls of programs."""
     max_tokens: int = 1
-    """The largest bucket of any program."""
+    """The largest call that a program is meant for."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 
-    def note(self, name: str, plan: GraphPlan) -> None:
-        """Learn from a program that is called which buckets it has."""
-        self.max_tokens = max(self.max_tokens, plan.settings.ladder.max_tokens)
-        if plan.token_symbol is not None:
+    def note(self, name: str, max_tokens: int, plan: GraphPlan | None) -> None:
+        """Learn from a program that is called how large its calls are, and which buckets it has, if any."""
+        self.calls += 1
+        self.max_tokens = max(self.max_tokens, max_tokens)
+        if plan is not None and plan.token_symbol is not None:
             self.ladders[name] = plan.ladder.sizes_tokens
             self.smallest[name] = plan.smallest_tokens
 
@@ -66,7 +67,6 @@ class Session:
         self, inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None
     ) -> Iterator[None]:
         """Give state and proxies the contents back that they had before the call."""
-        self.calls += 1
         with self.restoring(written_tensors(inputs, args, stage)):
             yield
 

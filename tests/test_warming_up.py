@@ -279,6 +279,17 @@ def test_without_graphs_no_size_compiles_after_it() -> None:
             run(**stage.make_inputs(num_tokens))
 
 
+@pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")
+def test_a_program_that_is_not_split_is_warmed_up_too() -> None:
+    layer = nn.Linear(4, 4)
+    run = torch.compile(layer, backend="pp_piecewise", options={**OPTIONS, "max_tokens": MAX_TOKENS})
+    with torch.enable_grad(), ppb.expect(calls=0, grad_fallbacks=0):
+        ppb.warmup(run, lambda num_tokens: ((torch.randn(num_tokens, 4),), {}))
+    with torch.enable_grad(), ppb.expect(programs=0, calls=3, grad_fallbacks=3):
+        for num_tokens in (1, 3, MAX_TOKENS):
+            run(torch.randn(num_tokens, 4))
+
+
 def test_another_thread_serves_meanwhile() -> None:
     stage, other = (ToyStage(1, hidden=16, heads=2, kv_heads=1, seed=seed) for seed in (0, 1))
     run, serve = compiled_stage(stage), compiled_stage(other)
