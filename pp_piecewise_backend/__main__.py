@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import errors, inspection
+from .config import Config
 from .demo import command as demo
 
 
@@ -22,7 +24,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
+    inspect_parser = commands.add_parser(
+        "inspect",
+        help="show a dump, or what differs between two",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspection.add_arguments(inspect_parser)
+    inspect_parser.set_defaults(run=inspection.run)
+    env_parser = commands.add_parser("env", help="every option: environment variable, value in effect, source")
+    env_parser.set_defaults(run=show_options)
     return parser
+
+
+def show_options(options: argparse.Namespace) -> int:
+    """Print every option as the environment sets it now; 2 if the environment has an error."""
+    try:
+        table = Config.resolve().table()
+    except errors.ConfigError as error:
+        print(f"env: {error}", file=sys.stderr)
+        return 2
+    rows = [("option", "environment", "value", "source"), *(row[:4] for row in table)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

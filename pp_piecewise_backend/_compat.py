@@ -7,8 +7,9 @@ to mend; the rest of the package uses documented API and what is defined here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -27,10 +28,14 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges
 
 TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0")
+
+GUARDS_PARAMETER_STRIDES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether Dynamo notices that a parameter was given other strides at its old address; 2.11 does not [ran]."""
 
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises where a shape or number depends on contents that it has not."""
@@ -199,6 +204,14 @@ def schema_writes(op: OpOverload) -> tuple[int | str, ...]:
     return tuple(written)
 
 
+def argument(op: OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives the op for this argument, its default if it gives nothing; None if there is no such one."""
+    for position, declared in enumerate(op._schema.arguments):
+        if declared.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, declared.default_value)
+    return None
+
+
 def autocast_state() -> tuple[object, ...]:
     """What the ambient autocast state of this thread does to an op, for every device type in use."""
     devices = ["cpu", *(d for d in ("cuda", "xpu", "mps") if getattr(torch, d).is_available())]
@@ -235,22 +248,74 @@ def graph_breaks() -> int:
     return sum(counters["graph_break"].values())
 
 
+def profiler_is_enabled() -> bool:
+    """Whether a profiler records in this thread, NVTX ranges included."""
+    return torch.autograd._profiler_enabled()
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``, read by tlparse); without one it is not even made."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
+    )
+
+
+def expression_text(expression: sympy.Basic | int) -> str:
+    """A shape expression as Python, with ``//`` and ``%``, over names of its symbols."""
+    return PythonPrinter().doprint(expression) if isinstance(expression, sympy.Basic) else str(expression)
+
+
+_WAITING_FOR_BYTECODE: dict[CodeType, Callable[[CodeType], None]] = {}
+
+
+def when_bytecode_is_ready(code: CodeType, tell: Callable[[CodeType], None]) -> None:
+    """Call ``tell``, once, with the code that Dynamo makes from ``code``; what Dynamo runs stays as it is."""
+    _register_bytecode_hook()
+    _WAITING_FOR_BYTECODE[code] = tell
+
+
+@functools.cache
+def _register_bytecode_hook() -> None:
+    # For good: a hook that removed itself would change what Dynamo iterates over.
+    torch._dynamo.convert_frame.register_bytecode_hook(_tell_of_bytecode)
+
+
+def _tell_of_bytecode(code: CodeType, new_code: CodeType) -> CodeType | None:
+    tell = _WAITING_FOR_BYTECODE.pop(code, None)
+    if tell is not None:
+        tell(new_code)
+    return None
+
+
+def guards_of(code: CodeType, transformed: CodeType) -> str | None:
+    """The guards under which Dynamo runs ``transformed`` in place of ``code``; None if it does not hold it."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return next((str(e.guard_manager) for e in _debug_get_cache_entry_list(code) if e.code is transformed), None)
+
+
 def stock_backend(name: str) -> Callable[..., Any]:
     """The backend that ``torch.compile`` knows under this name."""
     return torch._dynamo.lookup_backend(name)
 
 
 def kernel_in_python(op: Callable[..., Any], device_type: str) -> Callable[..., Any] | None:
-    """The kernel of a custom or higher-order op as a callable that skips the dispatcher; None for PyTorch's own ops.
+    """The kernel of a custom or higher-order op as a callable that skips the dispatcher.
 
-    A mode that calls it instead of the op sees the ops inside of it.
+    None for PyTorch's own ops and C++ kernels. A mode that calls it instead of the op sees the ops inside of it.
     """
     if isinstance(op, HigherOrderOperator):
         return op.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
-    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES:
+    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES or not _has_kernel_in_python(op, device_type):
         return None
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))
     return lambda *args, **kwargs: op.redispatch(keys, *args, **kwargs)
+
+
+def _has_kernel_in_python(op: OpOverload, device_type: str) -> bool:
+    name = op.name().replace("::", "/")
+    keys = (device_type.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(f"{form}/{key}" in torch.library._impls for form in (name, f"{name}.default") for key in keys)
 
 
 _OWN_NAMESPACES = frozenset(
@@ -278,3 +343,8 @@ def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written in place; None for an inference tensor, which does not count."""
+    return None if tensor.is_inference() else int(tensor._version)

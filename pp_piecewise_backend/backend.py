@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import _compat, errors
+from . import _compat, dump, errors
 from .buckets import Ladder
 from .buffers import Proxy, Stage
 from .config import Config
+from .events import Events
 from .explanation import explain_all
 from .facts import collect_facts
 from .inductor import CompiledPiece, PieceCompiler, compile_whole
@@ -72,6 +73,8 @@ class PiecewiseBackend:
         if self._sealed:
             return self._refuse_after_seal(graph_module, config)
         name = self._count_graph()
+        events = dump.start(name, config)
+        events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops)
         stage_input_names = config.stage_inputs if stage is None else tuple(stage.inputs)
         try:
@@ -81,18 +84,22 @@ class PiecewiseBackend:
             whole = config.mode == "full"
             split = None if facts.needs_gradient else split_graph(facts, table, matcher, whole=whole)
         except errors.SplitError as error:
-            return self._unsplit(name, graph_module, example_inputs, config, str(error))
+            return _told(events, self._unsplit(name, graph_module, example_inputs, config, str(error)))
         except Exception as error:
             # A graph that we do not understand must still run; the traceback is for the report of the bug.
             _LOG.error("%s: internal error while splitting", name, exc_info=True)
-            return self._unsplit(name, graph_module, example_inputs, config, errors.internal_error(error))
+            reason = errors.internal_error(error)
+            return _told(events, self._unsplit(name, graph_module, example_inputs, config, reason))
         if split is None:
-            return self._fall_back_for_gradients(name, graph_module, example_inputs, config, facts.needs_gradient)
+            needs = facts.needs_gradient
+            return _told(events, self._fall_back_for_gradients(name, graph_module, example_inputs, config, needs))
+        events.split(split, table)
         self._report_unmatched(config, matcher, table, split)
-        return self._register(self._build(name, split, table, config, stage))
+        return self._register(_told(events, self._build(name, split, table, config, stage, events)))
 
     def reset(self) -> None:
         """Forget programs and compiled pieces. ``torch._dynamo.reset()`` calls it too."""
+        dump.finish()
         with self._lock:
             for program in self._live():
                 program.release()
@@ -107,6 +114,8 @@ class PiecewiseBackend:
     def seal(self, sealed: bool) -> None:
         """Whether further graphs are refused."""
         self._sealed = sealed
+        for program in self.programs() if sealed else ():
+            program.events.sealed()
 
     def programs(self) -> tuple[AnyProgram, ...]:
         """The live programs, oldest first."""
@@ -124,7 +133,9 @@ class PiecewiseBackend:
 
     # ------------------------------------------------------------------------ building
 
-    def _build(self, name: str, split: Split, table: InputTable, config: Config, stage: Stage | None) -> Program:
+    def _build(
+        self, name: str, split: Split, table: InputTable, config: Config, stage: Stage | None, events: Events
+    ) -> Program:
         started = time.perf_counter()
         compiled: list[CompiledPiece | None] = []
         reused: list[bool] = []
@@ -135,13 +146,22 @@ class PiecewiseBackend:
             result, was_known = self._compiler.compile(piece, config)
             compiled.append(result)
             reused.append(was_known)
+            (events.reused if was_known else events.compiled)(piece, result)
             if result.failure is not None and not was_known:
                 _LOG.warning("%s piece[%d]: %s; it runs as plain FX", name, piece.index, result.failure)
         settings, reason = _graph_settings(config, table, stage)
         if settings is not None:
             stage = self._stage_for(table, settings.ladder.max_tokens) if stage is None else _checked(stage, table)
         program = Program(
-            name, split, table, compiled, config, stage=stage, graph_settings=settings, graphs_off_reason=reason
+            name,
+            split,
+            table,
+            compiled,
+            config,
+            stage=stage,
+            graph_settings=settings,
+            graphs_off_reason=reason,
+            events=events,
         )
         program.stats.add_many(
             {
@@ -309,6 +329,13 @@ def _checked(stage: Stage, table: InputTable) -> Stage:
     return stage
 
 
+def _told(events: Events, program: Any) -> Any:
+    """The finished program, after whoever writes things down has heard of it."""
+    events.built(program)
+    dump.trace_program(program)
+    return program
+
+
 backend = PiecewiseBackend()
 """The object behind ``backend="pp_piecewise"``."""
 
@@ -360,7 +387,8 @@ def warmup(
         progress: whether to show a bar; by default on a terminal only, with one line in the log elsewhere.
 
     Raises:
-        PPPiecewiseError: no program ran, or nothing could be captured; the message says why.
+        PPPiecewiseError: no program ran, or state could not be kept for want of memory.
+        ConfigError: ``make_inputs`` or ``sizes`` cannot be used.
     """
 
     def captured() -> dict[int, tuple[float, int]]:
@@ -371,6 +399,6 @@ def warmup(
                 found[bucket.tokens] = (seconds + bucket.seconds, num_bytes + bucket.graph_bytes)
         return found
 
-    warm_up(compiled, make_inputs, sizes, progress, captured)
-    if not backend.programs():
-        raise errors.PPPiecewiseError(errors.no_program_in_warmup())
+    if not warm_up(compiled, make_inputs, sizes, progress, captured):
+        reasons = [p.graphs_off_reason for p in backend.programs() if isinstance(p, Program) and p.graphs is None]
+        warnings.warn(errors.nothing_captured(list(dict.fromkeys(reasons))), errors.PPPiecewiseWarning, stacklevel=2)

@@ -67,7 +67,9 @@ class Bucket:
     seconds: float = 0.0
     graph_bytes: int = 0
     static_memory: frozenset[int] = frozenset()
-    """Addresses of all memory that later calls overwrite."""
+    """Addresses of the memory that captured pieces and eager steps of this bucket write in."""
+    overwritten: frozenset[int] = frozenset()
+    """Addresses of all memory that later calls overwrite: the static memory, and where stage inputs land."""
     programs: dict[Any, Any] = field(default_factory=dict)
     """Flat programs, by number of tokens and what misses (see ``replay.py``)."""
 
@@ -131,15 +133,14 @@ class BucketCapture:
                     self._end(register)
             results = layout.collect(self._registers)
         except BaseException:
+            self._end_all()
             self.bucket.release()
             raise
-        finally:
-            self._registers = []
-            for lease in self._leases.values():
-                lease.end()
+        self._end_all()
         if needs_test:
             self._verdicts.extend_to(self.bucket.tokens)
         self.bucket.static_memory = frozenset(self._leases)
+        self.bucket.overwritten = self.bucket.static_memory | plan.landing_addresses
         self.bucket.graph_bytes = max(0, sum(pool.held_bytes for pool in pools) - held_before)
         self.bucket.seconds = time.perf_counter() - started
         return self.bucket, results
@@ -172,6 +173,11 @@ class BucketCapture:
                 lease.registers.discard(register)
                 if not lease.registers:
                     lease.end()
+
+    def _end_all(self) -> None:
+        self._registers = []
+        for lease in self._leases.values():
+            lease.end()
 
     def _admit_inputs(self) -> None:
         """Bring the graph inputs that captured pieces read into static memory."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Proxy:
     layout: Layout = "replicated"
 
     def __post_init__(self) -> None:
-        sizes = (self.shape,) if isinstance(self.shape, int) else tuple(self.shape)
+        sizes = tuple(self.shape) if isinstance(self.shape, Iterable) else (self.shape,)
         if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
             raise errors.ConfigError(errors.bad_proxy("shape", self.shape, "sizes of at least 1, such as (4096,)"))
         if not isinstance(self.dtype, torch.dtype):
@@ -69,9 +69,10 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
 def _aligned_on_cpu(num_bytes: int) -> torch.Tensor:
     # The CPU allocator aligns to 64 bytes, and a storage that begins where we say keeps the offset at 0.
     raw = bytearray(num_bytes + ALIGNMENT_BYTES)
-    whole = torch.frombuffer(raw, dtype=torch.uint8)
-    start = -whole.data_ptr() % ALIGNMENT_BYTES
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=start, count=num_bytes)
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.frombuffer(raw, dtype=torch.uint8)
+        start = -whole.data_ptr() % ALIGNMENT_BYTES
+        return torch.frombuffer(raw, dtype=torch.uint8, offset=start, count=num_bytes)
 
 
 def tensor_in(block: torch.Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -99,6 +100,10 @@ class StaticMemory:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held by the call that uses the memory."""
+        self.holder: int | None = None
+        """The thread of that call."""
+        self.users: set[int] = set()
+        """Ids of the programs' graphs that have something captured in it; the last one to go releases it."""
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         self.pools: dict[str, Any] = {}

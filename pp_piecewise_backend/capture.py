@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from .buffers import allocate, assign, tensor_in
@@ -87,13 +88,31 @@ def make_device(kind: str, compiler_runs_ops: bool) -> Device:
 
 
 class CudaPool:
-    """A private pool of the CUDA caching allocator; its memory goes back when its last graph is released."""
+    """A private pool of the CUDA caching allocator; its memory goes back when its last graph is released.
+
+    The allocator forgets a pool then, and refuses its id from there on [ran, 2.11], so the next graph begins another.
+    """
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
+        self._graphs = 0
+
+    def begin(self) -> Any:
+        """The id to capture with."""
+        if self._graphs == 0:
+            self.handle = torch.cuda.graph_pool_handle()
+        return self.handle
+
+    def hold(self) -> None:
+        self._graphs += 1
+
+    def let_go(self) -> None:
+        self._graphs -= 1
 
     @property
     def held_bytes(self) -> int:
+        if self._graphs == 0:
+            return 0
         return sum(
             segment["total_size"]
             for segment in torch.cuda.memory_snapshot()
@@ -104,8 +123,12 @@ class CudaPool:
 class CudaGraph:
     """One captured piece on CUDA."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], input_storages: set[int]) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], input_storages: set[int], pool: CudaPool
+    ) -> None:
         self._graph = graph
+        self._pool: CudaPool | None = pool
+        pool.hold()
         self.replay = graph.replay
         self._strong: list[Any] = [
             o if isinstance(o, torch.Tensor) and _storage_address(o) not in input_storages else None for o in outputs
@@ -113,22 +136,23 @@ class CudaGraph:
         self.outputs = [_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
 
     def release_output(self, index: int) -> None:
-        self._strong[index] = None
+        if self._strong:
+            self._strong[index] = None
 
     def release(self) -> None:
-        self._strong = [None] * len(self._strong)  # who holds it may still release outputs
+        self._strong = []
         self.outputs = []
         self.replay = _released
         self._graph.reset()
+        if self._pool is not None:
+            self._pool.let_go()
+            self._pool = None
 
 
 class CudaDevice:
     """Real CUDA graphs on the current device."""
 
     name = "cuda"
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
 
     def new_pool(self) -> CudaPool:
         return CudaPool()
@@ -142,7 +166,7 @@ class CudaDevice:
         outputs: Sequence[Any] | None = None
         try:
             with self._on_side_stream(), _no_garbage_collection():
-                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool.begin(), capture_error_mode="thread_local")
                 try:
                     outputs = call(inputs)
                 finally:
@@ -155,22 +179,32 @@ class CudaDevice:
             with contextlib.suppress(Exception):
                 torch.cuda.synchronize()
             raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return CudaGraph(graph, outputs, _storages(inputs))
+        return CudaGraph(graph, outputs, _storages(inputs), pool)
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     @contextlib.contextmanager
     def _on_side_stream(self) -> Iterator[None]:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+        side, current = _side_stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(side):
                 yield
         finally:
-            current.wait_stream(self._stream)
+            current.wait_stream(side)
+
+
+_SIDE_STREAMS = threading.local()
+
+
+def _side_stream() -> torch.cuda.Stream:
+    """The stream on which this thread captures; one for all, since cuBLAS keeps a workspace for each stream [ran]."""
+    streams: dict[str, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
+    device = f"cuda:{torch.cuda.current_device()}"
+    if device not in streams:
+        streams[device] = torch.cuda.Stream()
+    return streams[device]
 
 
 @contextlib.contextmanager
@@ -249,15 +283,17 @@ class EmulatedGraph:
         self.replay = self._replay
 
     def _replay(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for block in self._free:
                 block.fill_(SCRIBBLE_BYTE)
-            for output, result, entry in zip(self.outputs, self._run(), self._entries, strict=True):
+            for result, entry in zip(self._run(), self._entries, strict=True):
                 if entry is not None:
-                    assign(output, result)
+                    # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
+                    num_bytes = result.untyped_storage().nbytes()
+                    entry[0][:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
 
     def release_output(self, index: int) -> None:
-        entry = self._entries[index]
+        entry = self._entries[index] if self._entries else None
         if entry is not None and index not in self._read_no_more:
             self._read_no_more.add(index)
             entry[1] -= 1
@@ -265,7 +301,7 @@ class EmulatedGraph:
     def release(self) -> None:
         for index in range(len(self._entries)):
             self.release_output(index)
-        self.outputs, self._free = [], []  # who holds it may still release outputs
+        self.outputs, self._entries, self._free = [], [], []
         self.replay, self._run = _released, _nothing
 
 
@@ -285,15 +321,15 @@ class EmulatedDevice:
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: EmulatedPool) -> EmulatedGraph:
         # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             captured = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
         storages = _storages(captured)
         recorder = _Recorder()
         written = [value.clone() if isinstance(value, torch.Tensor) else None for value in captured]
-        versions = [value._version if isinstance(value, torch.Tensor) else 0 for value in captured]
+        versions = [_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
-            with torch.inference_mode(False), torch.no_grad(), recorder:
+            with torch.no_grad(), _NoHostReads(), recorder:
                 results = call(captured)
         except CaptureError:
             raise
@@ -317,17 +353,21 @@ class EmulatedDevice:
 _CAPTURING = threading.local()
 
 
-def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int]) -> None:
+def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int | None]) -> None:
     """Give inputs their contents back: a real capture runs nothing."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for tensor, copy, version in zip(tensors, copies, versions, strict=True):
-            if copy is not None and (tensor._version != version or not same_bits(tensor, copy)):
+            if copy is None:
+                continue
+            is_untouched = version is not None and _compat.version(tensor) == version
+            if not is_untouched or not same_bits(tensor, copy):
                 assign(tensor, copy)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal bit for bit, NaN included."""
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a, b)
 
 
 class _Recorder(_compat.TorchDispatchMode):
@@ -351,12 +391,17 @@ class _Recorder(_compat.TorchDispatchMode):
             raise CaptureError(f"{func} reads device memory from the host, which no graph can hold")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
             raise CaptureError(f"{func} gives a tensor whose size depends on values, which no graph can hold")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _compat.argument(func, "dropout_p", args, kwargs) != 0:
             raise CaptureError(f"{func} draws random numbers; captured, it would draw other ones than eager")
         if inside is not None:
             # A graph holds what the op did, not the Python that chose it.
-            with self:
+            with self, _NoHostReads():
                 return inside(*args, **kwargs)
+        # Inside of a custom op, composite ops arrive whole; what they are made of may be refused.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in _compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self._ops.append((func, args, kwargs, leaves))
@@ -390,6 +435,18 @@ class _Recorder(_compat.TorchDispatchMode):
             return [fill(value) for value in wanted]
 
         return run
+
+
+class _NoHostReads(TorchFunctionMode):
+    """Refuses what reads a tensor from Python without any op, as CPU tensors allow and a capture does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS_WITHOUT_OPS:
+            raise CaptureError(f"Tensor.{func.__name__} reads device memory from the host, which no graph can hold")
+        return func(*args, **(kwargs or {}))
+
+
+_READS_WITHOUT_OPS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "item"})
 
 
 class _Slot:

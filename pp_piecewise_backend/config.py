@@ -235,9 +235,7 @@ class NotBuiltYet(NamedTuple):
     """Values that this version does honour."""
 
 
-NOT_BUILT_YET: dict[str, NotBuiltYet] = {
-    "dump_dir": NotBuiltYet("nothing is written in this version", honoured=(None,)),
-}
+NOT_BUILT_YET: dict[str, NotBuiltYet] = {}
 
 
 # ------------------------------------------------------------------------------------- the settings
@@ -415,6 +413,12 @@ FIELD_NAMES: tuple[str, ...] = tuple(Config.model_fields)
 def environment_name(field_name: str) -> str:
     """The environment variable of a field: ``PP_PIECEWISE`` for ``enabled``, else prefixed."""
     return ENVIRONMENT_PREFIX if field_name == "enabled" else f"{ENVIRONMENT_PREFIX}_{field_name.upper()}"
+
+
+def rank_in_environment() -> int:
+    """This process's rank as launchers such as torchrun give it; 0 where there is none."""
+    text = os.environ.get("RANK", "")
+    return int(text) if re.fullmatch("[0-9]+", text) else 0
 
 
 class _Environment(PydanticBaseSettingsSource):

@@ -50,6 +50,10 @@ class PeerLost(PPPiecewiseError):
     """Another rank of the pipeline died, fell silent or broke the agreed order."""
 
 
+class DumpError(PPPiecewiseError):
+    """A folder holds no dump, or one that this version cannot read."""
+
+
 class PPPiecewiseWarning(UserWarning):
     """Category of every warning that the package issues."""
 
@@ -201,22 +205,24 @@ def rows_out_of_range(num_tokens: int, max_tokens: int) -> str:
 
 
 def stage_lacks_input(name: str, names: Sequence[str]) -> str:
-    return f"the Stage has no memory for stage input {name!r}; it has {_listed(names)}"
+    return f"the Stage has no memory for stage input {name!r}; it has {_listed(names)}."
 
 
 def stage_input_without_tokens(name: str, geometry: str) -> str:
-    return f"stage input {name!r} is {geometry}, in which no dimension counts tokens"
+    return f"stage input {name!r} is {geometry}, in which no dimension counts tokens."
 
 
 def stage_input_differs(name: str, geometry: str, shape: Sequence[int], dtype: object) -> str:
     return (
         f"stage input {name!r} is {geometry} in the graph, but the Stage has rows of shape {tuple(shape)} and dtype "
-        f"{dtype}. Declare the Proxy as the previous stage sends it"
+        f"{dtype}. Declare the Proxy as the previous stage sends it."
     )
 
 
 def stage_on_other_device(name: str, got: object, expected: object) -> str:
-    return f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})"
+    return (
+        f"stage input {name!r} is on {got}, but the Stage's memory is on {expected}. Give Stage(device={str(got)!r})."
+    )
 
 
 # ------------------------------------------------------------------------------- capture and replay
@@ -257,6 +263,10 @@ def bad_make_inputs(made: object) -> str:
     )
 
 
+def bad_warmup_sizes(sizes: object) -> str:
+    return f"warmup() got sizes={sizes!r}: expected numbers of tokens, each at least 1, or None for every bucket."
+
+
 def nested_warmup() -> str:
     return "warmup() was called inside warmup(); call it once, outside of make_inputs and of the module."
 
@@ -268,12 +278,76 @@ def no_program_in_warmup() -> str:
     )
 
 
+def released_in_a_call(program: str) -> str:
+    return f"release() of {program} was called from within one of its calls; call it when the call has returned."
+
+
 def nothing_captured(reasons: Sequence[str]) -> str:
     return f"warmup() captured nothing: {'; '.join(reasons) or 'graphs are off'}."
 
 
 def graphs_on_other_device(graphs: str, device: object) -> str:
     return f"graphs={graphs!r}, but the tensors of this graph are on {device}; it runs compiled, without graphs"
+
+
+# --------------------------------------------------------------------------------------------- dumps
+
+
+def dump_failed(folder: object, error: Exception) -> str:
+    return (
+        f"cannot write the dump into {folder}: {type(error).__name__}: {error}. This process dumps nothing more there; "
+        f"its results are not affected. Give dump_dir a folder that can be written, with some MB free, or unset it."
+    )
+
+
+def dump_incomplete(name: str, folder: object, error: Exception) -> str:
+    return (
+        f"the dump of {name} in {folder} ends here: {type(error).__name__}: {error}. Results are not affected, and "
+        f"other programs are dumped. Please report it with the traceback."
+    )
+
+
+def piece_not_written(name: str, index: int, error: Exception) -> str:
+    return (
+        f"{name} piece[{index}]: cannot run here: it could not be written as a script: {type(error).__name__}: "
+        f"{error}. dynamo_graph.py next to this file has its ops."
+    )
+
+
+def dump_folder_taken(wanted: object, used: object) -> str:
+    return (
+        f"{wanted} is there already, from an earlier run or from a process with the same rank, so this one dumps into "
+        f"{used}. Remove the old folder, give each run its own dump_dir, or set RANK in each process."
+    )
+
+
+def depyf_failed(file: str, error: Exception) -> str:
+    return f"depyf could not make {file}: {type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}."
+
+
+def too_long_to_decompile(count: int, most: int) -> str:
+    return (
+        f"the frame has {count} instructions and at most {most} are decompiled, since the time grows with the square; "
+        f"wrap the first call in depyf.prepare_debug() to have it all."
+    )
+
+
+def not_a_dump(path: object) -> str:
+    return (
+        f"{path} holds no dump: expected a folder with a summary.json, or with folders of ranks and programs, such as "
+        f"dump_dir or PP_PIECEWISE_DUMP_DIR had. Run the model once with one of them set."
+    )
+
+
+def wrong_number_of_dumps(count: int) -> str:
+    return f"got {count} folders: expected one dump to show, or two to compare."
+
+
+def unreadable_dump(path: object, detail: str) -> str:
+    return (
+        f"{path} cannot be read as a dump: {detail}. Expected a file that this version of pp_piecewise_backend wrote; "
+        f"dump again, or inspect it with the version named in it."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .placeholders import GraphInput, InputKind
+from .plan import REASONS
 from .split import Piece
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def explain_program(program: Program) -> str:
         "  compiled",
         f"{stats.pieces_compiled} pieces in {stats.compile_seconds:.2f} s, {stats.pieces_reused} served by equal ones",
     )
+    lines += _graph_lines(program)
     for name, sentence in program.config.not_in_effect().items():
         lines += _entry("  not in effect", f"{name}: {sentence}")
     return "\n".join(lines)
@@ -80,6 +82,64 @@ def explain_all(reports: Sequence[str], frames_given_up: int, graph_breaks: int)
     return "\n\n".join(("\n".join(lines), *reports))
 
 
+# ------------------------------------------------------------------------------- graphs
+
+
+def _graph_lines(program: Program) -> list[str]:
+    """What is captured, what never can be, and why compute pieces ran without their graphs."""
+    graphs = program.graphs
+    if graphs is None:
+        return _entry("  graphs", f"off: {program.graphs_off_reason}")
+    plan = graphs.plan
+    static = "" if plan.token_symbol is not None else "; this graph has one size only"
+    lines = _entry("  graphs", f"{plan.settings.mode}, {plan.settings.device}; buckets of {plan.ladder} tokens{static}")
+    for bucket, _ in graphs.buckets:
+        lines += _entry(
+            "  captured",
+            f"{bucket.tokens} tokens: {len(bucket.graphs)} pieces in {bucket.seconds:.2f} s, "
+            f"{bucket.graph_bytes} bytes more",
+        )
+        lines += _by_reason("    not here", {step: o.sentence for step, o in bucket.obstacles.items()})
+    for tokens, obstacle in graphs.dropped.items():
+        lines += _entry("  dropped", f"{tokens} tokens ({obstacle.code}): {obstacle.sentence}")
+    lines += _by_reason("  never captured", {step: f"{o.code}: {o.sentence}" for step, o in plan.obstacles.items()})
+    lines += _by_reason("  padding", {step: graphs.padding_of(step) for step in plan.capturable})
+    by_arrival: dict[str, list[str]] = {}
+    for register, arrival in plan.arrivals.items():
+        if register < len(plan.inputs):
+            by_arrival.setdefault(arrival, []).append(plan.inputs[register].label)
+    for how, labels in by_arrival.items():
+        names = ", ".join(dict.fromkeys(labels)) if how != "parameter" else f"{len(labels)} tensors"
+        lines += _entry("  read from", f"{_ARRIVALS[how]}: {_shortened(names)}")
+    misses = program.stats.snapshot().miss_reasons
+    for code, pieces in misses.items():
+        calls = [(tokens, found.calls) for (logged, tokens), found in graphs.miss_log.items() if logged == code]
+        sizes = _ranges(tokens for tokens, _ in calls)
+        count = sum(count for _, count in calls)
+        lines += _entry("  missed", f"{code}: {pieces} pieces in {count} calls of {sizes} tokens: {REASONS[code]}")
+    return lines
+
+
+_ARRIVALS = {
+    "landing": "landing memory, where the previous stage or the caller puts it",
+    "copied": "static memory, copied in each call",
+    "parameter": "parameters at their own addresses, checked in each call",
+    "address": "large tensors at their own addresses, checked in each call",
+    "constant": "constants of the graph",
+}
+
+
+def _by_reason(head: str, reasons: Mapping[int, str]) -> list[str]:
+    """One line per reason, with the pieces that it holds for."""
+    pieces: dict[str, list[int]] = {}
+    for step, reason in reasons.items():
+        pieces.setdefault(reason, []).append(step)
+    lines = []
+    for reason, steps in pieces.items():
+        lines += _entry(head, f"piece[{_ranges(steps)}]: {_shortened(reason)}")
+    return lines
+
+
 # ------------------------------------------------------------------------------- inputs
 
 
@@ -101,7 +161,7 @@ def _input_lines(inputs: Sequence[GraphInput]) -> list[str]:
     for members in groups.values():
         first = members[0]
         count = f" x{len(members)}" if len(members) > 1 else ""
-        name = _folded_name([short_source(m.source) or m.name for m in members])
+        name = folded_name([short_source(m.source) or m.name for m in members])
         lines += _entry(f"    {first.kind}", f"{name}{count} {_shape(first)}: {first.reason}", indent=18)
     return lines
 
@@ -110,7 +170,7 @@ def _shape(graph_input: GraphInput) -> str:
     return str(graph_input.expression) if graph_input.spec is None else str(graph_input.spec)
 
 
-def _folded_name(names: Sequence[str]) -> str:
+def folded_name(names: Sequence[str]) -> str:
     """One name for several that differ in their numbers only: ``layers.{0..31}.weight``."""
     columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
     folded = []
@@ -150,7 +210,7 @@ class _Line(NamedTuple):
 def _step_lines(program: Program) -> list[str]:
     steps = [_step(piece) for piece in program.pieces]
     lines = []
-    for start, period, repeats in _fold([step.signature for step in steps]):
+    for start, period, repeats in fold([step.signature for step in steps]):
         block = steps[start : start + period]
         if repeats > 1:
             last = start + period * repeats - 1
@@ -166,12 +226,12 @@ def _step(piece: Piece) -> _Line:
     writes = "; gives results" if piece.writes_stage_outputs else ""
     if piece.kind == "eager":
         text = f"eager: {piece.reason}{reads}{writes}"
-        return _Line(piece, ("eager", _without_numbers(text)), text)
+        return _Line(piece, ("eager", without_numbers(text)), text)
     text = f"compute: {_summary(piece.ops)}; key {piece.key}{reads}{writes}"
     return _Line(piece, ("compute", piece.key, reads, writes), text)
 
 
-def _without_numbers(text: str) -> str:
+def without_numbers(text: str) -> str:
     """What is left of a text when layers and the suffixes of node names no longer count."""
     return re.sub(r"\d+", "#", re.sub(r"_\d+\b", "", text))
 
@@ -179,7 +239,7 @@ def _without_numbers(text: str) -> str:
 def _common_text(texts: Sequence[str]) -> str:
     """One text for several steps that are equal but for numbers."""
     patterns = {re.sub(r"\d+", "#", text) for text in texts}
-    return texts[0] if len(set(texts)) == 1 or len(patterns) > 1 else _folded_name(texts)
+    return texts[0] if len(set(texts)) == 1 or len(patterns) > 1 else folded_name(texts)
 
 
 def _summary(ops: Iterable[str]) -> str:
@@ -192,7 +252,7 @@ def _summary(ops: Iterable[str]) -> str:
     return f"{len(names)} ops ({listed}{f', {rest} more' if rest else ''})"
 
 
-def _fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]:
+def fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]:
     """Cut a sequence into blocks ``(start, period, repeats)``, folding what repeats right behind itself."""
     blocks: list[tuple[int, int, int]] = []
     start = 0

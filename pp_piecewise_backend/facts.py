@@ -160,7 +160,8 @@ class _OpRecorder(_compat.TorchDispatchMode):
         if name is not None:
             namespace, name = name.split("::", 1)
             self.heavy |= namespace == "aten" and name in _MATMUL_OPS
-            self.random |= torch.Tag.nondeterministic_seeded in func.tags
+            draws = torch.Tag.nondeterministic_seeded in func.tags
+            self.random |= draws and _compat.argument(func, "dropout_p", args, kwargs) != 0
             written: list[Any] = []
             for where in _compat.schema_writes(func):
                 if isinstance(where, int):

@@ -14,14 +14,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 
-from . import errors
+from . import _compat, errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
 from .buffers import StaticMemory, without_repeats
 from .capture import Device, make_device
+from .events import NO_EVENTS, Events
 from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
@@ -45,6 +47,21 @@ MAX_FLAT_PROGRAMS = 64
 """Flat programs kept per bucket; each holds the views for one number of tokens."""
 
 
+_NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+
+
+MAX_MISSES_LOGGED = 256
+
+
+class Misses(NamedTuple):
+    """Calls that missed for one reason with one number of tokens."""
+
+    calls: int
+    pieces: int
+    last_call: int
+    """Which call of the program was the last of them, counted from 1."""
+
+
 @dataclass
 class ParameterSet:
     """Captures for one tuple of parameter addresses."""
@@ -61,24 +78,30 @@ class ParameterSet:
 class Graphs:
     """The captured side of a program. One call at a time uses it; others run without graphs meanwhile."""
 
-    def __init__(self, plan: GraphPlan, memory: StaticMemory, stats: Stats, name: str) -> None:
+    def __init__(
+        self, plan: GraphPlan, memory: StaticMemory, stats: Stats, name: str, events: Events = NO_EVENTS
+    ) -> None:
         self.plan = plan
+        self._events = events
         self.name = name
         self._memory = memory
         self._stats = stats
         self._device: Device = make_device(plan.settings.device, plan.settings.compiler_runs_ops)
-        self._sets: OrderedDict[tuple[int, ...], ParameterSet] = OrderedDict()
+        self._sets: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()
+        self._last_set: tuple[tuple[Any, ...] | None, ParameterSet | None] = None, None
+        """The set of the last call: to compare its addresses costs less than to hash them."""
         self._sets_captured = 0
         self._dropped: dict[int, Obstacle] = {}
         """Buckets that are captured no more, and why."""
-        self.miss_log: OrderedDict[tuple[str, int], int] = OrderedDict()
-        """(Reason, number of tokens) -> calls, for the report."""
+        self.miss_log: OrderedDict[tuple[str, int], Misses] = OrderedDict()
+        """(Reason, number of tokens) -> what was missed, for reports; the latest reasons are kept."""
         self._calls = 0
         self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
         self._written_pointers: list[int] = []
         self._written_memory: set[int] = set()
         """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
+        self._more_to_check = bool(plan.address_positions or plan.scalar_sources)
         positions = plan.parameter_positions
         self._parameters = itemgetter(*positions) if len(positions) > 1 else None
 
@@ -107,35 +130,38 @@ class Graphs:
             return Obstacle("over-max", REASONS["over-max"])
         if self._device.is_capturing():
             return Obstacle("outer-capture", REASONS["outer-capture"])
-        if not self._memory.lock.acquire(blocking=False):
+        memory = self._memory
+        if not memory.lock.acquire(blocking=False):
             return Obstacle("concurrent-call", REASONS["concurrent-call"])
         try:
-            session = current_session()
-            if session is None:
-                return self._run_in_bucket(args, num_tokens, size, warming_up=False)
-            with session.leaving_no_trace(plan, args, self.name):
-                return self._run_in_bucket(args, num_tokens, size, warming_up=True)
+            memory.holder = get_ident()
+            return self._run_in_bucket(args, num_tokens, size, warming_up=current_session() is not None)
         finally:
-            self._memory.lock.release()
+            memory.holder = None
+            memory.lock.release()
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
         if plan.lands_elsewhere(args, num_tokens) or self._meets_written_memory(args):
             return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
-        parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
+        if key == self._last_set[0]:
+            parameters = self._last_set[1]
+        else:
+            parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
                 return Obstacle("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
             parameters = self._new_set(key)
-        elif len(self._sets) > 1:
+        elif len(self._sets) > 1 and is_on("R7"):
             self._sets.move_to_end(key)
+        self._last_set = key, parameters
         if size in self._dropped:
             return self._dropped[size]
         bucket = parameters.buckets.get(size)
         moved: dict[int, str] = {}
         if bucket is not None:
-            here = (addresses(plan, args), scalars(plan, args))
+            here = (addresses(plan, args), scalars(plan, args)) if self._more_to_check else _NOTHING_CHECKED
             if here != (bucket.addresses, bucket.scalars) and is_on("R7"):
                 if self._shall_recapture(parameters, size, here):
                     self._release_bucket(parameters, size)
@@ -154,15 +180,17 @@ class Graphs:
         if settings.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
-        self._spoil_given_out()
+        if self._given_out:
+            self._spoil_given_out()
         if settings.verify_every and self._calls % settings.verify_every == 0:
-            results, call, in_place = self._run_verified(program, args, size)
+            results, call = self._run_verified(program, args, size)
         else:
-            results, call, in_place = program.run(args)
-        self.plain.update(call.plain)
+            results, call = program.run(args)
+        if call.plain:
+            self.plain.update(call.plain)
         results, copied = self._hand_over(args, results, bucket, program)
         if not warming_up:
-            self._count(program, call, in_place, copied, num_tokens)
+            self._count(program, call, copied, num_tokens)
         return results
 
     def _meets_written_memory(self, args: Sequence[Any]) -> bool:
@@ -176,15 +204,19 @@ class Graphs:
             self._written_memory = {address(args[position]) for position in written if args[position].numel()}
         return any(address(args[position]) in self._written_memory for position in copied)
 
-    def _parameter_addresses(self, args: Sequence[Any]) -> tuple[int, ...]:
+    def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
         if self._parameters is not None:
-            return tuple(map(torch.Tensor.data_ptr, self._parameters(args)))
-        return tuple(args[position].data_ptr() for position in self.plan.parameter_positions)
+            parameters = self._parameters(args)
+        else:
+            parameters = tuple(args[position] for position in self.plan.parameter_positions)
+        found = tuple(map(torch.Tensor.data_ptr, parameters))
+        return found if _compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
 
     def _flat_program(
         self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]
     ) -> FlatProgram:
-        key = (num_tokens, tuple(sorted(moved.items())))
+        key = (num_tokens, tuple(sorted(moved.items()))) if moved else num_tokens
         program = bucket.programs.get(key)
         if program is None:
             misses = dict(moved)
@@ -205,7 +237,7 @@ class Graphs:
         """Results that belong to the caller, and how many tensors were copied for it."""
         plan = self.plan
         storages = plan.split.result_storages
-        static = bucket.static_memory | plan.landing_addresses
+        static = bucket.overwritten
         if plan.settings.static_outputs:
             if plan.settings.strict and plan.settings.device == "emulate":
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
@@ -236,7 +268,7 @@ class Graphs:
 
     # ------------------------------------------------------------------------- capturing
 
-    def _new_set(self, key: tuple[int, ...]) -> ParameterSet:
+    def _new_set(self, key: tuple[Any, ...]) -> ParameterSet:
         if len(self._sets) >= MAX_PARAMETER_SETS:
             _, oldest = self._sets.popitem(last=False)
             for size in list(oldest.buckets):
@@ -274,6 +306,7 @@ class Graphs:
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
         bucket, results = capture.run(args, num_tokens)
         parameters.buckets[size] = bucket
+        self._memory.users.add(id(self))
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
@@ -290,12 +323,14 @@ class Graphs:
             }
             flat = self._flat_program(parameters, bucket, num_tokens, {})
             for code, pieces in flat.miss_counts.items():
-                self._stats.add_miss(code, pieces)
-                self._log_miss(code, num_tokens)
+                self._add_miss(code, pieces, num_tokens)
             in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
             copied_in = len(flat.landing) - in_place
             amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
         self._stats.add_many(amounts)
+        self._events.captured(
+            tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
+        )
         self._count_memory()
         self._keep_within_limit(parameters, size)
         return results
@@ -308,6 +343,8 @@ class Graphs:
         sentence = errors.bucket_dropped(self.name, largest, self._graph_bytes(), limit)
         _LOG.warning("%s", sentence)
         self._dropped[largest] = Obstacle("graph-memory", sentence)
+        if (session := current_session()) is not None:
+            session.must_repeat = True
         # The pool shrinks only as a whole; the smaller buckets are captured again when they are needed.
         for other in self._sets.values():
             for tokens in list(other.buckets):
@@ -337,7 +374,7 @@ class Graphs:
 
     # --------------------------------------------------------------------------- verifying
 
-    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call, int]:
+    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call]:
         found: list[str] = []
         outcome = program.run_verified(args, found.append)
         if found:
@@ -350,21 +387,11 @@ class Graphs:
 
     # ----------------------------------------------------------------------------- counting
 
-    def _count(self, program: FlatProgram, call: Call, in_place: int, copied: int, num_tokens: int) -> None:
-        amounts = program.counts | {
-            "stage_inputs_in_place": in_place,
-            "stage_input_copies": call.stage_copies,
-            "input_copies": call.copies,
-            "input_bytes_copied": call.bytes_copied,
-            "border_copies": call.border_copies,
-            "output_copies": copied,
-        }
-        if call.misses:
-            amounts["replays"] -= sum(call.misses.values())
-        self._stats.add_many(amounts)
-        for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
-            self._stats.add_miss(code, pieces)
-            self._log_miss(code, num_tokens)
+    def _count(self, program: FlatProgram, call: Call, copied: int, num_tokens: int) -> None:
+        program.count(call, copied).add_to(self._stats)
+        if program.miss_counts or call.misses:
+            for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
+                self._add_miss(code, pieces, num_tokens)
 
     def _miss_all(self, obstacle: Obstacle | None, num_tokens: int | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""
@@ -378,8 +405,7 @@ class Graphs:
         if self.plan.settings.strict:
             self._refuse(codes, num_tokens, obstacle)
         for code, pieces in codes.items():
-            self._stats.add_miss(code, pieces)
-            self._log_miss(code, num_tokens)
+            self._add_miss(code, pieces, num_tokens)
 
     def miss(self, code: str, args: Sequence[Any]) -> None:
         """Count a call that no piece of this program may run."""
@@ -391,12 +417,15 @@ class Graphs:
                 sentence = obstacle.sentence if obstacle is not None and obstacle.code == code else REASONS[code]
                 raise errors.GraphMiss(errors.graph_miss(self.name, num_tokens, code, sentence))
 
-    def _log_miss(self, code: str, num_tokens: int | None) -> None:
-        key = (code, num_tokens or 0)
-        self.miss_log[key] = self.miss_log.get(key, 0) + 1
-        self.miss_log.move_to_end(key)
-        if len(self.miss_log) > 256:
+    def _add_miss(self, code: str, pieces: int, num_tokens: int | None) -> None:
+        self._stats.add_miss(code, pieces)
+        call = self._stats.calls + 1
+        before = self.miss_log.pop((code, num_tokens or 0), None)
+        calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
+        self.miss_log[code, num_tokens or 0] = Misses(calls + 1, earlier + pieces, call)
+        if len(self.miss_log) > MAX_MISSES_LOGGED:
             self.miss_log.popitem(last=False)
+        self._events.missed(code, REASONS[code], pieces=pieces, tokens=num_tokens, call=call)
 
     def _graph_bytes(self) -> int:
         return sum(p.held_bytes for name, p in self._memory.pools.items() if name in (GRAPH_POOL, OUTPUT_POOL))
@@ -414,14 +443,30 @@ class Graphs:
         parameters.buckets.pop(size).release()
 
     def release(self) -> None:
-        """Give back graphs, pools and static memory, in this order; see Note [release order]."""
+        """Give back graphs, pools and static memory, in this order; see Note [release order].
+
+        Waits for a call that is under way in another thread.
+
+        Raises:
+            PPPiecewiseError: it was called from within such a call.
+        """
+        if self._memory.holder == get_ident():
+            raise errors.PPPiecewiseError(errors.released_in_a_call(self.name))
+        with self._memory.lock:
+            self.release_unlocked()
+
+    def release_unlocked(self) -> None:
+        """The same for a program that is gone, which no call can be using."""
         for parameters in self._sets.values():
             for size in list(parameters.buckets):
                 self._release_bucket(parameters, size)
         self._sets.clear()
+        self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
-        self._memory.release()
+        self._memory.users.discard(id(self))
+        if not self._memory.users:
+            self._memory.release()
         self._count_memory()
 
     # ------------------------------------------------------------------------------ report

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -85,6 +86,12 @@ def compile_whole(graph_module: GraphModule, example_inputs: Sequence[Any], comp
 
         return compile_fx(graph_module, list(example_inputs))  # type: ignore[return-value, arg-type]
     return _compat.stock_backend(compiler)(graph_module, list(example_inputs))
+
+
+def generated_files() -> tuple[str, ...]:
+    """Paths of the Python files that Inductor generated and loaded in this process, oldest first."""
+    codecache = sys.modules.get("torch._inductor.codecache")
+    return () if codecache is None else tuple(module.__file__ for module in codecache.PyCodeCache.modules)
 
 
 def ambient_state() -> tuple[object, ...]:

@@ -167,8 +167,10 @@ def _token_count(
     plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in written]
     named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
     passed = [c for c in plain if len(c.path) == 1 and c not in named and not _compat.is_python_float(c.node)]
-    passed.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies comes first
-    for candidate in (*named, *passed):
+    nested = [c for c in plain if c not in named and c not in passed and not _compat.is_python_float(c.node)]
+    for group in (passed, nested):
+        group.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies comes first
+    for candidate in (*named, *passed, *nested):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"

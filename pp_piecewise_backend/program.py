@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .buffers import Stage, StaticMemory
+from .events import NO_EVENTS, Events
 from .graphs import Graphs
 from .placeholders import GraphInput, InputTable
 from .plan import REASONS, GraphPlan, GraphSettings
@@ -42,6 +44,7 @@ class Program:
         stage: Stage | None = None,
         graph_settings: GraphSettings | None = None,
         graphs_off_reason: str = "",
+        events: Events = NO_EVENTS,
     ) -> None:
         self.name = name
         self.split = split
@@ -50,6 +53,8 @@ class Program:
         self.compiled = tuple(compiled)
         self.stage = stage
         self.stats = Stats(parent=TOTALS)
+        self.events = events
+        """Who writes down what happens, if anybody does."""
         self.graphs_off_reason = graphs_off_reason
         """Why there are no graphs, if there are none."""
         self.plain_runs: dict[int, str] = {}
@@ -67,9 +72,9 @@ class Program:
         if graph_settings is not None:
             plan = GraphPlan(self.layout, split, table, graph_settings, stage)
             memory = StaticMemory() if stage is None else stage.memory
-            self.graphs = Graphs(plan, memory, self.stats, name)
+            self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
-            self._finalizer = weakref.finalize(self, self.graphs.release)
+            self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -88,26 +93,26 @@ class Program:
         return self.table.inputs
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        graphs = self.graphs
+        session = current_session()
+        if not torch.is_grad_enabled() and session is None:
+            return self._run(args)
         with torch.no_grad():
-            if self._exclusive and self._overlap(args):
-                names = ", ".join(self.inputs[position].label for position in self._exclusive)
-                reason = f"inputs that the graph writes ({names}) share memory with other inputs"
-                return self._run_whole(args, "inputs-overlap", reason)
-            if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-                return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
-            if graphs is not None:
-                results = graphs.run(args)
-                if results is not None:
-                    if graphs.plain:
-                        self._note_plain(graphs.plain)
-                    return tuple(results)
-            return self._run_uncaptured(args)
+            if session is None:
+                return self._run(args)
+            max_tokens = self.config.max_tokens if self.stage is None else self.stage.max_tokens
+            session.note(self.name, max_tokens, None if self.graphs is None else self.graphs.plan)
+            with session.leaving_no_trace(self.inputs, args, self.stage):
+                return self._run(args)
 
     def release(self) -> None:
-        """Give back graphs and static memory; a later call takes them again."""
+        """Give back graphs and static memory; a later call takes them again. Raises inside a call of the program."""
         if self.graphs is not None:
             self.graphs.release()
+
+    @property
+    def __code__(self) -> CodeType:
+        """What debuggers of compiled code, such as ``depyf.prepare_debug``, ask every compiled function for."""
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
@@ -138,8 +143,15 @@ class Program:
             "dropped": {tokens: obstacle.sentence for tokens, obstacle in graphs.dropped.items()},
             "never_captured": {step: [o.code, o.sentence] for step, o in plan.obstacles.items()},
             "misses": [
-                {"reason": code, "sentence": REASONS[code], "tokens": tokens, "calls": calls}
-                for (code, tokens), calls in graphs.miss_log.items()
+                {
+                    "reason": code,
+                    "sentence": REASONS[code],
+                    "pieces": misses.pieces,
+                    "tokens": tokens,
+                    "calls": misses.calls,
+                    "call": misses.last_call,
+                }
+                for (code, tokens), misses in graphs.miss_log.items()
             ],
             "addresses": [
                 {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
@@ -149,13 +161,24 @@ class Program:
 
     # ---------------------------------------------------------------------- running
 
+    def _run(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        graphs = self.graphs
+        if self._exclusive and self._overlap(args):
+            names = ", ".join(self.inputs[position].label for position in self._exclusive)
+            reason = f"inputs that the graph writes ({names}) share memory with other inputs"
+            return self._run_whole(args, "inputs-overlap", reason)
+        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
+            return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
+        if graphs is not None:
+            results = graphs.run(args)
+            if results is not None:
+                if graphs.plain:
+                    self._note_plain(graphs.plain)
+                return tuple(results)
+        return self._run_uncaptured(args)
+
     def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        session = current_session()
-        if session is None or self.graphs is None:
-            results, plain = self.layout.run(args)
-        else:
-            with session.leaving_no_trace(self.graphs.plan, args, self.name):
-                results, plain = self.layout.run(args)
+        results, plain = self.layout.run(args)
         self._note_plain(plain)
         merged = self._merged_results
         if merged is None:
@@ -164,7 +187,7 @@ class Program:
             self._merged_results = None if plain else merged
         for index in merged:
             results[index] = results[index].clone()
-        if session is None:
+        if current_session() is None:
             self.stats.add_many({"calls": 1, "eager_steps": self._eager_steps})
         return tuple(results)
 
@@ -185,7 +208,8 @@ class Program:
         if self.graphs is not None:
             self.graphs.miss(code, args)
         results = self.split.whole(*args)
-        self.stats.add_many({"calls": 1})
+        if current_session() is None:
+            self.stats.add_many({"calls": 1})
         return tuple(results)
 
 
@@ -196,6 +220,7 @@ class UnsplitProgram:
     inputs: tuple[GraphInput, ...] = ()
     stage = None
     graphs = None
+    events = NO_EVENTS
 
     def __init__(
         self, name: str, call: Callable[..., Any], config: Config, reason: str, counter: str | None = None
@@ -208,11 +233,19 @@ class UnsplitProgram:
         self._amounts = {"calls": 1} if counter is None else {"calls": 1, counter: 1}
 
     def __call__(self, *args: Any) -> Any:
-        self.stats.add_many(self._amounts)
+        session = current_session()
+        if session is None:
+            self.stats.add_many(self._amounts)
+        else:
+            session.note(self.name, self.config.max_tokens, None)
         return self._call(*args)
 
     def release(self) -> None:
         """It holds nothing of ours."""
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """Why the graph is not split."""

@@ -6,8 +6,9 @@ fills a list of registers and walks the steps; it makes no tensor but what eager
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -16,23 +17,40 @@ from . import poison
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .buffers import StaticTensor, without_repeats
 from .plan import GraphPlan
-from .steps import Instruction, address
+from .profiling import named, profiler_is_running, step_name
+from .stats import Amounts
+from .steps import Instruction, Register, address, gather
+
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
 class Call:
-    """What one call of a flat program counts, and which of its stage inputs came from elsewhere."""
+    """What one call of a flat program counts, and which of its stage inputs came from elsewhere.
 
-    __slots__ = ("border_copies", "bytes_copied", "copies", "foreign", "misses", "plain", "registers", "stage_copies")
+    Most calls have nothing to say here, so all but the registers begin as values that the class holds.
+    """
+
+    foreign: Collection[int] = ()
+    """Registers of the stage inputs that did not lie in landing memory."""
+    in_place = 0
+    """Stage inputs that lay there."""
+    copies = 0
+    stage_copies = 0
+    bytes_copied = 0
+    border_copies = 0
+    misses: Mapping[str, int] = _NOTHING
+    plain: Mapping[int, Sequence[Any]] = _NOTHING
 
     def __init__(self, registers: list[Any]) -> None:
         self.registers = registers
-        self.foreign: set[int] = set()
-        self.copies = 0
-        self.stage_copies = 0
-        self.bytes_copied = 0
-        self.border_copies = 0
-        self.misses: dict[str, int] = {}
-        self.plain: dict[int, Sequence[Any]] = {}
+
+    def note_plain(self, step: int, sizes: Sequence[Any]) -> None:
+        """A step ran as plain FX, since its compiled code does not hold for these sizes."""
+        self.plain = {**self.plain, step: sizes}
+
+    def note_miss(self, code: str) -> None:
+        """A piece that was to replay ran un-captured."""
+        self.misses = {**self.misses, code: self.misses.get(code, 0) + 1}
 
 
 class _Step(Protocol):
@@ -76,8 +94,7 @@ class _Copy:
         """What of the value is to be copied to ``rows``."""
         return value[tuple(slice(size) for size in self.rows.shape)] if self.repeats else value
 
-    def run(self, call: Call) -> None:
-        value = call.registers[self.register]
+    def run(self, call: Call, value: torch.Tensor) -> None:
         if not self.is_in_place(value):
             self.rows.copy_(self.taken(value))
             if self.lands:
@@ -132,15 +149,25 @@ class _ReplayWithBorder(_Replay):
 
 
 class _OnRealRows:
-    """An eager step, or a piece that does not replay: it sees the real rows only."""
+    """An eager step, or a piece that does not replay: it sees the real rows only.
+
+    Args:
+        call: what to run in place of the instruction; None where sizes decide whether the compiled code may run.
+        buffers: registers of the static output buffers that ``call`` takes behind the step's arguments.
+        copies: by index of an output, the copy to static memory that its captured readers need.
+        given: by index of an output, the buffer that it is, if the step does with it what it did when it was traced.
+        refreshed: static copies of registers that it writes; whether only where the caller's tensor lies elsewhere.
+        ends: registers that nothing outside of graphs reads after this step.
+    """
 
     def __init__(
         self,
         step: int,
         instruction: Instruction,
         call: Callable[..., Any] | None,
-        buffers: Sequence[torch.Tensor],
-        copies: Sequence[tuple[int, _Copy]],
+        buffers: Sequence[int],
+        copies: Mapping[int, _Copy],
+        given: Mapping[int, torch.Tensor],
         refreshed: Sequence[tuple[_Copy, bool]],
         memory: Mapping[int, frozenset[int]],
         ends: Sequence[int],
@@ -148,48 +175,62 @@ class _OnRealRows:
     ) -> None:
         self.step = step
         self.instruction = instruction
-        self.direct = call
-        self.buffers = tuple(buffers)
-        self.copies = tuple(copies)
-        """Pairs (index of an output, the copy to static memory that its captured readers need)."""
+        self.body = call
         self.refreshed = tuple(refreshed)
-        """Static copies of registers that it writes; whether only where the caller's tensor lies elsewhere."""
-        self.ends = tuple(ends)
         self.memory = memory
         self.specs = specs
         self.copied_outputs: tuple[int, ...] | None = None
         """Outputs that lie in static memory although their facts say otherwise; None before the first call."""
-        positions = instruction.arguments
-        self.take: Callable[[list[Any]], Sequence[Any]] = instruction.gather
-        if len(positions) > 1 and all(isinstance(position, int) for position in positions):
-            self.take = itemgetter(*positions)  # type: ignore[assignment]
+        # Per output: where it goes (not into a register that ends here), its static copy, the buffer that it may be.
+        self.outputs = tuple(
+            (index, None if register in ends else register, copies.get(index), given.get(index))
+            for index, register in enumerate(instruction.outputs)
+        )
+        self.ends = tuple(register for register in ends if register not in instruction.outputs)
+        sources = (*instruction.arguments, *buffers)
+        self.take: Callable[[list[Any]], Sequence[Any]] = lambda registers: gather(sources, registers)
+        if len(sources) > 1 and all(isinstance(source, int) for source in sources):
+            self.take = itemgetter(*sources)  # type: ignore[assignment]
 
     def run(self, call: Call) -> None:
         registers = call.registers
-        arguments = self.take(registers)
-        if self.direct is not None:
-            outputs = self.direct(*arguments, *self.buffers)
-        else:
-            outputs, was_compiled = self.instruction.run_where_valid(arguments)
-            if not was_compiled:
-                call.plain[self.step] = [arguments[at] for at in self.instruction.symbol_positions]
-        if self.copied_outputs is None:
-            self.copied_outputs = self._hidden_aliases(outputs)
-        if self.copied_outputs:
-            outputs = list(outputs)
-            for index in self.copied_outputs:
-                outputs[index] = poison.like(outputs[index])
-        for register, output in zip(self.instruction.outputs, outputs, strict=True):
-            registers[register] = output
-        for index, copy in self.copies:
-            if not copy.fits(outputs[index]):
-                raise UnexpectedTensor(self.step)
-            copy.run(call)
+        body = self.body
+        outputs = self._run_where_valid(call) if body is None else body(*self.take(registers))
+        if self.copied_outputs != ():
+            outputs = self._with_memory_of_their_own(outputs)
+        for index, register, copy, given in self.outputs:
+            output = outputs[index]
+            if register is not None:
+                registers[register] = output
+            if copy is not None and output is not given:
+                if not copy.fits(output):
+                    raise self._unexpected(registers, outputs)
+                copy.run(call, output)
         for copy, only_foreign in self.refreshed:
             if not only_foreign or copy.register in call.foreign:
-                copy.run(call)
+                copy.run(call, registers[copy.register])
         for register in self.ends:
             registers[register] = None
+
+    def _run_where_valid(self, call: Call) -> Sequence[Any]:
+        arguments = self.take(call.registers)
+        outputs, was_compiled = self.instruction.run_where_valid(arguments)
+        if not was_compiled:
+            call.note_plain(self.step, [arguments[at] for at in self.instruction.symbol_positions])
+        return outputs
+
+    def _unexpected(self, registers: list[Any], outputs: Sequence[Any]) -> UnexpectedTensor:
+        for register, output in zip(self.instruction.outputs, outputs, strict=True):
+            registers[register] = output
+        return UnexpectedTensor(self.step)
+
+    def _with_memory_of_their_own(self, outputs: Sequence[Any]) -> Sequence[Any]:
+        if self.copied_outputs is None:
+            self.copied_outputs = self._hidden_aliases(outputs)
+        outputs = list(outputs)
+        for index in self.copied_outputs:
+            outputs[index] = poison.like(outputs[index])
+        return outputs
 
     def _hidden_aliases(self, outputs: Sequence[Any]) -> tuple[int, ...]:
         found = []
@@ -200,6 +241,13 @@ class _OnRealRows:
                 if declared is not None and spec is not None and spec.storage not in declared:
                     found.append(index)
         return tuple(found)
+
+
+class _Named:
+    """A step that a profiler shows by its name."""
+
+    def __init__(self, step: _Step, name: str) -> None:
+        self.run = named(step.run, name)
 
 
 class FlatProgram:
@@ -221,23 +269,30 @@ class FlatProgram:
             if (reading := [step for step in steps if step in self.replayed])
         }
         self.template: list[Any] = [None] * len(plan.layout.registers)
+        """What is in the registers before the first step; static output buffers of eager steps come behind them."""
         given = len(plan.inputs)
         for offset, constant in enumerate(plan.layout.constants):
             self.template[given + offset] = constant
         self.landing: list[tuple[int, _Copy]] = []
+        """Stage inputs, which need no copy where the caller passes the landing memory."""
         self.admitted: list[_Copy] = []
+        """Inputs that are always copied."""
         self._memory = self._declared_memory()
         self._last_use_outside = self._uses_outside()
         self._admit_inputs()
         self.steps: list[tuple[Callable[[], None] | None, _Step | None]] = []
+        """Per step either what replays it, or an object that runs it. ``bench/host_overhead.py`` puts no-ops here."""
         for step, instruction in enumerate(plan.instructions):
             if step in self.replayed:
                 self.steps.append(self._replay(step, instruction))
             else:
                 self.steps.append((None, self._on_real_rows(step, instruction)))
-        eager = len(plan.instructions) - len(plan.compute_steps)
-        padded = bucket.tokens - num_tokens if self.replayed else 0
-        self.counts = {"calls": 1, "eager_steps": eager, "replays": len(self.replayed), "padded_tokens": padded}
+        layout, places = plan.layout, [r.index for r in plan.layout.results if isinstance(r, Register)]
+        self._results: Callable[[Sequence[Any]], Sequence[Any]] = layout.collect
+        if len(places) == len(layout.results) > 1:
+            self._results = itemgetter(*places)  # type: ignore[assignment]
+        self._made_in_call = self.template[given:]
+        self.amounts: dict[tuple[int, ...], Amounts] = {}
 
     # ------------------------------------------------------------------------- building
 
@@ -267,8 +322,11 @@ class FlatProgram:
                 self.landing.append((register, copy))
             else:
                 self.admitted.append(copy)
-        self._tails = [pair for copy in self.admitted for pair in copy.tails]
-        self._landing_tails = [pair for _, copy in self.landing for pair in copy.tails]
+        self.brought = (*self.admitted, *(copy for _, copy in self.landing))
+        """All inputs for which there is static memory."""
+        self._rows = [copy.rows for copy in self.admitted]
+        self._bytes = sum(copy.num_bytes for copy in self.admitted)
+        self._tails = [pair for copy in self.brought for pair in copy.tails]
 
     def _replay(self, step: int, instruction: Instruction) -> tuple[Callable[[], None] | None, _Step | None]:
         graph = self.bucket.graphs[step]
@@ -296,84 +354,124 @@ class FlatProgram:
         bucket, plan, n = self.bucket, self.plan, self.num_tokens
         call: Callable[..., Any] | None = instruction.call if instruction.piece.kind == "eager" else None
         buffers: list[torch.Tensor] = []
+        first_buffer = len(self.template)
         if step in bucket.given_buffers:
             views = [static.exact(n) for static in bucket.given_buffers[step]]
             if all(view is not None for view in views):
                 buffers = [view for view in views if view is not None]
                 call = plan.hoisted[step][0]
-        copies = [
-            (index, _Copy(register, bucket.static[register], n))
+                self.template += buffers
+        copies = {
+            index: _Copy(register, bucket.static[register], n)
             for index, register in enumerate(instruction.outputs)
             if self._last_reader.get(register, -1) > step and register in bucket.static
-        ]
+        }
+        given = {
+            index: buffer
+            for index, copy in copies.items()
+            for buffer in buffers
+            if copy.fits(buffer) and copy.is_in_place(buffer) and not copy.tails
+        }
         refreshed = []
         for register in plan.written_registers[step]:
             if self._last_reader.get(register, -1) > step and register in bucket.static:
                 lands = plan.arrivals.get(register) == "landing"
                 refreshed.append((_Copy(register, bucket.static[register], n, lands), lands))
         held = [r for r, last in self._last_use_outside.items() if last == step and self.template[r] is None]
-        return _OnRealRows(step, instruction, call, buffers, copies, refreshed, self._memory, held, plan.specs)
+        places = range(first_buffer, len(self.template))
+        return _OnRealRows(step, instruction, call, places, copies, given, refreshed, self._memory, held, plan.specs)
 
     # --------------------------------------------------------------------------- running
 
     def admits(self, args: Sequence[Any]) -> bool:
         """Whether the inputs that would be copied have the sizes and dtypes that were captured."""
-        return all(copy.fits(args[copy.register]) for copy in self.admitted) and all(
-            copy.fits(args[register]) for register, copy in self.landing
-        )
+        for copy in self.brought:
+            value = args[copy.register]
+            if value.shape != copy.shape or value.dtype is not copy.dtype:
+                return False
+        return True
 
-    def run(self, args: Sequence[Any]) -> tuple[list[Any], Call, int]:
-        """The graph's results, some of them in static memory; what to count; stage inputs that lay in place."""
-        registers = self.template.copy()
-        registers[: len(args)] = args
-        call = Call(registers)
-        in_place = 0
-        targets: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        for register, copy in self.landing:
-            value = args[register]
-            if copy.is_in_place(value):
-                in_place += 1
-            else:
-                call.foreign.add(register)
-                call.stage_copies += 1
-                targets.append(copy.rows)
-                values.append(copy.taken(value))
-        for copy in self.admitted:
-            targets.append(copy.rows)
-            values.append(copy.taken(args[copy.register]))
-            call.copies += 1
-            call.bytes_copied += copy.num_bytes
-        if targets:
-            torch._foreach_copy_(targets, values)
-        for tail, first_row in self._tails:
-            tail.copy_(first_row)
-        for tail, first_row in self._landing_tails:
-            tail.copy_(first_row)
+    def run(self, args: Sequence[Any]) -> tuple[list[Any], Call]:
+        """The graph's results, some of them in static memory, and what to count."""
+        call = Call([*args, *self._made_in_call])
+        self._stage_inputs(args, call)
         try:
-            for replay, step in self.steps:
+            for replay, step in self._named_steps() if profiler_is_running() else self.steps:
                 if step is None:
                     replay()  # type: ignore[misc]
                 else:
                     step.run(call)
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call)
-        return self.plan.layout.collect(registers), call, in_place
+        return list(self._results(call.registers)), call
+
+    def _named_steps(self) -> list[Any]:
+        """The steps as a profiler shows them."""
+        names = [step_name(instruction.piece) for instruction in self.plan.instructions]
+        found: list[Any] = []
+        for (replay, step), name in zip(self.steps, names, strict=True):
+            found.append((None, _Named(step, name)) if step is not None else (replay and named(replay, name), None))
+        return found
+
+    def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
+        """Bring the inputs that replays read to where they read them."""
+        targets = self._rows
+        values = [copy.taken(args[copy.register]) for copy in self.admitted]
+        if targets:
+            call.copies = len(targets)
+            call.bytes_copied = self._bytes
+        for register, copy in self.landing:
+            value = args[register]
+            if copy.is_in_place(value):
+                call.in_place += 1
+            else:
+                call.foreign = (*call.foreign, register)
+                call.stage_copies += 1
+                targets = [*targets, copy.rows]
+                values.append(copy.taken(value))
+        if len(targets) == 1:
+            targets[0].copy_(values[0])
+        elif targets:
+            torch._foreach_copy_(targets, values)
+        for tail, first_row in self._tails:
+            tail.copy_(first_row)
+
+    def count(self, call: Call, output_copies: int) -> Amounts:
+        """The counters of one call. The next call is likely to count the same, so they are kept."""
+        key = (call.in_place, call.stage_copies, call.copies, call.bytes_copied, call.border_copies, output_copies)
+        amounts = None if call.misses else self.amounts.get(key)
+        if amounts is None:
+            names = ("stage_inputs_in_place", "stage_input_copies", "input_copies", "input_bytes_copied")
+            plan = self.plan
+            found = {
+                "calls": 1,
+                "eager_steps": len(plan.instructions) - len(plan.compute_steps),
+                "replays": len(self.replayed) - sum(call.misses.values()),
+                "padded_tokens": self.bucket.tokens - self.num_tokens if self.replayed else 0,
+                **dict(zip((*names, "border_copies", "output_copies"), key, strict=True)),
+            }
+            amounts = Amounts({name: amount for name, amount in found.items() if amount})
+            if not call.misses and len(self.amounts) < 16:
+                self.amounts[key] = amounts
+        return amounts
 
     def _finish_without_graphs(self, first: int, call: Call) -> None:
         registers = call.registers
+        for register, static in self.bucket.static.items():
+            if registers[register] is None:  # only replays were to read it
+                registers[register] = real_rows(static, self.num_tokens)
         for step, instruction in enumerate(self.plan.instructions[first:], first):
             outputs, was_compiled = instruction.run_where_valid(instruction.gather(registers))
             if not was_compiled:
-                call.plain[step] = []
+                call.note_plain(step, [])
             for register, output in zip(instruction.outputs, outputs, strict=True):
                 registers[register] = output
             if step in self.replayed:
-                call.misses["unexpected-tensor"] = call.misses.get("unexpected-tensor", 0) + 1
+                call.note_miss("unexpected-tensor")
 
     # ------------------------------------------------------------------------- verifying
 
-    def run_verified(self, args: Sequence[Any], report: Callable[[str], None]) -> tuple[list[Any], Call, int]:
+    def run_verified(self, args: Sequence[Any], report: Callable[[str], None]) -> tuple[list[Any], Call]:
         """As ``run``, comparing each replay with its piece on the same inputs; differences go to ``report``."""
         steps = self.steps
         verified = list(steps)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from .buffers import assign
 from .placeholders import GraphInput
 from .steps import address
 
@@ -60,12 +59,12 @@ def hand_over(
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies with the geometry of ``tensors``, all in one storage."""
     first = tensors[0]
+    if len(tensors) == 1 and first.is_contiguous() and first.storage_offset() == 0:
+        return [first.clone()]  # the usual case, in one op
     if any(tensor.dtype != first.dtype for tensor in tensors):
         return [_copies([tensor])[0] for tensor in tensors]
     ends = [tensor.storage_offset() + _extent(tensor) for tensor in tensors]
     flat = torch.empty(max(ends), dtype=first.dtype, device=first.device)
-    if len(tensors) == 1:
-        return [assign(flat.as_strided(first.shape, first.stride(), first.storage_offset()), first)]
     begin = min(tensor.storage_offset() for tensor in tensors)
     window = (max(ends) - begin,), (1,), begin
     flat.as_strided(*window).copy_(first.as_strided(*window))

@@ -89,6 +89,31 @@ class Snapshot(Mapping[str, Any]):
         return f"Snapshot({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
 
+class Amounts:
+    """Amounts to add at once, checked when they are made, so that who adds them in every call need not check again.
+
+    Raises as ``Stats.add_many``.
+    """
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, amounts: Mapping[str, int | float]) -> None:
+        for name, amount in amounts.items():
+            if name not in COUNTERS or amount.__class__ is not int or amount < 0:
+                _check_amount(name, amount)
+        self._pairs = tuple(amounts.items())
+
+    def add_to(self, stats: Stats) -> None:
+        pairs = self._pairs
+        inner: Stats | None = stats
+        while inner is not None:
+            counts = inner._counts
+            with inner._lock:
+                for name, amount in pairs:
+                    counts[name] += amount
+            inner = inner._parent
+
+
 class Stats:
     """A set of counters that threads may add to; each is readable as an attribute.
 
@@ -114,16 +139,7 @@ class Stats:
                 amount below 0 for a counter that is not a gauge.
             TypeError: a fraction for a counter that counts whole things.
         """
-        for name, amount in amounts.items():
-            if name not in COUNTERS or amount.__class__ is not int or amount < 0:
-                _check_amount(name, amount)
-        stats: Stats | None = self
-        while stats is not None:
-            counts = stats._counts
-            with stats._lock:
-                for name, amount in amounts.items():
-                    counts[name] += amount
-            stats = stats._parent
+        Amounts(amounts).add_to(self)
 
     def add_miss(self, reason: str, pieces: int = 1) -> None:
         """Count compute pieces that ran un-captured although graphs are on, all for one reason."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .placeholders import InputTable
+from .profiling import named, profiler_is_running, step_name
 from .specs import SymbolSpec
 from .split import Piece, ResultValue, SizeOf, Split
 
@@ -65,7 +66,7 @@ class Instruction:
 
     def gather(self, registers: Sequence[Any]) -> list[Any]:
         """The step's arguments."""
-        return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in self.arguments]
+        return gather(self.arguments, registers)
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ class Layout:
         """The graph's results without any graph replayed, and the sizes for which a step ran as plain FX."""
         registers = [*args, *self.constants, *([None] * self.values_made)]
         plain: dict[int, Sequence[Any]] = {}
+        is_watched = profiler_is_running()
         for instruction in self.instructions:
             arguments = instruction.gather(registers)
-            outputs, was_compiled = instruction.run_where_valid(arguments)
+            run = instruction.run_where_valid
+            outputs, was_compiled = (named(run, step_name(instruction.piece)) if is_watched else run)(arguments)
             if not was_compiled:
                 plain[instruction.piece.index] = [arguments[at] for at in instruction.symbol_positions]
             for register, output in zip(instruction.outputs, outputs, strict=True):
@@ -139,6 +142,11 @@ def lay_out(
     )
     given = len(table.inputs) + len(split.constants)
     return Layout(instructions, registers, tuple(split.constants.values()), len(names) - given, results)
+
+
+def gather(sources: Sequence[int | tuple[int, int]], registers: Sequence[Any]) -> list[Any]:
+    """What is in these registers, or the sizes that are meant."""
+    return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in sources]
 
 
 def address(tensor: torch.Tensor) -> int:

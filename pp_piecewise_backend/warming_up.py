@@ -1,9 +1,10 @@
 """``warmup()``: compile and capture everything before the first request, and leave no trace of it.
 
 Note [order of a warm-up]
-Plain ``torch.compile`` makes up to three programs: one for the first size, one for all others from 2 up, one for
-size 1. Three small calls bring them into being; then each bucket is captured, the largest first, since it fixes how
-much memory the pools hold. A bucket is captured by a call that only it serves and that no static program takes.
+Plain ``torch.compile`` makes a program for the first size that it sees, another for all sizes from 2 up, and one for
+size 1. A call of one token and one of the largest number bring all of them into being; the larger one is also what
+Inductor tunes its kernels for. Then each bucket is captured, the largest first, since it fixes how much memory the
+pools hold, by a call inside the bucket and by one that fills it: a static program may take either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from . import errors
 
 if TYPE_CHECKING:
+    from .buffers import Stage
+    from .placeholders import GraphInput
     from .plan import GraphPlan
 
 _LOG = logging.getLogger(__name__)
@@ -43,14 +46,28 @@ class Session:
     ladders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Program -> the buckets that it can be called in."""
     smallest: dict[str, int] = field(default_factory=dict)
+    """Program -> the smallest number of tokens that it can be called with."""
+    calls: int = 0
+    """Calls of programs."""
+    max_tokens: int = 1
+    """The largest call that a program is meant for."""
+    must_repeat: bool = False
+    """Whether captures were dropped on the way, so that others have to be made again."""
 
-    @contextlib.contextmanager
-    def leaving_no_trace(self, plan: GraphPlan, args: Sequence[Any], name: str) -> Iterator[None]:
-        """Give state and proxies the contents back that they had before the call."""
-        if plan.token_symbol is not None:
+    def note(self, name: str, max_tokens: int, plan: GraphPlan | None) -> None:
+        """Learn from a program that is called how large its calls are, and which buckets it has, if any."""
+        self.calls += 1
+        self.max_tokens = max(self.max_tokens, max_tokens)
+        if plan is not None and plan.token_symbol is not None:
             self.ladders[name] = plan.ladder.sizes_tokens
             self.smallest[name] = plan.smallest_tokens
-        with self.restoring(written_tensors(plan, args)):
+
+    @contextlib.contextmanager
+    def leaving_no_trace(
+        self, inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None
+    ) -> Iterator[None]:
+        """Give state and proxies the contents back that they had before the call."""
+        with self.restoring(written_tensors(inputs, args, stage)):
             yield
 
     @contextlib.contextmanager
@@ -68,16 +85,14 @@ class Session:
                     tensor.copy_(copy)
 
 
-def written_tensors(plan: GraphPlan, args: Sequence[Any]) -> list[torch.Tensor]:
+def written_tensors(inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None) -> list[torch.Tensor]:
     """State that the graph writes, its stage inputs, and the landing memory."""
     tensors = [
         value
-        for graph_input, value in zip(plan.inputs, args, strict=True)
+        for graph_input, value in zip(inputs, args, strict=True)
         if graph_input.kind in ("state", "stage-input") and isinstance(value, torch.Tensor)
     ]
-    if plan.stage is not None:
-        tensors += [plan.stage.landing(name) for name in plan.stage.inputs]
-    return tensors
+    return tensors if stage is None else tensors + [stage.landing(name) for name in stage.inputs]
 
 
 def warm_up(
@@ -86,25 +101,32 @@ def warm_up(
     sizes: Sequence[int] | None,
     progress: bool | None,
     captured: Callable[[], Mapping[int, tuple[float, int]]],
-) -> None:
-    """See ``pp_piecewise_backend.warmup``.
+) -> Mapping[int, tuple[float, int]]:
+    """See ``pp_piecewise_backend.warmup``; what is captured comes back.
 
     Args:
         captured: bucket -> (seconds, bytes) of what all programs hold captured now.
     """
     session = Session()
     started = time.perf_counter()
+    if sizes is not None and (not sizes or min(sizes) < 1):
+        raise errors.ConfigError(errors.bad_warmup_sizes(sizes))
     with _keeping_generators(), _in_session(session):
-        probes = [2, 3, 1] if sizes is None else sorted({min(sizes), max(sizes)}, reverse=True)
-        for probe in probes:
-            _call(compiled, make_inputs, probe, sizes is not None)
-        buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
-        wanted = _calls(buckets, session, sizes)
-        for num_tokens in _with_progress(wanted, progress):
-            _call(compiled, make_inputs, num_tokens, True)
+        _call(compiled, make_inputs, 1 if sizes is None else min(sizes))
+        _call(compiled, make_inputs, session.max_tokens if sizes is None else max(sizes))
+        passes = 0
+        while passes == 0 or session.must_repeat:
+            session.must_repeat = False
+            passes += 1
+            buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
+            for num_tokens in _with_progress(_calls(buckets, session, sizes), progress):
+                _call(compiled, make_inputs, num_tokens)
+    if not session.calls:
+        raise errors.PPPiecewiseError(errors.no_program_in_warmup())
     found = captured()
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
     _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
+    return found
 
 
 def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None) -> list[int]:
@@ -122,7 +144,7 @@ def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None
     return calls
 
 
-def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int, required: bool) -> None:
+def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int) -> None:
     made = make_inputs(num_tokens)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
         raise errors.ConfigError(errors.bad_make_inputs(made))

@@ -54,6 +54,16 @@ def fresh_backend() -> Iterator[None]:
     ppb.reset()
 
 
+@pytest.fixture
+def fresh_dumps() -> Iterator[None]:
+    """Afterwards nothing is dumped any more, and the folders of the test are forgotten."""
+    yield
+    from pp_piecewise_backend import dump
+
+    dump._RANK_FOLDERS.clear()
+    dump._DUMPS.clear()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda"):
         import torch

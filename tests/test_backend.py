@@ -520,3 +520,57 @@ def test_a_given_split_op_that_matches_nothing_under_strict() -> None:
     run = compiled(Model(), {"split_ops": "+my_attention", "strict": True})
     text = raised(lambda: run(torch.randn(3, HIDDEN)), errors.UnmatchedName)
     assert "'my_attention' matched no op" in text
+
+
+# ------------------------------------------------------------------------------------- seal
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_sealed_backend_runs_new_graphs_eagerly_and_says_so() -> None:
+    model = Model()
+    run = compiled(model)
+    run(torch.randn(3, HIDDEN))
+    ppb.seal()
+    with ppb.expect(programs=0, recompiles_after_seal=0, calls=1):
+        run(torch.randn(3, HIDDEN))
+    x = torch.randn(5, HIDDEN)
+    with (
+        ppb.expect(programs=0, pieces_compiled=0, recompiles=0, recompiles_after_seal=1, calls=0),
+        pytest.warns(errors.PPPiecewiseWarning, match=r"for forward arrived after seal\(\), next to its 1 "),
+    ):
+        torch.testing.assert_close(run(x), model(x), rtol=0, atol=0)
+    assert len(ppb.programs()) == 1
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_sealed_backend_refuses_new_graphs_under_strict() -> None:
+    run = compiled(Model(), {"strict": 1})
+    run(torch.randn(3, HIDDEN))
+    ppb.seal()
+    text = raised(lambda: run(torch.randn(5, HIDDEN)), errors.RecompileAfterSeal)
+    assert "unseal()" in text
+    assert ppb.stats().recompiles_after_seal == 1
+
+
+@pytest.mark.usefixtures("no_gradients")
+@pytest.mark.parametrize("end", [ppb.unseal, ppb.reset, torch._dynamo.reset])
+def test_what_ends_a_seal(end: Callable[[], None]) -> None:
+    compiled(Model())(torch.randn(3, HIDDEN))  # Dynamo resets the backends that it knows
+    ppb.seal()
+    end()
+    with ppb.expect(programs=1, recompiles_after_seal=0):
+        compiled(Model())(torch.randn(5, HIDDEN))
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_seal_leaves_a_disabled_backend_alone() -> None:
+    ppb.seal()
+    with ppb.expect(recompiles_after_seal=0), warnings.catch_warnings():
+        warnings.simplefilter("error", errors.PPPiecewiseWarning)
+        compiled(Model(), {"enabled": 0})(torch.randn(3, HIDDEN))
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_seal_is_no_seal_on_options() -> None:
+    ppb.seal()
+    assert "'stge'" in raised(lambda: compiled(Model(), {"stge": None})(torch.randn(3, HIDDEN)), errors.ConfigError)

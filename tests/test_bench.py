@@ -54,3 +54,42 @@ def test_compile_time_writes_its_result(tmp_path: Path) -> None:
     for ratio in result["ratios"]:
         assert set(ratio) == {"caches", "method", "layers", "compile_seconds_ratio", "target"}
         assert ratio["layers"] == [2, 4]
+
+
+@pytest.mark.timeout(120)
+def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "host_overhead.py"), "--layers", "2", "3", "--rounds", "2", "--calls", "2"]
+    finished = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    result = json.loads((tmp_path / "host_overhead.json").read_text())
+    assert result["benchmark"] == "host_overhead"
+    assert set(result["adaptations"]) == {"piecewise_cuda_graphs", "dispatch"}
+    assert (tmp_path / "host_overhead.png").read_bytes().startswith(b"\x89PNG")
+    assert [run["layers"] for run in result["runs"]] == [2, 3]
+    for run in result["runs"]:
+        assert run["counts"]["replays"] == run["layers"] + 1
+        assert run["counts"]["eager_steps"] == run["layers"]
+        assert run["counts"]["stage_inputs"] == 2
+        for clocks in run["microseconds"].values():
+            for spread in clocks.values():
+                assert spread["count"] == 2
+                assert 0 <= spread["min"] <= spread["median"] <= spread["max"]
+        assert set(run["parts"]["wall"]) == set(run["parts"]["processor"])
+    assert [target["layers"] for target in result["targets"]] == [2, 3]
+    assert not any(target["is_the_target"] for target in result["targets"])
+
+
+@pytest.mark.timeout(240)
+def test_dump_cost_writes_its_result(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "dump_cost.py"), "--layers", "2", "--calls", "3", "--compiler", "eager"]
+    finished = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "cannot write" not in finished.stderr
+
+    summary = json.loads((tmp_path / "dump_cost.json").read_text())["summary"]
+    assert summary["dump_seconds"] > 0 and summary["depyf_seconds"] > 0
+    assert summary["dump_bytes"] > 10_000 and summary["depyf_bytes"] > 100
+    assert {name: times["count"] for name, times in summary["call_seconds"].items()} == {
+        "dumping": 3, "not dumping": 3,
+    }  # fmt: skip

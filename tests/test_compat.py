@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,3 +344,185 @@ def test_entering_and_leaving_inference_mode_by_hand() -> None:
     finally:
         _compat.exit_inference_mode(entered)
     assert not torch.is_inference_mode_enabled()
+
+
+# ------------------------------------------------------------------------------------- dumps
+
+
+def test_profiler_is_enabled() -> None:
+    assert not _compat.profiler_is_enabled()
+    with torch.profiler.profile():
+        assert _compat.profiler_is_enabled()
+    assert not _compat.profiler_is_enabled()
+
+
+def test_a_trace_artifact_is_not_made_without_a_trace() -> None:
+    # In a process of its own: the test runner's log handlers count as a trace.
+    code = (
+        "import torch\nfrom pp_piecewise_backend import _compat\n"
+        "def text():\n    raise SystemExit('made')\n"
+        "def backend(graph, inputs):\n    _compat.trace_artifact('name', text)\n    return graph.forward\n"
+        "torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_TRACE"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True, timeout=60)
+
+
+def test_expression_text_is_python() -> None:
+    s0 = sympy.Symbol("s0", positive=True, integer=True)
+    from torch.utils._sympy.functions import FloorDiv, Mod
+
+    for expression, wanted in ((s0 * 4 + 1, 41), (FloorDiv(s0, 3), 3), (Mod(s0, 4), 2), (sympy.Integer(7), 7), (5, 5)):
+        assert eval(_compat.expression_text(expression), {"s0": 10}) == wanted
+
+
+def test_the_bytecode_and_guards_of_a_frame() -> None:
+    told: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    def look(graph: object) -> None:
+        frame = _compat.frame_being_compiled()
+        assert frame is not None
+        _compat.when_bytecode_is_ready(frame[0], told.append)
+        assert _compat.guards_of(frame[0], frame[0]) is None  # not there yet
+
+    during_compilation(function, torch.zeros(2), look=look)
+    (transformed,) = told
+    guards = _compat.guards_of(function.__code__, transformed)
+    assert guards is not None and "TENSOR_MATCH" in guards and "L['x']" in guards
+    torch.compile(lambda y: y * 2, backend="eager")(torch.zeros(2))
+    assert len(told) == 1  # told once, of this frame only
+    torch._dynamo.reset()
+    assert _compat.guards_of(function.__code__, transformed) is None
+
+
+# ------------------------------------------------------------------------ graphs, emulated and real
+
+
+@torch.library.custom_op("compattest::in_python", mutates_args=())
+def in_python(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
+@torch.library.custom_op("compattest::on_cpu", mutates_args=(), device_types="cpu")
+def on_cpu(x: Tensor) -> Tensor:
+    return x.cos()
+
+
+_LIBRARY = torch.library.Library("compattest", "FRAGMENT")
+_LIBRARY.define("by_hand(Tensor x) -> Tensor")
+_LIBRARY.impl("by_hand", lambda x: x.tan(), "CPU")
+_LIBRARY.define("composite(Tensor x) -> Tensor")
+_LIBRARY.impl("composite", lambda x: x.neg(), "CompositeExplicitAutograd")
+
+
+class _Noting(_compat.TorchDispatchMode):
+    """Notes the ops that it sees, and takes custom ops apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = _compat.kernel_in_python(func, "cpu")
+        if kernel is not None:
+            with self:
+                return kernel(*args, **(kwargs or {}))
+        self.seen.append(str(_compat.schema_name(func)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "expected", "inner"),
+    [
+        (torch.ops.compattest.in_python, lambda x: x.sin() + 1, ["aten::sin", "aten::add"]),
+        (torch.ops.compattest.on_cpu, torch.cos, ["aten::cos"]),
+        (torch.ops.compattest.by_hand, torch.tan, ["aten::tan"]),
+        (torch.ops.compattest.composite, torch.neg, ["aten::neg"]),
+    ],
+)
+def test_kernel_in_python_shows_the_ops_inside(op: Any, expected: Any, inner: list[str]) -> None:
+    x = torch.randn(4)
+    with torch.no_grad(), _Noting() as noting:
+        result = op(x)
+    assert torch.equal(result, expected(x))
+    assert noting.seen == inner
+
+
+def test_kernel_in_python_of_an_op_that_writes() -> None:
+    x, out = torch.randn(4), torch.zeros(4)
+    with torch.no_grad(), _Noting() as noting:
+        torch.ops.compattest.write(x, out, 3.0)
+    assert torch.equal(out, x * 3) and noting.seen == ["aten::mul", "aten::copy_"]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten.add,
+        torch.add,
+        torch.ops.prims.sin.default,
+        torch.ops._c10d_functional.all_reduce.default,  # C++, which no mode looks into
+    ],
+)
+def test_kernel_in_python_of_what_has_none(op: Any) -> None:
+    assert _compat.kernel_in_python(op, "cpu") is None
+
+
+def test_argument_of_a_call() -> None:
+    op = torch.ops.compattest.write.default
+    assert _compat.argument(op, "scale", ("x", "out", 2.0), {}) == 2.0
+    assert _compat.argument(op, "scale", ("x", "out"), {"scale": 3.0}) == 3.0
+    assert _compat.argument(op, "scale", ("x", "out"), {}) == 1.0
+    assert _compat.argument(op, "dropout_p", ("x", "out"), {}) is None
+
+
+def test_tensor_without_ownership() -> None:
+    base = torch.arange(12.0).view(3, 4)
+    for tensor in (base, base.t(), base[1:, 2:], base[:0]):
+        alias = _compat.tensor_without_ownership(tensor)
+        assert (alias.shape, alias.stride(), alias.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        assert alias.storage_offset() == tensor.storage_offset()
+        assert torch.equal(alias, tensor)
+        if tensor.numel():
+            assert alias.data_ptr() == tensor.data_ptr()
+    alias = _compat.tensor_without_ownership(base)
+    alias.fill_(7.0)
+    assert base.eq(7.0).all()
+    reference = weakref.ref(base.untyped_storage())
+    del base, tensor
+    assert reference() is None  # the alias, which must not be read any more, keeps nothing alive
+    assert alias.shape == (3, 4)
+
+
+def test_tensor_without_ownership_in_inference_mode() -> None:
+    with torch.inference_mode():
+        base = torch.zeros(3)
+        alias = _compat.tensor_without_ownership(base)
+    assert not alias.is_inference()
+    alias.fill_(1.0)
+    assert base.sum() == 3.0
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_no_autocast(enabled: bool) -> None:
+    x = torch.randn(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with pytest.raises(KeyError), _compat.no_autocast():
+            assert (x @ x).dtype == torch.float32
+            raise KeyError
+        assert torch.is_autocast_enabled("cpu") is enabled
+        assert (x @ x).dtype == (torch.bfloat16 if enabled else torch.float32)
+
+
+def test_version() -> None:
+    x = torch.zeros(3)
+    before = _compat.version(x)
+    x.add_(1)
+    assert before is not None and _compat.version(x) == before + 1
+    with torch.inference_mode():
+        assert _compat.version(torch.zeros(3)) is None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.config import FIELD_NAMES, NOT_BUILT_YET, Config, SizeRange, SplitOps
+from pp_piecewise_backend.config import FIELD_NAMES, NOT_BUILT_YET, Config, SizeRange, SplitOps, rank_in_environment
 from pp_piecewise_backend.errors import ConfigError
 
 DEFAULTS = {
@@ -188,12 +188,12 @@ def test_what_the_user_set_and_has_no_machinery_is_reported(name: str, monkeypat
 @pytest.mark.parametrize(
     ("options", "reported"),
     [
-        ({"mode": "piecewise"}, True),
-        ({"mode": "full"}, True),
+        ({"mode": "piecewise"}, False),
+        ({"mode": "full"}, False),
         ({"mode": "none"}, False),
-        ({"graphs": "cuda"}, True),
+        ({"graphs": "cuda"}, False),
         ({"graphs": "off"}, False),
-        ({"dump_dir": "/x"}, True),
+        ({"dump_dir": "/x"}, False),
         ({"strict": 1}, False),
         ({"compiler": "eager", "split_ops": "a", "stage_inputs": "x", "enabled": 0}, False),
     ],
@@ -422,3 +422,11 @@ def test_the_constructor_raises_the_same_errors() -> None:
         Config(mod="none")
     with pytest.raises(ConfigError, match="option 'mode' has the value"):
         Config(mode="nothing")
+
+
+@pytest.mark.parametrize(("text", "rank"), [(None, 0), ("0", 0), ("3", 3), ("", 0), ("-1", 0), ("three", 0)])
+def test_rank_in_environment(text: str | None, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if text is not None:
+        monkeypatch.setenv("RANK", text)
+    assert rank_in_environment() == rank

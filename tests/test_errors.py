@@ -12,8 +12,11 @@ CHILDREN = {
     "UnmatchedName",
     "GradientFallback",
     "RecompileAfterSeal",
+    "GraphMiss",
+    "ReplayDiffers",
     "PlanMismatch",
     "PeerLost",
+    "DumpError",
 }
 
 
@@ -63,13 +66,105 @@ MESSAGES = {
         errors.recompile_after_seal("forward", 3),
         ["forward", "3 earlier", "seal()", "runs eagerly", "unseal()"],
     ),
+    "bad_proxy": (
+        errors.bad_proxy("dtype", "half", "a torch.dtype such as torch.bfloat16"),
+        ["Proxy got dtype='half'", "expected a torch.dtype"],
+    ),
+    "bad_stage_inputs": (
+        errors.bad_stage_inputs(["hidden_states"]),
+        ["Stage got inputs=['hidden_states']", "mapping of argument names to Proxy", "'hidden_states': Proxy("],
+    ),
+    "bad_stage_tokens": (errors.bad_stage_tokens(0), ["Stage got max_tokens=0", "at least 1"]),
+    "not_a_stage": (
+        errors.not_a_stage("first"),
+        ["option 'stage' is 'first' of type str", "pp_piecewise_backend.Stage", "leave the option out"],
+    ),
+    "two_max_tokens": (
+        errors.two_max_tokens(64, 32),
+        ["max_tokens=64 in the options", "max_tokens=32", "only to the Stage"],
+    ),
+    "two_stage_inputs": (
+        errors.two_stage_inputs(["hidden"], ["hidden_states"]),
+        ["stage_inputs names 'hidden'", "memory for 'hidden_states'", "only to the Stage"],
+    ),
+    "rows_out_of_range": (errors.rows_out_of_range(9, 8), ["views(9)", "max_tokens=8", "expected 1 to 8 rows"]),
+    "stage_lacks_input": (
+        errors.stage_lacks_input("residual", ["hidden_states"]),
+        ["no memory for stage input 'residual'", "it has 'hidden_states'"],
+    ),
+    "stage_input_without_tokens": (
+        errors.stage_input_without_tokens("residual", "float32[8]"),
+        ["'residual' is float32[8]", "no dimension counts tokens"],
+    ),
+    "stage_input_differs": (
+        errors.stage_input_differs("residual", "float32[s0, 8]", (4,), "torch.float16"),
+        ["'residual' is float32[s0, 8]", "shape (4,)", "torch.float16", "Declare the Proxy"],
+    ),
+    "stage_on_other_device": (
+        errors.stage_on_other_device("residual", "cuda:1", "cuda:0"),
+        ["'residual' is on cuda:1", "memory is on cuda:0", "Give Stage(device='cuda:1')"],
+    ),
+    "graph_miss": (
+        errors.graph_miss("Model#0", 7, "random", "it draws random numbers"),
+        ["Model#0", "7 tokens", "(random): it draws random numbers", "strict=1", "explain()"],
+    ),
+    "bucket_dropped": (
+        errors.bucket_dropped("Model#0", 64, 4096, 1024),
+        ["Model#0", "bucket of 64 tokens", "4096 bytes", "allows 1024", "Raise the limit"],
+    ),
+    "replay_differs": (
+        errors.replay_differs("Model#0", 64, "piece[2], tensor x, row 3"),
+        ["Model#0", "bucket of 64 tokens", "piece[2], tensor x, row 3", "replayed no more", "report it"],
+    ),
+    "no_room_for_state": (errors.no_room_for_state(4096), ["no room for 4096 bytes", "smaller KV cache"]),
+    "bad_make_inputs": (errors.bad_make_inputs([1]), ["returned list", "tuple (args, kwargs)", "{'input_ids': ids}"]),
+    "bad_warmup_sizes": (errors.bad_warmup_sizes([0]), ["sizes=[0]", "each at least 1", "None for every bucket"]),
+    "released_in_a_call": (errors.released_in_a_call("Model#0"), ["release() of Model#0", "within one of its calls"]),
+    "nested_warmup": (errors.nested_warmup(), ["inside warmup()", "call it once"]),
+    "no_program_in_warmup": (
+        errors.no_program_in_warmup(),
+        ["no program of backend 'pp_piecewise' ran", "torch.compile(module, backend='pp_piecewise')"],
+    ),
+    "nothing_captured": (
+        errors.nothing_captured(["graphs='off'"]),
+        ["captured nothing", "graphs='off'"],
+    ),
+    "graphs_on_other_device": (
+        errors.graphs_on_other_device("cuda", "cpu"),
+        ["graphs='cuda'", "are on cpu", "runs compiled, without graphs"],
+    ),
+    "dump_failed": (
+        errors.dump_failed("/dump", OSError("disk full")),
+        ["/dump", "OSError: disk full", "results are not affected", "dump_dir"],
+    ),
+    "dump_incomplete": (
+        errors.dump_incomplete("Model#0", "/dump", KeyError("x")),
+        ["dump of Model#0 in /dump", "KeyError: 'x'", "Results are not affected", "report it"],
+    ),
+    "piece_not_written": (
+        errors.piece_not_written("Model#0", 3, KeyError("x")),
+        ["Model#0 piece[3]: cannot run here", "KeyError: 'x'", "dynamo_graph.py"],
+    ),
+    "dump_folder_taken": (
+        errors.dump_folder_taken("/dump/rank_0", "/dump/rank_0.2"),
+        ["/dump/rank_0 is there already", "into /dump/rank_0.2", "its own dump_dir", "RANK"],
+    ),
+    "depyf_failed": (errors.depyf_failed("code.py", KeyError("op")), ["depyf", "code.py", "KeyError: 'op'"]),
+    "too_long_to_decompile": (errors.too_long_to_decompile(9, 5), ["9 instructions", "at most 5", "prepare_debug()"]),
+    "not_a_dump": (errors.not_a_dump("/here"), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
+    "unreadable_dump": (errors.unreadable_dump("/here", "no JSON"), ["/here", "no JSON", "dump again"]),
+    "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["got 3 folders", "one dump", "two to compare"]),
 }
+
+
+CLAUSES = {"bucket_dropped", "replay_differs", "graphs_on_other_device"}
+"""Reasons that explain() and other sentences quote, so they have no full stop."""
 
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_messages_say_what_was_got_and_what_to_do(name: str) -> None:
     text, words = MESSAGES[name]
-    assert text.endswith(".")
+    assert text.endswith(".") is (name not in CLAUSES)
     for word in words:
         assert word in text
 
@@ -86,6 +181,7 @@ def test_every_message_is_tested() -> None:
 def test_messages_when_there_is_nothing_to_list() -> None:
     assert "gradients are required, so" in errors.gradient_fallback([], "eager")
     assert "No op in this graph looks like attention" in errors.unmatched_split_ops(["mine"], [])
+    assert errors.nothing_captured([]) == "warmup() captured nothing: graphs are off."
     assert "It has no tensor inputs" in errors.unmatched_stage_inputs(["hidden"], [])
     assert "nearest" not in errors.bad_value("option 'mode'", 3, "one of full, none", "", ["full", "none"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,23 +42,29 @@ def assert_decodes_like_eager(
     compiler: str,
     prompt_tokens: tuple[int, ...],
     attention: str | None = None,
+    order: tuple[int, ...] | None = None,
+    **options: Any,
 ) -> None:
-    """Greedy decoding by eager transformers and by the compiled model gives the same tokens."""
+    """Greedy decoding by eager transformers and by the compiled model gives the same tokens.
+
+    `order` lists the prompts, by their index, in the order in which they are given; each once by default.
+    """
     # The reference always has transformers' own attention, also where the compiled model's is another.
     model = hf.make_model(architecture, LAYERS, SEEDS[architecture])
-    prompts = hf.make_prompts(prompt_tokens)
+    made = hf.make_prompts(prompt_tokens)
+    prompts = made if order is None else [made[index] for index in order]
     limit = RECOMPILE_LIMIT.get(architecture, torch._dynamo.config.recompile_limit)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=limit):
         expected = hf.greedy_decode(model, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
         assert expected.smallest_margin() > SMALLEST_MARGIN
         if attention is not None:
             model = hf.make_model(architecture, LAYERS, SEEDS[architecture], attention)
-        compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler})
+        compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler, **options})
         decoded = hf.greedy_decode(compiled, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
     assert decoded.tokens == expected.tokens
     for got, want in zip(decoded.logits, expected.logits, strict=True):
         torch.testing.assert_close(got, want, rtol=0.0, atol=LOGIT_TOLERANCE)
-    assert decoded.calls == len(prompt_tokens) * (1 + STEPS)
+    assert decoded.calls == len(prompts) * (1 + STEPS)
     assert all(isinstance(program, Program) for program in ppb.programs())
     assert sum(program.stats.calls for program in ppb.programs()) == decoded.calls
     assert ppb.stats().grad_fallbacks == 0
@@ -98,6 +105,37 @@ ATTENTION = {name: SDPA for name in hf.ARCHITECTURES} | {"gemma2": "softmax"}
 def test_token_exact(architecture: str, cache_kind: str) -> None:
     assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS)
     assert_attention_was_split_out(ATTENTION[architecture])
+
+
+# Each length several times, so that buckets are captured and replayed: 5, 9 and 3 tokens padded to 8, 16 and 4.
+SHUFFLED = (1, 0, 2, 0, 3, 1, 2, 2, 1, 3, 0)
+GRAPHS = {"graphs": "emulate", "max_tokens": 16, "capture_sizes": "1,2,4,8"}
+# On a CPU, transformers multiplies the matrices of experts in a loop over numbers that it reads from a tensor.
+READS_ON_THE_HOST = ("qwen3_moe", "mixtral")
+
+
+@pytest.mark.parametrize("cache_kind", hf.CACHES)
+@pytest.mark.parametrize("architecture", hf.ARCHITECTURES)
+def test_token_exact_with_graphs(architecture: str, cache_kind: str) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS, order=SHUFFLED, **GRAPHS)
+    assert_attention_was_split_out(ATTENTION[architecture])
+    stats = ppb.stats()
+    decoding = max(ppb.programs(), key=lambda program: program.stats.calls)
+    assert decoding.stats.replays > 0
+    expected = {"first-call", "padding-unsafe"}
+    if cache_kind == "dynamic":
+        expected.add("other-dynamic-dimension")  # a cache that grows is read and written inside the pieces
+    if architecture == "gemma2":
+        expected.add("scalar-changed")  # its sliding window goes by a length that is a Python number
+    if architecture in READS_ON_THE_HOST:
+        expected.add("capture-failed")
+    elif cache_kind == "static":
+        # Each conversation has a new cache object, and decoding replays nevertheless.
+        assert decoding.stats.replays > 10 * decoding.stats.graph_misses
+    assert set(stats.miss_reasons) <= expected, ppb.explain()
+    report = ppb.explain()
+    for code in stats.miss_reasons:
+        assert f"missed      {code}: " in report
 
 
 @pytest.mark.parametrize("cache_kind", hf.CACHES)

@@ -17,7 +17,9 @@ import pp_piecewise_backend as ppb
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "pp_piecewise_backend"
 
-PUBLIC_NAMES = ["Config", "errors", "expect", "explain", "programs", "reset", "stats"]
+PUBLIC_NAMES = [
+    "Config", "Proxy", "Stage", "errors", "expect", "explain", "programs", "reset", "seal", "stats", "unseal", "warmup",
+]  # fmt: skip
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -291,7 +291,7 @@ def test_counters_against_an_observer() -> None:
         run(**stage.make_inputs(5))
     program = the_program()
     ran: list[int] = []
-    for instruction in program._instructions:
+    for instruction in program.layout.instructions:
         instruction.call = _recording(ran, instruction.piece.index, instruction.call)
     with ppb.expect(programs=0, calls=3, eager_steps=9, pieces=0, pieces_compiled=0):
         for seed in range(3):
@@ -406,7 +406,7 @@ def test_a_piece_runs_plain_where_its_compiled_code_does_not_hold() -> None:
         run(torch.randn(tokens, HIDDEN))
     program = ppb.programs()[-1]
     assert isinstance(program, Program)
-    (instruction,) = (i for i in program._instructions if i.compiled is not None and i.piece.index == 0)
+    (instruction,) = (i for i in program.layout.instructions if i.compiled is not None and i.piece.index == 0)
 
     def must_not_run(*args: Any) -> Any:
         raise AssertionError("compiled code ran outside its conditions")

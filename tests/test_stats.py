@@ -14,6 +14,7 @@ ALL_COUNTERS = {
     "programs", "calls", "recompiles", "recompiles_after_seal", "pieces", "pieces_compiled", "pieces_reused",
     "captures", "capture_seconds", "compile_seconds", "graph_bytes", "static_bytes", "replays",
     "eager_steps", "graph_misses", "miss_reasons", "input_copies", "input_bytes_copied", "output_copies",
+    "border_copies",
     "stage_input_copies", "stage_inputs_in_place", "padded_tokens", "grad_fallbacks", "unmatched_split_ops",
 }  # fmt: skip
 

@@ -170,7 +170,7 @@ def in_place_norm_on_landing_views(device: str) -> None:
 @trap(breaks=take_all_for_landed)
 def foreign_proxies(device: str) -> None:
     landing = stage(device)
-    pair = Pair(Add(), device, stage=landing)
+    pair = Pair(Add().to(device), device, stage=landing)
     pair.run_sizes(lambda n: proxies(n, device), stage_input_copies=8)
 
 
@@ -192,7 +192,7 @@ def proxies_with_a_batch_dimension(device: str) -> None:
 @trap("landing")
 def proxies_in_swapped_order(device: str) -> None:
     landing = stage(device)
-    pair = Pair(Add(), device, stage=landing)
+    pair = Pair(Add().to(device), device, stage=landing)
     for num_tokens in SIZES:
         pair(*in_landing_memory(landing, num_tokens, device))
     for num_tokens in SIZES:
@@ -209,7 +209,7 @@ def proxies_in_swapped_order(device: str) -> None:
 def proxies_that_lie_elsewhere_in_landing_memory(device: str) -> None:
     """Rows further down, and another layout at the very same address."""
     landing = stage(device)
-    pair = Pair(Add(), device, stage=landing)
+    pair = Pair(Add().to(device), device, stage=landing)
     for num_tokens in SIZES:
         pair(*in_landing_memory(landing, num_tokens, device))
     hidden_states, residual = in_landing_memory(landing, 8, device)

@@ -1,0 +1,53 @@
+"""What the backend and its programs tell about what happens, for a dump to write down.
+
+The methods of ``Events`` do nothing: they are what runs while dumping is off. ``dump.py`` has the other kind. None of
+them may raise or change what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from .inductor import CompiledPiece
+    from .placeholders import InputTable
+    from .program import Program, UnsplitProgram
+    from .split import Piece, Split
+
+
+class Events:
+    """One program's events, in the order in which they come."""
+
+    def traced(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """Dynamo gave a graph; the tensors may be real or fake."""
+
+    def split(self, split: Split, table: InputTable) -> None:
+        """The graph was cut into pieces."""
+
+    def compiled(self, piece: Piece, compiled: CompiledPiece) -> None:
+        """A compute piece was compiled, or its compiler failed."""
+
+    def reused(self, piece: Piece, compiled: CompiledPiece) -> None:
+        """A compute piece was served by an earlier equal one."""
+
+    def built(self, program: Program | UnsplitProgram) -> None:
+        """The program is complete, or the graph went to a stock backend whole."""
+
+    def captured(self, tokens: int, pieces: int, graph_bytes: int, seconds: float) -> None:
+        """Pieces of the program were captured for a bucket."""
+
+    def missed(self, reason: str, sentence: str, pieces: int, tokens: int | None, call: int) -> None:
+        """Compute pieces ran without their graph in a call although graphs are on."""
+
+    def recompiled(self, programs_before: int) -> None:
+        """The same code had this many graphs before."""
+
+    def sealed(self) -> None:
+        """From now on no new graph is compiled."""
+
+
+NO_EVENTS = Events()
+"""Writes nothing down."""

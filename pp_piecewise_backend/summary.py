@@ -1,0 +1,144 @@
+"""The schema of ``summary.json``: everything that a dump says about one program, as plain data.
+
+The field descriptions are the documentation; ``python -m pp_piecewise_backend inspect --schema`` prints them as a JSON
+schema. Reading one validates it and builds nothing but these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+SUMMARY = "summary.json"
+EVENTS = "events.jsonl"
+REPORT = "report.html"
+
+Progress = Literal["traced", "split", "built", "not split"]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class OptionEntry(_Entry):
+    option: str
+    environment: str = Field(description="The environment variable of the option.")
+    value: str = Field(description="The value in effect, in its text form.")
+    source: Literal["option", "environment", "default"]
+
+
+class InputEntry(_Entry):
+    """One input of the graph, in the order in which the program is called with them."""
+
+    name: str = Field(description="Name of the placeholder.")
+    source: str = Field(description="Where Dynamo takes it from, shortened: 'self.layers.0.weight'.")
+    label: str = Field(description="Last component of the source: the name of the argument, entry or attribute.")
+    kind: str = Field(
+        description="token-count, stage-input (a proxy), per-token, parameter, state, other-tensor or scalar."
+    )
+    reason: str = Field(description="How the kind is known.")
+    type: str = Field(description="'float32[s0, 64]' for a tensor, the symbol or value of a number.")
+    stride: list[str] | None = Field(default=None, description="Strides of a tensor, in elements.")
+    device: str | None = None
+    storage: int | None = Field(default=None, description="Equal numbers share memory.")
+    token_dim: int | None = Field(default=None, description="The dimension that counts tokens.")
+
+
+class PieceEntry(_Entry):
+    """One step of the program, in the order in which the steps run."""
+
+    index: int
+    kind: Literal["compute", "eager"]
+    ops: list[str] = Field(description="Names of its ops, in order.")
+    reason: str = Field(description="Why it is a step of its own.")
+    key: str = Field(description="Equal for pieces with equal meaning, which share one compilation.")
+    file: str = Field(description="The file of the first piece with this key.")
+    inputs: list[str] = Field(description="What it is called with: names of values, or 'x.size(0)'.")
+    input_types: list[str]
+    outputs: list[str]
+    output_types: list[str]
+    reads_stage_inputs: list[str] = Field(description="The proxies whose memory it takes.")
+    writes_stage_outputs: bool = Field(description="Whether a result of the graph comes from it.")
+    padding: str = Field(description="'safe' if it may run on padded rows, or why not.")
+    compiled: Literal["compiled", "reused", "failed"] | None = Field(
+        default=None, description="None for eager steps; 'reused' if an earlier equal piece had been compiled."
+    )
+    compile_seconds: float | None = None
+    failure: str | None = Field(default=None, description="Why the compiler gave up; the piece then runs as plain FX.")
+    conditions: list[str] = Field(
+        default_factory=list, description="What the compiled code relies on about its sizes s0, s1, ..."
+    )
+    plain_run: str | None = Field(default=None, description="Why it ran as plain FX at least once, if it did.")
+    step_seconds: float | None = Field(default=None, description="Time of one run, where it was measured.")
+
+
+class BucketEntry(_Entry):
+    tokens: int
+    bytes: int = Field(description="Graph memory that the bucket holds.")
+    seconds: float = Field(description="Time that its capture took.")
+    pieces: int = Field(description="Number of pieces captured.")
+
+
+class MissEntry(_Entry):
+    """Compute pieces that ran without their graph although graphs are on."""
+
+    reason: str = Field(description="The code that miss_reasons counts by.")
+    sentence: str = Field(description="The same for a person, with what to do.")
+    pieces: int = Field(description="How many compute pieces.")
+    tokens: int | None = Field(default=None, description="Bucket, or number of tokens, of the call.")
+    call: int | None = Field(default=None, description="Which call of the program; the first is 1.")
+
+
+class Graphs(_Entry):
+    mode: str = Field(description="'cuda', 'emulate', 'off', or 'none' where this version captures no graphs.")
+    buckets: list[BucketEntry] = Field(default_factory=list)
+    misses: list[MissEntry] = Field(default_factory=list)
+    addresses: list[Any] = Field(default_factory=list, description="Memory whose address the graphs rely on.")
+
+
+class Extras(_Entry):
+    """What else was asked of Dynamo and depyf."""
+
+    files: list[str] = Field(default_factory=list)
+    problems: list[str] = Field(default_factory=list, description="One line for each thing that it could not do.")
+
+
+class Summary(_Entry):
+    """One program of one rank. Rewritten whole as each step finishes; ``progress`` says how far it got."""
+
+    schema_version: int = SCHEMA_VERSION
+    progress: Progress
+    name: str = Field(description="Class of the module (or the function) and the number of its graph.")
+    rank: int
+    process_id: int
+    written_at: str = Field(description="Time of writing, ISO 8601, UTC.")
+    versions: dict[str, str]
+    config: list[OptionEntry]
+    not_in_effect: dict[str, str] = Field(
+        default_factory=dict, description="Option -> sentence, for values that were set and do nothing."
+    )
+    not_split: str | None = Field(default=None, description="Why the graph went to the stock backend whole, if it did.")
+    token_count: str | None = Field(default=None, description="Symbol or number that counts the tokens of a call.")
+    token_reason: str = ""
+    split_matches: dict[str, int] = Field(
+        default_factory=dict, description="Pattern of split_ops -> number of ops that the graph was cut at."
+    )
+    attention_like: list[str] = Field(
+        default_factory=list, description="Ops that are named like attention and were not cut at."
+    )
+    unmatched_stage_inputs: list[str] = Field(default_factory=list)
+    inputs: list[InputEntry] = Field(default_factory=list)
+    pieces: list[PieceEntry] = Field(default_factory=list)
+    whole_plain_run: str | None = Field(default=None, description="Why a call ran the graph as it came, if one did.")
+    graphs: Graphs = Graphs(mode="none")
+    counters: dict[str, Any] = Field(default_factory=dict, description="Of this program; see stats.COUNTERS.")
+    extras: Extras = Extras()
+    explanation: str = Field(default="", description="What explain() says.")
+
+    @property
+    def distinct_keys(self) -> list[str]:
+        """Keys of the distinct compute pieces, in order of first use."""
+        return list(dict.fromkeys(piece.key for piece in self.pieces if piece.kind == "compute"))

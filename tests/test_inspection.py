@@ -1,0 +1,263 @@
+"""``inspect``: what a terminal shows of a dump, what differs between two, and what a bad dump cannot do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pp_piecewise_backend as ppb
+from dumping import Small, program_folders, run_small, run_toy_stage
+from pp_piecewise_backend import inspection
+from pp_piecewise_backend.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["inspect", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+def change_summary(folder: Path, **changes: Any) -> None:
+    path = folder / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+MISSES = [
+    {"reason": "first-call", "sentence": "first call of bucket 8", "pieces": 2, "tokens": 8, "call": 1},
+    {"reason": "address", "sentence": "input weight moved", "pieces": 1, "tokens": 8, "call": 7},
+    {"reason": "over-max", "sentence": "4096 tokens are over max_tokens 2048", "pieces": 2, "tokens": 4096, "call": 9},
+]
+
+
+# ------------------------------------------------------------------------------------- one dump
+
+
+@pytest.mark.compat
+def test_it_opens_on_why_a_call_did_not_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_small(tmp_path)
+    (folder,) = program_folders(tmp_path)
+    text = shown(capsys, tmp_path)
+    assert text.splitlines()[1] == "why did this call not replay?"
+    assert "this version captures no graphs" in text.splitlines()[2]
+    assert ppb.programs()[0].explain() in text
+    assert "settings that were given: compiler=eager (option), dump_dir=" in text
+    assert re.search(r"traced: nodes \d+, inputs \d+\n.*split: pieces 2.*\n.*compiled: piece 0, 2\n.*built", text)
+    assert f"python {folder / 'piece_00_compute.py'}" in text
+    assert shown(capsys, folder) == text == shown(capsys, folder.parent)
+
+
+def test_misses_by_call_and_bucket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_small(tmp_path)
+    (folder,) = program_folders(tmp_path)
+    buckets = [{"tokens": 8, "bytes": 4096, "seconds": 0.25, "pieces": 2}]
+    change_summary(folder, graphs={"mode": "emulate", "buckets": buckets, "misses": MISSES})
+    everything = shown(capsys, tmp_path).splitlines()
+    assert everything[2:5] == [
+        "  call 1, 8 tokens, 2 pieces: first-call: first call of bucket 8",
+        "  call 7, 8 tokens, 1 pieces: address: input weight moved",
+        "  call 9, 4096 tokens, 2 pieces: over-max: 4096 tokens are over max_tokens 2048",
+    ]
+    assert "  8 tokens: 2 pieces, 4096 bytes, captured in 0.250 s" in everything
+    one = shown(capsys, tmp_path, "--call", 7, "--tokens", 8)
+    assert "input weight moved" in one and "first call of bucket" not in one
+    assert "every piece of every call that was asked for replayed" in shown(capsys, tmp_path, "--call", 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"graphs": {"mode": "off"}}, "no call replays: graphs are off (graphs=auto, default)"),
+        ({"graphs": {"mode": "emulate"}}, "every piece of every call replayed"),
+        ({"not_split": "a tensor subclass"}, "the graph is not split: a tensor subclass"),
+        ({"whole_plain_run": "inputs overlap"}, "the whole graph ran as plain FX: inputs overlap"),
+    ],
+)
+def test_other_answers(changes: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_small(tmp_path)
+    change_summary(program_folders(tmp_path)[0], **changes)
+    assert line in shown(capsys, tmp_path).splitlines()[2]
+
+
+def test_only_the_newest_run_of_each_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("rank_0", "rank_0.2", "rank_0.10", "rank_1"):
+        run_small(tmp_path / "made" / rank)
+        (folder,) = program_folders(tmp_path / "made" / rank)
+        (tmp_path / "dump").mkdir(exist_ok=True)
+        folder.parent.rename(tmp_path / "dump" / rank)
+    found = inspection.find_programs(tmp_path / "dump")
+    assert [path.parent.name for path in found] == ["rank_0.10", "rank_1"]
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    run_small(tmp_path)
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pp_piecewise_backend.__main__ import main\n"
+        f"sys.exit(main(['inspect', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "why did this call not replay?" in done.stdout, done.stderr
+
+
+def test_a_reader_that_stops_early() -> None:
+    command = f"{sys.executable} -m pp_piecewise_backend inspect --schema | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "{" and "Traceback" not in done.stderr
+
+
+def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(shown(capsys, "--schema"))["title"] == "Summary"
+
+
+def test_events_that_follow_each_other_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_toy_stage(tmp_path, num_layers=12, sizes=(5,))
+    text = shown(capsys, tmp_path)
+    assert len([line for line in text.splitlines() if "reused:" in line]) == 1
+    assert "reused: piece 4, 6, 8, 10, 12, 14, 16, 18, ..." in text
+
+
+# ------------------------------------------------------------------------------------ two dumps
+
+
+def test_comparing_two_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_small(tmp_path / "before")
+    torch._dynamo.reset()
+    ppb.reset()
+
+    class Changed(Small):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states).relu()
+
+    Changed.__name__ = "Small"
+    run_small(tmp_path / "after", Changed(), stage_inputs="none", strict=True)
+    (folder,) = program_folders(tmp_path / "after")
+    versions = {**json.loads((folder / "summary.json").read_text())["versions"], "torch": "9.9"}
+    change_summary(folder, versions=versions)
+    lines = shown(capsys, tmp_path / "before", tmp_path / "after").splitlines()
+    assert lines[0] == "rank 0 Small_0:"
+    assert f"  version of torch: {torch.__version__} -> 9.9" in lines
+    assert "  option strict: 0 (default) -> 1 (option)" in lines
+    assert not any("dump_dir" in line for line in lines)
+    assert any(line.startswith("  input hidden_states: stage-input") and "-> per-token" in line for line in lines)
+    assert any(line.startswith("  piece changed: compute, ") for line in lines)
+    assert "    ops: +relu" in lines
+
+
+@pytest.mark.compat
+def test_comparing_depths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, layers in (("three", 3), ("five", 5)):
+        torch._dynamo.reset()
+        ppb.reset()
+        run_toy_stage(tmp_path / name, layers, sizes=(5,))
+    text = shown(capsys, tmp_path / "three", tmp_path / "five")
+    assert "piece added: eager, 2 ops" in text and "(and 1 more alike)" in text
+    assert "split matches: {'toy::attention*': 3} -> {'toy::attention*': 5}" in text
+    assert "input self.layers.3.attention.qkv.weight: added" in text
+    assert text.count("qkv.weight: added") == 1, "equal changes of many layers come once"
+
+
+def test_equal_dumps_and_programs_of_one_dump_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_toy_stage(tmp_path / "one", sizes=(5, 6))
+    torch._dynamo.reset()
+    ppb.reset()
+    run_toy_stage(tmp_path / "two", sizes=(5,))
+    assert shown(capsys, tmp_path / "one", tmp_path / "one") == (
+        "rank 0 ToyStage_0: no difference\nrank 0 ToyStage_1: no difference\n"
+    )
+    text = shown(capsys, tmp_path / "one", tmp_path / "two")
+    assert "rank 0 ToyStage_0: no difference\nrank 0 ToyStage_1: only in the first dump" in text
+    assert "only in the second dump" in shown(capsys, tmp_path / "two", tmp_path / "one")
+
+
+# ------------------------------------------------------------------------------------ bad dumps
+
+
+def test_what_is_no_dump(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no dump" in refused(capsys, tmp_path)
+    assert "holds no dump" in refused(capsys, tmp_path / "nowhere")
+    assert "got 0 folders" in refused(capsys)
+    assert "got 3 folders" in refused(capsys, "a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("", "Invalid JSON"),
+        ("{", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ("[" * 100_000, "Invalid JSON"),
+        ("{}", "progress: Field required"),
+        ("\udcff", "utf-8"),
+    ],
+)
+def test_what_cannot_be_read(text: str, detail: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").write_bytes(text.encode(errors="surrogateescape"))
+    message = refused(capsys, tmp_path)
+    assert "cannot be read as a dump" in message and detail in message
+
+
+def test_a_dump_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_small(tmp_path)
+    change_summary(program_folders(tmp_path)[0], schema_version=99)
+    assert "its schema_version is 99, expected 1" in refused(capsys, tmp_path)
+
+
+def test_half_an_event_and_hostile_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_small(tmp_path)
+    (folder,) = program_folders(tmp_path)
+    change_summary(folder, name="\x1b]0;owned\x07Model", explanation="\x1b[2Jgone")
+    with (folder / "events.jsonl").open("ab") as events:
+        events.write(b'[1]\n{"event": 3}\n{"event": "odd", "at": 3}\n\xff\xfe\n{"event": "mis')
+    text = shown(capsys, tmp_path)
+    assert "\x1b" not in text and "?]0;owned?Model" in text
+    assert "odd" in text
+
+
+def test_nothing_that_is_read_is_ever_run() -> None:
+    banned = {"pickle", "dill", "marshal", "shelve", "runpy", "importlib", "subprocess", "code", "torch", "yaml"}
+    for module in ("inspection", "summary"):
+        tree = ast.parse((CHECKOUT / "pp_piecewise_backend" / f"{module}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not banned & {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in banned
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec", "compile", "__import__"}
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def test_env_shows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PP_PIECEWISE_COMPILER", "eager")
+    assert main(["env"]) == 0
+    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["option", "environment", "value", "source"]
+    assert ["compiler", "PP_PIECEWISE_COMPILER", "eager", "environment"] in lines
+    assert ["dump_dir", "PP_PIECEWISE_DUMP_DIR", "unset", "default"] in lines
+    assert len(lines) == 1 + len(ppb.Config().table())
+
+
+def test_env_with_a_mistake_in_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PP_PIECEWISE_COMPILER", "gcc")
+    assert main(["env"]) == 2
+    assert "environment variable PP_PIECEWISE_COMPILER has the value 'gcc'" in capsys.readouterr().err

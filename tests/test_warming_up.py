@@ -1,0 +1,410 @@
+"""``warmup()``: everything is captured afterwards, and nothing else has changed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pp_piecewise_backend as ppb
+from models.toy_stage import SPLIT_OPS, ToyStage
+from pp_piecewise_backend import Proxy, Stage
+from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewiseWarning
+from pp_piecewise_backend.warming_up import Session, _calls, current_session
+
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+
+MAX_TOKENS = 6
+OPTIONS = {"compiler": "eager", "graphs": "emulate", "split_ops": SPLIT_OPS, "capture_sizes": "1,4"}
+NOTHING_NEW = {"programs": 0, "recompiles": 0, "pieces_compiled": 0, "captures": 0, "graph_misses": 0}
+
+
+def compiled_stage(module: nn.Module, **options: Any) -> Any:
+    options = {**OPTIONS, **({} if "stage" in options else {"max_tokens": MAX_TOKENS}), **options}
+    return torch.compile(module, backend="pp_piecewise", options=options)
+
+
+def inputs_of(stage: ToyStage) -> Callable[[int], tuple[tuple[()], dict[str, Any]]]:
+    return lambda num_tokens: ((), stage.make_inputs(num_tokens, seed=num_tokens))
+
+
+def graphs_held() -> int:
+    return sum(len(bucket.graphs) for p in ppb.programs() if p.graphs is not None for bucket, _ in p.graphs.buckets)
+
+
+# ------------------------------------------------------------------- nothing is left to do
+
+
+@pytest.mark.parametrize("variant", [{}, {"inplace_norm": True}, {"first": True}, {"last": True}], ids=str)
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_no_size_compiles_or_captures_after_it(variant: dict[str, bool], inference: bool) -> None:
+    stage = ToyStage(2, hidden=16, heads=2, kv_heads=1, max_tokens=16, **variant)
+    reference = copy.deepcopy(stage)
+    run = compiled_stage(stage)
+    with torch.inference_mode(inference):
+        ppb.warmup(run, inputs_of(stage))
+        calls = [*range(1, MAX_TOKENS + 1), *range(MAX_TOKENS, 0, -1)]
+        with ppb.expect(**NOTHING_NEW, replays=3 * len(calls), calls=len(calls)):
+            for num_tokens in calls:
+                theirs = stage.make_inputs(num_tokens, seed=num_tokens)
+                ours = copy.deepcopy(theirs)
+                got, expected = run(**ours), reference(**theirs)
+                for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+                    torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+        for one, other in zip(stage.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_capture_in_warmup_only() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage, capture="warmup")
+    with ppb.expect(captures=0, replays=0):
+        for _ in range(3):
+            run(**stage.make_inputs(3))
+    ppb.warmup(run, inputs_of(stage))
+    with ppb.expect(**NOTHING_NEW):
+        for num_tokens in range(1, MAX_TOKENS + 1):
+            run(**stage.make_inputs(num_tokens))
+    with ppb.expect(captures=0, miss_reasons={"over-max": 2}):
+        run(**stage.make_inputs(MAX_TOKENS + 1))
+
+
+def test_warming_up_twice_captures_once() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage)
+    ppb.warmup(run, inputs_of(stage))
+    with ppb.expect(**NOTHING_NEW, static_bytes=0, graph_bytes=0):
+        ppb.warmup(run, inputs_of(stage))
+
+
+def test_only_the_sizes_asked_for() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage)
+    asked: list[int] = []
+
+    def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        asked.append(num_tokens)
+        return (), stage.make_inputs(num_tokens)
+
+    ppb.warmup(run, make_inputs, sizes=[3, 5])
+    assert set(asked) == {3, 5}
+    tokens = {bucket.tokens for p in ppb.programs() for bucket, _ in p.graphs.buckets}
+    assert tokens <= {3, 4, 5, 6} and {4} <= tokens
+    with ppb.expect(captures=0, graph_misses=0):
+        run(**stage.make_inputs(3))
+
+
+def test_sealed_after_it() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage, strict=1)
+    ppb.warmup(run, inputs_of(stage))
+    ppb.seal()
+    with ppb.expect(**NOTHING_NEW, recompiles_after_seal=0):
+        for num_tokens in range(1, MAX_TOKENS + 1):
+            run(**stage.make_inputs(num_tokens))
+
+
+# --------------------------------------------------------------------------- no trace is left
+
+
+@pytest.mark.parametrize("graphs", ["emulate", "off"])
+@pytest.mark.parametrize("inplace_norm", [False, True])
+@pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")
+def test_state_and_proxies_are_as_before(graphs: str, inplace_norm: bool) -> None:
+    stage = ToyStage(2, hidden=16, heads=2, kv_heads=1, inplace_norm=inplace_norm)
+    for buffer in stage.buffers():
+        buffer.normal_()
+    before = [buffer.clone() for buffer in stage.buffers()]
+    given: list[dict[str, Any]] = []
+    copies: list[dict[str, Any]] = []
+
+    def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        given.append(stage.make_inputs(num_tokens))
+        copies.append(copy.deepcopy(given[-1]))
+        return (), given[-1]
+
+    ppb.warmup(compiled_stage(stage, graphs=graphs), make_inputs)
+    assert len(given) == (7 if graphs == "emulate" else 2)
+    for buffer, copied in zip(stage.buffers(), before, strict=True):
+        assert torch.equal(buffer, copied)
+    for one, other in zip(given, copies, strict=True):
+        assert all(one[name] is None or torch.equal(one[name], other[name]) for name in one)
+
+
+def test_landing_memory_is_as_before() -> None:
+    module = ToyStage(1, hidden=16, heads=2, kv_heads=1, inplace_norm=True)
+    proxy = Proxy((16,), torch.float32)
+    stage = Stage({"hidden_states": proxy, "residual": proxy}, MAX_TOKENS, "cpu")
+    views = stage.views(MAX_TOKENS)
+    for view in views.values():
+        view.normal_()
+    before = {name: view.clone() for name, view in views.items()}
+    run = compiled_stage(module, stage=stage)
+    ppb.warmup(run, inputs_of(module))
+    assert all(torch.equal(views[name], before[name]) for name in views)
+
+    def landing(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        return (), {**module.make_inputs(num_tokens), **stage.views(num_tokens)}
+
+    ppb.warmup(run, landing)
+    assert all(torch.equal(views[name], before[name]) for name in views)
+    with ppb.expect(**NOTHING_NEW, stage_input_copies=0, stage_inputs_in_place=2):
+        run(**{**module.make_inputs(5), **stage.views(5)})
+
+
+def test_generators_are_as_before() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    before = torch.get_rng_state()
+
+    def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        torch.rand(3)
+        return (), stage.make_inputs(num_tokens)
+
+    ppb.warmup(compiled_stage(stage), make_inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ZeroDivisionError):
+        ppb.warmup(compiled_stage(stage), lambda n: (torch.rand(3), 1 / 0))  # type: ignore[arg-type, return-value]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_calls_of_it_are_not_counted() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    with ppb.expect(calls=0, replays=0, graph_misses=0, eager_steps=0, input_copies=0, padded_tokens=0,
+                    stage_input_copies=0, stage_inputs_in_place=0, output_copies=0, programs=2):  # fmt: skip
+        ppb.warmup(compiled_stage(stage), inputs_of(stage))
+    assert ppb.stats().captures == graphs_held() > 0
+
+
+def test_an_error_leaves_no_session_and_no_writes() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage)
+    ppb.warmup(run, inputs_of(stage))
+    before = [buffer.clone() for buffer in stage.buffers()]
+    wrong = {**stage.make_inputs(3), "positions": torch.tensor([0, 1, 10_000])}  # attention cannot write there
+    with pytest.raises(IndexError):
+        ppb.warmup(run, lambda n: ((), wrong))
+    assert current_session() is None
+    assert all(torch.equal(b, c) for b, c in zip(stage.buffers(), before, strict=True))
+    with ppb.expect(calls=1, **NOTHING_NEW):
+        run(**stage.make_inputs(3))
+
+
+# ------------------------------------------------------------------------------- what it says
+
+
+def test_one_line_in_the_log(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    with caplog.at_level(logging.INFO, "pp_piecewise_backend"):
+        ppb.warmup(compiled_stage(stage), inputs_of(stage))
+    (line,) = [r.getMessage() for r in caplog.records if "warmed up" in r.getMessage()]
+    assert line.index("; per bucket 6: ") < line.index("; 4: ") < line.index("; 1: ") and line.endswith(" bytes")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("progress", "terminal", "shown"), [(True, False, True), (False, True, False),
+                                                             (None, True, True), (None, False, False)])  # fmt: skip
+def test_a_bar_where_somebody_looks(
+    progress: bool | None,
+    terminal: bool,
+    shown: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    ppb.warmup(compiled_stage(stage, capture_sizes="2"), inputs_of(stage), progress=progress)
+    assert ("capturing" in capsys.readouterr().err) is shown
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("made", [None, {}, [(), {}], ((),), ((), {}, {}), ((), [])])
+def test_what_make_inputs_must_not_return(made: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"make_inputs returned {type(made).__name__}: expected a tuple"):
+        ppb.warmup(compiled_stage(ToyStage(1)), lambda num_tokens: made)
+    assert current_session() is None
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 3], [-1]])
+def test_sizes_that_no_call_has(sizes: list[int]) -> None:
+    stage = ToyStage(1)
+    with pytest.raises(ConfigError, match="warmup\\(\\) got sizes="):
+        ppb.warmup(compiled_stage(stage), inputs_of(stage), sizes)
+
+
+def test_it_does_not_nest() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage)
+
+    def make_inputs(num_tokens: int) -> Any:
+        ppb.warmup(run, inputs_of(stage))
+
+    with pytest.raises(PPPiecewiseError, match="inside warmup"):
+        ppb.warmup(run, make_inputs)
+    assert current_session() is None
+
+
+def test_a_module_that_was_not_compiled() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    with pytest.raises(PPPiecewiseError, match="no program of backend 'pp_piecewise' ran"):
+        ppb.warmup(stage, inputs_of(stage))
+    ppb.warmup(compiled_stage(stage), inputs_of(stage))
+    with pytest.raises(PPPiecewiseError, match="no program of backend 'pp_piecewise' ran"):
+        ppb.warmup(stage, inputs_of(stage))  # programs of others do not count
+
+
+def test_nothing_to_capture_is_said() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    with pytest.warns(PPPiecewiseWarning, match=r"warmup\(\) captured nothing: graphs='off'\."):
+        ppb.warmup(compiled_stage(stage, graphs="off"), inputs_of(stage))
+
+
+@pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")
+def test_without_graphs_no_size_compiles_after_it() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage, graphs="off")
+    ppb.warmup(run, inputs_of(stage))
+    with ppb.expect(programs=0, pieces_compiled=0, calls=MAX_TOKENS):
+        for num_tokens in range(1, MAX_TOKENS + 1):
+            run(**stage.make_inputs(num_tokens))
+
+
+@pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")
+def test_a_program_that_is_not_split_is_warmed_up_too() -> None:
+    layer = nn.Linear(4, 4)
+    run = torch.compile(layer, backend="pp_piecewise", options={**OPTIONS, "max_tokens": MAX_TOKENS})
+    with torch.enable_grad(), ppb.expect(calls=0, grad_fallbacks=0):
+        ppb.warmup(run, lambda num_tokens: ((torch.randn(num_tokens, 4),), {}))
+    with torch.enable_grad(), ppb.expect(programs=0, calls=3, grad_fallbacks=3):
+        for num_tokens in (1, 3, MAX_TOKENS):
+            run(torch.randn(num_tokens, 4))
+
+
+def test_another_thread_serves_meanwhile() -> None:
+    stage, other = (ToyStage(1, hidden=16, heads=2, kv_heads=1, seed=seed) for seed in (0, 1))
+    run, serve = compiled_stage(stage), compiled_stage(other)
+    serve(**other.make_inputs(2))
+    served: list[int] = []
+
+    def serve_once() -> None:
+        with torch.no_grad():
+            before = ppb.stats().calls
+            serve(**other.make_inputs(2))
+            served.append(ppb.stats().calls - before)
+
+    def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        if not served:
+            thread = threading.Thread(target=serve_once)
+            thread.start()
+            thread.join(timeout=60)
+        return (), stage.make_inputs(num_tokens)
+
+    ppb.warmup(run, make_inputs)
+    assert served == [1]  # a call of another thread is no call of the warm-up
+
+
+# ----------------------------------------------------------------------------------- release
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(type(item) is Tensor for item in gc.get_objects())
+
+
+def test_release_and_warmup_again_leave_no_memory_behind() -> None:
+    stage = ToyStage(2, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage)
+    ppb.warmup(run, inputs_of(stage))
+    warm = ppb.stats()
+    assert warm.graph_bytes > 0 and warm.static_bytes > 0
+
+    def release() -> None:
+        for program in ppb.programs():
+            program.release()
+
+    release()
+    assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) == (0, 0) and graphs_held() == 0
+    cold = tensors_alive()
+    for _ in range(3):
+        ppb.warmup(run, inputs_of(stage))
+        assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) == (warm.graph_bytes, warm.static_bytes)
+        with ppb.expect(**NOTHING_NEW):
+            run(**stage.make_inputs(5))
+        release()
+        assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) == (0, 0)
+        assert tensors_alive() <= cold
+
+
+def test_a_limit_on_graph_memory_keeps_the_small_buckets() -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    run = compiled_stage(stage, capture_sizes="1,2,64", max_tokens=64, graph_memory_bytes=8192)
+    ppb.warmup(run, inputs_of(stage))
+    assert 0 < ppb.stats().graph_bytes <= 8192
+    with ppb.expect(captures=0, graph_misses=0):
+        run(**stage.make_inputs(2))
+    with ppb.expect(captures=0, miss_reasons={"graph-memory": 2}):
+        run(**stage.make_inputs(60))
+    assert "graph_memory_bytes allows 8192" in ppb.explain().replace("\n", " ").replace("  ", "")
+
+
+# ---------------------------------------------------------------------------------- the calls
+
+
+@pytest.mark.parametrize(
+    ("buckets", "smallest", "expected"),
+    [
+        ([8, 4, 2, 1], 1, [7, 8, 3, 4, 2, 1]),
+        ([8, 4, 2, 1], 2, [7, 8, 3, 4, 2, 1]),
+        ([3], 1, [2, 3]),
+        ([8, 7], 1, [8, 6, 7]),
+        ([5], 5, [5]),
+        ([1], 1, [1]),
+    ],
+)
+def test_calls_inside_of_each_bucket_and_filling_it(buckets: list[int], smallest: int, expected: list[int]) -> None:
+    session = Session(smallest={"a": smallest, "b": 1})
+    assert _calls(buckets, session, None) == expected
+    assert _calls(buckets, session, [3, 9, 3]) == [9, 3]
+
+
+# ------------------------------------------------------------------------------ Hugging Face
+
+
+def test_the_hugging_face_llama_compiles_nothing_after_it() -> None:
+    from models import hf
+
+    model = hf.make_model("llama")
+    cache = hf.make_cache("static", model.config)
+    model(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)  # allocates it
+    options = {"compiler": "eager", "graphs": "emulate", "max_tokens": MAX_TOKENS, "capture_sizes": "1,4"}
+    run = torch.compile(model, backend="pp_piecewise", options=options)
+
+    def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        cache.reset()
+        (prompt,) = hf.make_prompts([num_tokens], seed=num_tokens)
+        return (), {"input_ids": prompt, "past_key_values": cache, "use_cache": True}
+
+    ppb.warmup(run, make_inputs)
+    assert graphs_held() > 0
+    reference = hf.make_cache("static", model.config)
+    with ppb.expect(programs=0, recompiles=0, pieces_compiled=0, captures=0):
+        for num_tokens in range(1, MAX_TOKENS + 1):
+            cache.reset()
+            reference.reset()
+            (ids,) = hf.make_prompts([num_tokens], seed=100 + num_tokens)
+            for _ in range(3):  # a prefill and two decode steps
+                got = run(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                expected = model(input_ids=ids, past_key_values=reference, use_cache=True).logits
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+                ids = expected[:, -1:].argmax(-1)
+    assert ppb.stats().replays > 0
