@@ -98,7 +98,9 @@ class Graphs:
         self._calls = 0
         self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
-        self._written_pointers: list[int] = []
+        written, self._copied = plan.unseen_aliases
+        self._written = itemgetter(*written, written[0]) if written else None  # two at least, for a tuple
+        self._written_pointers: tuple[int, ...] = ()
         self._written_memory: set[int] = set()
         """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
         self._more_to_check = bool(plan.address_positions or plan.scalar_sources)
@@ -195,14 +197,14 @@ class Graphs:
 
     def _meets_written_memory(self, args: Sequence[Any]) -> bool:
         """Whether pieces would read a copy of what an eager step of this very call writes."""
-        written, copied = self.plan.unseen_aliases
-        if not written or not is_on("aliases"):
+        if self._written is None or not is_on("aliases"):
             return False
-        pointers = [args[position].data_ptr() for position in written]
+        written = self._written(args)
+        pointers = tuple(map(torch.Tensor.data_ptr, written))
         if pointers != self._written_pointers:
             self._written_pointers = pointers
-            self._written_memory = {address(args[position]) for position in written if args[position].numel()}
-        return any(address(args[position]) in self._written_memory for position in copied)
+            self._written_memory = {address(tensor) for tensor in written if tensor.numel()}
+        return any(address(args[position]) in self._written_memory for position in self._copied)
 
     def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
