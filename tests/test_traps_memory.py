@@ -278,6 +278,7 @@ def two_alternating_conversations(device: str) -> None:
     """Each with a cache of its own, as an argument; the graph writes it."""
 
     def forward(self: Any, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        torch._check(x.shape[0] == positions.shape[0])  # torch 2.11 does not learn it from index_copy_
         x = x @ self.w
         cache.index_copy_(0, positions, x)
         return torch.ops.traps.attend(x, cache, positions) @ self.w
