@@ -300,10 +300,12 @@ def stock_backend(name: str) -> Callable[..., Any]:
 
 
 def kernel_in_python(op: Callable[..., Any], device_type: str) -> Callable[..., Any] | None:
-    """The kernel of a custom op as a callable that skips the dispatcher; None for PyTorch's own ops and C++ kernels.
+    """The kernel of a custom or higher-order op as a callable that skips the dispatcher.
 
-    A mode that calls it instead of the op sees the ops inside of it.
+    None for PyTorch's own ops and C++ kernels. A mode that calls it instead of the op sees the ops inside of it.
     """
+    if isinstance(op, HigherOrderOperator):
+        return op.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
     if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES or not _has_kernel_in_python(op, device_type):
         return None
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))

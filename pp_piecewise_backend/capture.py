@@ -373,19 +373,26 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 class _Recorder(_compat.TorchDispatchMode):
     """Notes every op of a capture, as the graph would, and refuses what a graph cannot hold."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self._ops: list[tuple[Any, Any, Any, list[Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        inside = _compat.kernel_in_python(func, _device_type((args, kwargs)))
+        if isinstance(func, _compat.HigherOrderOperator):
+            if inside is None:
+                raise CaptureError(f"{func} has no kernel that can be followed")
+            with self:
+                return inside(*args, **kwargs)
         if _compat.schema_name(func) in _HOST_READS or torch.Tag.data_dependent_output in func.tags:
             raise CaptureError(f"{func} reads device memory from the host, which no graph can hold")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
             raise CaptureError(f"{func} gives a tensor whose size depends on values, which no graph can hold")
         if torch.Tag.nondeterministic_seeded in func.tags and _compat.argument(func, "dropout_p", args, kwargs) != 0:
             raise CaptureError(f"{func} draws random numbers; captured, it would draw other ones than eager")
-        inside = _compat.kernel_in_python(func, _device_type((args, kwargs)))
         if inside is not None:
             # A graph holds what the op did, not the Python that chose it.
             with self, _NoHostReads():

@@ -29,6 +29,7 @@ from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
 from .rules import is_on
 from .stats import Stats
+from .steps import address
 from .warming_up import current_session
 
 _LOG = logging.getLogger(__name__)
@@ -97,6 +98,9 @@ class Graphs:
         self._calls = 0
         self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
+        self._written_pointers: list[int] = []
+        self._written_memory: set[int] = set()
+        """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
         self._more_to_check = bool(plan.address_positions or plan.scalar_sources)
         positions = plan.parameter_positions
         self._parameters = itemgetter(*positions) if len(positions) > 1 else None
@@ -138,7 +142,7 @@ class Graphs:
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
         plan, settings = self.plan, self.plan.settings
-        if plan.lands_elsewhere(args, num_tokens):
+        if plan.lands_elsewhere(args, num_tokens) or self._meets_written_memory(args):
             return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
         if key == self._last_set[0]:
@@ -188,6 +192,17 @@ class Graphs:
         if not warming_up:
             self._count(program, call, copied, num_tokens)
         return results
+
+    def _meets_written_memory(self, args: Sequence[Any]) -> bool:
+        """Whether pieces would read a copy of what an eager step of this very call writes."""
+        written, copied = self.plan.unseen_aliases
+        if not written or not is_on("aliases"):
+            return False
+        pointers = [args[position].data_ptr() for position in written]
+        if pointers != self._written_pointers:
+            self._written_pointers = pointers
+            self._written_memory = {address(args[position]) for position in written if args[position].numel()}
+        return any(address(args[position]) in self._written_memory for position in copied)
 
     def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""

@@ -244,9 +244,7 @@ class GraphPlan:
         if graph_input.kind == "stage-input":
             lands = self.stage is not None and self.stage.check(graph_input.label, spec, graph_input.token_dim) is None
             return "landing" if lands else "copied"
-        written = {name for instruction in self.instructions for name in instruction.piece.traits.writes
-                   if instruction.piece.kind == "compute"}  # fmt: skip
-        if graph_input.name in written:
+        if spec.storage in self._written_storages("compute"):
             return "address"
         sizes = [size for size in spec.shape if isinstance(size, int)]
         is_small = len(sizes) == len(spec.shape) and _product(sizes) * spec.dtype.itemsize <= SMALL_TENSOR_BYTES
@@ -307,12 +305,41 @@ class GraphPlan:
 
     @cached_property
     def written_registers(self) -> Mapping[int, tuple[int, ...]]:
-        """Step -> registers whose memory it writes."""
+        """Step -> registers whose memory it writes; of an eager step also the graph inputs that share this memory."""
+        registers = self.layout.registers
+        found: dict[int, tuple[int, ...]] = {}
+        for index, instruction in enumerate(self.instructions):
+            written = [registers[name] for name in instruction.piece.traits.writes]
+            if instruction.piece.kind == "eager" and is_on("aliases"):
+                storages = {self.specs[register].storage for register in written}
+                written += [at for at, i in enumerate(self.inputs) if i.spec is not None and i.spec.storage in storages]
+            found[index] = tuple(dict.fromkeys(written))
+        return found
+
+    def _written_storages(self, kind: str) -> set[int]:
+        """Numbers of the storages that steps of this kind write."""
         registers = self.layout.registers
         return {
-            index: tuple(registers[name] for name in instruction.piece.traits.writes)
-            for index, instruction in enumerate(self.instructions)
+            self.specs[registers[name]].storage
+            for instruction in self.instructions
+            if instruction.piece.kind == kind
+            for name in instruction.piece.traits.writes
         }
+
+    @cached_property
+    def unseen_aliases(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Positions of the inputs that eager steps write, and of those that must not share memory with them.
+
+        The latter reach captured pieces by a copy, and when the graph was traced they shared no memory with the
+        former, so nothing refreshes the copy. No guard of Dynamo's tells when they do in a later call.
+        """
+        storages = self._written_storages("eager")
+        tensors = [(at, i.spec.storage) for at, i in enumerate(self.inputs) if i.spec is not None]
+        written = tuple(at for at, storage in tensors if storage in storages)
+        copied = tuple(
+            at for at, storage in tensors if storage not in storages and self.arrivals.get(at) in ("copied", "landing")
+        )
+        return (written, copied) if written and copied else ((), ())
 
     @cached_property
     def result_registers(self) -> frozenset[int]:

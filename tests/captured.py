@@ -185,12 +185,16 @@ class Trap:
     """What stands for such a rule where the defence is no rule: it breaks one mechanism."""
     counters_only: bool
     """Whether results stay right without the rules, at a cost."""
+    ends_cuda: bool
+    """Whether, without the rules, a kernel fails in a way after which no CUDA call of the process works."""
 
     def __str__(self) -> str:
         return self.body.__name__
 
     def must_close(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(self.rules) <= rules.RULES, "no such rule"
+        if self.ends_cuda and device == "cuda":
+            pytest.skip("an assertion in a CUDA kernel would end CUDA for all later tests")
         monkeypatch.setattr(rules, "SWITCHED_OFF", frozenset(self.rules))
         if self.breaks is not None:
             self.breaks(monkeypatch)
@@ -204,12 +208,13 @@ class Traps(list[Trap]):
         *rules: str,
         breaks: Callable[[pytest.MonkeyPatch], None] | None = None,
         counters_only: bool = False,
+        ends_cuda: bool = False,
     ) -> Callable[[Body], Body]:
         """Register a body."""
         assert rules or breaks, "a trap that nothing closes proves nothing"
 
         def register(body: Body) -> Body:
-            self.append(Trap(body, rules, breaks, counters_only))
+            self.append(Trap(body, rules, breaks, counters_only, ends_cuda))
             return body
 
         return register

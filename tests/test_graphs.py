@@ -243,6 +243,21 @@ def test_other_dtypes_and_strides_are_programs_of_their_own(device: str) -> None
 
 
 @on_devices
+def test_inputs_with_an_offset_run_without_graphs_and_say_so(device: str) -> None:
+    """Dynamo makes the offset a number of its own, which may differ in each call."""
+
+    def adding(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        return torch.ops.graphstest.attention(x @ self.w + y) @ self.w
+
+    pair = pair_of(net(adding, device), device)
+    for offset, num_tokens in enumerate(SIZES, 1):
+        pair(rows(num_tokens, device), rows(num_tokens + offset, device)[offset:])
+    assert ppb.stats().miss_reasons == {"first-call": 1, "other-dynamic-dimension": 5}
+    (obstacle,) = pair.program.describe_graphs()["never_captured"].values()
+    assert "varies, next to the token count" in obstacle[1]
+
+
+@on_devices
 def test_a_program_called_with_what_no_guard_would_let_through(device: str) -> None:
     """Whoever calls a program itself, without Dynamo's guards, gets right results too."""
     pair = pair_of(net(forward, device), device)

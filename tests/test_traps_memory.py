@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_be
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import graphs, poison, replay
 from pp_piecewise_backend.buffers import StaticMemory
-from pp_piecewise_backend.inductor import CompiledPiece
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -51,6 +49,16 @@ def attend(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
 @attend.register_fake
 def _(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
     return torch.empty_like(q)
+
+
+@torch.library.custom_op("traps::accumulate", mutates_args=("state",))
+def accumulate(state: Tensor, x: Tensor) -> None:
+    state.add_(x.mean(0))
+
+
+@accumulate.register_fake
+def _(state: Tensor, x: Tensor) -> None:
+    return None
 
 
 # An op that breaks the contract of custom ops: it says that its result is a tensor of its own.
@@ -113,9 +121,9 @@ def copy_nothing_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay._Copy, "run", lambda self, call: None)
 
 
-def toy_pair(device: str, landing: ppb.Stage | None = None, **more: Any) -> Pair:
-    model = ToyStage(2, hidden=16, inplace_norm=True, max_tokens=64, **more).to(device)
-    options = {} if landing is None else {"stage": landing}
+def toy_pair(device: str, landing: ppb.Stage | None = None, **options: Any) -> Pair:
+    model = ToyStage(2, hidden=16, inplace_norm=True, max_tokens=64).to(device)
+    options |= {} if landing is None else {"stage": landing}
     return Pair(model, device, dims=(None, 0, 0, 0), split_ops=SPLIT_OPS, **options)
 
 
@@ -129,6 +137,14 @@ def in_place_norm_on_foreign_proxies(device: str) -> None:
     pair.run_sizes(make)
     # Two in; two back behind the first piece and the residual behind each of the others, in each of four calls.
     assert ppb.stats().stage_inputs_in_place == 0 and ppb.stats().stage_input_copies == 4 * (2 + 4)
+
+
+@trap(breaks=copy_nothing_back)
+def in_place_norm_that_a_compiler_functionalised(device: str) -> None:
+    pair = toy_pair(device, compiler="aot_eager")
+    pair.run_sizes(
+        lambda n: [None if v is None else v.to(device) for v in pair.function.make_inputs(n, seed=n).values()]
+    )
 
 
 @trap(breaks=warm_up_in_place)
@@ -271,6 +287,66 @@ def cache_write_with_padded_rows(device: str) -> None:
     pair.run_sizes(lambda n: (rows(n, device), torch.arange(n, device=device) + next(start)))
     reasons = [piece.reason for piece in pair.program.pieces if piece.kind == "eager"]
     assert any("writes graph input cache" in reason for reason in reasons), reasons
+
+
+def refresh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = replay._OnRealRows.__init__
+
+    def make(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.refreshed = ()
+
+    monkeypatch.setattr(replay._OnRealRows, "__init__", make)
+
+
+@trap(breaks=refresh_nothing)
+def small_state_that_attention_writes_and_a_piece_reads(device: str) -> None:
+    """Pieces read a copy of it, which must follow what eager steps write in the middle of the call."""
+
+    def forward(self: Any, x: Tensor, state: Tensor) -> Tensor:
+        x = x @ self.w
+        for _ in range(2):
+            torch.ops.traps.accumulate(state, x)
+            x = x @ self.w + state
+        return x
+
+    state = torch.zeros(HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None))
+    pair.run_sizes(lambda n: (rows(n, device), state))
+
+
+@trap("aliases")
+def state_that_is_passed_twice(device: str) -> None:
+    """Attention writes one argument; a piece reads another one that lies in the same memory."""
+
+    def forward(self: Any, x: Tensor, state: Tensor, view: Tensor) -> Tensor:
+        x = x @ self.w
+        for _ in range(2):
+            torch.ops.traps.accumulate(state, x)
+            x = x @ self.w + view[0]
+        return x
+
+    state = torch.zeros(HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None, None))
+    pair.run_sizes(lambda n: (rows(n, device), state, state.view(1, HIDDEN)))
+
+
+@trap("aliases")
+def state_that_is_passed_twice_in_later_calls_only(device: str) -> None:
+    def forward(self: Any, x: Tensor, state: Tensor, view: Tensor) -> Tensor:
+        x = x @ self.w
+        torch.ops.traps.accumulate(state, x)
+        return x @ self.w + view[0]
+
+    state = torch.zeros(HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None, None))
+    pair.run_sizes(lambda n: (rows(n, device), state, torch.ones(1, HIDDEN, device=device)))
+    before = ppb.stats()
+    pair(rows(5, device), state, state.view(1, HIDDEN))
+    assert misses_between(before, ppb.stats()) == {"inputs-overlap": 2}
+    pair(rows(5, device), state, torch.ones(1, HIDDEN, device=device))
+    assert ppb.stats().replays - before.replays == 2
+    assert len(ppb.programs()) == 1
 
 
 @trap("M1", "R2", "R3", "R7")
@@ -451,81 +527,6 @@ def zero_stride_inputs(device: str) -> None:
         return rows(n, device), torch.randn(1, HIDDEN, device=device).expand(n, HIDDEN)
 
     Pair(net(forward, device), device).run_sizes(make)
-
-
-# --------------------------------------------------------------------------------- other mechanisms
-
-
-@trap("R6")
-def guard_that_the_bucket_breaks(device: str) -> None:
-    """Compiling added a condition on the token count: it holds for the real rows, not for the bucket."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return torch.ops.traps.mix(x @ self.w) @ self.w
-
-    pair = Pair(net(forward, device), device)
-    pair(rows(7, device))
-    (first, *_) = (i for i in pair.program.layout.instructions if i.piece.kind == "compute")
-    compiled, symbol = first.call, pair.program.graphs.plan.token_symbol
-
-    def right_up_to_seven(*arguments: Any) -> Any:
-        outputs = compiled(*arguments)
-        is_wrong = any(isinstance(a, Tensor) and a.shape[0] > 7 and a.shape[1] == HIDDEN for a in arguments[:1])
-        tensors = [a for a in arguments if isinstance(a, Tensor) and a.data_ptr() != pair.function.w.data_ptr()]
-        is_wrong = any(a.shape[0] > 7 for a in tensors)
-        return [output * 0 for output in outputs] if is_wrong else outputs
-
-    at = [k for k, spec in enumerate(first.piece.input_specs) if type(spec).__name__ == "SymbolSpec"]
-    first.call = right_up_to_seven
-    first.compiled = CompiledPiece((), right_up_to_seven, (sympy.Le(sympy.Symbol("s0"), 7),), 0.0)
-    first.symbol_positions = tuple(at)
-    assert symbol is not None and at
-    for num_tokens in (6, 8, 5, 7):
-        pair(rows(num_tokens, device))
-    assert ppb.stats().miss_reasons == {"first-call": 2, "guard": 4}
-    assert ppb.stats().replays == 4
-    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
-    assert "does not hold" in reason
-    assert pair.program.plain_runs == {0: "the compiled code does not hold for sizes [8]"}
-
-
-@trap("rows")
-def token_counts_around_every_bucket(device: str) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return torch.ops.traps.mix(x @ self.w) @ self.w
-
-    pair = Pair(net(forward, device), device)
-    counts = [2, 3, 5, 8, 1, 9]  # one in each bucket, then one above all
-    for _ in range(2):
-        for num_tokens in counts:
-            pair(rows(num_tokens, device))
-    before = ppb.stats()
-    around = sorted({n for bucket in (1, 2, 4, 8) for n in (bucket - 1, bucket, bucket + 1)} - {0})
-    for num_tokens in (*around, *reversed(around)):
-        pair(rows(num_tokens, device))
-    assert around == [1, 2, 3, 4, 5, 7, 8, 9]
-    assert misses_between(before, ppb.stats()) == {"over-max": 2 * 2}
-    assert ppb.stats().replays - before.replays == 2 * 2 * (len(around) - 1)
-    assert ppb.stats().captures == before.captures
-    assert ppb.stats().padded_tokens - before.padded_tokens == 2 * (1 + 3 + 1)  # 3 in 4; 5 and 7 in 8
-
-
-@trap("rows")
-def nan_in_the_padded_rows(device: str) -> None:
-    """Whatever lies behind the real rows of all static memory."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = torch.ops.traps.mix(x @ self.w) @ self.w
-        return x
-
-    pair = Pair(net(forward, device), device)
-    pair.run_sizes(lambda n: (rows(n, device),))
-    (bucket, _), *_ = pair.program.graphs.buckets
-    for num_tokens in (5, 6, 7):
-        for static in bucket.static.values():
-            static.tensor.fill_(float("nan"))
-        pair(rows(num_tokens, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
-from captured import DEVICES, HIDDEN, Pair, Trap, Traps, net, rows
+from captured import DEVICES, HIDDEN, Pair, Trap, Traps, misses_between, net, rows
+from pp_piecewise_backend.inductor import CompiledPiece
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -296,6 +298,78 @@ def heads_before_tokens(device: str) -> None:
     assert ppb.stats().border_copies > 0
 
 
+# --------------------------------------------------------------------------------- sizes and compiled code
+
+
+@trap("R6")
+def guard_that_the_bucket_breaks(device: str) -> None:
+    """Compiling added a condition on the token count: it holds for the real rows, not for the bucket."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.attention(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    pair(rows(7, device))
+    (first, *_) = (i for i in pair.program.layout.instructions if i.piece.kind == "compute")
+    compiled, symbol = first.call, pair.program.graphs.plan.token_symbol
+
+    def right_up_to_seven(*arguments: Any) -> Any:
+        outputs = compiled(*arguments)
+        return [output * 0 for output in outputs] if outputs[0].shape[0] > 7 else outputs
+
+    at = [k for k, spec in enumerate(first.piece.input_specs) if type(spec).__name__ == "SymbolSpec"]
+    first.call = right_up_to_seven
+    first.compiled = CompiledPiece((), right_up_to_seven, (sympy.Le(sympy.Symbol("s0"), 7),), 0.0)
+    first.symbol_positions = tuple(at)
+    assert symbol is not None and at
+    for num_tokens in (6, 8, 5, 7):
+        pair(rows(num_tokens, device))
+    assert ppb.stats().miss_reasons == {"first-call": 2, "guard": 4}
+    assert ppb.stats().replays == 4
+    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
+    assert "does not hold" in reason
+    assert pair.program.plain_runs == {0: "the compiled code does not hold for sizes [8]"}
+
+
+@trap("rows")
+def token_counts_around_every_bucket(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.attention(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    counts = [2, 3, 5, 8, 1, 9]  # one in each bucket, then one above all
+    for _ in range(2):
+        for num_tokens in counts:
+            pair(rows(num_tokens, device))
+    before = ppb.stats()
+    around = sorted({n for bucket in (1, 2, 4, 8) for n in (bucket - 1, bucket, bucket + 1)} - {0})
+    for num_tokens in (*around, *reversed(around)):
+        pair(rows(num_tokens, device))
+    assert around == [1, 2, 3, 4, 5, 7, 8, 9]
+    assert misses_between(before, ppb.stats()) == {"over-max": 2 * 2}
+    assert ppb.stats().replays - before.replays == 2 * 2 * (len(around) - 1)
+    assert ppb.stats().captures == before.captures
+    assert ppb.stats().padded_tokens - before.padded_tokens == 2 * (1 + 3 + 1)  # 3 in 4; 5 and 7 in 8
+
+
+@trap("rows")
+def nan_in_the_padded_rows(device: str) -> None:
+    """Whatever lies behind the real rows of all static memory."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return x
+
+    pair = Pair(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    (bucket, _), *_ = pair.program.graphs.buckets
+    for num_tokens in (5, 6, 7):
+        for static in bucket.static.values():
+            static.tensor.fill_(float("nan"))
+        pair(rows(num_tokens, device))
+
+
 # ----------------------------------------------------------------------- memory without contents
 
 
@@ -313,7 +387,7 @@ def uninitialised_attention_output(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), input_copies=3)
 
 
-@trap("tail")
+@trap("tail", ends_cuda=True)
 def indices_in_the_padded_rows(device: str) -> None:
     """What an earlier call left there may index nothing; a row of the same batch always does."""
 
