@@ -121,7 +121,8 @@ def test_token_exact_with_graphs(architecture: str, cache_kind: str) -> None:
     assert_attention_was_split_out(ATTENTION[architecture])
     stats = ppb.stats()
     decoding = max(ppb.programs(), key=lambda program: program.stats.calls)
-    assert decoding.stats.replays > 0
+    if cache_kind == "static" or architecture not in READS_ON_THE_HOST:
+        assert decoding.stats.replays > 0
     expected = {"first-call", "padding-unsafe"}
     if cache_kind == "dynamic":
         expected.add("other-dynamic-dimension")  # a cache that grows is read and written inside the pieces

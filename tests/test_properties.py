@@ -514,7 +514,7 @@ def _check_graphs_on(max_examples: int, derandomize: bool) -> list[int]:
 
 @pytest.mark.timeout(600)
 def test_equal_to_eager_with_graphs() -> None:
-    padded = _check_graphs_on(max_examples=100, derandomize=True)
+    padded = _check_graphs_on(max_examples=200, derandomize=True)
     assert sum(count > 0 for count in padded) >= len(padded) * SMALLEST_PADDED_SHARE
 
 

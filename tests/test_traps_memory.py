@@ -354,6 +354,7 @@ def two_alternating_conversations(device: str) -> None:
     """Each with a cache of its own, as an argument; the graph writes it."""
 
     def forward(self: Any, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        torch._check(x.shape[0] == positions.shape[0])  # torch 2.11 does not learn it from index_copy_
         x = x @ self.w
         cache.index_copy_(0, positions, x)
         return torch.ops.traps.attend(x, cache, positions) @ self.w
@@ -534,7 +535,7 @@ def test_trap(trap: Trap, device: str) -> None:
     trap.body(device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("trap", TRAPS, ids=str)
-def test_trap_closes_without_its_defence(trap: Trap, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trap.must_close(device, monkeypatch)
+def test_trap_closes_without_its_defence(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Emulated only: on a GPU, what a stale address gives is undefined and may end the process.
+    trap.must_close("cpu", monkeypatch)

@@ -428,7 +428,7 @@ def test_trap(trap: Trap, device: str) -> None:
     trap.body(device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("trap", TRAPS, ids=str)
-def test_trap_closes_without_its_rules(trap: Trap, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trap.must_close(device, monkeypatch)
+def test_trap_closes_without_its_rules(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Emulated only: on a GPU, what a stale address gives is undefined and may end the process.
+    trap.must_close("cpu", monkeypatch)
