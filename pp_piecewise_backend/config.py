@@ -226,18 +226,6 @@ NAMES = TextForm(_read_names, _write_items, "argument names separated by commas,
 FOLDER = TextForm(_read_folder, lambda value: "unset" if value is None else str(value), "a folder's path")
 
 
-# --------------------------------------------------------------------- what this version cannot do yet
-
-
-class NotBuiltYet(NamedTuple):
-    consequence: str
-    honoured: tuple[object, ...] = ()
-    """Values that this version does honour."""
-
-
-NOT_BUILT_YET: dict[str, NotBuiltYet] = {}
-
-
 # ------------------------------------------------------------------------------------- the settings
 
 
@@ -364,14 +352,6 @@ class Config(BaseSettings):
             )
             for name in FIELD_NAMES
         ]
-
-    def not_in_effect(self) -> dict[str, str]:
-        """Field name -> sentence, for values that the user set and that this version does not act on."""
-        return {
-            name: f"parsed, not in effect yet: {missing.consequence}"
-            for name, missing in NOT_BUILT_YET.items()
-            if self._sources[name] != "default" and getattr(self, name) not in missing.honoured
-        }
 
     def cache_key(self) -> tuple[object, ...]:
         """The values that change what a compiled piece means."""

@@ -446,7 +446,6 @@ def _begin(name: str, config: Config) -> Summary:
             OptionEntry(option=row.name, environment=row.environment_name, value=row.value, source=row.source)
             for row in config.table()
         ],
-        not_in_effect=config.not_in_effect(),
     )
 
 

@@ -58,8 +58,6 @@ def explain_program(program: Program) -> str:
         f"{stats.pieces_compiled} pieces in {stats.compile_seconds:.2f} s, {stats.pieces_reused} served by equal ones",
     )
     lines += _graph_lines(program)
-    for name, sentence in program.config.not_in_effect().items():
-        lines += _entry("  not in effect", f"{name}: {sentence}")
     return "\n".join(lines)
 
 

@@ -178,7 +178,7 @@ def misses(summary: Summary, call: int | None = None, tokens: int | None = None)
     ]
     graphs = summary.graphs
     if graphs.mode == "none":
-        return [*lines, "no call replays: this version captures no graphs, every piece runs compiled"]
+        return [*lines, "no call replays: the program was not built, or its graph was not split"]
     if graphs.mode == "off":
         graphs_option = next((o for o in summary.config if o.option == "graphs"), None)
         how = "" if graphs_option is None else f" (graphs={graphs_option.value}, {graphs_option.source})"

@@ -84,7 +84,7 @@ def _misses(summary: Summary) -> str:
         which = ", ".join(map(str, indices[:12])) + (", ..." if len(indices) > 12 else "")
         lines.append(f'<p class="bad">piece {which} ran as plain FX: {escape(problem)}</p>')
     if graphs.mode in ("none", "off") and not summary.not_split:
-        why = "graphs are off" if graphs.mode == "off" else "this version captures no graphs"
+        why = "graphs are off" if graphs.mode == "off" else "the program was not built"
         lines.append(f'<p class="calm">Nothing is replayed: {why}. Every piece runs compiled.</p>')
     elif graphs.misses:
         rows: list[tuple[object, ...]] = [
@@ -284,8 +284,8 @@ def _without_stride(text: str) -> str:
 
 
 def _settings(summary: Summary) -> str:
-    rows = [(o.option, o.value, o.source, summary.not_in_effect.get(o.option, "")) for o in summary.config]
-    return _table(("option", "value", "source", ""), rows, mark=[o.source != "default" for o in summary.config])
+    rows = [(o.option, o.value, o.source) for o in summary.config]
+    return _table(("option", "value", "source"), rows, mark=[o.source != "default" for o in summary.config])
 
 
 def _counters(summary: Summary) -> str:

@@ -93,7 +93,7 @@ class MissEntry(_Entry):
 
 
 class Graphs(_Entry):
-    mode: str = Field(description="'cuda', 'emulate', 'off', or 'none' where this version captures no graphs.")
+    mode: str = Field(description="'cuda', 'emulate', 'off', or 'none' for a graph that was not built or not split.")
     buckets: list[BucketEntry] = Field(default_factory=list)
     misses: list[MissEntry] = Field(default_factory=list)
     addresses: list[Any] = Field(default_factory=list, description="Memory whose address the graphs rely on.")
@@ -117,9 +117,6 @@ class Summary(_Entry):
     written_at: str = Field(description="Time of writing, ISO 8601, UTC.")
     versions: dict[str, str]
     config: list[OptionEntry]
-    not_in_effect: dict[str, str] = Field(
-        default_factory=dict, description="Option -> sentence, for values that were set and do nothing."
-    )
     not_split: str | None = Field(default=None, description="Why the graph went to the stock backend whole, if it did.")
     token_count: str | None = Field(default=None, description="Symbol or number that counts the tokens of a call.")
     token_reason: str = ""

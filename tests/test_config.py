@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.config import FIELD_NAMES, NOT_BUILT_YET, Config, SizeRange, SplitOps, rank_in_environment
+from pp_piecewise_backend.config import FIELD_NAMES, Config, SizeRange, SplitOps, rank_in_environment
 from pp_piecewise_backend.errors import ConfigError
 
 DEFAULTS = {
@@ -165,41 +165,6 @@ def test_cache_key_changes_with_the_compiler_only() -> None:
     base = Config.resolve().cache_key()
     different = {name for name in FIELD_NAMES if Config.resolve({name: OTHER_VALUES[name][0]}).cache_key() != base}
     assert different == {"compiler"}
-
-
-# ------------------------------------------------------------------------------- not in effect
-
-
-def test_nothing_is_reported_when_nothing_was_set() -> None:
-    assert Config.resolve().not_in_effect() == {}
-
-
-@pytest.mark.parametrize("name", FIELD_NAMES)
-def test_what_the_user_set_and_has_no_machinery_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, _, held = OTHER_VALUES[name]
-    expected = {name} if name in NOT_BUILT_YET and held not in NOT_BUILT_YET[name].honoured else set()
-    assert set(Config.resolve({name: text}).not_in_effect()) == expected
-    monkeypatch.setenv(DEFAULTS[name][0], text)
-    reported = Config.resolve().not_in_effect()
-    assert set(reported) == expected
-    assert all(sentence.startswith("parsed, not in effect yet: ") for sentence in reported.values())
-
-
-@pytest.mark.parametrize(
-    ("options", "reported"),
-    [
-        ({"mode": "piecewise"}, False),
-        ({"mode": "full"}, False),
-        ({"mode": "none"}, False),
-        ({"graphs": "cuda"}, False),
-        ({"graphs": "off"}, False),
-        ({"dump_dir": "/x"}, False),
-        ({"strict": 1}, False),
-        ({"compiler": "eager", "split_ops": "a", "stage_inputs": "x", "enabled": 0}, False),
-    ],
-)
-def test_not_in_effect_by_value(options: dict[str, object], reported: bool) -> None:
-    assert bool(Config.resolve(options).not_in_effect()) is reported
 
 
 # --------------------------------------------------------------------------------- text forms

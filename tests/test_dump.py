@@ -66,7 +66,7 @@ def test_the_summary_says_what_the_program_says(tmp_path: Path) -> None:
         assert (folder / "explain.txt").read_text().strip() == program.explain()
         assert {o.option: o.source for o in summary.config}["dump_dir"] == "option"
         assert summary.versions["torch"] == torch.__version__
-        assert summary.graphs.mode == "none"
+        assert summary.graphs.mode == "off"
         assert "hidden_states" in (folder / "dynamo_graph.py").read_text()
         compile((folder / "split_parent.py").read_text(), "split_parent.py", "exec")
         assert "self.piece_02_compute(" in (folder / "split_parent.py").read_text()

@@ -56,7 +56,7 @@ def test_it_opens_on_why_a_call_did_not_replay(tmp_path: Path, capsys: pytest.Ca
     (folder,) = program_folders(tmp_path)
     text = shown(capsys, tmp_path)
     assert text.splitlines()[1] == "why did this call not replay?"
-    assert "this version captures no graphs" in text.splitlines()[2]
+    assert "graphs are off (graphs=auto, default)" in text.splitlines()[2]
     assert ppb.programs()[0].explain() in text
     assert "settings that were given: compiler=eager (option), dump_dir=" in text
     assert re.search(r"traced: nodes \d+, inputs \d+\n.*split: pieces 2.*\n.*compiled: piece 0, 2\n.*built", text)
