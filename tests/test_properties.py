@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,7 +68,7 @@ def _(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @torch.library.custom_op("prop::cached", mutates_args=("cache",))
 def cached(a: Tensor, cache: Tensor, ids: Tensor) -> Tensor:
-    cache[ids] = a.clone()  # it may be a view of the cache
+    cache[ids] = a
     return _mix(a, cache).contiguous()
 
 
@@ -433,7 +433,11 @@ def check(example: Example, compiler: str, rtol: float, sizes: Sequence[int] | N
         if example.mark_dynamic and tokens > 1:
             for argument in (arguments[0], arguments[1], arguments[3]):
                 torch._dynamo.maybe_mark_dynamic(argument, 0)
-        expected, got = expected_module(*expected_arguments), compiled(*arguments)
+        try:
+            expected = expected_module(*expected_arguments)
+        except RuntimeError:
+            reject()  # eager itself refuses some writes of a view of the cache to the cache
+        got = compiled(*arguments)
         expected_values, expected_structure = pytree.tree_flatten(expected)
         values, structure = pytree.tree_flatten(got)
         assert structure == expected_structure
