@@ -11,7 +11,8 @@ but for `foreign`. The variants:
 - `piecewise_cuda_graphs`: `CUDAGraphSequence.replay` of the PyPI package of that name with as many segments.
 - `dispatch`: a call of the program with its address checks, but no input staged and no output copied.
 - `unchecked`, `staging`, `outputs`: the same without address checks; with inputs staged; with outputs copied.
-- `program`: a whole call. `foreign`: the same, where stage inputs come from elsewhere and are copied.
+- `program`: a whole call. `foreign`: the same, where stage inputs come from elsewhere and are copied. `dumping`: the
+  same as `program` of a twin that was compiled with a `dump_dir`.
 - `dynamo`, `dynamo_unguarded`: a whole call through `torch.compile`, with its guards and with
   `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)`.
 
@@ -25,6 +26,7 @@ import argparse
 import contextlib
 import gc
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ VARIANTS = (
     "outputs",
     "program",
     "foreign",
+    "dumping",
     "dynamo",
     "dynamo_unguarded",
 )
@@ -51,7 +54,7 @@ ADAPTATIONS = {
     "GPU: objects whose replay() does nothing for graphs, its own _EagerSegment around a no-op with the arguments of "
     "our eager step for the rest; replay() is the package's own",
     "dispatch": "FlatProgram._stage_inputs and Graphs._hand_over are no-ops; in `unchecked` the addresses come from "
-    "the last call",
+    "the last call, and written memory is not looked for among the copied inputs",
 }
 TARGET = {"layers": 32, "factor_of_bare_loop": 1.5, "microseconds": 30.0, "microseconds_per_address": 0.1}
 
@@ -92,7 +95,7 @@ class NoGraph:
 class Bench:
     """A compiled stage whose work is no-ops, and the calls that are timed."""
 
-    def __init__(self, layers: int, tokens: int, hidden: int) -> None:
+    def __init__(self, layers: int, tokens: int, hidden: int, dump_dir: Path | None = None) -> None:
         import torch
 
         import pp_piecewise_backend as ppb
@@ -100,13 +103,17 @@ class Bench:
         sys.path.insert(0, str(TEST_MODELS))
         from models.toy_stage import SPLIT_OPS, ToyStage
 
-        torch._dynamo.reset()
-        ppb.reset()
         module = ToyStage(layers, hidden=hidden)
         proxies = {name: ppb.Proxy((hidden,), torch.float32) for name in ("hidden_states", "residual")}
         stage = ppb.Stage(proxies, tokens, device="cpu")
         # The compiler decides nothing here: no compiled code runs once the work is replaced.
-        options = {"compiler": "eager", "split_ops": SPLIT_OPS, "graphs": "emulate", "stage": stage}
+        options = {
+            "compiler": "eager",
+            "split_ops": SPLIT_OPS,
+            "graphs": "emulate",
+            "stage": stage,
+            "dump_dir": dump_dir,
+        }
         self.compiled = torch.compile(module, backend="pp_piecewise", options=options)
         foreign = module.make_inputs(tokens)
         self.inputs = {**foreign, **stage.views(tokens)}
@@ -115,7 +122,7 @@ class Bench:
                 torch._dynamo.mark_dynamic(tensor, 0)
         for _ in range(3):  # not captured, captured, replayed
             self.compiled(**self.inputs)
-        (self.program,) = ppb.programs()
+        self.program = ppb.programs()[-1]
         self.graphs = self.program.graphs
         self.args = self._arguments(self.inputs)
         self.foreign_args = self._arguments(foreign)
@@ -178,6 +185,7 @@ class Bench:
             if name == "unchecked":
                 addresses = self.graphs._parameter_addresses(self.args)
                 stack.enter_context(replaced(self.graphs, "_parameter_addresses", lambda args: addresses))
+                stack.enter_context(replaced(self.graphs, "_meets_written_memory", lambda args: False))
             if name == "dynamo_unguarded":
                 stack.enter_context(torch.compiler.set_stance("default", skip_guard_eval_unsafe=True))
             yield self._call(name)
@@ -217,14 +225,20 @@ def measure(layers: int, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm import trange
 
-    with torch.no_grad():
+    import pp_piecewise_backend as ppb
+
+    torch._dynamo.reset()
+    ppb.reset()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         bench = Bench(layers, options.tokens, options.hidden)
+        twin = Bench(layers, options.tokens, options.hidden, dump_dir=Path(folder))
+        assert twin.program is not bench.program
         before = bench.program.stats.snapshot()
         samples: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in CLOCKS} for name in VARIANTS}
         gc.collect()
         for _ in trange(options.rounds, desc=f"{layers} layers"):
             for name in VARIANTS:
-                with bench.variant(name) as call:
+                with (twin if name == "dumping" else bench).variant(name) as call:
                     call()
                     for clock, microseconds in timed(call, options.calls).items():
                         samples[name][clock].append(microseconds)
@@ -256,6 +270,7 @@ def parts(samples: dict[str, dict[str, list[float]]], clock: str) -> dict[str, d
         "input_staging": ("staging", "dispatch"),
         "output_copies": ("outputs", "dispatch"),
         "stage_input_copies": ("foreign", "program"),
+        "dumping": ("dumping", "program"),
         "dynamo": ("dynamo_unguarded", "program"),
         "guards": ("dynamo", "dynamo_unguarded"),
     }

@@ -369,9 +369,14 @@ class GraphPlan:
             if value.data_ptr() == pointer and value.stride() == stride:
                 in_place.add(register)
         return len(in_place) < len(self._landing_pointers) and any(
-            isinstance(value, torch.Tensor) and at not in in_place and address(value) in self.landing_addresses
-            for at, value in enumerate(args)
+            at not in in_place and address(args[at]) in self.landing_addresses for at in self._passed_in_the_call
         )
+
+    @cached_property
+    def _passed_in_the_call(self) -> tuple[int, ...]:
+        """Tensors that may lie in landing memory: weights and state outlive a call, and landing memory does not."""
+        kinds = ("stage-input", "per-token", "other-tensor")
+        return tuple(at for at, i in enumerate(self.inputs) if i.spec is not None and i.kind in kinds)
 
     @cached_property
     def _landing_pointers(self) -> Mapping[int, int]:
