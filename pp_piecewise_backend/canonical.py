@@ -87,12 +87,13 @@ def _function_text(function: Any) -> str:
     module = getattr(function, "__module__", None)
     # Builtins of torch have qualified names such as _VariableFunctionsClass.arange that lead nowhere.
     for path in dict.fromkeys((getattr(function, "__qualname__", name), name)):
-        if module and path and _lookup(module, path) is function:
+        if module and path and look_up(module, path) is function:
             return f"{module}.{path}"
     return _identity_text(function)
 
 
-def _lookup(module: str, path: str) -> object:
+def look_up(module: str, path: str) -> object:
+    """What a qualified name leads to; None if it leads nowhere."""
     try:
         found: Any = importlib.import_module(module)
         for part in path.split("."):

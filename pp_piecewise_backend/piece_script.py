@@ -7,7 +7,6 @@ compares and times. ``_HARNESS`` is the part that is the same in every script.
 from __future__ import annotations
 
 import builtins
-import importlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from . import _compat
+from .canonical import look_up
 from .cuts import is_allocation
 from .specs import SymbolSpec, TensorSpec
 from .split import Piece, SizeOf
@@ -193,20 +193,10 @@ class _Needs:
         module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if isinstance(value, type(builtins)):
             self.functions.append((name, value.__name__, ""))
-        elif module and path and _look_up(module, path) is value:
+        elif module and path and look_up(module, path) is value:
             self.functions.append((name, module, path))
         else:
             self.missing.append(name)
-
-
-def _look_up(module: str, path: str) -> object:
-    try:
-        found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    return found
 
 
 # ---------------------------------------------------------------------------------------- text

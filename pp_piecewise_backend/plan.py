@@ -132,26 +132,21 @@ class GraphPlan:
         return {} if self.token_symbol is None else {self.token_symbol: num_tokens}
 
     @cached_property
+    def _token_specs(self) -> list[SymbolSpec]:
+        """What the pieces know about the range of the token count."""
+        specs = [spec for instruction in self.instructions for spec in instruction.piece.input_specs]
+        return [spec for spec in specs if isinstance(spec, SymbolSpec) and spec.symbol == self.token_symbol]
+
+    @cached_property
     def ladder(self) -> Ladder:
         """The buckets, cut at the largest token count that the graph is valid for."""
-        upper = [
-            spec.upper
-            for instruction in self.instructions
-            for spec in instruction.piece.input_specs
-            if isinstance(spec, SymbolSpec) and spec.symbol == self.token_symbol and spec.upper is not None
-        ]
+        upper = [spec.upper for spec in self._token_specs if spec.upper is not None]
         return self.settings.ladder.cut_at(max(1, min(upper))) if upper else self.settings.ladder
 
     @cached_property
     def smallest_tokens(self) -> int:
         """The smallest token count that the graph is valid for."""
-        lower = [
-            spec.lower
-            for instruction in self.instructions
-            for spec in instruction.piece.input_specs
-            if isinstance(spec, SymbolSpec) and spec.symbol == self.token_symbol and spec.lower is not None
-        ]
-        return max(1, *lower) if lower else 1
+        return max([1, *(spec.lower for spec in self._token_specs if spec.lower is not None)])
 
     def bucket(self, num_tokens: int) -> int | None:
         """The bucket for a call; a graph with a static token count has that one only."""
