@@ -67,7 +67,19 @@ TOLERANCES = {"torch.bfloat16": 5e-2, "torch.float16": 1e-2, "torch.float32": 1e
 """Most that a row may differ from eager's: norm of the difference over norm of the row."""
 
 WARM_UP_CALLS = 4
+WARM_UP_SECONDS = 0.2
+"""At least so long a method runs before it is timed, so that a device that clocked down is awake."""
 FRESH_INPUTS = 4
+COUNTERS = (
+    "replays",
+    "graph_misses",
+    "eager_steps",
+    "stage_inputs_in_place",
+    "stage_input_copies",
+    "input_copies",
+    "border_copies",
+    "output_copies",
+)
 MIN_REPEATS = 10
 CALLS_PER_BLOCK = 10
 MIN_BLOCKS = 3
@@ -103,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=100, help="calls timed alone, and in blocks, at most")
     parser.add_argument("--cell-seconds", type=float, default=1.0, help="stop repeating earlier after so long, twice")
-    parser.add_argument("--budget-seconds", type=float, default=420.0, help="start no further cell after so long")
+    parser.add_argument("--budget-seconds", type=float, default=400.0, help="start no further cell after so long")
     parser.add_argument("--context-tokens", type=int, default=512, help="length of each sequence in decode")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor")
@@ -329,9 +341,6 @@ def measure_cell(bench: Bench, methods: dict[str, Method | Exception], method: s
     import torch
     from gpu_stage import set_metadata
 
-    import pp_piecewise_backend as ppb
-
-    options = bench.options
     with torch.inference_mode():
         compiled = prepared(bench, methods, method)
         set_metadata(bench.stage.metadata(tokens))
@@ -349,18 +358,10 @@ def measure_cell(bench: Bench, methods: dict[str, Method | Exception], method: s
             found["cudagraph_skips"] = skips
         if not check["ok"]:
             return {**found, "reason": f"a row differs from eager's by {check['largest_row_error']:.2g} of its norm"}
-        before = ppb.stats()
-        microseconds, calls = timed(bench, call, arguments, fresh)
-        after = ppb.stats()
+        microseconds, per_call = timed(bench, call, arguments, fresh)
         if method.startswith("ours"):
-            found["per_call"] = {
-                counter: (after[counter] - before[counter]) / calls
-                for counter in ("replays", "graph_misses", "eager_steps", "stage_inputs_in_place",
-                                "stage_input_copies", "input_copies", "border_copies", "output_copies")
-            }  # fmt: skip
-            found["miss_reasons"] = dict(after.miss_reasons)
-    return {**found, "microseconds": {name: spread_of(values) for name, values in microseconds.items()},
-            "repeats_limit": options.repeats}  # fmt: skip
+            found["per_call"] = per_call
+    return {**found, "microseconds": {name: spread_of(values) for name, values in microseconds.items()}}
 
 
 def prepared(bench: Bench, methods: dict[str, Method | Exception], method: str) -> Method:
@@ -408,10 +409,16 @@ def compare(bench: Bench, call: Call, arguments: Mapping[str, Any], fresh: Seque
 
 def timed(
     bench: Bench, call: Call, arguments: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, list[float]], int]:
-    """Samples of each figure, and how many calls were made."""
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Samples of each figure, and what this backend counted per timed call."""
+    import pp_piecewise_backend as ppb
+
     options, clock = bench.options, Clock(bench.is_cuda)
     samples: dict[str, list[float]] = {name: [] for name in FIGURES}
+    until = time.perf_counter() + min(WARM_UP_SECONDS, options.cell_seconds)
+    while time.perf_counter() < until:
+        clock.time(call, 1)
+    before = ppb.stats()
     gc.collect()
     with without_garbage_collection():
         until = time.perf_counter() + options.cell_seconds
@@ -430,7 +437,9 @@ def timed(
             load(arguments, fresh[number % len(fresh)])
             device_us, _ = clock.time(call, calls_per_block)
             samples["steady_us"].append(device_us / calls_per_block)
-    return samples, len(samples["latency_us"]) + len(samples["steady_us"]) * calls_per_block
+    after = ppb.stats()
+    calls = len(samples["latency_us"]) + len(samples["steady_us"]) * calls_per_block
+    return samples, {counter: (after[counter] - before[counter]) / calls for counter in COUNTERS}
 
 
 class Clock:

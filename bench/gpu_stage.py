@@ -97,7 +97,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
     whole = (tokens, kv_heads, context, d), (context * row, d, row, 1)
     queries = q.view(tokens, kv_heads, heads // kv_heads, d)
     attended = F.scaled_dot_product_attention(queries, k_cache.as_strided(*whole), v_cache.as_strided(*whole))
-    out.copy_(attended.reshape(tokens, heads, d))
+    out.view(attended.shape).copy_(attended)  # this way round, since kernels may return it transposed in memory
 
 
 # Registered without `custom_op`, whose Python kernels for autograd cost the host more than the attention does.
@@ -119,6 +119,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Attention(nn.Module):
+    k_cache: Tensor
+    v_cache: Tensor
+
     def __init__(self, shape: Shape, slots: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
@@ -161,6 +164,9 @@ class Layer(nn.Module):
 
 class GPUStage(nn.Module):
     """A stage that is neither the first nor the last, with weights and cache from a seed."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_TOKENS, help="token counts to capture")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["off", "cold", "warm"])
-    parser.add_argument("--budget-seconds", type=float, default=500.0, help="start no further run after so long")
+    parser.add_argument("--budget-seconds", type=float, default=440.0, help="start no further run after so long")
     parser.add_argument("--context-tokens", type=int, default=512, help="length of each sequence in decode")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor")
