@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -101,6 +101,15 @@ def write_result(folder: Path, name: str, parameters: Mapping[str, Any], body: M
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def plotted(plot: Callable[[Any, Path], Path], data: Any, path: Path) -> Path | str:
+    """Where `plot` put the picture of `data`; where matplotlib is missing, a sentence that says so."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return f"no {path.name}: matplotlib is not installed"
+    return plot(data, path)
 
 
 def _version(package: str) -> str | None:

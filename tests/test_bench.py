@@ -93,3 +93,62 @@ def test_dump_cost_writes_its_result(tmp_path: Path) -> None:
     assert {name: times["count"] for name, times in summary["call_seconds"].items()} == {
         "dumping": 3, "not dumping": 3,
     }  # fmt: skip
+
+
+@pytest.mark.timeout(240)
+def test_gpu_latency_runs_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "gpu_latency.py"), "--device", "cpu", "--stages", "tiny"]
+    command += ["--tokens", "1", "8", "96", "--compiler", "eager", "--context-tokens", "16", "--repeats", "3"]
+    finished = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    result = json.loads((tmp_path / "gpu_latency.json").read_text())
+    assert result["benchmark"] == "gpu_latency"
+    assert (tmp_path / "gpu_latency.png").read_bytes().startswith(b"\x89PNG")
+    cells = {(cell["method"], cell["tokens"]): cell for cell in result["cells"]}
+    assert {tokens for _, tokens in cells} == {1, 8, 96} and len(cells) == 9 * 3
+    for (method, _), cell in cells.items():
+        if method in ("reduce_overhead", "piecewise_cuda_graphs", "limit"):
+            assert (cell["status"], cell["reason"]) == ("skipped", "needs CUDA")
+            continue
+        assert cell["status"] == "ok", cell
+        assert cell["check"]["largest_row_error"] <= cell["check"]["tolerance"]
+        assert cell["microseconds"]["latency_us"]["count"] == 3
+        if method.startswith("ours"):
+            per_call = cell["per_call"]
+            assert per_call["graph_misses"] == 0
+            assert per_call["replays"] == (1 if method == "ours_full" else 3)
+            assert per_call["stage_input_copies"] == (2 if method == "ours_copied" else 0)
+            assert per_call["output_copies"] == 0
+    for entry in result["summary"]:
+        assert entry["stage"] == "tiny"
+        assert entry["speed_over"]["eager"]["eager"]["latency_us"] == 1.0
+
+
+@pytest.mark.timeout(60)
+def test_gpu_latency_starts_nothing_once_the_budget_is_spent(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "gpu_latency.py"), "--device", "cpu", "--stages", "tiny"]
+    command += ["--tokens", "8", "--budget-seconds", "-1", "--output", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    cells = json.loads((tmp_path / "gpu_latency.json").read_text())["cells"]
+    assert len(cells) == 9 and {cell["status"] for cell in cells} == {"not started"}
+
+
+@pytest.mark.timeout(240)
+def test_gpu_startup_runs_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "gpu_startup.py"), "--device", "cpu", "--stage", "tiny"]
+    command += ["--sizes", "1", "8", "96", "--compiler", "eager", "--context-tokens", "16", "--caches", "off"]
+    finished = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    result = json.loads((tmp_path / "gpu_startup.json").read_text())
+    assert result["benchmark"] == "gpu_startup"
+    assert (tmp_path / "gpu_startup.png").read_bytes().startswith(b"\x89PNG")
+    ours, unshared, reduce_overhead = result["runs"]
+    assert [ours["status"], unshared["status"], reduce_overhead["status"]] == ["ok", "ok", "skipped"]
+    for run in (ours, unshared):
+        assert set(run["seconds"]) == {"toolchain", "compile", "capture", "total"}
+        assert run["counts"]["programs"] == 2  # one for a single token, one for all other sizes
+        assert run["counts"]["captures"] == 9
+    assert [ratio["ours_over"] for ratio in result["ratios"]] == ["unshared"]
