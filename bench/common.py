@@ -45,10 +45,14 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that this process was started with, from the root of the repository."""
+    """The command that this process was started with, from the root of the repository; not where its output went."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(REPOSITORY) if script.is_relative_to(REPOSITORY) else script.name
-    return shlex.join(["python", str(shown), *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    if "--output" in arguments:
+        at = arguments.index("--output")
+        arguments = arguments[:at] + arguments[at + 2 :]
+    return shlex.join(["python", str(shown), *arguments])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -134,9 +134,7 @@ class Bench:
         self.counts = {
             "replays": len(plan.compute_steps),
             "eager_steps": len(plan.instructions) - len(plan.compute_steps),
-            "addresses_checked": len(plan.parameter_positions)
-            + len(plan.address_positions)
-            + len(plan.unseen_aliases[0]),
+            "addresses_checked": len(plan.parameter_positions) + len(plan.address_positions),
             "inputs_staged": len(self.flat.admitted),
             "stage_inputs": len(self.flat.landing),
         }

@@ -199,6 +199,9 @@ class Graphs:
         """Whether pieces would read a copy of what an eager step of this very call writes."""
         if self._written is None or not is_on("aliases"):
             return False
+        smallest = self.plan.smallest_written_bytes
+        if all(args[position].untyped_storage().nbytes() < smallest for position in self._copied):
+            return False
         written = self._written(args)
         pointers = tuple(map(torch.Tensor.data_ptr, written))
         if pointers != self._written_pointers:

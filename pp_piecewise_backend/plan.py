@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from .buckets import Ladder
-from .buffers import Stage, geometry
+from .buffers import Stage, extent_bytes, geometry
 from .placeholders import GraphInput, InputTable
 from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
@@ -337,6 +337,17 @@ class GraphPlan:
         return (written, copied) if written and copied else ((), ())
 
     @cached_property
+    def smallest_written_bytes(self) -> int:
+        """What each storage that eager steps write holds at least: no smaller one can be among them."""
+        sizes = []
+        for at in self.unseen_aliases[0]:
+            spec = self.specs[at]
+            if spec.symbols:
+                return 0
+            sizes.append(extent_bytes(*geometry(spec, {}), spec.dtype))
+        return min(sizes, default=0)
+
+    @cached_property
     def result_registers(self) -> frozenset[int]:
         return frozenset(r.index for r in self.layout.results if isinstance(r, Register))
 
@@ -357,13 +368,13 @@ class GraphPlan:
         if stage is None or not stage.is_shown or not is_on("landing"):
             return False
         in_place = set()
-        for register, pointer in self._landing_pointers.items():
-            value, stride = args[register], self.specs[register].stride
-            if any(not isinstance(step, int) for step in stride):
+        for register, pointer, fixed_stride in self._landing_places:
+            value, stride = args[register], fixed_stride
+            if stride is None:
                 _, stride = geometry(self.specs[register], self.symbols(num_tokens))
             if value.data_ptr() == pointer and value.stride() == stride:
                 in_place.add(register)
-        return len(in_place) < len(self._landing_pointers) and any(
+        return len(in_place) < len(self._landing_places) and any(
             at not in in_place and address(args[at]) in self.landing_addresses for at in self._passed_in_the_call
         )
 
@@ -374,10 +385,16 @@ class GraphPlan:
         return tuple(at for at, i in enumerate(self.inputs) if i.spec is not None and i.kind in kinds)
 
     @cached_property
-    def _landing_pointers(self) -> Mapping[int, int]:
-        """Register of a stage input -> address of the landing memory in which captured pieces read it."""
-        labels = {at: self.inputs[at].label for at, arrival in self.arrivals.items() if arrival == "landing"}
-        return {} if self.stage is None else {at: self.stage.landing(n).data_ptr() for at, n in labels.items()}
+    def _landing_places(self) -> tuple[tuple[int, int, tuple[int, ...] | None], ...]:
+        """Register of each stage input that lands, the address where captured pieces read it, its strides if fixed."""
+        if self.stage is None:
+            return ()
+        found = []
+        for at in (at for at, arrival in self.arrivals.items() if arrival == "landing"):
+            stride = tuple(step for step in self.specs[at].stride if isinstance(step, int))
+            is_fixed = len(stride) == len(self.specs[at].stride)
+            found.append((at, self.stage.landing(self.inputs[at].label).data_ptr(), stride if is_fixed else None))
+        return tuple(found)
 
     @cached_property
     def hoisted(self) -> Mapping[int, tuple[Any, tuple[TensorSpec, ...]]]:

@@ -187,6 +187,9 @@ class _OnRealRows:
             for index, register in enumerate(instruction.outputs)
         )
         self.ends = tuple(register for register in ends if register not in instruction.outputs)
+        # The usual attention: its one output is the buffer that it was given, and only replays read it.
+        _, register, _, buffer = self.outputs[0] if len(self.outputs) == 1 else (0, 0, None, None)
+        self.only_buffer = buffer if register is None and not self.refreshed and not self.ends else None
         sources = (*instruction.arguments, *buffers)
         self.take: Callable[[list[Any]], Sequence[Any]] = lambda registers: gather(sources, registers)
         if len(sources) > 1 and all(isinstance(source, int) for source in sources):
@@ -196,6 +199,8 @@ class _OnRealRows:
         registers = call.registers
         body = self.body
         outputs = self._run_where_valid(call) if body is None else body(*self.take(registers))
+        if self.only_buffer is not None and outputs[0] is self.only_buffer:
+            return
         if self.copied_outputs != ():
             outputs = self._with_memory_of_their_own(outputs)
         for index, register, copy, given in self.outputs:
