@@ -168,6 +168,7 @@ class Bench:
                 step.body = returning(step.body(*arguments))
                 self.callables.append(step.body)
                 sequence._segments.append(_EagerSegment(step.body, tuple(arguments), {}))
+        self.flat.bind()
         return sequence
 
     @contextlib.contextmanager

@@ -147,9 +147,8 @@ class Graphs:
         if plan.lands_elsewhere(args, num_tokens) or self._meets_written_memory(args):
             return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
-        if key == self._last_set[0]:
-            parameters = self._last_set[1]
-        else:
+        last_key, parameters = self._last_set
+        if key != last_key:
             parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:

@@ -367,14 +367,17 @@ class GraphPlan:
         stage = self.stage
         if stage is None or not stage.is_shown or not is_on("landing"):
             return False
-        in_place = set()
+        elsewhere = []
         for register, pointer, fixed_stride in self._landing_places:
             value, stride = args[register], fixed_stride
             if stride is None:
                 _, stride = geometry(self.specs[register], self.symbols(num_tokens))
-            if value.data_ptr() == pointer and value.stride() == stride:
-                in_place.add(register)
-        return len(in_place) < len(self._landing_places) and any(
+            if value.data_ptr() != pointer or value.stride() != stride:
+                elsewhere.append(register)
+        if not elsewhere:
+            return False
+        in_place = {register for register, _, _ in self._landing_places}.difference(elsewhere)
+        return any(
             at not in in_place and address(args[at]) in self.landing_addresses for at in self._passed_in_the_call
         )
 

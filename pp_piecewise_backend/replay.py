@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -53,8 +53,13 @@ class Call:
         self.misses = {**self.misses, code: self.misses.get(code, 0) + 1}
 
 
-class _Step(Protocol):
-    def run(self, call: Call) -> None: ...
+class _Step:
+    """What a flat program runs that is more than a replay."""
+
+    __slots__ = ()
+
+    def run(self, call: Call) -> None:
+        raise NotImplementedError
 
 
 class UnexpectedTensor(Exception):
@@ -106,7 +111,7 @@ class _Copy:
             tail.copy_(first_row)
 
 
-class _Replay:
+class _Replay(_Step):
     """A replay with something to do behind it."""
 
     __slots__ = ("back", "border", "replay")
@@ -148,7 +153,7 @@ class _ReplayWithBorder(_Replay):
         self.run_border(call, self.num_tokens)
 
 
-class _OnRealRows:
+class _OnRealRows(_Step):
     """An eager step, or a piece that does not replay: it sees the real rows only.
 
     Args:
@@ -187,20 +192,24 @@ class _OnRealRows:
             for index, register in enumerate(instruction.outputs)
         )
         self.ends = tuple(register for register in ends if register not in instruction.outputs)
-        # The usual attention: its one output is the buffer that it was given, and only replays read it.
-        _, register, _, buffer = self.outputs[0] if len(self.outputs) == 1 else (0, 0, None, None)
-        self.only_buffer = buffer if register is None and not self.refreshed and not self.ends else None
         sources = (*instruction.arguments, *buffers)
         self.take: Callable[[list[Any]], Sequence[Any]] = lambda registers: gather(sources, registers)
         if len(sources) > 1 and all(isinstance(source, int) for source in sources):
             self.take = itemgetter(*sources)  # type: ignore[assignment]
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether its one output is, as a rule, the buffer that it was given, and only replays read that: attention."""
+        _, register, _, buffer = self.outputs[0] if len(self.outputs) == 1 else (0, 0, None, None)
+        return not (self.body is None or buffer is None or register is not None or self.refreshed or self.ends)
+
     def run(self, call: Call) -> None:
-        registers = call.registers
         body = self.body
-        outputs = self._run_where_valid(call) if body is None else body(*self.take(registers))
-        if self.only_buffer is not None and outputs[0] is self.only_buffer:
-            return
+        self.keep(call, self._run_where_valid(call) if body is None else body(*self.take(call.registers)))
+
+    def keep(self, call: Call, outputs: Sequence[Any]) -> None:
+        """Bring the outputs to where later steps read them."""
+        registers = call.registers
         if self.copied_outputs != ():
             outputs = self._with_memory_of_their_own(outputs)
         for index, register, copy, given in self.outputs:
@@ -248,11 +257,11 @@ class _OnRealRows:
         return tuple(found)
 
 
-class _Named:
-    """A step that a profiler shows by its name."""
-
-    def __init__(self, step: _Step, name: str) -> None:
-        self.run = named(step.run, name)
+def _bind(replay: Callable[[], None] | None, step: _Step | None) -> tuple[Any, ...]:
+    """What the loop over the steps does: the replay, or what to run, with what, and what to do with its output."""
+    if isinstance(step, _OnRealRows) and step.is_usual:
+        return None, step.body, step.take, step.keep, step.outputs[0][3]
+    return replay, step and step.run, None, None, None
 
 
 class FlatProgram:
@@ -286,7 +295,7 @@ class FlatProgram:
         self._last_use_outside = self._uses_outside()
         self._admit_inputs()
         self.steps: list[tuple[Callable[[], None] | None, _Step | None]] = []
-        """Per step either what replays it, or an object that runs it. ``bench/host_overhead.py`` puts no-ops here."""
+        """Per step either what replays it, or an object that runs it. Whoever changes this calls ``bind``."""
         for step, instruction in enumerate(plan.instructions):
             if step in self.replayed:
                 self.steps.append(self._replay(step, instruction))
@@ -298,8 +307,13 @@ class FlatProgram:
             self._results = itemgetter(*places)  # type: ignore[assignment]
         self._made_in_call = self.template[given:]
         self.amounts: dict[tuple[int, ...], Amounts] = {}
+        self.bind()
 
     # ------------------------------------------------------------------------- building
+
+    def bind(self) -> None:
+        """Prepare what a call runs from ``steps``."""
+        self._bound = [_bind(replay, step) for replay, step in self.steps]
 
     def _declared_memory(self) -> dict[int, frozenset[int]]:
         """Address of static memory -> numbers of the storages that, by their facts, may lie in it."""
@@ -398,25 +412,30 @@ class FlatProgram:
 
     def run(self, args: Sequence[Any]) -> tuple[list[Any], Call]:
         """The graph's results, some of them in static memory, and what to count."""
-        call = Call([*args, *self._made_in_call])
+        registers = [*args, *self._made_in_call]
+        call = Call(registers)
         self._stage_inputs(args, call)
         try:
-            for replay, step in self._named_steps() if profiler_is_running() else self.steps:
-                if step is None:
-                    replay()  # type: ignore[misc]
-                else:
-                    step.run(call)
+            for replay, run, take, keep, buffer in self._named_steps() if profiler_is_running() else self._bound:
+                if replay is not None:
+                    replay()
+                elif take is None:
+                    run(call)
+                else:  # as ``run`` does it, without a frame of its own
+                    outputs = run(*take(registers))
+                    if outputs[0] is not buffer:
+                        keep(call, outputs)
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call)
-        return list(self._results(call.registers)), call
+        return list(self._results(registers)), call
 
     def _named_steps(self) -> list[Any]:
         """The steps as a profiler shows them."""
         names = [step_name(instruction.piece) for instruction in self.plan.instructions]
-        found: list[Any] = []
-        for (replay, step), name in zip(self.steps, names, strict=True):
-            found.append((None, _Named(step, name)) if step is not None else (replay and named(replay, name), None))
-        return found
+        return [
+            (replay and named(replay, name), run and named(run, name), *rest)
+            for (replay, run, *rest), name in zip(self._bound, names, strict=True)
+        ]
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""
@@ -484,10 +503,11 @@ class FlatProgram:
             verified[step] = (None, _Verified(self, step, steps[step], args, report))
         twin = object.__new__(FlatProgram)
         twin.__dict__.update(self.__dict__, steps=verified)
+        twin.bind()
         return twin.run(args)
 
 
-class _Verified:
+class _Verified(_Step):
     """A replay next to its un-captured piece, bit for bit at the same bucket."""
 
     def __init__(

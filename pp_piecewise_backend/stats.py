@@ -89,29 +89,34 @@ class Snapshot(Mapping[str, Any]):
         return f"Snapshot({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
 
+MAX_TO_SUM_UP = 256
+"""Kinds of amounts that may wait to be summed up."""
+
+
 class Amounts:
     """Amounts to add at once, checked when they are made, so that who adds them in every call need not check again.
 
     Raises as ``Stats.add_many``.
     """
 
-    __slots__ = ("_pairs",)
+    __slots__ = ("pairs",)
 
     def __init__(self, amounts: Mapping[str, int | float]) -> None:
         for name, amount in amounts.items():
             if name not in COUNTERS or amount.__class__ is not int or amount < 0:
                 _check_amount(name, amount)
-        self._pairs = tuple(amounts.items())
+        self.pairs = tuple(amounts.items())
 
     def add_to(self, stats: Stats) -> None:
-        pairs = self._pairs
+        """Add them. Nothing is summed up before somebody reads: a call has no time for that."""
         inner: Stats | None = stats
         while inner is not None:
-            counts = inner._counts
+            times = inner._times
             with inner._lock:
-                for name, amount in pairs:
-                    counts[name] += amount
+                times[self] = times.get(self, 0) + 1
             inner = inner._parent
+        if len(stats._times) > MAX_TO_SUM_UP:
+            stats._sum_up()
 
 
 class Stats:
@@ -126,6 +131,8 @@ class Stats:
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = {name: counter.zero for name, counter in COUNTERS.items()}
         self._miss_reasons: dict[str, int] = {}
+        self._times: dict[Amounts, int] = {}
+        """How often these amounts were added since the counts were summed up."""
 
     def add(self, name: str, amount: int | float = 1) -> None:
         """Add ``amount`` in the counter's unit. Raises as ``add_many``."""
@@ -139,7 +146,12 @@ class Stats:
                 amount below 0 for a counter that is not a gauge.
             TypeError: a fraction for a counter that counts whole things.
         """
-        Amounts(amounts).add_to(self)
+        checked = Amounts(amounts)
+        stats: Stats | None = self
+        while stats is not None:
+            with stats._lock:
+                stats._count(checked, 1)
+            stats = stats._parent
 
     def add_miss(self, reason: str, pieces: int = 1) -> None:
         """Count compute pieces that ran un-captured although graphs are on, all for one reason."""
@@ -153,6 +165,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """A copy of all counters, which no later addition changes."""
+        self._sum_up()
         with self._lock:
             misses = dict(self._miss_reasons)
             return {**self._counts, "graph_misses": sum(misses.values()), "miss_reasons": misses}
@@ -162,9 +175,23 @@ class Stats:
 
     def reset(self) -> None:
         """Zero all counters but the gauges, here only: a parent keeps its totals."""
+        self._sum_up()
         with self._lock:
             self._counts.update({name: c.zero for name, c in COUNTERS.items() if not c.is_gauge})
             self._miss_reasons.clear()
+
+    def _sum_up(self) -> None:
+        stats: Stats | None = self
+        while stats is not None:
+            with stats._lock:
+                for amounts, times in stats._times.items():
+                    stats._count(amounts, times)
+                stats._times.clear()
+            stats = stats._parent
+
+    def _count(self, amounts: Amounts, times: int) -> None:
+        for name, amount in amounts.pairs:
+            self._counts[name] += amount * times
 
     def __getattr__(self, name: str) -> Any:
         if name not in NAMES:

@@ -77,6 +77,7 @@ class Observer(TorchDispatchMode):
                 step.body = self.hide(step.body)
             else:  # a replay with something to do behind it
                 step.replay = self.hide(step.replay)
+        flat.bind()
 
 
 class Compiled:
