@@ -7,7 +7,7 @@ sentences return plain text, so that one text serves as a warning and, under ``s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class PPPiecewiseError(RuntimeError):
@@ -290,6 +290,111 @@ def graphs_on_other_device(graphs: str, device: object) -> str:
     return f"graphs={graphs!r}, but the tensors of this graph are on {device}; it runs compiled, without graphs"
 
 
+# ------------------------------------------------------------------------------------------ hand-off
+
+
+def plans_differ(differences: Sequence[str]) -> str:
+    return (
+        f"the ranks of this pipeline were set up differently: {'; '.join(differences)}. Start all ranks with the same "
+        f"versions, options, proxies and partition; no data has moved."
+    )
+
+
+def plan_entry_differs(entry: str, ranks_with: Mapping[str, Sequence[int]]) -> str:
+    """``ranks_with``: the ranks that have each value."""
+    return f"{entry} is " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_with.items())
+
+
+def wrong_stage_count(stage_count: int, rank_count: int) -> str:
+    return f"stage_count is {stage_count} on all ranks, but {rank_count} ranks came"
+
+
+def link_differs(source: int, sent: str, sends: object, target: int, taken: str, takes: object) -> str:
+    return f"{sent} of rank {source} are {sends}, but {taken} of rank {target} are {takes}"
+
+
+def link_leads_nowhere(rank: int, key: str) -> str:
+    return f"rank {rank} has {key}, but no neighbour on that side"
+
+
+def bad_plan_buckets(buckets: Sequence[int], max_tokens: int) -> str:
+    return (
+        f"a plan got buckets {tuple(buckets)} and max_tokens={max_tokens}: expected bucket sizes that ascend from at "
+        f"least 1 and end with max_tokens."
+    )
+
+
+def bad_patience(name: str, seconds: object) -> str:
+    return f"{name}={seconds!r}: expected a positive number of seconds."
+
+
+def link_names_differ(got: Sequence[str], expected: Sequence[str]) -> str:
+    return f"the link carries {_listed(expected)}, but got {_listed(got) or 'nothing'}. Give exactly these tensors."
+
+
+def link_tensor_differs(name: str, got: str, expected: str) -> str:
+    return f"the link carries {name!r} as {expected}, but got {got}. Give what the plan says, or change the Proxy."
+
+
+def tag_too_long(tag: bytes, most_bytes: int) -> str:
+    return f"tag {tag!r} has {len(tag)} bytes: at most {most_bytes} fit into a header."
+
+
+def header_differs(what: str, got: object, expected: object) -> str:
+    return f"its header has {what} {got}, expected {expected}"
+
+
+def announced_rows_out_of_range(num_tokens: int, max_tokens: int) -> str:
+    return f"a micro-batch of {num_tokens} tokens was announced: expected 1 to {max_tokens}, as the plan says."
+
+
+def wrong_turn(verb: str, got: int, expected: int) -> str:
+    return (
+        f"micro-batch {got} was to be {verb}, but it is the turn of micro-batch {expected}. Keep the order in which "
+        f"they were announced."
+    )
+
+
+def ranks_missing_at_setup(rank: int, what: str, setup_seconds: float, error: object) -> str:
+    return (
+        f"rank {rank} could not set up {what} within {setup_seconds:g} s: {error}. Look at the log of the rank that "
+        f"did not come; setup_timeout_s allows more time."
+    )
+
+
+def peer_silent(peer: int, silence_seconds: float) -> str:
+    return f"rank {peer} told nothing for {silence_seconds:g} s, not even that it lives"
+
+
+def peer_closed(peer: int, error: object) -> str:
+    return f"the connection to rank {peer} broke ({error})"
+
+
+def peer_disagrees(peer: int, difference: str) -> str:
+    return f"rank {peer} does not keep to the plan: {difference}"
+
+
+def data_upstream(peer: int) -> str:
+    return f"rank {peer} does not keep to the plan: it announced data against the direction of the link"
+
+
+def peer_failed(rank: int, reason: str, told_by: int) -> str:
+    return f"rank {rank} failed ({reason}), as rank {told_by} tells"
+
+
+def own_failure(rank: int, reason: str) -> str:
+    return f"rank {rank} itself failed ({reason})"
+
+
+def on_rank(rank: int, doing: str) -> str:
+    return f"rank {rank} was {doing}"
+
+
+def lost_while(loss: str, doing: str) -> str:
+    """``doing``: what ``on_rank`` gave."""
+    return f"the pipeline is broken: {loss}. Meanwhile {doing}. See the log of that rank, then restart all ranks."
+
+
 # --------------------------------------------------------------------------------------------- dumps
 
 
@@ -352,3 +457,7 @@ def unreadable_dump(path: object, detail: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(str(rank) for rank in ranks)}"

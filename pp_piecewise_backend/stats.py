@@ -42,6 +42,11 @@ COUNTERS: Mapping[str, Counter] = {
     "stage_inputs_in_place": Counter("stage inputs of a call that already lay in landing memory"),
     "padded_tokens": Counter("tokens added by padding, over replayed calls"),
     "grad_fallbacks": Counter("calls given to stock Inductor because gradients were required"),
+    "headers": Counter("headers of micro-batches sent and received; keep-alives excluded"),
+    "sends": Counter("tensors sent to another stage"),
+    "recvs": Counter("tensors received from another stage"),
+    "bytes_sent": Counter("bytes of tensors sent to another stage"),
+    "bytes_received": Counter("bytes of tensors received from another stage"),
     "unmatched_split_ops": Counter("names in split_ops that matched nothing"),
 }
 """The counters that ``Stats.add`` takes. ``miss_reasons`` and its sum ``graph_misses`` come on top."""

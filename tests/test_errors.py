@@ -154,10 +154,45 @@ MESSAGES = {
     "not_a_dump": (errors.not_a_dump("/here"), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
     "unreadable_dump": (errors.unreadable_dump("/here", "no JSON"), ["/here", "no JSON", "dump again"]),
     "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["got 3 folders", "one dump", "two to compare"]),
+    "plans_differ": (errors.plans_differ(["a is 1", "b is 2"]), ["a is 1; b is 2", "no data has moved"]),
+    "plan_entry_differs": (
+        errors.plan_entry_differs("max_tokens", {"8": [0, 2], "4": [1]}),
+        ["max_tokens is 8 on ranks 0, 2, 4 on rank 1"],
+    ),
+    "wrong_stage_count": (errors.wrong_stage_count(3, 2), ["stage_count is 3", "2 ranks came"]),
+    "link_differs": (
+        errors.link_differs(0, "outputs", "x", 1, "inputs", "y"),
+        ["outputs of rank 0 are x", "inputs of rank 1 are y"],
+    ),
+    "link_leads_nowhere": (errors.link_leads_nowhere(0, "inputs"), ["rank 0 has inputs", "no neighbour"]),
+    "bad_plan_buckets": (errors.bad_plan_buckets([2, 1], 4), ["(2, 1)", "max_tokens=4", "ascend"]),
+    "bad_patience": (errors.bad_patience("silence_seconds", -1), ["silence_seconds=-1", "positive"]),
+    "link_names_differ": (errors.link_names_differ([], ["x"]), ["carries 'x'", "got nothing"]),
+    "link_tensor_differs": (errors.link_tensor_differs("x", "this", "that"), ["'x' as that", "got this"]),
+    "tag_too_long": (errors.tag_too_long(b"xx", 1), ["b'xx' has 2 bytes", "at most 1"]),
+    "header_differs": (errors.header_differs("rank", 2, 1), ["its header has rank 2, expected 1"]),
+    "announced_rows_out_of_range": (errors.announced_rows_out_of_range(9, 8), ["9 tokens", "expected 1 to 8"]),
+    "wrong_turn": (errors.wrong_turn("sent", 2, 1), ["micro-batch 2 was to be sent", "turn of micro-batch 1"]),
+    "ranks_missing_at_setup": (
+        errors.ranks_missing_at_setup(1, "proxies", 2.0, "none"),
+        ["rank 1", "set up proxies within 2 s: none", "setup_timeout_s"],
+    ),
+    "peer_silent": (errors.peer_silent(1, 2.0), ["rank 1 told nothing for 2 s"]),
+    "peer_closed": (errors.peer_closed(1, "reset"), ["connection to rank 1 broke (reset)"]),
+    "peer_disagrees": (errors.peer_disagrees(1, "why"), ["rank 1 does not keep to the plan: why"]),
+    "data_upstream": (errors.data_upstream(1), ["rank 1", "against the direction"]),
+    "peer_failed": (errors.peer_failed(2, "silent", 1), ["rank 2 failed (silent), as rank 1 tells"]),
+    "own_failure": (errors.own_failure(2, "KeyError"), ["rank 2 itself failed (KeyError)"]),
+    "on_rank": (errors.on_rank(2, "waiting"), ["rank 2 was waiting"]),
+    "lost_while": (errors.lost_while("why", "rank 2 was waiting"), ["broken: why. Meanwhile rank 2", "restart all"]),
 }
 
 
-CLAUSES = {"bucket_dropped", "replay_differs", "graphs_on_other_device"}
+CLAUSES = {
+    "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_stage_count",
+    "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
+    "data_upstream", "peer_failed", "own_failure", "on_rank",
+}  # fmt: skip
 """Reasons that explain() and other sentences quote, so they have no full stop."""
 
 

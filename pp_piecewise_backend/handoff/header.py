@@ -1,0 +1,131 @@
+"""The control header that goes ahead of each micro-batch: 64 bytes, the same for every link.
+
+===== ===== ======================================================================
+bytes type  meaning
+===== ===== ======================================================================
+0     4s    magic, with the version of this layout
+4     B     kind
+5     B     length of the tag
+6     H     0
+8     Q     fingerprint of the plan
+16    Q     sequence number: micro-batches of this link announced before it
+24    I     tokens; 0 where no data follows
+28    I     bucket in tokens; 0 where no data follows
+32    I     rank: who announces, or whose failure is told
+36    24s   tag of the user, or why the rank failed; zeros behind its end
+60    I     CRC-32 of the 60 bytes before
+===== ===== ======================================================================
+
+Numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+from .. import errors
+from ..handoff.schema import Plan
+
+MAGIC = b"PPH1"
+MAX_TAG_BYTES = 24
+
+_LAYOUT = struct.Struct("<4sBBHQQIII24s")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _LAYOUT.size + _CHECKSUM.size
+
+
+class Kind(IntEnum):
+    """What a header announces."""
+
+    DATA = 1
+    """The tensors of one micro-batch follow."""
+    KEEP_ALIVE = 2
+    """Nothing, but the rank lives."""
+    STOP = 3
+    """No micro-batch follows; from the receiving end: please send no more."""
+    FAILED = 4
+    """The pipeline is broken: ``rank`` failed, and ``tag`` says how."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """One control message.
+
+    Raises:
+        ValueError: the tag is longer than 24 bytes.
+    """
+
+    kind: Kind
+    fingerprint: int
+    sequence: int
+    rank: int
+    num_tokens: int = 0
+    bucket_tokens: int = 0
+    tag: bytes = b""
+
+    def __post_init__(self) -> None:
+        if len(self.tag) > MAX_TAG_BYTES:
+            raise ValueError(errors.tag_too_long(self.tag, MAX_TAG_BYTES))
+
+    def pack(self) -> bytes:
+        body = _LAYOUT.pack(
+            MAGIC,
+            self.kind,
+            len(self.tag),
+            0,
+            self.fingerprint,
+            self.sequence,
+            self.num_tokens,
+            self.bucket_tokens,
+            self.rank,
+            self.tag,
+        )
+        return body + _CHECKSUM.pack(zlib.crc32(body))
+
+    @classmethod
+    def unpack(cls, message: bytes) -> Header:
+        """The header in a message.
+
+        Raises:
+            ValueError: it is none, with what was got and expected.
+        """
+        if len(message) != HEADER_BYTES:
+            raise ValueError(errors.header_differs("length in bytes", len(message), HEADER_BYTES))
+        body, (checksum,) = message[: _LAYOUT.size], _CHECKSUM.unpack_from(message, _LAYOUT.size)
+        magic, kind, tag_bytes, _, fingerprint, sequence, num_tokens, bucket_tokens, rank, tag = _LAYOUT.unpack(body)
+        if magic != MAGIC:
+            raise ValueError(errors.header_differs("magic", magic, MAGIC))
+        if checksum != zlib.crc32(body):
+            raise ValueError(errors.header_differs("checksum", f"{checksum:08x}", f"{zlib.crc32(body):08x}"))
+        if kind not in Kind.__members__.values():
+            raise ValueError(errors.header_differs("kind", kind, "one of " + ", ".join(str(k.value) for k in Kind)))
+        if tag_bytes > MAX_TAG_BYTES:
+            raise ValueError(errors.header_differs("length of the tag", tag_bytes, f"at most {MAX_TAG_BYTES}"))
+        return cls(Kind(kind), fingerprint, sequence, rank, num_tokens, bucket_tokens, tag[:tag_bytes])
+
+    def check(self, plan: Plan, sequence: int, rank: int) -> None:
+        """Compare with what the plan and the order of the link ask for.
+
+        Raises:
+            ValueError: with the first difference, what was got and expected.
+        """
+        if self.fingerprint != plan.fingerprint:
+            expected = f"{plan.fingerprint:016x}"
+            raise ValueError(errors.header_differs("plan", f"{self.fingerprint:016x}", expected))
+        if self.kind is Kind.FAILED:
+            return  # its rank is another's, and the order is broken anyhow
+        if self.rank != rank:
+            raise ValueError(errors.header_differs("rank", self.rank, rank))
+        if self.sequence != sequence:
+            raise ValueError(errors.header_differs("sequence number", self.sequence, sequence))
+        if self.kind is not Kind.DATA:
+            return
+        if not 1 <= self.num_tokens <= plan.max_tokens:
+            raise ValueError(errors.header_differs("number of tokens", self.num_tokens, f"1 to {plan.max_tokens}"))
+        bucket_tokens = plan.bucket_tokens(self.num_tokens)
+        if self.bucket_tokens != bucket_tokens:
+            what = f"bucket of {self.num_tokens} tokens"
+            raise ValueError(errors.header_differs(what, self.bucket_tokens, bucket_tokens))

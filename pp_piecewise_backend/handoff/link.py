@@ -1,0 +1,506 @@
+"""Order, liveness and failure on top of any transport: what a stage holds to hand over micro-batches.
+
+Note [liveness]
+Both ends of a link tell one another a keep-alive every ``silence_seconds / 3``, from a thread of its own, and listen in
+another. So a peer that pauses is never taken for lost, and one that dies or is stopped is lost after at most
+``silence_seconds``, whatever this rank does meanwhile. Waits for headers and data therefore need no short limit of
+their own: the thread that finds a peer lost ends them all. It records the ``Fault`` of this rank, tells the other
+neighbours, so that a pipeline fails at once and not rank by rank, and breaks the transfers that are under way.
+
+Note [stopping]
+Each end says STOP when it has nothing more to say, and listens on until the other has said it too; who then hears STOP
+repeats it, since the other may wait for it. A receiving end that says STOP first asks for an early end: what was
+announced before the sending end stops must still be received.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from .. import errors
+from ..handoff.header import MAX_TAG_BYTES, Header, Kind
+from ..handoff.schema import Plan, Schema, StagePlan, agree
+from ..handoff.transport import Patience, Pending, Transport, Wire
+from ..stats import TOTALS, Amounts, Stats
+
+_TELLING_SECONDS = 0.3
+"""How long a failing rank tries to tell one neighbour."""
+_TOLD_SECONDS = 1.0
+"""How long an error waits until the neighbours have been told."""
+_VERDICT_SECONDS = 0.5
+"""How long a broken transfer waits for the listener to say why."""
+
+
+class Loss(NamedTuple):
+    """Why the pipeline is broken."""
+
+    rank: int
+    """The one that failed, as far as this rank knows."""
+    reason: str
+    """In at most 24 bytes, for the neighbours."""
+    sentence: str
+
+
+class Fault:
+    """The first failure that one rank learns of; it breaks all its links."""
+
+    def __init__(self) -> None:
+        self.loss: Loss | None = None
+        self._ends: list[_End] = []
+        self._lock = threading.Lock()
+        self._recorded = threading.Event()
+        self._told = threading.Event()
+
+    def add(self, end: _End) -> None:
+        self._ends.append(end)
+
+    def forget_ends(self) -> None:
+        """What fails after the links were closed concerns nobody."""
+        self._ends = []
+
+    def record(self, loss: Loss, found_by: _End | None = None) -> None:
+        """Keep the first loss, tell all neighbours but the one that ``found_by`` lost, and break all transfers."""
+        with self._lock:
+            if self.loss is not None:
+                return
+            self.loss = loss
+        self._recorded.set()
+        for end in self._ends:
+            if end is not found_by:
+                end.tell_failure(loss)
+        for end in self._ends:
+            end.break_off()
+        self._told.set()
+
+    def check(self, doing: str) -> None:
+        """Raises `PeerLost` once something is recorded, and the neighbours know."""
+        if self.loss is not None:
+            self._told.wait(_TOLD_SECONDS)
+            raise errors.PeerLost(errors.lost_while(self.loss.sentence, doing))
+
+    def verdict(self, doing: str, otherwise: Loss, found_by: _End) -> errors.PeerLost:
+        """The error of a transfer that broke: its listener knows more, if it finds a loss soon."""
+        if not self._recorded.wait(_VERDICT_SECONDS):
+            self.record(otherwise, found_by)
+        assert self.loss is not None
+        self._told.wait(_TOLD_SECONDS)
+        return errors.PeerLost(errors.lost_while(self.loss.sentence, doing))
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """What all links of one rank share."""
+
+    plan: Plan
+    patience: Patience
+    fault: Fault
+    stats: Stats
+
+
+class Transfer:
+    """The tensors of one micro-batch on their way; they belong to the link until ``wait()`` has returned."""
+
+    def __init__(self, end: _End, pending: Pending, doing: str) -> None:
+        self._end = end
+        self._pending = pending
+        self._doing = doing
+
+    def wait(self) -> None:
+        """Return once what follows on this thread (on its current stream) may use the tensors.
+
+        Raises:
+            PeerLost: the pipeline broke; names this rank, the micro-batch, its slot and its bucket.
+        """
+        try:
+            self._pending.wait()
+        except (ConnectionError, TimeoutError) as error:
+            raise self._end.lost_in_transfer(error, self._doing) from error
+
+
+class _End:
+    """What both ends of a link do: tell, listen, keep alive and stop."""
+
+    def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
+        self.schema = schema
+        self.own_rank = own_rank
+        self.peer_rank = peer_rank
+        self._wire = wire
+        self._settings = settings
+        self._fault = settings.fault
+        self._told_data = 0
+        self._heard_data = 0
+        self._telling = threading.Lock()
+        self._said_stop = threading.Event()
+        self._heard_stop = threading.Event()
+        self._silent = threading.Event()
+        """Set when the listener has ended: the link was stopped, or is lost."""
+        name = f"handoff {own_rank}-{peer_rank}"
+        self._threads = [
+            threading.Thread(target=self._listen, name=f"{name} listener", daemon=True),
+            threading.Thread(target=self._keep_alive, name=f"{name} keep-alive", daemon=True),
+        ]
+
+    def start(self) -> None:
+        self._fault.add(self)
+        for thread in self._threads:
+            thread.start()
+
+    # ---------------------------------------------------------------------------------- telling
+
+    def _tell(self, kind: Kind, num_tokens: int = 0, tag: bytes = b"") -> Header:
+        plan = self._settings.plan
+        with self._telling:
+            bucket_tokens = plan.bucket_tokens(num_tokens) if kind is Kind.DATA else 0
+            header = Header(kind, plan.fingerprint, self._told_data, self.own_rank, num_tokens, bucket_tokens, tag)
+            self._wire.tell(header.pack())
+            self._told_data += kind is Kind.DATA
+        return header
+
+    def say_stop(self) -> None:
+        """Say that this end has nothing more to say; see Note [stopping]."""
+        if not self._said_stop.is_set():
+            self._said_stop.set()
+            with self._raising("saying STOP"):
+                self._tell(Kind.STOP)
+
+    def tell_failure(self, loss: Loss) -> None:
+        """Tell the neighbour, if it can be told soon."""
+        tag = loss.reason.encode("ascii", "replace")[:MAX_TAG_BYTES]
+        header = Header(Kind.FAILED, self._settings.plan.fingerprint, 0, loss.rank, tag=tag)
+        if self._telling.acquire(timeout=_TELLING_SECONDS):
+            try:
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    self._wire.flush(_TELLING_SECONDS)
+                    self._wire.tell(header.pack())
+                    self._wire.flush(_TELLING_SECONDS)
+            finally:
+                self._telling.release()
+
+    def _keep_alive(self) -> None:
+        while not self._silent.wait(self._settings.patience.keep_alive_seconds):
+            try:
+                self._tell(Kind.KEEP_ALIVE)
+            except (ConnectionError, TimeoutError):
+                return  # the listener finds out why
+
+    # -------------------------------------------------------------------------------- listening
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                header = self._hear()
+                if header.kind is Kind.STOP:
+                    self._heard_stop.set()
+                    self._on_stop()
+                    if self._said_stop.is_set():
+                        self._tell(Kind.STOP)
+                        return
+                elif header.kind is Kind.DATA:
+                    self._heard_data += 1
+                    self._on_data(header)
+        except _Lost as lost:
+            self._fault.record(lost.loss, found_by=None if lost.is_alive else self)
+            self._wire.break_control()
+        except (ConnectionError, TimeoutError):
+            pass  # the last STOP did not leave: the other end needed it no more
+        finally:
+            self._silent.set()
+            self.wake()
+
+    def _hear(self) -> Header:
+        peer, silence_seconds = self.peer_rank, self._settings.patience.silence_seconds
+        try:
+            message = self._wire.hear(silence_seconds)
+        except TimeoutError:
+            raise _Lost(Loss(peer, "silent", errors.peer_silent(peer, silence_seconds))) from None
+        except ConnectionError as error:
+            raise _Lost(Loss(peer, "connection closed", errors.peer_closed(peer, error))) from None
+        try:
+            header = Header.unpack(message)
+            header.check(self._settings.plan, self._heard_data, peer)
+        except ValueError as error:
+            loss = Loss(peer, "bad header", errors.peer_disagrees(peer, str(error)))
+            raise _Lost(loss, is_alive=True) from None
+        if header.kind is Kind.FAILED:
+            reason = header.tag.decode("ascii", "replace")
+            raise _Lost(Loss(header.rank, reason, errors.peer_failed(header.rank, reason, peer)))
+        return header
+
+    def _on_data(self, header: Header) -> None:
+        raise NotImplementedError
+
+    def _on_stop(self) -> None:
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------- failing
+
+    def wake(self) -> None:
+        """End the wait for something to be heard, if there is one."""
+
+    def break_off(self) -> None:
+        self._wire.break_data()
+        self.wake()
+
+    def lost_in_transfer(self, error: Exception, doing: str) -> errors.PeerLost:
+        loss = Loss(self.peer_rank, "connection closed", errors.peer_closed(self.peer_rank, error))
+        return self._fault.verdict(doing, loss, self)
+
+    @contextlib.contextmanager
+    def _raising(self, doing: str) -> Iterator[None]:
+        """Checks for a failure before the body, and turns one of the wire in it into `PeerLost`."""
+        doing = errors.on_rank(self.own_rank, doing)
+        self._fault.check(doing)
+        try:
+            yield
+        except (ConnectionError, TimeoutError) as error:
+            raise self.lost_in_transfer(error, doing) from error
+
+    def close(self) -> None:
+        """Stop in order and give back the wire; after a failure at once.
+
+        Raises:
+            PeerLost: the other end was lost before it said STOP.
+        """
+        try:
+            if self._fault.loss is None:
+                self.say_stop()
+                self._silent.wait(self._settings.patience.setup_seconds)
+                self._fault.check(errors.on_rank(self.own_rank, f"waiting for STOP of rank {self.peer_rank}"))
+        finally:
+            if not self._silent.is_set():
+                self._wire.break_control()
+            for thread in self._threads:
+                thread.join(_TELLING_SECONDS)
+            self._wire.close()
+
+
+class _Lost(Exception):
+    def __init__(self, loss: Loss, is_alive: bool = False) -> None:
+        super().__init__(loss.sentence)
+        self.loss = loss
+        self.is_alive = is_alive
+        """Whether the peer can be told."""
+
+
+class Sender(_End):
+    """The end of a link that announces micro-batches and sends their tensors."""
+
+    _sent = 0
+
+    def announce(self, num_tokens: int, tag: bytes = b"") -> Header:
+        """Tell the next stage what comes; its tensors may follow much later.
+
+        Raises:
+            ValueError: no number of tokens that the plan has, or a tag longer than 24 bytes.
+            PeerLost: the pipeline broke.
+        """
+        if not 1 <= num_tokens <= self._settings.plan.max_tokens:
+            raise ValueError(errors.announced_rows_out_of_range(num_tokens, self._settings.plan.max_tokens))
+        with self._raising(f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"):
+            header = self._tell(Kind.DATA, num_tokens, tag)
+        _ONE_HEADER.add_to(self._settings.stats)
+        return header
+
+    def send(self, header: Header, tensors: Mapping[str, torch.Tensor], slot: int = 0) -> Transfer:
+        """Send the tensors of the micro-batch ``header``, in the order of the announcements and without a copy.
+
+        Nobody may write into the tensors until ``wait()`` of what this returns; the bytes may leave as late as that.
+
+        Raises:
+            ValueError: the tensors are not what the plan says, or it is not their turn.
+            PeerLost: the pipeline broke.
+        """
+        if header.sequence != self._sent:
+            raise ValueError(errors.wrong_turn("sent", header.sequence, self._sent))
+        ordered = self.schema.in_order(tensors, header.num_tokens)
+        doing = f"sending {_what(header, slot)} to rank {self.peer_rank}"
+        with self._raising(doing):
+            pending = self._wire.send(ordered)
+        self._sent += 1
+        num_bytes = header.num_tokens * self.schema.bytes_per_token
+        self._settings.stats.add_many({"sends": len(ordered), "bytes_sent": num_bytes})
+        return Transfer(self, pending, errors.on_rank(self.own_rank, doing))
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the next stage asks for an early end."""
+        return self._heard_stop.is_set()
+
+    def _on_data(self, header: Header) -> None:
+        raise _Lost(Loss(self.peer_rank, "bad header", errors.data_upstream(self.peer_rank)), is_alive=True)
+
+    def _on_stop(self) -> None:
+        pass
+
+
+class Receiver(_End):
+    """The end of a link that hears of micro-batches and receives their tensors into memory of the caller."""
+
+    def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
+        super().__init__(wire, schema, own_rank, peer_rank, settings)
+        self._headers: queue.SimpleQueue[Header | None] = queue.SimpleQueue()
+        self._received = 0
+        self._at_end = False
+
+    @property
+    def headers_waiting(self) -> int:
+        """Headers that ``next_header`` would return without waiting."""
+        return self._headers.qsize()
+
+    def next_header(self) -> Header | None:
+        """The next micro-batch that was announced, however long that takes; None once the sender has stopped.
+
+        Raises:
+            PeerLost: the pipeline broke.
+        """
+        if self._at_end:
+            return None
+        self._fault.check(self._waiting_for_header())
+        header = self._headers.get()
+        if header is None:
+            self._fault.check(self._waiting_for_header())
+            self._at_end = True
+            return None
+        _ONE_HEADER.add_to(self._settings.stats)
+        return header
+
+    def receive(self, header: Header, views: Mapping[str, torch.Tensor], slot: int = 0) -> Transfer:
+        """Let the tensors of the micro-batch ``header`` land in ``views``, in the order of the headers.
+
+        ``views`` are contiguous ``[num_tokens, *shape]``; they may be written from now on, and hold the tensors after
+        ``wait()`` of what this returns. ``slot`` only names the memory in errors.
+
+        Raises:
+            ValueError: the views are not what the plan says, or it is not their turn.
+            PeerLost: the pipeline broke.
+        """
+        if header.sequence != self._received:
+            raise ValueError(errors.wrong_turn("received", header.sequence, self._received))
+        ordered = self.schema.in_order(views, header.num_tokens)
+        doing = f"receiving {_what(header, slot)} from rank {self.peer_rank}"
+        with self._raising(doing):
+            pending = self._wire.receive(ordered)
+        self._received += 1
+        num_bytes = header.num_tokens * self.schema.bytes_per_token
+        self._settings.stats.add_many({"recvs": len(ordered), "bytes_received": num_bytes})
+        return Transfer(self, pending, errors.on_rank(self.own_rank, doing))
+
+    def _waiting_for_header(self) -> str:
+        return errors.on_rank(self.own_rank, f"waiting for the header of micro-batch {self._received}")
+
+    def _on_data(self, header: Header) -> None:
+        self._headers.put(header)
+
+    def _on_stop(self) -> None:
+        self._headers.put(None)
+
+    def wake(self) -> None:
+        self._headers.put(None)
+
+
+_ONE_HEADER = Amounts({"headers": 1})
+
+
+def _what(header: Header, slot: int) -> str:
+    return (
+        f"micro-batch {header.sequence} (slot {slot}, {header.num_tokens} tokens, bucket {header.bucket_tokens}, "
+        f"tag {header.tag!r})"
+    )
+
+
+@dataclass(frozen=True)
+class Links:
+    """All that one rank holds of the hand-off."""
+
+    stage: int
+    plan: Plan
+    incoming: Receiver | None
+    """From the previous stage; None on the first."""
+    outgoing: Sender | None
+    """To the next stage; None on the last."""
+    feedback_in: Receiver | None
+    """From the last stage, on the first."""
+    feedback_out: Sender | None
+    """To the first stage, on the last."""
+    _fault: Fault = field(repr=False)
+    _transport: Transport = field(repr=False)
+
+    @property
+    def _ends(self) -> list[_End]:
+        ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in)
+        return [end for end in ends if end is not None]
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
+        reason = type(error).__name__
+        self._fault.record(Loss(self.stage, reason, errors.own_failure(self.stage, reason)))
+
+    def close(self) -> None:
+        """Say STOP on all links, wait until the neighbours said it, and give back the transport.
+
+        Raises:
+            PeerLost: the pipeline broke before all had stopped; everything is given back nevertheless.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._transport.close)
+            stack.callback(self._fault.forget_ends)
+            for end in reversed(self._ends):
+                stack.callback(end.close)
+            if self._fault.loss is None:
+                for end in self._ends:
+                    end.say_stop()
+
+
+def connect(
+    transport: Transport, own: StagePlan, patience: Patience | None = None, stats: Stats | None = None
+) -> Links:
+    """Compare the plans of all ranks, then make this rank's links; every rank of the pipeline calls it.
+
+    Raises:
+        PlanMismatch: on every rank, with every difference.
+        PeerLost: a rank did not come within ``setup_seconds``.
+    """
+    fault = Fault()
+    try:
+        plan = agree(transport.exchange(own.to_text()))
+        settings = LinkSettings(plan, patience or Patience(), fault, TOTALS if stats is None else stats)
+        incoming = outgoing = feedback_in = feedback_out = None
+        for hop in range(plan.stage_count - 1):
+            wire = transport.wire(hop, hop + 1, "proxies")
+            if wire is not None and transport.stage == hop:
+                outgoing = _started(Sender(wire, _known(own.outputs), hop, hop + 1, settings))
+            elif wire is not None:
+                incoming = _started(Receiver(wire, _known(own.inputs), hop + 1, hop, settings))
+        if plan.has_feedback:
+            last = plan.stage_count - 1
+            wire = transport.wire(last, 0, "feedback")
+            if wire is not None and transport.stage == last:
+                feedback_out = _started(Sender(wire, _known(own.feedback), last, 0, settings))
+            elif wire is not None:
+                feedback_in = _started(Receiver(wire, _known(own.feedback), 0, last, settings))
+    except BaseException:
+        fault.forget_ends()
+        transport.close()
+        raise
+    return Links(transport.stage, plan, incoming, outgoing, feedback_in, feedback_out, fault, transport)
+
+
+End = TypeVar("End", bound=_End)
+
+
+def _started(end: End) -> End:
+    # At once: the other end listens from now on, while this rank may have to wait for those of further links.
+    end.start()
+    return end
+
+
+def _known(schema: Schema | None) -> Schema:
+    assert schema is not None, "agree() has seen to it"
+    return schema

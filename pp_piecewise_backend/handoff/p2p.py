@@ -1,0 +1,230 @@
+"""Stages in processes of their own, over ``torch.distributed``: gloo for tensors on the CPU, NCCL on GPUs.
+
+Note [gloo waits]
+A wait of gloo that runs out of time destroys the connection of the two ranks within its group, and with it every other
+wait there; nothing else ends a wait whose peer was stopped. So each link has a group for messages and one for tensors,
+waits for tensors last as long as the peer lives, and ``break_data`` lets a tiny receive run out of time on purpose.
+``is_completed()`` of a gloo transfer stays False until somebody waits for it, so it cannot be asked instead.
+
+``isend`` and ``irecv`` are looked up in ``torch.distributed`` at each call, so that an observer can count them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import errors
+from ..handoff.header import HEADER_BYTES
+
+_DOWN, _UP, _BREAK = 0, 1, 2
+"""Tags of messages with the data, against it, and of the receive that nobody answers."""
+
+
+def join_world(
+    store: dist.Store,
+    rank: int,
+    rank_count: int,
+    restart_count: int = 0,
+    backend: str = "gloo",
+    setup_seconds: float = 1800.0,
+) -> None:
+    """``init_process_group`` on a store that may outlive a restart of the ranks.
+
+    Addresses of the ranks before a restart would stay in the store, so each restart gets keys of its own.
+    """
+    fresh = dist.PrefixStore(f"restart_{restart_count}", store)
+    timeout = timedelta(seconds=setup_seconds)
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=rank_count, timeout=timeout)
+
+
+class P2P:
+    """One rank's way to the others of its pipeline; ``torch.distributed`` must be initialised.
+
+    Args:
+        device: where the tensors of all links lie.
+        group: the ranks of the pipeline, in stage order; all by default.
+        setup_seconds: how long ranks wait for one another at set-up, and for data of a rank that lives.
+    """
+
+    def __init__(
+        self, device: torch.device | str, group: dist.ProcessGroup | None = None, setup_seconds: float = 1800.0
+    ) -> None:
+        self.device = torch.device(device)
+        self._ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.stage = self._ranks.index(dist.get_rank())
+        self.stage_count = len(self._ranks)
+        self._pipelines: list[list[int]] = []
+        self._setup = timedelta(seconds=setup_seconds)
+        self._groups: list[Any] = []
+
+    def exchange(self, text: str) -> list[str]:
+        with self._meeting("the ranks of all pipelines"):
+            world = self._new_group(range(dist.get_world_size()), "gloo")
+            dist.monitored_barrier(world, self._setup, wait_all_ranks=True)
+            shown = _gather_bytes(json.dumps(self._ranks).encode(), world)
+            self._pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
+            own = [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self._ranks)]
+            # all_gather orders by rank in the group, which new_group sorts
+            by_rank = dict(zip(sorted(self._ranks), _gather_bytes(text.encode(), own), strict=True))
+        return [by_rank[rank].decode() for rank in self._ranks]
+
+    def wire(self, source: int, target: int, name: str) -> P2PWire | None:
+        wire = None
+        with self._meeting(f"{name} from stage {source} to stage {target}"):
+            for ranks in self._pipelines:
+                ends = [ranks[source], ranks[target]]
+                control = self._new_group(ends, "gloo")
+                data = self._new_group(ends, "gloo" if self.device.type == "cpu" else "nccl")
+                if ranks == self._ranks and self.stage in (source, target):
+                    is_source = self.stage == source
+                    peer = ends[1] if is_source else ends[0]
+                    wire = P2PWire(control, data, peer, is_source, self._setup)
+            if wire is not None:
+                wire.warm_up(self.device)
+        return wire
+
+    def close(self) -> None:
+        for group in self._groups:
+            with contextlib.suppress(RuntimeError, ValueError):  # broken, or destroyed with the whole world
+                dist.destroy_process_group(group)
+        self._groups.clear()
+
+    def _new_group(self, ranks: Sequence[int], backend: str) -> Any:
+        # Every rank of the world makes every group: torch.distributed counts them to name them, and what
+        # use_local_synchronization names instead depends on how many groups each rank has [ran].
+        group = dist.new_group(sorted(ranks), backend=backend, timeout=self._setup)
+        if dist.get_rank() in ranks:
+            self._groups.append(group)
+        return group
+
+    @contextlib.contextmanager
+    def _meeting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ConnectionError, TimeoutError) as error:
+            seconds = self._setup.total_seconds()
+            raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
+
+
+def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
+    """What each rank of the group brought."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(own)]), group=group)
+    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+    padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded, group=group)
+    return [bytes(whole[: int(length)].tolist()) for whole, length in zip(gathered, lengths, strict=True)]
+
+
+class P2PWire:
+    """One end of a link, with a group for its messages and one for its tensors."""
+
+    def __init__(self, control: Any, data: Any, peer: int, is_source: bool, longest: timedelta) -> None:
+        self._control = control
+        self._data = data
+        self._peer = peer
+        self._is_source = is_source
+        self._longest = longest
+        self._tell_tag, self._hear_tag = (_DOWN, _UP) if is_source else (_UP, _DOWN)
+        self._outgoing_bytes = bytearray(HEADER_BYTES)
+        self._outgoing = torch.frombuffer(self._outgoing_bytes, dtype=torch.uint8)
+        self._incoming_bytes = bytearray(HEADER_BYTES)
+        self._incoming = torch.frombuffer(self._incoming_bytes, dtype=torch.uint8)
+        self._leaving: Any = None
+
+    def warm_up(self, device: torch.device) -> None:
+        """Connect both groups, which would else happen within the first micro-batch."""
+        probe = torch.zeros(1, dtype=torch.uint8, device=device)
+        move = dist.isend if self._is_source else dist.irecv
+        _wait(_posted(move(probe, self._peer, group=self._data)), self._longest)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        self.tell(bytes(HEADER_BYTES))
+        self.hear(self._longest.total_seconds())
+        self.flush(self._longest.total_seconds())
+
+    def tell(self, message: bytes) -> None:
+        self.flush(self._longest.total_seconds())
+        self._outgoing_bytes[:] = message
+        with _connection_errors():
+            self._leaving = _posted(dist.isend(self._outgoing, self._peer, group=self._control, tag=self._tell_tag))
+
+    def flush(self, timeout_seconds: float) -> None:
+        if self._leaving is not None:
+            _wait(self._leaving, timedelta(seconds=timeout_seconds))
+            self._leaving = None
+
+    def hear(self, timeout_seconds: float) -> bytes:
+        with _connection_errors():
+            work = _posted(dist.irecv(self._incoming, self._peer, group=self._control, tag=self._hear_tag))
+        _wait(work, timedelta(seconds=timeout_seconds))
+        return bytes(self._incoming_bytes)
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> _Works:
+        with _connection_errors():
+            works = [_posted(dist.isend(tensor, self._peer, group=self._data)) for tensor in tensors]
+        return _Works(works, tensors, self._longest)
+
+    def receive(self, views: Sequence[torch.Tensor]) -> _Works:
+        with _connection_errors():
+            works = [_posted(dist.irecv(view, self._peer, group=self._data)) for view in views]
+        return _Works(works, views, self._longest)
+
+    def break_data(self) -> None:
+        _break(self._data, self._peer)
+
+    def break_control(self) -> None:
+        _break(self._control, self._peer)
+
+    def close(self) -> None:
+        pass  # the transport destroys the groups, when all links have stopped
+
+
+class _Works:
+    def __init__(self, works: Sequence[Any], tensors: Sequence[torch.Tensor], longest: timedelta) -> None:
+        self._works = works
+        self._tensors = tensors  # gloo reads and writes them until then
+        self._longest = longest
+
+    def wait(self) -> None:
+        for work in self._works:
+            _wait(work, self._longest)
+
+
+def _posted(work: Any) -> Any:
+    if work is None:  # what torch.distributed returns, with a warning, to a rank outside of the group
+        raise ConnectionError("this rank is not in the group of the link")
+    return work
+
+
+def _wait(work: Any, timeout: timedelta) -> None:
+    with _connection_errors():
+        work.wait(timeout)
+
+
+@contextlib.contextmanager
+def _connection_errors() -> Iterator[None]:
+    """torch.distributed raises RuntimeError for all that goes wrong with a peer."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = TimeoutError if "Timed out waiting" in str(error) else ConnectionError
+        raise kind(str(error)) from error
+
+
+def _break(group: Any, peer: int) -> None:
+    if dist.get_backend(group) == "gloo":
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            nothing = torch.zeros(1, dtype=torch.uint8)
+            _wait(_posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)), timedelta(milliseconds=1))
+    else:
+        with contextlib.suppress(RuntimeError):
+            group.abort()

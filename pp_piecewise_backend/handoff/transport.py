@@ -1,0 +1,100 @@
+"""What a transport must do: carry control messages both ways and tensors one way, between neighbours.
+
+A transport knows nothing of headers, order or liveness: ``link.py`` puts these on top, once for all transports. What
+goes wrong on a wire is a ``ConnectionError``, or a ``TimeoutError`` where a time was given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .. import errors
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a rank waits for another.
+
+    Raises:
+        ConfigError: a number that is not positive and finite.
+    """
+
+    silence_seconds: float = 60.0
+    """A peer that tells nothing for so long is lost. It tells without its main thread, so idle is not silent."""
+    setup_seconds: float = 1800.0
+    """The longest set-up, and the longest wait for data of a peer that lives."""
+
+    def __post_init__(self) -> None:
+        for name, seconds in (("silence_seconds", self.silence_seconds), ("setup_seconds", self.setup_seconds)):
+            if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+                raise errors.ConfigError(errors.bad_patience(name, seconds))
+
+    @property
+    def keep_alive_seconds(self) -> float:
+        return self.silence_seconds / 3
+
+
+class Pending(Protocol):
+    """Tensors on their way."""
+
+    def wait(self) -> None:
+        """Return once what follows on this thread (on its current stream) may use the tensors again."""
+
+
+class Wire(Protocol):
+    """One end of a link. Operations of different kinds may run in different threads at once."""
+
+    def tell(self, message: bytes) -> None:
+        """Send a control message once the one before has left; messages arrive in order."""
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Wait until the last message has left."""
+
+    def hear(self, timeout_seconds: float) -> bytes:
+        """The next control message of the other end."""
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
+        """Send the tensors as they are; until ``wait()`` returns, who writes into them changes what is sent."""
+
+    def receive(self, views: Sequence[torch.Tensor]) -> Pending:
+        """Receive the tensors that ``send`` took, directly into ``views``, which have the same shapes and dtypes."""
+
+    def break_data(self) -> None:
+        """Make all waiting and later transfers of tensors fail, from any thread; messages still pass."""
+
+    def break_control(self) -> None:
+        """Make all waiting and later messages fail, from any thread."""
+
+    def close(self) -> None:
+        """Give back what the wire holds; nothing waits in it any more."""
+
+
+class Transport(Protocol):
+    """One rank's way to the others of its pipeline."""
+
+    stage: int
+    stage_count: int
+
+    def exchange(self, text: str) -> list[str]:
+        """The texts of all ranks, in stage order; each rank calls it once.
+
+        Raises:
+            PeerLost: a rank did not bring its text in time.
+        """
+
+    def wire(self, source: int, target: int, name: str) -> Wire | None:
+        """This rank's end of a new link, ready for use; None if it has none.
+
+        Every rank calls it for every link of the pipeline, in the same order.
+
+        Raises:
+            PeerLost: the other end did not come in time.
+        """
+
+    def close(self) -> None:
+        """Give back what the transport holds beside its wires."""

@@ -1,0 +1,583 @@
+"""Stages of a pipeline that hand over micro-batches, in threads or in processes, and what their tests ask of them.
+
+A scenario is a function of one stage. ``run`` plays it on every stage over one transport and gives what each returned
+or raised. Run as a script, this file is one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pp_piecewise_backend.handoff import Header, Kind, Links, Patience, Receiver, Schema, Sender, StagePlan, connect
+from pp_piecewise_backend.handoff.header import HEADER_BYTES
+from pp_piecewise_backend.handoff.local import LocalHub
+from pp_piecewise_backend.handoff.schema import Field
+from pp_piecewise_backend.handoff.transport import Transport
+from pp_piecewise_backend.stats import Stats
+
+CHECKOUT = Path(__file__).parent.parent
+LONGEST_SECONDS = 60.0
+"""No scenario may take longer, whatever goes wrong in it."""
+
+MAX_TOKENS = 16
+PROXIES = Schema((Field("hidden_states", (8,), torch.float32), Field("residual", (2, 3), torch.bfloat16)))
+FEEDBACK = Schema((Field("tokens", (), torch.int64),))
+
+
+@dataclass
+class Stage:
+    """What a scenario gets."""
+
+    number: int
+    count: int
+    connect: Callable[..., Links]
+    """Takes changes to the plan of this stage as keywords."""
+    transport: Transport
+    patience: Patience
+    stats: Stats
+    is_process: bool
+    arguments: Mapping[str, Any]
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.count - 1
+
+
+@dataclass
+class Outcome:
+    """How one stage ended."""
+
+    value: Any = None
+    error: str | None = None
+    """Name of the exception's class."""
+    message: str = ""
+    ended_at: float = 0.0
+    """In seconds since the epoch."""
+    exit_code: int = 0
+    log: str = field(default="", repr=False)
+
+
+def plan_of(stage: int, count: int, **changes: Any) -> StagePlan:
+    plan = StagePlan(
+        package_version="0.1",
+        stage_count=count,
+        buckets_tokens=(1, 2, 4, 8, MAX_TOKENS),
+        max_tokens=MAX_TOKENS,
+        partition="2+2",
+        inputs=PROXIES if stage > 0 else None,
+        outputs=PROXIES if stage < count - 1 else None,
+        feedback=FEEDBACK if count > 1 else None,
+    )
+    return replace(plan, **changes)
+
+
+def memory(schema: Schema) -> dict[str, torch.Tensor]:
+    return {f.name: torch.zeros((MAX_TOKENS, *f.shape), dtype=f.dtype) for f in schema.fields}
+
+
+def rows(tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[:num_tokens] for name, tensor in tensors.items()}
+
+
+def values(sequence: int, num_tokens: int) -> dict[str, torch.Tensor]:
+    """What stage 0 sends as micro-batch ``sequence``; exact in every dtype."""
+    base = torch.arange(num_tokens * 8).view(num_tokens, 8) % 50 + sequence % 7
+    return {
+        "hidden_states": base.float(),
+        "residual": (base[:, :6].reshape(num_tokens, 2, 3) % 16).bfloat16(),
+    }
+
+
+# ------------------------------------------------------------------------------------ scenarios
+
+
+def steady(stage: Stage) -> dict[str, Any]:
+    """Random numbers of tokens through the pipeline, each stage adding 1, with feedback to the first one."""
+    links = stage.connect()
+    count, delay_seconds = stage.arguments.get("microbatches", 30), stage.arguments.get("delay_seconds", 0.0)
+    chosen = random.Random(1).choices(range(1, MAX_TOKENS + 1), k=count)
+    own_random = random.Random(stage.number)
+    landing, outgoing = memory(PROXIES), memory(PROXIES)
+    tokens = memory(FEEDBACK)
+    observer = Observer(landing, tokens)
+    sending = None
+    seen, told = [], []
+    with observer:
+        for sequence in range(count):
+            if stage.is_first:
+                num_tokens, tag = chosen[sequence], f"id {sequence}".encode()
+                arrived = values(sequence, num_tokens)
+            else:
+                header = links.incoming.next_header()
+                num_tokens, tag = header.num_tokens, header.tag
+                views = rows(landing, num_tokens)
+                links.incoming.receive(header, views).wait()
+                arrived = {name: view.clone() for name, view in views.items()}
+                expected = values(sequence, num_tokens)
+                assert all(torch.equal(arrived[name], expected[name] + stage.number) for name in expected), sequence
+                assert header.bucket_tokens == next(b for b in (1, 2, 4, 8, 16) if b >= num_tokens)
+            seen.append((num_tokens, tag.decode()))
+            time.sleep(own_random.random() * delay_seconds)
+            if sending is not None:
+                sending.wait()
+            if links.outgoing is not None:
+                announced = links.outgoing.announce(num_tokens, tag)
+                for name, view in rows(outgoing, num_tokens).items():
+                    view.copy_(arrived[name] + 1)
+                sending = links.outgoing.send(announced, rows(outgoing, num_tokens))
+            elif links.feedback_out is not None:
+                announced = links.feedback_out.announce(num_tokens, tag)
+                tokens["tokens"][:num_tokens] = torch.arange(num_tokens) + sequence
+                sending = links.feedback_out.send(announced, rows(tokens, num_tokens))
+            if stage.is_first and sequence >= 2:
+                told.append(_feedback(links.feedback_in, tokens))
+        if stage.is_first:
+            links.outgoing.say_stop()
+            while len(told) < count:
+                told.append(_feedback(links.feedback_in, tokens))
+            assert told == [(f"id {i}", [i + row for row in range(num_tokens)]) for i, num_tokens in enumerate(chosen)]
+        else:
+            assert links.incoming.next_header() is None
+            assert links.incoming.next_header() is None
+        if sending is not None:
+            sending.wait()
+    links.close()
+    return {"seen": seen, "stats": stage.stats.as_dict(), "observed": observer.counts}
+
+
+def _feedback(receiver: Receiver, tokens: Mapping[str, torch.Tensor]) -> tuple[str, list[int]]:
+    header = receiver.next_header()
+    receiver.receive(header, rows(tokens, header.num_tokens)).wait()
+    return header.tag.decode(), tokens["tokens"][: header.num_tokens].tolist()
+
+
+class Observer:
+    """Sees what torch.distributed and pickle are asked for, without our counters. Quiet under other transports."""
+
+    def __init__(self, *landing: Mapping[str, torch.Tensor]) -> None:
+        self._ranges = [
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for group in landing for tensor in group.values()
+        ]
+        self.counts = {"receives": 0, "outside": 0, "header_receives": 0, "pickles": 0, "object_calls": 0}
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> Observer:
+        import pickle
+
+        import torch.distributed as dist
+        from torch.distributed import distributed_c10d
+
+        self._replace(dist, "irecv", self._seeing_receives(dist.irecv))
+        for module in (dist, distributed_c10d):
+            for name in [name for name in vars(module) if "object" in name and callable(getattr(module, name))]:
+                self._replace(module, name, self._counting("object_calls", getattr(module, name)))
+        for name in ("dumps", "loads", "dump", "load"):
+            self._replace(pickle, name, self._counting("pickles", getattr(pickle, name)))
+        for name in ("_pickler", "_unpickler"):
+            self._replace(distributed_c10d, name, self._counting("pickles", getattr(distributed_c10d, name)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for owner, name, original in reversed(self._undo):
+            setattr(owner, name, original)
+
+    def _replace(self, owner: Any, name: str, function: Any) -> None:
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, function)
+
+    def _counting(self, key: str, original: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.counts[key] += 1
+            return original(*args, **kwargs)
+
+        return counted
+
+    def _seeing_receives(self, original: Any) -> Any:
+        def seen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            if tensor.dtype == torch.uint8 and tensor.numel() == HEADER_BYTES:
+                self.counts["header_receives"] += 1
+            else:
+                self.counts["receives"] += 1
+                self.counts["outside"] += not any(low <= start and end <= high for low, high in self._ranges)
+            return original(tensor, *args, **kwargs)
+
+        return seen
+
+
+def slow_first_stage(stage: Stage) -> int:
+    """Pauses of three times the silence that is allowed: before a header, and between a header and its data."""
+    links = stage.connect()
+    for sequence in range(2):
+        if stage.is_first:
+            time.sleep(3 * stage.patience.silence_seconds * (sequence == 0))
+            header = links.outgoing.announce(3)
+            time.sleep(3 * stage.patience.silence_seconds * (sequence == 1))
+            links.outgoing.send(header, values(sequence, 3)).wait()
+        else:
+            _pass_on(links, sequence)
+    links.close()
+    return 2
+
+
+def slow_last_stage(stage: Stage) -> int:
+    """The last stage takes its time to receive what was sent."""
+    links = stage.connect()
+    if stage.is_last:
+        time.sleep(3 * stage.patience.silence_seconds)
+    for sequence in range(2):
+        if stage.is_first:
+            links.outgoing.send(links.outgoing.announce(3), values(sequence, 3)).wait()
+        else:
+            _pass_on(links, sequence)
+    links.close()
+    return 2
+
+
+def _pass_on(links: Links, sequence: int) -> None:
+    header = links.incoming.next_header()
+    landing = rows(memory(PROXIES), header.num_tokens)
+    links.incoming.receive(header, landing).wait()
+    assert torch.equal(landing["hidden_states"], values(sequence, 3)["hidden_states"])
+    if links.outgoing is not None:
+        links.outgoing.send(links.outgoing.announce(header.num_tokens, header.tag), landing).wait()
+
+
+def early_end(stage: Stage) -> int:
+    """The last stage asks for an end after three micro-batches; what was announced is drained on the way."""
+    links = stage.connect(feedback=None)
+    landing = memory(PROXIES)
+    passed = 0
+    while True:
+        if stage.is_first:
+            if links.outgoing.stop_requested:
+                break
+            time.sleep(0.01)
+            num_tokens = passed % MAX_TOKENS + 1
+            links.outgoing.send(links.outgoing.announce(num_tokens), values(passed, num_tokens)).wait()
+        else:
+            header = links.incoming.next_header()
+            if header is None:
+                break
+            views = rows(landing, header.num_tokens)
+            links.incoming.receive(header, views).wait()
+            if links.outgoing is not None:
+                links.outgoing.send(links.outgoing.announce(header.num_tokens), views).wait()
+                if links.outgoing.stop_requested:
+                    links.incoming.say_stop()
+            elif passed == 2:
+                links.incoming.say_stop()
+        passed += 1
+    links.close()
+    return passed
+
+
+def headers_ahead(stage: Stage) -> list[int]:
+    """Headers arrive although no data was sent, and data lands in their order."""
+    links = stage.connect(feedback=None)
+    if stage.is_first:
+        headers = [links.outgoing.announce(n) for n in (3, 1, 5)]
+        assert links.outgoing._heard_stop.wait(LONGEST_SECONDS)
+        for header in headers:
+            links.outgoing.send(header, values(header.sequence, header.num_tokens)).wait()
+        counts = [header.num_tokens for header in headers]
+    else:
+        headers = [links.incoming.next_header() for _ in range(3)]
+        landing = [rows(memory(PROXIES), header.num_tokens) for header in headers]
+        transfers = [
+            links.incoming.receive(h, views, slot) for slot, (h, views) in enumerate(zip(headers, landing, strict=True))
+        ]
+        links.incoming.say_stop()
+        for header, views, transfer in zip(headers, landing, transfers, strict=True):
+            transfer.wait()
+            expected = values(header.sequence, header.num_tokens)
+            assert all(torch.equal(views[name], expected[name]) for name in expected)
+        counts = [header.num_tokens for header in headers]
+    links.close()
+    return counts
+
+
+def misuse(stage: Stage) -> list[str]:
+    """What the caller gets wrong is said before it goes on the wire; the pipeline lives on."""
+    links = stage.connect(feedback=None)
+    said = []
+
+    def refused(call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            raise AssertionError("was not refused")
+
+    if stage.is_first:
+        refused(lambda: links.outgoing.announce(MAX_TOKENS + 1))
+        refused(lambda: links.outgoing.announce(0))
+        refused(lambda: links.outgoing.announce(1, b"x" * 25))
+        first, second = links.outgoing.announce(3), links.outgoing.announce(4)
+        right = values(0, 3)
+        refused(lambda: links.outgoing.send(second, values(1, 4)))
+        refused(lambda: links.outgoing.send(first, values(0, 4)))
+        refused(lambda: links.outgoing.send(first, {"hidden_states": right["hidden_states"]}))
+        refused(lambda: links.outgoing.send(first, {**right, "residual": right["residual"].half()}))
+        refused(lambda: links.outgoing.send(first, {**right, "hidden_states": torch.zeros(8, 3).t()}))
+        links.outgoing.send(first, right).wait()
+        links.outgoing.send(second, values(1, 4)).wait()
+    else:
+        first, second = links.incoming.next_header(), links.incoming.next_header()
+        landing = memory(PROXIES)
+        refused(lambda: links.incoming.receive(second, rows(landing, 4)))
+        refused(lambda: links.incoming.receive(first, rows(landing, 4)))
+        links.incoming.receive(first, rows(landing, 3)).wait()
+        links.incoming.receive(second, rows(landing, 4)).wait()
+    links.close()
+    return said
+
+
+def other_plans(stage: Stage) -> None:
+    """Two stages were set up otherwise than the rest."""
+    moved: list[str] = []
+    wire = stage.transport.wire
+    stage.transport.wire = lambda *args: (moved.append("data"), wire(*args))[1]  # type: ignore[method-assign]
+    changes: dict[str, Any] = {}
+    if stage.number == 1:
+        changes["torch_version"] = "1.0"
+        changes["inputs"] = Schema((PROXIES.fields[0], replace(PROXIES.fields[1], dtype=torch.float16)))
+    if stage.is_last:
+        changes["buckets_tokens"] = (1, MAX_TOKENS)
+    try:
+        stage.connect(**changes)
+    finally:
+        assert not moved
+
+
+def fault(stage: Stage) -> None:
+    """Micro-batches without end; one stage breaks in the way that ``kind`` names, and tells when."""
+    links = stage.connect(**({"feedback": None} if stage.arguments.get("no_feedback") else {}))
+    kind, victim = stage.arguments["kind"], stage.arguments["victim"]
+    landing, tokens = memory(PROXIES), memory(FEEDBACK)
+    try:
+        for sequence in range(10**6):
+            if stage.number == victim and sequence == 5:
+                _break_now(kind, stage, links)
+            if stage.is_first:
+                views, header = values(sequence, 5), None
+            else:
+                header = links.incoming.next_header()
+                views = rows(landing, header.num_tokens)
+                links.incoming.receive(header, views).wait()
+            if links.outgoing is not None:
+                if stage.number == victim and kind in _LIES and sequence == 4:
+                    _lie(links.outgoing, _LIES[kind])
+                links.outgoing.send(links.outgoing.announce(5), views).wait()
+            elif links.feedback_out is not None:
+                links.feedback_out.send(links.feedback_out.announce(1), rows(tokens, 1)).wait()
+            if links.feedback_in is not None and sequence >= 1:
+                _feedback(links.feedback_in, tokens)
+            time.sleep(0.005)
+    except ArithmeticError as error:
+        links.fail(error)
+        raise
+    finally:
+        if stage.is_process:
+            links.close()
+
+
+_LIES: dict[str, Callable[[Header], Header]] = {
+    "wrong n": lambda header: replace(header, num_tokens=MAX_TOKENS + 1),
+    "wrong bucket": lambda header: replace(header, bucket_tokens=16),
+    "wrong plan": lambda header: replace(header, fingerprint=header.fingerprint ^ 1),
+    "wrong order": lambda header: replace(header, sequence=header.sequence + 1),
+    "wrong rank": lambda header: replace(header, rank=header.rank + 7),
+}
+
+
+def _lie(sender: Sender, change: Callable[[Header], Header]) -> None:
+    plan = sender._settings.plan
+    true = Header(Kind.DATA, plan.fingerprint, sender._told_data, sender.own_rank, 5, plan.bucket_tokens(5))
+    _now("fault")
+    with sender._telling:
+        sender._wire.tell(change(true).pack())
+
+
+def _break_now(kind: str, stage: Stage, links: Links) -> None:
+    if kind in _LIES:
+        return
+    _now("fault")
+    if kind == "exit":
+        os._exit(3)
+    if kind in ("SIGKILL", "SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, kind))
+    if kind == "hang up":
+        for end in links._ends:
+            end._wire.close()
+    if kind == "raise":
+        raise ArithmeticError("the step failed")
+
+
+_faults: list[float] = []
+
+
+def _now(what: str) -> None:
+    _faults.append(time.time())
+    print(f"{what} at {time.time()}", flush=True)
+
+
+def sends_while_idle_receiver_dies(stage: Stage) -> None:
+    """The first stage is in its own code when the last one dies, and learns of it at its next call."""
+    links = stage.connect(feedback=None)
+    if stage.is_last:
+        _now("fault")
+        os._exit(3)
+    try:
+        while True:
+            time.sleep(0.01)
+            if links._fault.loss is not None:
+                links.outgoing.announce(1)
+    finally:
+        links.close()
+
+
+SCENARIOS = {
+    function.__name__: function
+    for function in (
+        steady, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, fault,
+        sends_while_idle_receiver_dies,
+    )
+}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- running
+
+
+def run(
+    transport: str,
+    scenario: Callable[[Stage], Any],
+    stages: int,
+    folder: Path,
+    silence_seconds: float = 30.0,
+    **arguments: Any,
+) -> list[Outcome]:
+    """Play ``scenario`` on every stage; fails when one of them hangs."""
+    runner = _run_threads if transport == "local" else _run_processes
+    return runner(scenario.__name__, stages, folder, silence_seconds, arguments)
+
+
+def _play(name: str, transport: Transport, silence_seconds: float, is_process: bool, arguments: Any) -> Outcome:
+    patience = Patience(silence_seconds, setup_seconds=LONGEST_SECONDS)
+    stats = Stats()
+
+    def connect_stage(**changes: Any) -> Links:
+        own = plan_of(transport.stage, transport.stage_count, **changes)
+        return connect(transport, own, patience, stats)
+
+    stage = Stage(
+        transport.stage, transport.stage_count, connect_stage, transport, patience, stats, is_process, arguments
+    )
+    try:
+        return Outcome(value=SCENARIOS[name](stage), ended_at=time.time())
+    except BaseException as error:
+        traceback.print_exc()
+        return Outcome(error=type(error).__name__, message=str(error), ended_at=time.time(), exit_code=1)
+
+
+def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
+    hub = LocalHub(stages, setup_seconds=LONGEST_SECONDS)
+    outcomes: dict[int, Outcome] = {}
+
+    def one_stage(number: int) -> None:
+        outcomes[number] = _play(name, hub.transport(number), silence_seconds, False, arguments)
+
+    threads = [threading.Thread(target=one_stage, args=(number,), daemon=True) for number in range(stages)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + LONGEST_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    assert len(outcomes) == stages, f"only stages {sorted(outcomes)} ended"
+    return [outcomes[number] for number in range(stages)]
+
+
+def _run_processes(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
+    job = {"scenario": name, "silence_seconds": silence_seconds, "arguments": arguments}
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(stages),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
+    }
+    logs = [folder / f"rank_{number}.log" for number in range(stages)]
+    processes = []
+    for number, log in enumerate(logs):
+        with log.open("w") as out:
+            command = [sys.executable, __file__, str(folder), json.dumps(job)]
+            own = {**environment, "RANK": str(number)}
+            processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
+    stopped = arguments["victim"] if arguments.get("kind") == "SIGSTOP" else None
+    deadline = time.monotonic() + LONGEST_SECONDS
+    try:
+        for number, process in enumerate(processes):
+            if number != stopped:
+                process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise AssertionError(
+            "a rank hangs\n" + "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
+        ) from None
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [_read_outcome(folder, number, p.returncode, logs[number]) for number, p in enumerate(processes)]
+
+
+def _read_outcome(folder: Path, number: int, exit_code: int, log: Path) -> Outcome:
+    report = folder / f"rank_{number}.json"
+    outcome = Outcome(**json.loads(report.read_text())) if report.exists() else Outcome()
+    return replace(outcome, exit_code=exit_code, log=log.read_text())
+
+
+def fault_time(outcomes: list[Outcome]) -> float:
+    """When the fault happened, in seconds since the epoch."""
+    printed = [line for outcome in outcomes for line in outcome.log.splitlines() if line.startswith("fault at ")]
+    return float(printed[0].split()[-1]) if printed else _faults[-1]
+
+
+def main() -> int:
+    import torch.distributed as dist
+
+    from pp_piecewise_backend.handoff.p2p import P2P
+
+    folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
+    transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
+    outcome = _play(job["scenario"], transport, job["silence_seconds"], True, job["arguments"])
+    (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(outcome)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome.exit_code) if outcome.error else dist.destroy_process_group()
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
