@@ -173,6 +173,8 @@ class StageRunner:
         self._in_forward = False
         self._is_released = self._inbox is None
         self._has_run = False
+        self._has_failed = False
+        """Whether this rank has raised, so that ``close`` has nothing more to say."""
         self._is_closed = False
 
     def _check_ends(self, inputs: Proxies | None, outputs: Proxies | None, feedback: Proxies | None) -> None:
@@ -439,6 +441,7 @@ class StageRunner:
         except GeneratorExit:
             raise
         except BaseException as error:
+            self._has_failed = True
             if not isinstance(error, errors.PeerLost):
                 self._links.fail(error)
             raise
@@ -478,13 +481,17 @@ class StageRunner:
                 self._write_trace()
             finally:
                 self._links.close()
+        if not self._has_failed:
+            self._links.check()
 
     def __enter__(self) -> StageRunner:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not self._links.is_broken:
-            self._links.fail(error)
+        if error is not None:
+            self._has_failed = True
+            if not self._links.is_broken:
+                self._links.fail(error)
         try:
             self.close()
         except errors.PeerLost:

@@ -448,6 +448,10 @@ class Links:
     def is_broken(self) -> bool:
         return self._fault.loss is not None
 
+    def check(self) -> None:
+        """Raises `PeerLost` if the pipeline is broken."""
+        self._fault.check(errors.on_rank(self.stage, "closing its links"))
+
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
         reason = type(error).__name__
