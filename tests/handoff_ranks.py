@@ -1,7 +1,7 @@
 """Stages of a pipeline that hand over micro-batches, in threads or in processes, and what their tests ask of them.
 
 A scenario is a function of one stage. ``run`` plays it on every stage over one transport and gives what each returned
-or raised. Run as a script, this file is one rank.
+or raised.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,7 @@ from pp_piecewise_backend.handoff.local import LocalHub
 from pp_piecewise_backend.handoff.schema import Field
 from pp_piecewise_backend.handoff.transport import Transport
 from pp_piecewise_backend.stats import Stats
-
-CHECKOUT = Path(__file__).parent.parent
-LONGEST_SECONDS = 60.0
-"""No scenario may take longer, whatever goes wrong in it."""
+from rank_processes import LONGEST_SECONDS, run_ranks
 
 MAX_TOKENS = 16
 PROXIES = Schema((Field("hidden_states", (8,), torch.float32), Field("residual", (2, 3), torch.bfloat16)))
@@ -518,41 +513,14 @@ def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, a
 
 def _run_processes(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
     job = {"scenario": name, "silence_seconds": silence_seconds, "arguments": arguments}
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(stages),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
-    }
-    logs = [folder / f"rank_{number}.log" for number in range(stages)]
-    processes = []
-    for number, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, __file__, str(folder), json.dumps(job)]
-            own = {**environment, "RANK": str(number)}
-            processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
-    stopped = arguments["victim"] if arguments.get("kind") == "SIGSTOP" else None
-    deadline = time.monotonic() + LONGEST_SECONDS
-    try:
-        for number, process in enumerate(processes):
-            if number != stopped:
-                process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise AssertionError(
-            "a rank hangs\n" + "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
-        ) from None
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return [_read_outcome(folder, number, p.returncode, logs[number]) for number, p in enumerate(processes)]
+    stopped = [arguments["victim"]] if arguments.get("kind") == "SIGSTOP" else []
+    ended = run_ranks("handoff_ranks:one_rank", stages, folder, job, left_alone=stopped)
+    return [_read_outcome(folder / f"rank_{rank}.json", *astuple(end)) for rank, end in enumerate(ended)]
 
 
-def _read_outcome(folder: Path, number: int, exit_code: int, log: Path) -> Outcome:
-    report = folder / f"rank_{number}.json"
+def _read_outcome(report: Path, exit_code: int, ended_at: float, log: str) -> Outcome:
     outcome = Outcome(**json.loads(report.read_text())) if report.exists() else Outcome()
-    return replace(outcome, exit_code=exit_code, log=log.read_text())
+    return replace(outcome, exit_code=exit_code, ended_at=ended_at, log=log)
 
 
 def fault_time(outcomes: list[Outcome]) -> float:
@@ -561,23 +529,16 @@ def fault_time(outcomes: list[Outcome]) -> float:
     return float(printed[0].split()[-1]) if printed else _faults[-1]
 
 
-def main() -> int:
+def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int:
+    """What each process runs."""
     import torch.distributed as dist
 
     from pp_piecewise_backend.handoff.p2p import P2P
 
-    folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
     outcome = _play(job["scenario"], transport, job["silence_seconds"], True, job["arguments"])
     (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(outcome)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(outcome.exit_code) if outcome.error else dist.destroy_process_group()
+    if outcome.error is None:
+        dist.destroy_process_group()
     return outcome.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -222,9 +222,11 @@ def _connection_errors() -> Iterator[None]:
 
 def _break(group: Any, peer: int) -> None:
     if dist.get_backend(group) == "gloo":
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            nothing = torch.zeros(1, dtype=torch.uint8)
-            _wait(_posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)), timedelta(milliseconds=1))
+        nothing = torch.zeros(1, dtype=torch.uint8)
+        with contextlib.suppress(
+            RuntimeError, ConnectionError
+        ):  # always: it runs out of time, or the pair was broken before
+            _posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)).wait(timedelta(milliseconds=1))
     else:
         with contextlib.suppress(RuntimeError):
             group.abort()
