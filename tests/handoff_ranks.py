@@ -369,6 +369,7 @@ def fault(stage: Stage) -> None:
     links = stage.connect(**({"feedback": None} if stage.arguments.get("no_feedback") else {}))
     kind, victim = stage.arguments["kind"], stage.arguments["victim"]
     landing, tokens = memory(PROXIES), memory(FEEDBACK)
+    telling = None
     try:
         for sequence in range(10**6):
             if stage.number == victim and sequence == 5:
@@ -384,7 +385,9 @@ def fault(stage: Stage) -> None:
                     _lie(links.outgoing, _LIES[kind])
                 links.outgoing.send(links.outgoing.announce(5), views).wait()
             elif links.feedback_out is not None:
-                links.feedback_out.send(links.feedback_out.announce(1), rows(tokens, 1)).wait()
+                if telling is not None:  # the first stage reads only after its second micro-batch
+                    telling.wait()
+                telling = links.feedback_out.send(links.feedback_out.announce(1), rows(tokens, 1))
             if links.feedback_in is not None and sequence >= 1:
                 _feedback(links.feedback_in, tokens)
             time.sleep(0.005)
@@ -476,7 +479,8 @@ def run(
     return runner(scenario.__name__, stages, folder, silence_seconds, arguments)
 
 
-def _play(name: str, transport: Transport, silence_seconds: float, is_process: bool, arguments: Any) -> Outcome:
+def play(name: str, transport: Transport, silence_seconds: float, is_process: bool = True, **arguments: Any) -> Outcome:
+    """The scenario on this stage."""
     patience = Patience(silence_seconds, setup_seconds=LONGEST_SECONDS)
     stats = Stats()
 
@@ -499,7 +503,7 @@ def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, a
     outcomes: dict[int, Outcome] = {}
 
     def one_stage(number: int) -> None:
-        outcomes[number] = _play(name, hub.transport(number), silence_seconds, False, arguments)
+        outcomes[number] = play(name, hub.transport(number), silence_seconds, False, **arguments)
 
     threads = [threading.Thread(target=one_stage, args=(number,), daemon=True) for number in range(stages)]
     for thread in threads:
@@ -537,7 +541,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
-    outcome = _play(job["scenario"], transport, job["silence_seconds"], True, job["arguments"])
+    outcome = play(job["scenario"], transport, job["silence_seconds"], **job["arguments"])
     (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(outcome)))
     if outcome.error is None:
         dist.destroy_process_group()
