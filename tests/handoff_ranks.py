@@ -20,7 +20,18 @@ from typing import Any
 
 import torch
 
-from pp_piecewise_backend.handoff import Header, Kind, Links, Patience, Receiver, Schema, Sender, StagePlan, connect
+from pp_piecewise_backend.handoff import (
+    Header,
+    Kind,
+    Links,
+    Patience,
+    Receiver,
+    Schema,
+    Sender,
+    StagePlan,
+    TensorParallel,
+    connect,
+)
 from pp_piecewise_backend.handoff.header import HEADER_BYTES
 from pp_piecewise_backend.handoff.local import LocalHub
 from pp_piecewise_backend.handoff.schema import Field
@@ -39,6 +50,7 @@ class Stage:
 
     number: int
     count: int
+    rank: int
     connect: Callable[..., Links]
     """Takes changes to the plan of this stage as keywords."""
     transport: Transport
@@ -84,6 +96,10 @@ def plan_of(stage: int, count: int, **changes: Any) -> StagePlan:
     return replace(plan, **changes)
 
 
+def with_layout(schema: Schema, layout: str) -> Schema:
+    return Schema(tuple(replace(field, layout=layout) for field in schema.fields))
+
+
 def memory(schema: Schema) -> dict[str, torch.Tensor]:
     return {f.name: torch.zeros((MAX_TOKENS, *f.shape), dtype=f.dtype) for f in schema.fields}
 
@@ -106,10 +122,11 @@ def values(sequence: int, num_tokens: int) -> dict[str, torch.Tensor]:
 
 def steady(stage: Stage) -> dict[str, Any]:
     """Random numbers of tokens through the pipeline, each stage adding 1, with feedback to the first one."""
-    links = stage.connect()
+    proxies = with_layout(PROXIES, stage.arguments.get("layout", "replicated"))
+    links = stage.connect(inputs=None if stage.is_first else proxies, outputs=None if stage.is_last else proxies)
     count, delay_seconds = stage.arguments.get("microbatches", 30), stage.arguments.get("delay_seconds", 0.0)
     chosen = random.Random(1).choices(range(1, MAX_TOKENS + 1), k=count)
-    own_random = random.Random(stage.number)
+    own_random = random.Random(stage.rank)
     landing, outgoing = memory(PROXIES), memory(PROXIES)
     tokens = memory(FEEDBACK)
     observer = Observer(landing, tokens)
@@ -171,7 +188,15 @@ class Observer:
         self._ranges = [
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for group in landing for tensor in group.values()
         ]
-        self.counts = {"receives": 0, "outside": 0, "header_receives": 0, "pickles": 0, "object_calls": 0}
+        self.counts = {
+            "receives": 0,
+            "outside": 0,
+            "header_receives": 0,
+            "gathers": 0,
+            "gathers_elsewhere": 0,
+            "pickles": 0,
+            "object_calls": 0,
+        }
         self._undo: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Observer:
@@ -181,6 +206,7 @@ class Observer:
         from torch.distributed import distributed_c10d
 
         self._replace(dist, "irecv", self._seeing_receives(dist.irecv))
+        self._replace(dist, "all_gather_into_tensor", self._seeing_gathers(dist.all_gather_into_tensor))
         for module in (dist, distributed_c10d):
             for name in [name for name in vars(module) if "object" in name and callable(getattr(module, name))]:
                 self._replace(module, name, self._counting("object_calls", getattr(module, name)))
@@ -205,14 +231,26 @@ class Observer:
 
         return counted
 
+    def _is_outside(self, tensor: torch.Tensor) -> bool:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return not any(low <= start and end <= high for low, high in self._ranges)
+
+    def _seeing_gathers(self, original: Any) -> Any:
+        def seen(output: torch.Tensor, own: torch.Tensor, group: Any) -> Any:
+            self.counts["gathers"] += 1
+            in_place = own.data_ptr() == output.data_ptr() + group.rank() * own.nbytes
+            self.counts["gathers_elsewhere"] += self._is_outside(output) or not in_place
+            return original(output, own, group=group)
+
+        return seen
+
     def _seeing_receives(self, original: Any) -> Any:
         def seen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
             if tensor.dtype == torch.uint8 and tensor.numel() == HEADER_BYTES:
                 self.counts["header_receives"] += 1
             else:
                 self.counts["receives"] += 1
-                self.counts["outside"] += not any(low <= start and end <= high for low, high in self._ranges)
+                self.counts["outside"] += self._is_outside(tensor)
             return original(tensor, *args, **kwargs)
 
         return seen
@@ -364,15 +402,28 @@ def other_plans(stage: Stage) -> None:
         assert not moved
 
 
+def other_siblings(stage: Stage) -> None:
+    """Of 2 x 2 ranks some were set up otherwise than the rest."""
+    match stage.arguments["differs"]:
+        case "buckets of rank 3":
+            stage.connect(**({"buckets_tokens": (1, MAX_TOKENS)} if stage.rank == 3 else {}))
+        case "no groups on stage 1":
+            stage.connect(**({"tensor_parallel": None} if stage.number == 1 else {}))
+
+
 def fault(stage: Stage) -> None:
     """Micro-batches without end; one stage breaks in the way that ``kind`` names, and tells when."""
-    links = stage.connect(**({"feedback": None} if stage.arguments.get("no_feedback") else {}))
+    changes: dict[str, Any] = {"feedback": None} if stage.arguments.get("no_feedback") else {}
+    if stage.arguments.get("layout") == "scattered":
+        scattered = with_layout(PROXIES, "scattered")
+        changes.update({"outputs": scattered} if stage.is_first else {"inputs": scattered})
+    links = stage.connect(**changes)
     kind, victim = stage.arguments["kind"], stage.arguments["victim"]
     landing, tokens = memory(PROXIES), memory(FEEDBACK)
     telling = None
     try:
         for sequence in range(10**6):
-            if stage.number == victim and sequence == 5:
+            if stage.rank == victim and sequence == 5:
                 _break_now(kind, stage, links)
             if stage.is_first:
                 views, header = values(sequence, 5), None
@@ -381,7 +432,7 @@ def fault(stage: Stage) -> None:
                 views = rows(landing, header.num_tokens)
                 links.incoming.receive(header, views).wait()
             if links.outgoing is not None:
-                if stage.number == victim and kind in _LIES and sequence == 4:
+                if stage.rank == victim and kind in _LIES and sequence == 4:
                     _lie(links.outgoing, _LIES[kind])
                 links.outgoing.send(links.outgoing.announce(5), views).wait()
             elif links.feedback_out is not None:
@@ -457,7 +508,8 @@ def sends_while_idle_receiver_dies(stage: Stage) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        steady, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, fault,
+        steady, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, other_siblings,
+        fault,
         sends_while_idle_receiver_dies,
     )
 }  # fmt: skip
@@ -479,18 +531,25 @@ def run(
     return runner(scenario.__name__, stages, folder, silence_seconds, arguments)
 
 
-def play(name: str, transport: Transport, silence_seconds: float, is_process: bool = True, **arguments: Any) -> Outcome:
+def play(
+    name: str,
+    transport: Transport,
+    silence_seconds: float,
+    is_process: bool = True,
+    tensor_parallel: TensorParallel | None = None,
+    **arguments: Any,
+) -> Outcome:
     """The scenario on this stage."""
     patience = Patience(silence_seconds, setup_seconds=LONGEST_SECONDS)
     stats = Stats()
 
-    def connect_stage(**changes: Any) -> Links:
-        own = plan_of(transport.stage, transport.stage_count, **changes)
-        return connect(transport, own, patience, stats)
+    number, count = transport.stage, transport.stage_count
 
-    stage = Stage(
-        transport.stage, transport.stage_count, connect_stage, transport, patience, stats, is_process, arguments
-    )
+    def connect_stage(tensor_parallel: TensorParallel | None = tensor_parallel, **changes: Any) -> Links:
+        return connect(transport, plan_of(number, count, **changes), patience, stats, tensor_parallel)
+
+    rank = transport.ranks[number]
+    stage = Stage(number, count, rank, connect_stage, transport, patience, stats, is_process, arguments)
     try:
         return Outcome(value=SCENARIOS[name](stage), ended_at=time.time())
     except BaseException as error:
@@ -539,9 +598,22 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
 
     from pp_piecewise_backend.handoff.p2p import P2P
 
+    def of_several(groups: list[list[int]]) -> Any:
+        """Every rank makes all groups, and takes the one that it is in."""
+        made = [dist.new_group(ranks) for ranks in groups]
+        return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
+
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
-    transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
-    outcome = play(job["scenario"], transport, job["silence_seconds"], **job["arguments"])
+    size = job["arguments"].get("tensor_parallel_size", 1)
+    pipeline = of_several([[*range(t, count, size)] for t in range(size)])
+    tensor_parallel = None
+    if size > 1:
+        stages = of_several([[*range(first, first + size)] for first in range(0, count, size)])
+        tensor_parallel = TensorParallel(stages, LONGEST_SECONDS)
+    transport = P2P("cpu", pipeline, setup_seconds=LONGEST_SECONDS)
+    outcome = play(
+        job["scenario"], transport, job["silence_seconds"], tensor_parallel=tensor_parallel, **job["arguments"]
+    )
     (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(outcome)))
     if outcome.error is None:
         dist.destroy_process_group()

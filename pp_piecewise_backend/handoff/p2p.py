@@ -57,9 +57,9 @@ class P2P:
         self, device: torch.device | str, group: dist.ProcessGroup | None = None, setup_seconds: float = 1800.0
     ) -> None:
         self.device = torch.device(device)
-        self._ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
-        self.stage = self._ranks.index(dist.get_rank())
-        self.stage_count = len(self._ranks)
+        self.ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.stage = self.ranks.index(dist.get_rank())
+        self.stage_count = len(self.ranks)
         self._pipelines: list[list[int]] = []
         self._setup = timedelta(seconds=setup_seconds)
         self._groups: list[Any] = []
@@ -68,12 +68,12 @@ class P2P:
         with self._meeting("the ranks of all pipelines"):
             world = self._new_group(range(dist.get_world_size()), "gloo")
             dist.monitored_barrier(world, self._setup, wait_all_ranks=True)
-            shown = _gather_bytes(json.dumps(self._ranks).encode(), world)
+            shown = _gather_bytes(json.dumps(self.ranks).encode(), world)
             self._pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
-            own = [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self._ranks)]
+            own = [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self.ranks)]
             # all_gather orders by rank in the group, which new_group sorts
-            by_rank = dict(zip(sorted(self._ranks), _gather_bytes(text.encode(), own), strict=True))
-        return [by_rank[rank].decode() for rank in self._ranks]
+            by_rank = dict(zip(sorted(self.ranks), _gather_bytes(text.encode(), own), strict=True))
+        return [by_rank[rank].decode() for rank in self.ranks]
 
     def wire(self, source: int, target: int, name: str) -> P2PWire | None:
         wire = None
@@ -82,7 +82,7 @@ class P2P:
                 ends = [ranks[source], ranks[target]]
                 control = self._new_group(ends, "gloo")
                 data = self._new_group(ends, "gloo" if self.device.type == "cpu" else "nccl")
-                if ranks == self._ranks and self.stage in (source, target):
+                if ranks == self.ranks and self.stage in (source, target):
                     is_source = self.stage == source
                     peer = ends[1] if is_source else ends[0]
                     wire = P2PWire(control, data, peer, is_source, self._setup)
@@ -154,7 +154,7 @@ class P2PWire:
     def tell(self, message: bytes) -> None:
         self.flush(self._longest.total_seconds())
         self._outgoing_bytes[:] = message
-        with _connection_errors():
+        with connection_errors():
             self._leaving = _posted(dist.isend(self._outgoing, self._peer, group=self._control, tag=self._tell_tag))
 
     def flush(self, timeout_seconds: float) -> None:
@@ -163,26 +163,26 @@ class P2PWire:
             self._leaving = None
 
     def hear(self, timeout_seconds: float) -> bytes:
-        with _connection_errors():
+        with connection_errors():
             work = _posted(dist.irecv(self._incoming, self._peer, group=self._control, tag=self._hear_tag))
         _wait(work, timedelta(seconds=timeout_seconds))
         return bytes(self._incoming_bytes)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> _Works:
-        with _connection_errors():
+        with connection_errors():
             works = [_posted(dist.isend(tensor, self._peer, group=self._data)) for tensor in tensors]
         return _Works(works, tensors, self._longest)
 
     def receive(self, views: Sequence[torch.Tensor]) -> _Works:
-        with _connection_errors():
+        with connection_errors():
             works = [_posted(dist.irecv(view, self._peer, group=self._data)) for view in views]
         return _Works(works, views, self._longest)
 
     def break_data(self) -> None:
-        _break(self._data, self._peer)
+        break_pair(self._data, self._peer)
 
     def break_control(self) -> None:
-        _break(self._control, self._peer)
+        break_pair(self._control, self._peer)
 
     def close(self) -> None:
         pass  # the transport destroys the groups, when all links have stopped
@@ -206,13 +206,13 @@ def _posted(work: Any) -> Any:
 
 
 def _wait(work: Any, timeout: timedelta) -> None:
-    with _connection_errors():
+    with connection_errors():
         work.wait(timeout)
 
 
 @contextlib.contextmanager
-def _connection_errors() -> Iterator[None]:
-    """torch.distributed raises RuntimeError for all that goes wrong with a peer."""
+def connection_errors() -> Iterator[None]:
+    """``torch.distributed`` raises RuntimeError for all that goes wrong with a peer."""
     try:
         yield
     except RuntimeError as error:
@@ -220,7 +220,8 @@ def _connection_errors() -> Iterator[None]:
         raise kind(str(error)) from error
 
 
-def _break(group: Any, peer: int) -> None:
+def break_pair(group: Any, peer: int) -> None:
+    """End everything that this rank and ``peer`` wait for within a group, from any thread; see Note [gloo waits]."""
     if dist.get_backend(group) == "gloo":
         nothing = torch.zeros(1, dtype=torch.uint8)
         with contextlib.suppress(
