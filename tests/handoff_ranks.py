@@ -6,10 +6,12 @@ or raised.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -294,6 +296,33 @@ def _pass_on(links: Links, sequence: int) -> None:
         links.outgoing.send(links.outgoing.announce(header.num_tokens, header.tag), landing).wait()
 
 
+def timed(stage: Stage) -> dict[str, Any]:
+    """When tensors are sent, when memory for them is named, and when they have arrived, by the monotonic clock.
+
+    Memory for the first is named early, for the second late; the last two are under way at once.
+    """
+    links = stage.connect(feedback=None)
+    pauses_seconds = (0.0, 0.1, 0.0, 0.0)
+    times: dict[str, Any] = {"sent_at": [], "named_at": [], "arrived_at": []}
+    transfers = []
+    for sequence, pause_seconds in enumerate(pauses_seconds):
+        if stage.is_first:
+            time.sleep(0.05)
+            header = links.outgoing.announce(3)
+            times["sent_at"].append(time.monotonic())
+            transfers.append(links.outgoing.send(header, values(sequence, 3)))
+        else:
+            header, views = links.incoming.next_header(), rows(memory(PROXIES), 3)
+            time.sleep(pause_seconds)
+            times["named_at"].append(time.monotonic())
+            transfers.append(links.incoming.receive(header, views))
+    for transfer in transfers:
+        transfer.wait()
+        times["arrived_at"].append(time.monotonic())
+    links.close()
+    return times
+
+
 def early_end(stage: Stage) -> int:
     """The last stage asks for an end after three micro-batches; what was announced is drained on the way."""
     links = stage.connect(feedback=None)
@@ -508,7 +537,7 @@ def sends_while_idle_receiver_dies(stage: Stage) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        steady, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, other_siblings,
+        steady, timed, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, other_siblings,
         fault,
         sends_while_idle_receiver_dies,
     )
@@ -537,9 +566,12 @@ def play(
     silence_seconds: float,
     is_process: bool = True,
     tensor_parallel: TensorParallel | None = None,
+    delayed: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Outcome:
-    """The scenario on this stage."""
+    """The scenario on this stage, over ``transport`` or over the delayed one of the benchmarks around it."""
+    if delayed is not None:
+        transport = delayed_link().DelayedTransport(transport, **delayed)
     patience = Patience(silence_seconds, setup_seconds=LONGEST_SECONDS)
     stats = Stats()
 
@@ -555,6 +587,14 @@ def play(
     except BaseException as error:
         traceback.print_exc()
         return Outcome(error=type(error).__name__, message=str(error), ended_at=time.time(), exit_code=1)
+
+
+def delayed_link() -> Any:
+    sys.path.append(str(Path(__file__).parent.parent / "bench"))
+    try:
+        return importlib.import_module("delayed_link")
+    finally:
+        sys.path.pop()
 
 
 def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
