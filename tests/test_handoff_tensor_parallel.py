@@ -8,6 +8,8 @@ import pytest
 
 from handoff_ranks import PROXIES, fault, fault_time, other_siblings, run, steady
 
+pytestmark = pytest.mark.compat
+
 SILENCE_SECONDS = 2.0
 MARGIN_SECONDS = 2.0
 

@@ -22,6 +22,8 @@ from handoff_ranks import (
     steady,
 )
 
+pytestmark = pytest.mark.compat
+
 TRANSPORTS = ("local", "p2p")
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)

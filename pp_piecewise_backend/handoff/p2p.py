@@ -6,6 +6,10 @@ wait there; nothing else ends a wait whose peer was stopped. So each link has a 
 waits for tensors last as long as the peer lives, and ``break_data`` lets a tiny receive run out of time on purpose.
 ``is_completed()`` of a gloo transfer stays False until somebody waits for it, so it cannot be asked instead.
 
+Note [NCCL waits]
+``wait()`` of NCCL lets the current stream wait. Given a time it blocks the host too, looking every 10 ms [read], so
+tensors on a GPU are waited for without one; aborting the group ends what the stream waits for.
+
 ``isend`` and ``irecv`` are looked up in ``torch.distributed`` at each call, so that an observer can count them.
 """
 
@@ -138,6 +142,7 @@ class P2PWire:
         self._peer = peer
         self._is_source = is_source
         self._longest = longest
+        self._longest_transfer = longest if _is_gloo(data) else None
         self._tell_tag, self._hear_tag = (_DOWN, _UP) if is_source else (_UP, _DOWN)
         self._outgoing_bytes = bytearray(HEADER_BYTES)
         self._outgoing = torch.frombuffer(self._outgoing_bytes, dtype=torch.uint8)
@@ -176,12 +181,12 @@ class P2PWire:
     def send(self, tensors: Sequence[torch.Tensor]) -> _Works:
         with connection_errors():
             works = [_posted(dist.isend(tensor, self._peer, group=self._data)) for tensor in tensors]
-        return _Works(works, tensors, self._longest)
+        return _Works(works, tensors, self._longest_transfer)
 
     def receive(self, views: Sequence[torch.Tensor]) -> _Works:
         with connection_errors():
             works = [_posted(dist.irecv(view, self._peer, group=self._data)) for view in views]
-        return _Works(works, views, self._longest)
+        return _Works(works, views, self._longest_transfer)
 
     def break_data(self) -> None:
         break_pair(self._data, self._peer)
@@ -194,7 +199,7 @@ class P2PWire:
 
 
 class _Works:
-    def __init__(self, works: Sequence[Any], tensors: Sequence[torch.Tensor], longest: timedelta) -> None:
+    def __init__(self, works: Sequence[Any], tensors: Sequence[torch.Tensor], longest: timedelta | None) -> None:
         self._works = works
         self._tensors = tensors  # gloo reads and writes them until then
         self._longest = longest
@@ -210,9 +215,13 @@ def _posted(work: Any) -> Any:
     return work
 
 
-def _wait(work: Any, timeout: timedelta) -> None:
+def _wait(work: Any, timeout: timedelta | None) -> None:
     with connection_errors():
-        work.wait(timeout)
+        work.wait() if timeout is None else work.wait(timeout)
+
+
+def _is_gloo(group: Any) -> bool:
+    return dist.get_backend(group) == "gloo"
 
 
 @contextlib.contextmanager
@@ -227,11 +236,9 @@ def connection_errors() -> Iterator[None]:
 
 def break_pair(group: Any, peer: int) -> None:
     """End everything that this rank and ``peer`` wait for within a group, from any thread; see Note [gloo waits]."""
-    if dist.get_backend(group) == "gloo":
+    if _is_gloo(group):
         nothing = torch.zeros(1, dtype=torch.uint8)
-        with contextlib.suppress(
-            RuntimeError, ConnectionError
-        ):  # always: it runs out of time, or the pair was broken before
+        with contextlib.suppress(RuntimeError, ConnectionError):  # it runs out of time, or the pair was broken before
             _posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)).wait(timedelta(milliseconds=1))
     else:
         with contextlib.suppress(RuntimeError):
