@@ -18,7 +18,7 @@ import torch.distributed as dist
 from handoff_ranks import play
 from pp_piecewise_backend.handoff.p2p import P2P, join_world
 
-LONGEST_SECONDS = 30.0
+LONGEST_SECONDS = 100.0
 
 
 def main() -> int:
