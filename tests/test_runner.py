@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 import threading
 import time
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from against_eager import assert_same
+from captured import DEVICES
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.handoff.local import LocalHub, LocalTransport
@@ -21,6 +24,7 @@ from pp_piecewise_backend.liveness import Boundary, find_boundary
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend"), pytest.mark.timeout(300)]
 
+on_devices = pytest.mark.parametrize("device", DEVICES)
 HIDDEN = 16
 MAX_TOKENS = 8
 PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
@@ -51,11 +55,12 @@ class PipelineStage(nn.Module):
         return dict(zip(("hidden_states", "residual"), output, strict=True))
 
 
-def own_inputs(is_first: bool, num_tokens: int, tag: bytes) -> dict[str, Tensor]:
-    inputs = {"positions": torch.arange(num_tokens)}
+def own_inputs(is_first: bool, num_tokens: int, tag: bytes, device: str = "cpu") -> dict[str, Tensor]:
+    inputs = {"positions": torch.arange(num_tokens, device=device)}
     if is_first:
         seed = int(tag.decode() or 0)
-        inputs["input_ids"] = torch.randint(32, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(32, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+        inputs["input_ids"] = ids.to(device)
     return inputs
 
 
@@ -91,9 +96,10 @@ def in_threads(
     make_module: Callable[[int, int], nn.Module] = PipelineStage,
     delay_seconds: float = 0.0,
     options: Mapping[str, Any] = OPTIONS,
+    device: str = "cpu",
     **arguments: Any,
 ) -> list[Any]:
-    """What ``play(runner, stage)`` returned, or raised, on each stage."""
+    """What ``play(runner, stage)`` returned, or raised, on each stage. On a GPU each has a stream of its own."""
     hub = LocalHub(count, LONGEST_SECONDS)
     outcomes: dict[int, Any] = {}
 
@@ -105,13 +111,14 @@ def in_threads(
             "inputs": None if is_first else PROXIES,
             "outputs": None if is_last else PROXIES,
             "feedback": FEEDBACK if count > 1 and (is_first or is_last) else None,
-            "make_inputs": lambda num_tokens, tag: own_inputs(is_first, num_tokens, tag),
+            "make_inputs": lambda num_tokens, tag: own_inputs(is_first, num_tokens, tag, device),
         }
         try:
             with torch.no_grad():
-                module = make_module(stage, count)
-            with ppb.StageRunner(
-                module, max_tokens=MAX_TOKENS, transport=transport, options=options, timeout_s=20,
+                module = make_module(stage, count).to(device)
+            with torch.Stream(device) if device != "cpu" else contextlib.nullcontext(), ppb.StageRunner(
+                module, max_tokens=MAX_TOKENS, transport=transport, timeout_s=20,
+                options={**options, "graphs": "cuda"} if device != "cpu" else options,
                 setup_timeout_s=LONGEST_SECONDS, **{**ends, **arguments},
             ) as runner:  # fmt: skip
                 outcomes[stage] = play(runner, stage)
@@ -125,6 +132,8 @@ def in_threads(
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     assert len(outcomes) == count, f"only stages {sorted(outcomes)} ended"
+    if device != "cpu":
+        torch.cuda.synchronize()
     return [outcomes[stage] for stage in range(count)]
 
 
@@ -139,34 +148,42 @@ def sizes(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, MAX_TOKENS + 1), k=count)
 
 
-def one_after_the_other(chosen: Sequence[int], count: int, options: Mapping[str, Any] | None) -> Iterator[Any]:
+def one_after_the_other(
+    chosen: Sequence[int], count: int, options: Mapping[str, Any] | None, device: str = "cpu"
+) -> Iterator[Any]:
     """What the last stage gives when the same stages run in one thread; eagerly without options."""
     with torch.no_grad():
-        stages: list[Any] = [PipelineStage(stage, count) for stage in range(count)]
+        stages: list[Any] = [PipelineStage(stage, count).to(device) for stage in range(count)]
         if options is not None:
             whole = [
                 torch.compile(stage, backend="pp_piecewise", options={**options, "max_tokens": MAX_TOKENS})
                 for stage in stages
             ]
             for index, stage in enumerate(whole):
-                ppb.warmup(stage, lambda n, index=index: ((), {**own_inputs(index == 0, n, b""), **blank(index, n)}))
+                make = functools.partial(all_inputs, index, device)
+                ppb.warmup(stage, make)
             stages = whole
         for number, num_tokens in enumerate(chosen):
             passed: dict[str, Tensor] = {}
             for index, stage in enumerate(stages):
-                passed = stage(**own_inputs(index == 0, num_tokens, str(number).encode()), **passed)
+                passed = stage(**own_inputs(index == 0, num_tokens, str(number).encode(), device), **passed)
             yield passed
 
 
-def blank(stage: int, num_tokens: int) -> dict[str, Tensor]:
-    return {} if stage == 0 else {name: torch.zeros(num_tokens, HIDDEN) for name in PROXIES}
+def all_inputs(stage: int, device: str, num_tokens: int) -> tuple[tuple[()], dict[str, Tensor]]:
+    proxies = {} if stage == 0 else {name: torch.zeros(num_tokens, HIDDEN, device=device) for name in PROXIES}
+    return (), {**own_inputs(stage == 0, num_tokens, b"", device), **proxies}
+
+
+one_at_a_time = threading.Lock()
 
 
 def play_all(chosen: Sequence[int]) -> Rank:
     """Run micro-batches of these sizes: the last stage gives its outputs, and each its counters."""
 
     def play(runner: ppb.StageRunner, stage: int) -> Any:
-        runner.warmup()
+        with one_at_a_time:  # a capture on a GPU forbids much to other threads
+            runner.warmup()
         before = runner.stats
         batches = (ppb.MicroBatch(n, str(number).encode()) for number, n in enumerate(chosen))
         outputs = [
@@ -185,15 +202,19 @@ def play_all(chosen: Sequence[int]) -> Rank:
 # ------------------------------------------------------------------------------------------ results
 
 
+@on_devices
 @pytest.mark.parametrize(("count", "max_in_flight"), [(2, None), (2, 1), (3, 3), (4, 8)])
-def test_results_are_those_of_one_thread_bit_for_bit(count: int, max_in_flight: int | None) -> None:
+def test_results_are_those_of_one_thread_bit_for_bit(count: int, max_in_flight: int | None, device: str) -> None:
     chosen = sizes(125, seed=count)
-    *_, (outputs, _) = all_well(in_threads(count, play_all(chosen), delay_seconds=0.004, max_in_flight=max_in_flight))
+    *_, (outputs, _) = all_well(
+        in_threads(count, play_all(chosen), delay_seconds=0.004, max_in_flight=max_in_flight, device=device)
+    )
     assert len(outputs) == len(chosen)
     torch._dynamo.reset()
     ppb.reset()
-    expected = one_after_the_other(chosen, count, OPTIONS)
-    eager = one_after_the_other(chosen, count, None)
+    options = OPTIONS if device == "cpu" else {**OPTIONS, "graphs": "cuda"}
+    expected = one_after_the_other(chosen, count, options, device)
+    eager = one_after_the_other(chosen, count, None, device)
     for got, same_buckets, unsplit in zip(outputs, expected, eager, strict=True):
         assert_same(got, same_buckets)
         torch.testing.assert_close(got["logits"], unsplit["logits"], rtol=1e-5, atol=1e-5)
@@ -222,13 +243,13 @@ def too_early(*args: Any) -> Boundary:
 def test_a_release_one_step_too_early_gives_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pp_piecewise_backend.plan.find_boundary", too_early)
     with pytest.raises(AssertionError):
-        test_results_are_those_of_one_thread_bit_for_bit(2, None)
+        test_results_are_those_of_one_thread_bit_for_bit(2, None, "cpu")
 
 
 def test_without_the_wait_for_the_last_send_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppb.StageRunner, "results_are_written", lambda self: None)
     with pytest.raises(AssertionError):
-        test_results_are_those_of_one_thread_bit_for_bit(3, None)
+        test_results_are_those_of_one_thread_bit_for_bit(3, None, "cpu")
 
 
 class Breaking(PipelineStage):
