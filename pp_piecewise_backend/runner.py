@@ -33,7 +33,7 @@ from .buckets import Ladder
 from .buffers import Proxy, Stage
 from .config import Config
 from .dump import versions
-from .handoff import Header, Patience, Schema, StagePlan, Transfer, Transport, connect
+from .handoff import Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
 from .handoff.feedback import FeedbackReader
 from .handoff.inbox import Inbox
 from .stats import TOTALS, Amounts, Snapshot, Stats
@@ -147,7 +147,7 @@ class StageRunner:
             outputs=None if self.is_last else Schema.of(outputs or {}),
             feedback=None if feedback is None else Schema.of(feedback),
         )
-        self._links = connect(way, plan, patience, self._stats)
+        self._links = connect(way, plan, patience, self._stats, _tensor_parallel(mesh, setup_timeout_s))
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
         self._output_names = tuple(outputs or ())
@@ -518,6 +518,12 @@ def _transport(asked: Transport | str, group: Any, mesh: Any, device: torch.devi
     if not P2P.is_possible():
         raise errors.ConfigError(errors.no_transport())
     return P2P(device, mesh.get_group("pp") if mesh is not None else group, setup_seconds)
+
+
+def _tensor_parallel(mesh: Any, setup_seconds: float) -> TensorParallel | None:
+    if mesh is None or "tp" not in mesh.mesh_dim_names:
+        return None
+    return TensorParallel(mesh.get_group("tp"), setup_seconds)
 
 
 _stage_numbers = itertools.count()
