@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,15 +33,12 @@ from .buckets import Ladder
 from .buffers import Proxy, Stage
 from .config import Config
 from .dump import versions
-from .handoff import Header, Patience, Schema, StagePlan, Transfer, Transport, connect
+from .handoff import Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
 from .handoff.feedback import FeedbackReader
 from .handoff.inbox import Inbox
 from .stats import TOTALS, Amounts, Snapshot, Stats
 from .steps import address
 from .timeline import Timeline, chrome_trace
-
-if TYPE_CHECKING:
-    from .handoff.tensor_parallel import TensorParallel
 
 _LOG = logging.getLogger(__name__)
 
@@ -524,7 +521,6 @@ def _transport(
     if not isinstance(asked, str):
         return asked, None
     from .handoff.p2p import P2P
-    from .handoff.tensor_parallel import TensorParallel
 
     if asked not in ("auto", "p2p"):
         raise errors.ConfigError(errors.runner_argument("transport", asked, "'auto', 'p2p' or a transport"))

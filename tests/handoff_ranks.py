@@ -208,7 +208,8 @@ class Observer:
         from torch.distributed import distributed_c10d
 
         self._replace(dist, "irecv", self._seeing_receives(dist.irecv))
-        self._replace(dist, "all_gather_into_tensor", self._seeing_gathers(dist.all_gather_into_tensor))
+        for name in {"all_gather_single", "all_gather_into_tensor"} & {*vars(dist)}:
+            self._replace(dist, name, self._seeing_gathers(getattr(dist, name)))
         for module in (dist, distributed_c10d):
             for name in [name for name in vars(module) if "object" in name and callable(getattr(module, name))]:
                 self._replace(module, name, self._counting("object_calls", getattr(module, name)))

@@ -159,7 +159,10 @@ MESSAGES = {
         errors.plan_entry_differs("max_tokens", {"8": [0, 2], "4": [1]}),
         ["max_tokens is 8 on ranks 0, 2, 4 on rank 1"],
     ),
-    "wrong_stage_count": (errors.wrong_stage_count(3, 2), ["stage_count is 3", "2 ranks came"]),
+    "wrong_count": (errors.wrong_count("stage_count", 3, 2), ["stage_count is 3", "2 ranks came"]),
+    "wrong_sibling": (errors.wrong_sibling(3, 0, 1, 2), ["rank 3 is number 0", "begins with rank 2", "number 1"]),
+    "unknown_layout": (errors.unknown_layout(1, "inputs", "h", "split", ["a", "b"]), ["'split', expected 'a' or 'b'"]),
+    "not_divisible": (errors.not_divisible(1, "inputs", "h", 7, 2), ["'h' scattered with 7 elements", "2 tensor-par"]),
     "link_differs": (
         errors.link_differs(0, "outputs", "x", 1, "inputs", "y"),
         ["outputs of rank 0 are x", "inputs of rank 1 are y"],
@@ -184,12 +187,27 @@ MESSAGES = {
     "peer_failed": (errors.peer_failed(2, "silent", 1), ["rank 2 failed (silent), as rank 1 tells"]),
     "own_failure": (errors.own_failure(2, "KeyError"), ["rank 2 itself failed (KeyError)"]),
     "on_rank": (errors.on_rank(2, "waiting"), ["rank 2 was waiting"]),
+    "runner_argument": (
+        errors.runner_argument("receive", 1, "'early'"),
+        ["StageRunner got receive=1: expected 'early'"],
+    ),
+    "no_transport": (errors.no_transport(), ["init_process_group"]),
+    "proxies_at_wrong_end": (errors.proxies_at_wrong_end("inputs", ["h"], 0, 2), ["stage 0 of 2", "got inputs ['h']"]),
+    "runner_sets_option": (errors.runner_sets_option("stage"), ["'stage'", "Leave it out"]),
+    "stage_returned": (errors.stage_returned(1, "a list", ["h"]), ["stage 1 returned a list", "dict with 'h'"]),
+    "stage_inputs_clash": (errors.stage_inputs_clash({"h"}), ["make_inputs gave 'h'", "Leave proxies out"]),
+    "wrong_end_of_pipeline": (errors.wrong_end_of_pipeline("run", 1), ["stage 1", "only the first stage"]),
+    "ran_already": (errors.ran_already(), ["new StageRunner"]),
+    "no_more_feedback": (errors.no_more_feedback(), ["the last stage has stopped"]),
+    "graph_breaks_in_stage": (errors.graph_breaks_in_stage(1, "print."), ["stage 1", "Dynamo says: print."]),
+    "trace_after_run": (errors.trace_after_run(), ["call it before"]),
     "lost_while": (errors.lost_while("why", "rank 2 was waiting"), ["broken: why. Meanwhile rank 2", "restart all"]),
 }
 
 
 CLAUSES = {
-    "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_stage_count",
+    "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
+    "unknown_layout", "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
     "data_upstream", "peer_failed", "own_failure", "on_rank",
 }  # fmt: skip

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from ..handoff.p2p import P2P, break_pair, connection_errors
 from ..handoff.transport import Pending
 
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""Its name in this torch; looked up at each call, so that an observer can count it."""
+
 
 class TensorParallel:
     """One rank's place among the ranks of its stage.
@@ -48,7 +51,7 @@ class TensorParallel:
         """
         whole = tensor.view(-1).view(torch.uint8)  # for the dtypes that a backend has no name for
         with connection_errors():
-            dist.all_gather_into_tensor(whole, self.share(whole), group=self.group)
+            getattr(dist, _ALL_GATHER)(whole, self.share(whole), group=self.group)
 
     def break_off(self) -> None:
         """End all collectives of the group, from any thread."""
