@@ -7,6 +7,8 @@
     hidden_states = first(input_ids=tokens, position_ids=positions, past_key_values=cache)
     logits = last(hidden_states=hidden_states, position_ids=positions, past_key_values=last_cache)
 
+`load_stage` gives one of these stages from a folder of safetensors and reads the weights of this stage only.
+
 A stage runs the model's **own** forward: a copy of its modules (sharing every parameter and buffer) that
 holds the local layers only. So masks, rotary embeddings, sliding windows, scaled embeddings and soft-capped
 logits are those of the library, and the stages together compute bit for bit what the whole model computes.
@@ -15,8 +17,11 @@ logits are those of the library, and the stages together compute bit for bit wha
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +42,10 @@ class DecoderPlan:
 
 
 def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
-    """Reads and checks the ``pp_plan`` of ``model``. Raises `ValueError` if the model cannot be cut by it."""
+    """Reads and checks the ``pp_plan`` of ``model``. Raises `ValueError` if the model cannot be cut by it.
+
+    A model on the meta device computes nothing, so what it computes outside its plan cannot be seen.
+    """
     name = type(model).__name__
     base = model.base_model
     plan = model.config.base_model_pp_plan
@@ -69,7 +77,8 @@ def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
         after_layers=tuple(names[position + 1 :]),
         layer_count=len(layer_list),
     )
-    _check_that_layers_are_all_there_is(model, result)
+    if not next(base.parameters()).is_meta:
+        _check_that_layers_are_all_there_is(model, result)
     return result
 
 
@@ -161,12 +170,62 @@ def cut_decoder(
     fit.
     """
     plan = decoder_plan(model)
-    counts = _checked_layer_counts(plan.layer_count, stages, layer_counts)
-    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    layers_of_stages = _layers_of_stages(plan.layer_count, stages, layer_counts)
     return tuple(
-        _build_stage(model, plan, index=index, count=len(counts), layers=range(end - counts[index], end))
-        for index, end in enumerate(ends)
+        _build_stage(model, plan, index=index, count=len(layers_of_stages), layers=layers)
+        for index, layers in enumerate(layers_of_stages)
     )
+
+
+def load_stage(
+    directory: str | Path,
+    *,
+    stage: int,
+    stages: int | None = None,
+    layer_counts: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> DecoderStage:
+    """Stage number ``stage`` of the decoder in ``directory``, with memory for and reads of its own weights only.
+
+    ``directory`` holds ``config.json`` and ``model.safetensors``, or its shards and
+    ``model.safetensors.index.json``. The result is the one that `cut_decoder` gives for the whole model loaded
+    by transformers, in evaluation mode, with parameters of its own: every rank of a pipeline calls this with its
+    own ``stage`` and the same ``stages`` or ``layer_counts``. With tied embeddings the last stage reads the
+    embedding as its head. ``dtype`` None: the one in ``config.json``, else the one stored. ``device`` None: the
+    CPU. Nothing is downloaded, and no code in the directory is run.
+
+    Raises `FileNotFoundError` for a missing file, and `ValueError` for a model that cannot be cut, numbers that
+    do not fit, a quantised checkpoint, and weights that are missing, unexpected or of another shape.
+    """
+    import transformers
+
+    checkpoint = _Checkpoint(Path(directory))
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{directory} is quantised, which load_stage does not read; load it whole and cut it.")
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or checkpoint.stored_dtype()
+        )
+    plan = decoder_plan(whole)
+    layers_of_stages = _layers_of_stages(plan.layer_count, stages, layer_counts)
+    count = len(layers_of_stages)
+    if not 0 <= stage < count:
+        raise ValueError(f"stage {stage} of {count}: stages are numbered from 0 to {count - 1}.")
+    layers = layers_of_stages[stage]
+    device = torch.device(device or "cpu")
+    _load_weights(whole, checkpoint, _names_in_stage(whole, plan, stage, count, layers), device)
+    result = _build_stage(whole.eval(), plan, index=stage, count=count, layers=layers)
+    _compute_buffers(result.decoder, device)
+    _check_that_layers_are_all_there_is(result.decoder, plan)
+    return result
+
+
+def _layers_of_stages(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[range, ...]:
+    counts = _checked_layer_counts(layer_count, stages, layer_counts)
+    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))
 
 
 def _checked_layer_counts(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[int, ...]:
@@ -247,8 +306,6 @@ def _check_that_layers_are_all_there_is(model: PreTrainedModel, plan: DecoderPla
     Every stage would do it again. With all parts of the plan taken out, the base model must be the identity.
     """
     parameter = next(model.base_model.parameters())
-    if parameter.is_meta:
-        return
     config = _config_of_layers(model.config, range(0))
     empty = _copy_with_layers(model, plan, config, range(0), keep_head=False)
     for child in (*plan.before_layers, *plan.after_layers):
@@ -264,3 +321,175 @@ def _check_that_layers_are_all_there_is(model: PreTrainedModel, plan: DecoderPla
             f"({', '.join((*plan.before_layers, plan.layers, *plan.after_layers))}) that every stage "
             "would repeat, so it cannot be cut by its plan alone."
         )
+
+
+# ------------------------------------------------------------------------------ loading one stage
+
+
+class _Checkpoint:
+    """Which weights lie in which safetensors file of a directory; reads single ones."""
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import safe_open
+
+        self._open = safe_open
+        self._directory = directory
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"{directory} has no config.json; a decoder in Hugging Face format is expected.")
+        if index.is_file():
+            self.file_of: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            with safe_open(single, framework="pt") as file:
+                self.file_of = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise FileNotFoundError(
+                f"{directory} has neither {single.name} nor {index.name}; weights in safetensors files are expected."
+            )
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """That of the first floating weight; its header is read, not the weight."""
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        for key, name in self.file_of.items():
+            with self._open(self._path(name), framework="pt") as file:
+                if (dtype := dtypes.get(file.get_slice(key).get_dtype())) is not None:
+                    return dtype
+        return None
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These weights on the CPU, as they are stored; files without any of them stay closed."""
+        keys_in: dict[str, list[str]] = {}
+        for key in keys:
+            keys_in.setdefault(self.file_of[key], []).append(key)
+        weights = {}
+        for name, keys_of_file in keys_in.items():
+            with self._open(self._path(name), framework="pt") as file:
+                if absent := sorted(set(keys_of_file).difference(file.keys())):
+                    raise ValueError(f"{self._path(name)} lacks {_listed(absent)}, which the index says it has.")
+                weights.update({key: file.get_tensor(key) for key in keys_of_file})
+        return weights
+
+    def _path(self, name: str) -> Path:
+        path = self._directory / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, although the index of the checkpoint names it.")
+        return path
+
+
+def _names_in_stage(model: PreTrainedModel, plan: DecoderPlan, index: int, count: int, layers: range) -> set[str]:
+    """Names in the whole model's state dict that are parts of this stage; what the plan does not name is in each."""
+    is_first, is_last = index == 0, index == count - 1
+
+    def is_local(name: str) -> bool:
+        prefix, _, rest = name.partition(".")
+        if prefix != model.base_model_prefix:
+            return is_last
+        child, _, rest = rest.partition(".")
+        if child == plan.layers:
+            return int(rest.partition(".")[0]) in layers
+        return (child not in plan.before_layers or is_first) and (child not in plan.after_layers or is_last)
+
+    return {name for name in model.state_dict() if is_local(name)}
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: _Checkpoint, names: set[str], device: torch.device) -> None:
+    """Gives the parameters ``names`` of a model on the meta device their values; all others stay there.
+
+    Checkpoints of mixtures of experts, and old ones, name and shape weights otherwise than the model: transformers
+    knows how and does it, told to load these only.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    conversions = get_model_conversion_mapping(model)
+    name_of = _names_of_keys(model, checkpoint.file_of, conversions)
+    state = model.state_dict(keep_vars=True)
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    unexpected = [
+        key for key, name in name_of.items() if name not in state and not any(re.search(p, key) for p in ignored)
+    ]
+    stored = set(name_of.values())
+    tied = {name: {other for other in state if state[other] is state[name]} for name in names - stored}
+    missing = sorted(name for name, others in tied.items() if not others & stored)
+    if missing or unexpected:
+        raise ValueError(_keys_differ(model, missing, sorted(unexpected)))
+    # What is tied and stored once is read under the name that it is stored by.
+    wanted = names.union(*tied.values())
+    weights = checkpoint.read(key for key, name in name_of.items() if name in wanted)
+    result, _ = convert_and_load_state_dict_in_model(
+        model,
+        weights,
+        LoadStateDictConfig(
+            device_map={"": device},
+            dtype=model.dtype,
+            dtype_plan=model._get_dtype_plan(model.dtype),
+            weight_mapping=conversions,
+        ),
+    )
+    if result.mismatched_keys:
+        raise ValueError(
+            f"{type(model).__name__} and the checkpoint differ: "
+            + "; ".join(
+                f"{name} is {tuple(got)}, expected {tuple(expected)}"
+                for name, got, expected in sorted(result.mismatched_keys)
+            )
+            + "."
+        )
+    if result.conversion_errors:
+        raise ValueError(f"transformers could not convert {_listed(sorted(result.conversion_errors.values()))}.")
+    if not wanted.isdisjoint([*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()]):
+        model.tie_weights(missing_keys=result.missing_keys, recompute_mapping=False)
+
+
+def _names_of_keys(model: PreTrainedModel, keys: Iterable[str], conversions: Sequence[Any]) -> dict[str, str]:
+    """Key in a checkpoint -> name in the model's state dict (of the first weight that it becomes a part of)."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+
+    def name_of(key: str) -> str:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name
+
+    return {key: name_of(key) for key in keys}
+
+
+def _compute_buffers(decoder: PreTrainedModel, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) get memory, and their values from transformers."""
+    fresh = {}
+    for path, module in decoder.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                fresh[f"{path}.{name}"] = torch.empty_like(buffer, device=device)
+                setattr(module, name, fresh[f"{path}.{name}"])
+    decoder.initialize_weights()  # leaves alone what was loaded
+    unknown = [name for name, buffer in fresh.items() if buffer._version == 0]
+    unknown += [
+        f"{path}.{name}"
+        for path, module in decoder.named_modules()
+        for name, value in [*vars(module).items(), *module.named_parameters(recurse=False)]
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
+    if unknown:
+        raise ValueError(
+            f"transformers does not compute {_listed(unknown)} of {type(decoder).__name__} without loading the "
+            "whole model; load it whole and cut it."
+        )
+
+
+def _keys_differ(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    parts = [
+        *([f"it lacks {_listed(missing)}"] if missing else []),
+        *([f"it has {_listed(unexpected)}, which the model does not know"] if unexpected else []),
+    ]
+    return f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}."
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
