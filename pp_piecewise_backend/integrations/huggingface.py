@@ -9,6 +9,8 @@
 
 `load_stage` gives one of these stages from a folder of safetensors and reads the weights of this stage only.
 
+`DecoderStep` wraps a stage for a `StageRunner`: one row per token, results in a dict.
+
 A stage runs the model's **own** forward: a copy of its modules (sharing every parameter and buffer) that
 holds the local layers only. So masks, rotary embeddings, sliding windows, scaled embeddings and soft-capped
 logits are those of the library, and the stages together compute bit for bit what the whole model computes.
@@ -27,8 +29,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..buffers import Proxy
+
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, StaticCache
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,92 @@ class DecoderStage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"stage {self.index} of {self.count}, layers {self.layers.start} to {self.layers.stop - 1}"
+
+
+LAYOUTS = ("sequence", "batch")
+
+
+class DecoderStep(nn.Module):
+    """A `DecoderStage` as engines and runners call one: all tensors have one row per token, the proxies too.
+
+    ``layout`` says what the n tokens of a call are, and how the decoder sees them: ``"sequence"``, n tokens of one
+    sequence (``[1, n]``: a prompt, a part of one, or one next token); ``"batch"``, the next token of n sequences of
+    equal length (``[n, 1]``). ``returns`` says what the last stage gives. Raises `ValueError` for other names.
+    """
+
+    def __init__(self, stage: DecoderStage, *, layout: str = "sequence", returns: Sequence[str] = ("tokens",)) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r}: one of {', '.join(LAYOUTS)} is expected.")
+        if not returns or not set(returns) <= {"tokens", "logits"}:
+            raise ValueError(f"returns={returns!r}: one or both of tokens, logits are expected.")
+        self.stage = stage
+        self.layout = layout
+        self.returns = tuple(returns)
+        self._sequence_dim = 0 if layout == "sequence" else 1
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        """``{"hidden_states": [n, hidden]}``; on the last stage what ``returns`` names of ``"tokens"`` (int64 ``[n]``,
+        the likeliest token after each of the n) and ``"logits"`` (``[n, vocabulary]``).
+
+        The first stage takes ``input_ids`` (int64 ``[n]``), later ones ``hidden_states`` (``[n, hidden]``).
+        ``position_ids`` (int64 ``[n]``) are their places in their sequences. ``past_key_values`` is a cache for the
+        layers of this stage, of batch 1 or n as the layout says; it is updated in place. What is returned belongs
+        to the caller.
+        """
+        output = self.stage(
+            input_ids=self._as_batch(input_ids),
+            hidden_states=self._as_batch(hidden_states),
+            position_ids=self._as_batch(position_ids),
+            past_key_values=past_key_values,
+        ).squeeze(self._sequence_dim)
+        if not self.stage.is_last:
+            return {"hidden_states": output}
+        results = {"tokens": output.argmax(-1)} if "tokens" in self.returns else {}
+        return results | ({"logits": output} if "logits" in self.returns else {})
+
+    @property
+    def proxies(self) -> dict[str, Proxy]:
+        """What one stage hands to the next: ``outputs`` of each runner but the last, ``inputs`` but of the first."""
+        base = self.stage.decoder.base_model
+        return {"hidden_states": Proxy((base.config.hidden_size,), base.dtype)}
+
+    @torch.no_grad()
+    def new_cache(self, max_cache_tokens: int, sequences: int = 1) -> StaticCache:
+        """An empty cache for the local layers, of ``max_cache_tokens`` for each of ``sequences`` of equal length.
+
+        Its memory is there at once and never moves; ``reset()`` empties it. Layers with a sliding window get memory
+        for all tokens too (the mask hides what lies outside): transformers' own layer for them counts in Python, and
+        no graph replays while a number changes.
+        """
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+        cache = StaticCache(config=self.stage.config, max_cache_len=max_cache_tokens)
+        cache.layers = [
+            StaticLayer(max_cache_len=max_cache_tokens) if type(layer) is StaticSlidingWindowLayer else layer
+            for layer in cache.layers
+        ]
+        base = self.stage.decoder.base_model
+        device = next(base.parameters()).device
+        # The layers know the shapes of keys and values once they see some.
+        if self.stage.is_first:
+            first = {"input_ids": torch.zeros(sequences, 1, dtype=torch.int64, device=device)}
+        else:
+            shape = (sequences, 1, base.config.hidden_size)
+            first = {"hidden_states": torch.zeros(shape, dtype=base.dtype, device=device)}
+        self.stage(**first, position_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=cache)
+        cache.reset()
+        return cache
+
+    def _as_batch(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        return None if rows is None else rows.unsqueeze(self._sequence_dim)
 
 
 def cut_decoder(
