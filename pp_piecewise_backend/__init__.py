@@ -15,13 +15,16 @@ from .stats import expect, stats
 if TYPE_CHECKING:
     from .backend import explain, programs, reset, seal, unseal, warmup
     from .buffers import Proxy, Stage
+    from .runner import MicroBatch, StageRunner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "MicroBatch",
     "Proxy",
     "Stage",
+    "StageRunner",
     "errors",
     "expect",
     "explain",
@@ -36,6 +39,7 @@ __all__ = [
 _LOADED_AT_FIRST_USE = {
     **dict.fromkeys(("explain", "programs", "reset", "seal", "unseal", "warmup"), ".backend"),
     **dict.fromkeys(("Proxy", "Stage"), ".buffers"),
+    **dict.fromkeys(("MicroBatch", "StageRunner"), ".runner"),
 }
 
 

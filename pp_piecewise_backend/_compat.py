@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -39,6 +40,9 @@ GUARDS_PARAMETER_STRIDES = tuple(int(part) for part in torch.__version__.split("
 
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises where a shape or number depends on contents that it has not."""
+
+GRAPH_BREAK_ERRORS = (Unsupported,)
+"""What Dynamo raises under ``fullgraph=True`` where it would break the graph."""
 
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket

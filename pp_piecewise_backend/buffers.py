@@ -12,13 +12,15 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import sympy
 import torch
 
 from . import errors
 from .specs import TensorSpec, evaluate
+from .timeline import Timeline
 
 ALIGNMENT_BYTES = 256
 
@@ -137,6 +139,19 @@ class StaticMemory:
         self.pools.clear()
 
 
+class StageListener(Protocol):
+    """Who hands a stage's memory over, and so wants to know, within a call, when steps are done with it."""
+
+    timeline: Timeline | None
+    """Where the steps of calls are noted, if anywhere."""
+
+    def landing_was_read(self) -> None:
+        """Every step that reads landing memory was run (on a GPU: enqueued), and steps follow that do not."""
+
+    def results_are_written(self) -> None:
+        """The next step writes memory in which results of earlier calls lie."""
+
+
 class Stage:
     """The landing memory of one pipeline stage, shared by all programs that are compiled for it.
 
@@ -171,6 +186,10 @@ class Stage:
         self._views: dict[int, dict[str, torch.Tensor]] = {}
         self.is_shown = False
         """Whether anybody was given views of it, so that arguments may lie in it."""
+        self.listener: StageListener | None = None
+        """Set, if at all, before anything is compiled for the stage."""
+        self.programs_share_memory = True
+        """Whether the results of one program may be overwritten by another one."""
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """``{name: [num_tokens, *shape]}``: the first rows of the landing memory.
@@ -196,6 +215,11 @@ class Stage:
     def landing(self, name: str) -> torch.Tensor:
         """The flat uint8 memory in which the stage input ``name`` lands."""
         return self._landing[name]
+
+    @cached_property
+    def landing_addresses(self) -> frozenset[int]:
+        """Where the landing memory of each stage input begins."""
+        return frozenset(block.data_ptr() for block in self._landing.values())
 
     @property
     def landing_bytes(self) -> int:

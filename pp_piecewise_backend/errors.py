@@ -395,6 +395,66 @@ def lost_while(loss: str, doing: str) -> str:
     return f"the pipeline is broken: {loss}. Meanwhile {doing}. See the log of that rank, then restart all ranks."
 
 
+# -------------------------------------------------------------------------------------------- runner
+
+
+def runner_argument(name: str, got: object, expected: str) -> str:
+    return f"StageRunner got {name}={got!r}: expected {expected}."
+
+
+def no_transport() -> str:
+    return (
+        "StageRunner found no initialised torch.distributed to reach the other stages: call "
+        "torch.distributed.init_process_group (torchrun sets what it needs), or pass a transport."
+    )
+
+
+def proxies_at_wrong_end(name: str, got: Sequence[str], stage: int, stage_count: int) -> str:
+    where = "the first" if stage == 0 else "the last" if stage == stage_count - 1 else "a middle"
+    rule = {"inputs": "all stages but the first have", "outputs": "all stages but the last have"}
+    expected = rule.get(name, "only the first and the last stage have")
+    return f"stage {stage} of {stage_count}, {where} one, got {name} {list(got) or None}: {expected} {name}."
+
+
+def runner_sets_option(name: str) -> str:
+    return f"the option {name!r} is set by StageRunner itself. Leave it out of options."
+
+
+def stage_returned(stage: int, got: object, names: Sequence[str]) -> str:
+    return f"the module of stage {stage} returned {got}: expected a dict with {_listed(names)}."
+
+
+def stage_inputs_clash(names: Iterable[str]) -> str:
+    return f"make_inputs gave {_listed(sorted(names))}, which the previous stage sends. Leave proxies out."
+
+
+def wrong_end_of_pipeline(method: str, stage: int) -> str:
+    return {
+        "run": f"run() got micro-batches on stage {stage}: only the first stage takes them, the others follow it.",
+        "no run": "run() got no micro-batches on the first stage: pass an iterable of MicroBatch.",
+        "feedback": f"feedback() was called on stage {stage}: only the first stage of a pipeline with feedback has it.",
+    }[method]
+
+
+def ran_already() -> str:
+    return "run() was called before: a pipeline runs once, since its end stops all ranks. Make a new StageRunner."
+
+
+def no_more_feedback() -> str:
+    return "feedback() was called, but the last stage has stopped and all that it sent was read."
+
+
+def graph_breaks_in_stage(stage: int, reason: str) -> str:
+    return (
+        f"the module of stage {stage} breaks into several graphs: its landing memory is released at the end of each "
+        f"forward, and each forward waits for the send of the one before. Dynamo says: {reason}"
+    )
+
+
+def trace_after_run() -> str:
+    return "trace() was called after run(): call it before, so that no micro-batch is missing."
+
+
 # --------------------------------------------------------------------------------------------- dumps
 
 

@@ -243,7 +243,7 @@ class Graphs:
         storages = plan.split.result_storages
         static = bucket.overwritten
         if plan.settings.static_outputs:
-            if plan.settings.strict and plan.settings.device == "emulate":
+            if plan.settings.strict and plan.settings.device == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)
                 hand_over(results, storages, plan.input_storages, static)
@@ -307,6 +307,8 @@ class Graphs:
         if not parameters.buckets:
             self._sets_captured += 1
         self._spoil_given_out()
+        if self.plan.listener is not None:
+            self.plan.listener.results_are_written()
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
         bucket, results = capture.run(args, num_tokens)
         parameters.buckets[size] = bucket

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from .buckets import Ladder
-from .buffers import Stage, extent_bytes, geometry
+from .buffers import Stage, StageListener, extent_bytes, geometry
+from .liveness import Boundary, find_boundary
 from .placeholders import GraphInput, InputTable
 from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
@@ -100,6 +101,14 @@ class GraphPlan:
     @property
     def instructions(self) -> tuple[Instruction, ...]:
         return self.layout.instructions
+
+    @cached_property
+    def boundary(self) -> Boundary:
+        return find_boundary(self.split, self.table)
+
+    @property
+    def listener(self) -> StageListener | None:
+        return None if self.stage is None else self.stage.listener
 
     @cached_property
     def token_symbol(self) -> sympy.Symbol | None:
@@ -358,9 +367,7 @@ class GraphPlan:
 
     @cached_property
     def landing_addresses(self) -> frozenset[int]:
-        return (
-            frozenset(self.stage.landing(name).data_ptr() for name in self.stage.inputs) if self.stage else frozenset()
-        )
+        return self.stage.landing_addresses if self.stage else frozenset()
 
     def lands_elsewhere(self, args: Sequence[Any], num_tokens: int) -> bool:
         """Whether an argument lies in landing memory that this call is about to overwrite with another argument."""

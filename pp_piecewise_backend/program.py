@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .buffers import Stage, StaticMemory
+from .buffers import Stage, StageListener, StaticMemory
 from .events import NO_EVENTS, Events
 from .graphs import Graphs
+from .liveness import find_boundary, lies_in
 from .placeholders import GraphInput, InputTable
 from .plan import REASONS, GraphPlan, GraphSettings
 from .results import merged_results
@@ -66,12 +67,13 @@ class Program:
         storages = set(self._exclusive.values())
         self._others = tuple(at for at, storage, i in tensors if i.kind != "parameter" and storage not in storages)
         self._equal_rows = table.equal_rows
+        self.boundary = find_boundary(split, table)
         self._merged_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
         self.graphs: Graphs | None = None
         if graph_settings is not None:
             plan = GraphPlan(self.layout, split, table, graph_settings, stage)
-            memory = StaticMemory() if stage is None else stage.memory
+            memory = stage.memory if stage is not None and stage.programs_share_memory else StaticMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
@@ -178,7 +180,11 @@ class Program:
         return self._run_uncaptured(args)
 
     def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        results, plain = self.layout.run(args)
+        listener = None if self.stage is None else self.stage.listener
+        if listener is None:
+            results, plain = self.layout.run(args)
+        else:
+            results, plain = self.layout.run(args, self._releasing(listener), listener.timeline)
         self._note_plain(plain)
         merged = self._merged_results
         if merged is None:
@@ -190,6 +196,28 @@ class Program:
         if current_session() is None:
             self.stats.add_many({"calls": 1, "eager_steps": self._eager_steps})
         return tuple(results)
+
+    def _releasing(self, listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
+        """What to do behind each step of an un-captured call, see Note [early release]."""
+        assert self.stage is not None
+        boundary, landing = self.boundary, self.stage.landing_addresses
+        is_hidden = False
+
+        def watch(step: int, outputs: Sequence[Any]) -> None:
+            nonlocal is_hidden
+            if boundary.last_reader is None or step > boundary.last_reader:
+                return
+            specs = self.split.pieces[step].output_specs
+            undeclared = [
+                output
+                for output, spec in zip(outputs, specs, strict=True)
+                if spec is None or spec.storage not in boundary.landing_storages
+            ]
+            is_hidden = is_hidden or lies_in(undeclared, landing)
+            if step == boundary.last_reader and step + 1 < len(self.split.pieces) and not is_hidden:
+                listener.landing_was_read()
+
+        return watch
 
     def _note_plain(self, plain: dict[int, Sequence[Any]]) -> None:
         for step, sizes in plain.items():

@@ -311,9 +311,27 @@ class FlatProgram:
 
     # ------------------------------------------------------------------------- building
 
-    def bind(self) -> None:
-        """Prepare what a call runs from ``steps``."""
+    def bind(self, may_release: bool = True) -> None:
+        """Prepare what a call runs from ``steps``.
+
+        Args:
+            may_release: whether the landing memory is told to be free before the end of the call.
+        """
         self._bound = [_bind(replay, step) for replay, step in self.steps]
+        self._names: list[str | None] = [step_name(instruction.piece) for instruction in self.plan.instructions]
+        listener, boundary = self.plan.listener, self.plan.boundary
+        if listener is None:
+            return
+        if may_release and boundary.last_reader is not None and boundary.last_reader + 1 < len(self.steps):
+            self._insert(boundary.last_reader + 1, listener.landing_was_read)
+        if boundary.first_writer is not None:
+            late = boundary.last_reader is not None and boundary.last_reader < boundary.first_writer
+            at = boundary.first_writer + (late and len(self._bound) > len(self.steps))
+            self._insert(at, listener.results_are_written)
+
+    def _insert(self, at: int, call: Callable[[], None]) -> None:
+        self._bound.insert(at, (call, None, None, None, None))
+        self._names.insert(at, None)
 
     def _declared_memory(self) -> dict[int, frozenset[int]]:
         """Address of static memory -> numbers of the storages that, by their facts, may lie in it."""
@@ -416,7 +434,7 @@ class FlatProgram:
         call = Call(registers)
         self._stage_inputs(args, call)
         try:
-            for replay, run, take, keep, buffer in self._named_steps() if profiler_is_running() else self._bound:
+            for replay, run, take, keep, buffer in self._named_steps() if self._is_watched() else self._bound:
                 if replay is not None:
                     replay()
                 elif take is None:
@@ -429,12 +447,21 @@ class FlatProgram:
             self._finish_without_graphs(unexpected.step + 1, call)
         return list(self._results(registers)), call
 
+    def _is_watched(self) -> bool:
+        listener = self.plan.listener
+        return profiler_is_running() or (listener is not None and listener.timeline is not None)
+
+    def _wrap_step(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        listener = self.plan.listener
+        timeline = None if listener is None else listener.timeline
+        return named(call if timeline is None else timeline.noting(call, name), name)
+
     def _named_steps(self) -> list[Any]:
-        """The steps as a profiler shows them."""
-        names = [step_name(instruction.piece) for instruction in self.plan.instructions]
+        """The steps as a profiler, or the timeline of the stage, shows them."""
+        wrap = self._wrap_step
         return [
-            (replay and named(replay, name), run and named(run, name), *rest)
-            for (replay, run, *rest), name in zip(self._bound, names, strict=True)
+            row if name is None else (row[0] and wrap(row[0], name), row[1] and wrap(row[1], name), *row[2:])
+            for row, name in zip(self._bound, self._names, strict=True)
         ]
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
@@ -503,7 +530,7 @@ class FlatProgram:
             verified[step] = (None, _Verified(self, step, steps[step], args, report))
         twin = object.__new__(FlatProgram)
         twin.__dict__.update(self.__dict__, steps=verified)
-        twin.bind()
+        twin.bind(may_release=False)  # the comparison reads stage inputs again
         return twin.run(args)
 
 

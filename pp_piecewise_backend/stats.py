@@ -47,6 +47,13 @@ COUNTERS: Mapping[str, Counter] = {
     "recvs": Counter("tensors received from another stage"),
     "bytes_sent": Counter("bytes of tensors sent to another stage"),
     "bytes_received": Counter("bytes of tensors received from another stage"),
+    "microbatches": Counter("micro-batches that a runner has run"),
+    "proxy_copies": Counter("copies of a proxy between its landing or result memory and the wire"),
+    "recv_allocations": Counter("tensors allocated for receiving while micro-batches run"),
+    "pickles": Counter("objects pickled while micro-batches run; the package has no code that does"),
+    "blocking_metadata": Counter("headers that left only when the work of their step had begun"),
+    "early_releases": Counter("micro-batches whose landing memory was freed before the last step of the forward"),
+    "send_waits": Counter("times a step that writes results really waited for a send"),
     "unmatched_split_ops": Counter("names in split_ops that matched nothing"),
 }
 """The counters that ``Stats.add`` takes. ``miss_reasons`` and its sum ``graph_misses`` come on top."""

@@ -82,19 +82,30 @@ class Layout:
     results: tuple[Any, ...]
     """Per result of the graph: ``Register``, or a constant."""
 
-    def run(self, args: Sequence[Any]) -> tuple[list[Any], dict[int, Sequence[Any]]]:
-        """The graph's results without any graph replayed, and the sizes for which a step ran as plain FX."""
+    def run(
+        self, args: Sequence[Any], watch: Callable[[int, Sequence[Any]], None] | None = None, timeline: Any = None
+    ) -> tuple[list[Any], dict[int, Sequence[Any]]]:
+        """The graph's results without any graph replayed, and the sizes for which a step ran as plain FX.
+
+        Args:
+            watch: is told of each step that has run, with its outputs.
+            timeline: notes when steps ran.
+        """
         registers = [*args, *self.constants, *([None] * self.values_made)]
         plain: dict[int, Sequence[Any]] = {}
         is_watched = profiler_is_running()
         for instruction in self.instructions:
             arguments = instruction.gather(registers)
             run = instruction.run_where_valid
+            if timeline is not None:
+                run = timeline.noting(run, step_name(instruction.piece))
             outputs, was_compiled = (named(run, step_name(instruction.piece)) if is_watched else run)(arguments)
             if not was_compiled:
                 plain[instruction.piece.index] = [arguments[at] for at in instruction.symbol_positions]
             for register, output in zip(instruction.outputs, outputs, strict=True):
                 registers[register] = output
+            if watch is not None:
+                watch(instruction.piece.index, outputs)
             del arguments, outputs
             for register in instruction.ends:
                 registers[register] = None

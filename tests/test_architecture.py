@@ -20,6 +20,7 @@ ORDER = (
     "config",
     "summary",
     "events",
+    "timeline",
     "_compat",
     "rules",
     # FX graph -> GraphInput -> Piece -> CompiledPiece -> CapturedPiece -> Program -> StageRunner
@@ -36,6 +37,7 @@ ORDER = (
     "profiling",
     "inductor",
     "steps",
+    "liveness",
     "buckets",
     "buffers",
     "results",

@@ -18,7 +18,8 @@ CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "pp_piecewise_backend"
 
 PUBLIC_NAMES = [
-    "Config", "Proxy", "Stage", "errors", "expect", "explain", "programs", "reset", "seal", "stats", "unseal", "warmup",
+    "Config", "MicroBatch", "Proxy", "Stage", "StageRunner", "errors", "expect", "explain", "programs", "reset", "seal",
+    "stats", "unseal", "warmup",
 ]  # fmt: skip
 
 

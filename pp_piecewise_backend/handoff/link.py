@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -348,6 +348,8 @@ class Receiver(_End):
         self._headers: queue.SimpleQueue[Header | None] = queue.SimpleQueue()
         self._received = 0
         self._at_end = False
+        self.on_news: Callable[[], None] | None = None
+        """Called, in the listener's thread, when ``next_header`` has something to return or raise."""
 
     @property
     def headers_waiting(self) -> int:
@@ -396,13 +398,18 @@ class Receiver(_End):
         return errors.on_rank(self.own_rank, f"waiting for the header of micro-batch {self._received}")
 
     def _on_data(self, header: Header) -> None:
-        self._headers.put(header)
+        self._put(header)
 
     def _on_stop(self) -> None:
-        self._headers.put(None)
+        self._put(None)
 
     def wake(self) -> None:
-        self._headers.put(None)
+        self._put(None)
+
+    def _put(self, header: Header | None) -> None:
+        self._headers.put(header)
+        if self.on_news is not None:
+            self.on_news()
 
 
 _ONE_HEADER = Amounts({"headers": 1})
@@ -436,6 +443,10 @@ class Links:
     def _ends(self) -> list[_End]:
         ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in)
         return [end for end in ends if end is not None]
+
+    @property
+    def is_broken(self) -> bool:
+        return self._fault.loss is not None
 
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""

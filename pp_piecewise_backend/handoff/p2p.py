@@ -64,6 +64,11 @@ class P2P:
         self._setup = timedelta(seconds=setup_seconds)
         self._groups: list[Any] = []
 
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether ``torch.distributed`` was initialised."""
+        return dist.is_available() and dist.is_initialized()
+
     def exchange(self, text: str) -> list[str]:
         with self._meeting("the ranks of all pipelines"):
             world = self._new_group(range(dist.get_world_size()), "gloo")

@@ -1,0 +1,544 @@
+"""One rank of a pipeline: receive, run the compiled stage, send, with the next receive and the last send overlapping.
+
+Note [order of one micro-batch]
+    1. take: the proxies have landed in the memory that captured pieces read.
+    2. announce: the next stage learns what comes before the work for it begins.
+    3. forward. Behind the last step that reads the proxies the landing memory is free, and the next receive is posted
+       (``landing_was_read``). Before the first step that writes results, the previous send must have left
+       (``results_are_written``); steps before it overlap with that send.
+    4. send the results from where the last pieces wrote them.
+The module is compiled with ``static_outputs`` and inside a wrapper that clones each proxy in the graph, so that landing
+memory is only read, by the first step as a rule, and no result lies in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from . import _compat, errors
+from .backend import warmup
+from .buckets import Ladder
+from .buffers import Proxy, Stage
+from .config import Config
+from .dump import versions
+from .handoff import Header, Patience, Schema, StagePlan, Transfer, Transport, connect
+from .handoff.feedback import FeedbackReader
+from .handoff.inbox import Inbox
+from .stats import TOTALS, Amounts, Snapshot, Stats
+from .steps import address
+from .timeline import Timeline, chrome_trace
+
+_LOG = logging.getLogger(__name__)
+
+Proxies = Mapping[str, Proxy]
+MakeInputs = Callable[[int, bytes], Mapping[str, Any]]
+
+MAX_TAG_BYTES = 24
+WAITED_SECONDS = 50e-6
+"""What a wait for a send takes on the host if it has left already stays below this."""
+
+_ONE_MICRO_BATCH = Amounts({"microbatches": 1})
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the first stage is to run next.
+
+    Args:
+        num_tokens: rows of the proxies, 1 to ``max_tokens``.
+        tag: at most 24 bytes of the user's; every stage gets it with this micro-batch.
+        inputs: replaces ``make_inputs`` on the first stage.
+    """
+
+    num_tokens: int
+    tag: bytes = b""
+    inputs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool) or self.num_tokens < 1:
+            raise errors.ConfigError(errors.runner_argument("num_tokens", self.num_tokens, "at least 1"))
+        if not isinstance(self.tag, bytes) or len(self.tag) > MAX_TAG_BYTES:
+            raise errors.ConfigError(errors.runner_argument("tag", self.tag, f"at most {MAX_TAG_BYTES} bytes"))
+
+
+class StageRunner:
+    """Drives one stage of a pipeline; every rank makes one, with the same plan.
+
+    Args:
+        module: takes what ``make_inputs`` gives and the proxies, all by name, and returns a dict with the names in
+            ``outputs``, each contiguous ``[num_tokens, *shape]``; on the last stage anything, with the names in
+            ``feedback`` among it if there is feedback.
+        make_inputs: ``(num_tokens, tag)`` -> this stage's own keyword arguments; also asked at warm-up, with tag b"".
+        max_tokens: rows of the landing memory, and the largest micro-batch.
+        inputs: the proxies that the previous stage sends; None on the first stage.
+        outputs: those that go to the next one; None on the last stage.
+        feedback: tensors that the last stage sends to the first; given on these two only.
+        group: process group of the pipeline's ranks in stage order; all ranks by default.
+        mesh: ``DeviceMesh`` with a dimension "pp", instead of ``group``; a dimension "tp" holds the ranks of one stage.
+        transport: "auto" or "p2p" (``torch.distributed``), or a transport of ``handoff``.
+        receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
+        max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
+            the stages hold by default. Give it on all ranks alike.
+        timeout_s: seconds without a sign of life after which a neighbour is lost. Idle ranks give signs of life.
+        setup_timeout_s: seconds that ranks wait for one another at set-up, and for data of a rank that lives.
+        options: of the backend, but for ``stage``, ``static_outputs`` and ``max_tokens``.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        PlanMismatch: on every rank, when the ranks were set up differently.
+        PeerLost: a rank did not come within ``setup_timeout_s``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        make_inputs: MakeInputs,
+        max_tokens: int,
+        inputs: Proxies | None = None,
+        outputs: Proxies | None = None,
+        feedback: Proxies | None = None,
+        group: Any = None,
+        mesh: Any = None,
+        transport: Transport | Literal["auto", "p2p"] = "auto",
+        receive: Literal["early", "step"] = "early",
+        max_in_flight: int | None = None,
+        timeout_s: float = 60,
+        setup_timeout_s: float = 1800,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if receive not in ("early", "step"):
+            raise errors.ConfigError(errors.runner_argument("receive", receive, "'early' or 'step'"))
+        if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
+            raise errors.ConfigError(errors.runner_argument("max_in_flight", max_in_flight, "None or at least 1"))
+        for name in ("stage", "static_outputs", "max_tokens"):
+            if name in (options or {}):
+                raise errors.ConfigError(errors.runner_sets_option(name))
+        patience = Patience(timeout_s, setup_timeout_s)
+        first_tensor = next((t for ts in (module.parameters(), module.buffers()) for t in ts), None)
+        self._stage = Stage(inputs or {}, max_tokens, None if first_tensor is None else first_tensor.device)
+        self._stage.listener = self
+        config = Config.resolve(options)
+        way = _transport(transport, group, mesh, self._stage.device, setup_timeout_s)
+        self.stage, self.stage_count = way.stage, way.stage_count
+        self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
+        self._check_ends(inputs, outputs, feedback)
+        if feedback is None and max_in_flight is not None and self.stage_count > 1 and (self.is_first or self.is_last):
+            feedback = {}  # carries no tensors: only the news that a micro-batch has ended
+        self._stats = Stats(parent=TOTALS)
+        plan = StagePlan(
+            package_version=versions().get("pp_piecewise_backend", "not installed"),
+            stage_count=self.stage_count,
+            buckets_tokens=Ladder.from_ranges(config.capture_sizes, max_tokens).sizes_tokens,
+            max_tokens=max_tokens,
+            inputs=None if self.is_first else Schema.of(inputs or {}),
+            outputs=None if self.is_last else Schema.of(outputs or {}),
+            feedback=None if feedback is None else Schema.of(feedback),
+        )
+        self._links = connect(way, plan, patience, self._stats)
+        self._make_inputs = make_inputs
+        self._max_in_flight = max_in_flight
+        self._output_names = tuple(outputs or ())
+        self._feedback_names = tuple(feedback or ())
+        self.timeline: Timeline | None = None
+        self._trace_path: str | None = None
+        self._transport = way
+        self._inbox: Inbox | None = None
+        if self._links.incoming is not None:
+            early = receive == "early"
+            views = self._stage.views
+            self._inbox = Inbox(self._links.incoming, views, self._stage.device, early, lambda: self.timeline)
+        self._feedback: FeedbackReader | None = None
+        if self._links.feedback_in is not None:
+            slots = max_in_flight or 2 * self.stage_count
+            self._feedback = FeedbackReader(self._links.feedback_in, max_tokens, self._stage.device, slots, self._stats)
+        self._options = {**(options or {}), "stage": self._stage}
+        self._module = _cloning(module, tuple(inputs or ()))
+        self._compiled: Any = None
+        self._is_whole_graph = True
+        self._sent: _Sent | None = None
+        self._sent_feedback: Transfer | None = None
+        self._in_forward = False
+        self._is_released = self._inbox is None
+        self._has_run = False
+        self._is_closed = False
+
+    def _check_ends(self, inputs: Proxies | None, outputs: Proxies | None, feedback: Proxies | None) -> None:
+        alone = self.stage_count == 1
+        for name, got, wanted in (
+            ("inputs", inputs, not self.is_first),
+            ("outputs", outputs, not self.is_last),
+            ("feedback", feedback, None if not alone and (self.is_first or self.is_last) else False),
+        ):
+            if wanted is not None and bool(got) != wanted:
+                raise errors.ConfigError(
+                    errors.proxies_at_wrong_end(name, list(got or ()), self.stage, self.stage_count)
+                )
+
+    # ------------------------------------------------------------------------------ warm-up
+
+    def warmup(self, progress: bool | None = None) -> None:
+        """Compile the stage and capture its graphs for every bucket; later micro-batches compile nothing.
+
+        State, proxies and random generators are afterwards as they were. ``make_inputs`` must give inputs of the kinds
+        of serving. Ranks warm up independently; the first micro-batch waits for the slowest of them.
+
+        Args:
+            progress: whether to show a bar; by default on a terminal only.
+        """
+        with self._failing(), _serving():
+            self._compile(whole=True)
+            try:
+                warmup(self._compiled, self._warmup_inputs, progress=progress)
+            except _compat.GRAPH_BREAK_ERRORS as error:
+                _LOG.warning("%s", errors.graph_breaks_in_stage(self.stage, str(error).strip().partition("\n")[0]))
+                self._compile(whole=False)
+                warmup(self._compiled, self._warmup_inputs, progress=progress)
+
+    def _warmup_inputs(self, num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        return (), self._arguments(num_tokens, b"", None)
+
+    def _arguments(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        own = self._make_inputs(num_tokens, tag) if given is None else given
+        if clash := own.keys() & self._stage.inputs.keys():
+            raise ValueError(errors.stage_inputs_clash(clash))
+        return {**own, **self._stage.views(num_tokens)} if self._stage.inputs else dict(own)
+
+    def _compile(self, whole: bool) -> None:
+        # Results of a last stage are the caller's; those of the others are sent from where pieces write them. The
+        # results of the graphs between two breaks must outlive the captures of each other.
+        self._is_whole_graph = whole
+        self._stage.programs_share_memory = whole
+        options = {**self._options, "static_outputs": not self.is_last}
+        self._compiled = torch.compile(self._module, backend="pp_piecewise", options=options, fullgraph=whole)
+
+    # --------------------------------------------------------------------------------- run
+
+    def run(self, microbatches: Iterable[MicroBatch] | None = None) -> Iterator[Any]:
+        """Run micro-batches: those given on the first stage, on the others what the stage before announces.
+
+        One item comes for each micro-batch: the module's output on the last stage, None elsewhere. The output belongs
+        to the caller. Leaving the iterator early stops all ranks in order, as its end does.
+
+        Raises:
+            PeerLost: a rank died, stopped, failed or does not keep to the plan.
+            PPPiecewiseError: called twice, or with micro-batches on a stage that takes none.
+            Whatever the module or ``make_inputs`` raises; the other ranks then raise `PeerLost`.
+        """
+        if (microbatches is not None) != self.is_first:
+            raise errors.PPPiecewiseError(
+                errors.wrong_end_of_pipeline("no run" if self.is_first else "run", self.stage)
+            )
+        if self._has_run:
+            raise errors.PPPiecewiseError(errors.ran_already())
+        self._has_run = True
+        if self._compiled is None:
+            self.warmup()
+        return self._run(microbatches)
+
+    def _run(self, microbatches: Iterable[MicroBatch] | None) -> Iterator[Any]:
+        with self._failing():
+            steps = self._own_steps(microbatches) if microbatches is not None else self._following_steps()
+            try:
+                yield from steps
+            except GeneratorExit:
+                self._finish()
+                raise
+            self._finish()
+
+    def _own_steps(self, microbatches: Iterable[MicroBatch]) -> Iterator[Any]:
+        for sequence, microbatch in enumerate(microbatches):
+            if self._links.outgoing is not None and self._links.outgoing.stop_requested:
+                return
+            if self._max_in_flight is not None and self._feedback is not None:
+                with self._spanning("steps", "wait for room"):
+                    self._feedback.wait_for(sequence + 1 - self._max_in_flight)
+            yield self._step(sequence, microbatch.num_tokens, microbatch.tag, microbatch.inputs)
+
+    def _following_steps(self) -> Iterator[Any]:
+        assert self._inbox is not None
+        if not self._is_released:  # warm-up has used the memory until now
+            self._release()
+        while (taken := self._inbox.take()) is not None:
+            header, _ = taken
+            yield self._step(header.sequence, header.num_tokens, header.tag, None)
+            outgoing = self._links.outgoing
+            if outgoing is not None and outgoing.stop_requested and self._links.incoming is not None:
+                self._links.incoming.say_stop()
+
+    def _step(self, sequence: int, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> Any:
+        """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
+        outgoing, feedback_out = self._links.outgoing, self._links.feedback_out
+        if self.timeline is not None:
+            self.timeline.micro_batch = sequence
+        header = None if outgoing is None else outgoing.announce(num_tokens, tag)
+        announced_at = time.perf_counter()
+        with _serving():
+            output, began_at = self._forward(num_tokens, tag, given)
+        if outgoing is not None and header is not None:
+            if announced_at > began_at:
+                self._stats.add("blocking_metadata")
+            self._send(header, output)
+        elif feedback_out is not None:
+            self._send_feedback(num_tokens, tag, output)
+        _ONE_MICRO_BATCH.add_to(self._stats)
+        return output if self.is_last else None
+
+    def _forward(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> tuple[Any, float]:
+        """The module's output, and when the work for it began."""
+        began_at = time.perf_counter()
+        arguments = self._arguments(num_tokens, tag, given)
+        if not self._is_whole_graph:
+            self._wait_for_send()
+        self._is_released = self._inbox is None
+        self._in_forward = self._is_whole_graph
+        try:
+            output = self._compiled(**arguments)
+        finally:
+            self._in_forward = False
+        if not self._is_released and not self._has_landing_memory(output):
+            self._release()
+        return output, began_at
+
+    def _has_landing_memory(self, output: Any) -> bool:
+        tensors = output.values() if isinstance(output, Mapping) else ()
+        landing = self._stage.landing_addresses
+        return any(isinstance(tensor, torch.Tensor) and address(tensor) in landing for tensor in tensors)
+
+    # What programs of the stage tell, within a call: see ``buffers.StageListener``.
+
+    def landing_was_read(self) -> None:
+        if self._in_forward and not self._is_released:
+            self._release()
+            self._stats.add("early_releases")
+
+    def results_are_written(self) -> None:
+        if self._in_forward:
+            self._wait_for_send()
+
+    def _release(self) -> None:
+        assert self._inbox is not None
+        self._is_released = True
+        with self._spanning("steps", "release"):
+            self._inbox.release()
+
+    # --------------------------------------------------------------------------------- send
+
+    def _send(self, header: Header, output: Any) -> None:
+        assert self._links.outgoing is not None
+        tensors = self._chosen(output, self._output_names)
+        self._wait_for_send()
+        transfer = self._links.outgoing.send(header, tensors)
+        self._sent = _Sent(transfer, header.sequence, time.time_ns())
+        if not self._is_released:  # what is sent lies in landing memory
+            self._wait_for_send()
+            self._release()
+
+    def _chosen(self, output: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        if not isinstance(output, Mapping) or not set(names) <= output.keys():
+            got = f"a dict with {list(output)}" if isinstance(output, Mapping) else type(output).__name__
+            raise ValueError(errors.stage_returned(self.stage, got, names))
+        tensors = {name: output[name] for name in names}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+                tensors[name] = tensor.contiguous()
+                self._stats.add("proxy_copies")
+        return tensors
+
+    def _wait_for_send(self) -> None:
+        """Return when the last results have left, so that their memory may be written."""
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return
+        begin, begin_ns = time.perf_counter(), time.time_ns()
+        sent.transfer.wait()
+        if time.perf_counter() - begin > WAITED_SECONDS:
+            self._stats.add("send_waits")
+            if self.timeline is not None:
+                self.timeline.add("steps", "wait for send", begin_ns)
+        if self.timeline is not None:
+            self.timeline.add("send", "send", sent.begin_ns, micro_batch=sent.sequence)
+
+    def _send_feedback(self, num_tokens: int, tag: bytes, output: Any) -> None:
+        link = self._links.feedback_out
+        assert link is not None
+        if self._sent_feedback is not None:
+            self._sent_feedback.wait()
+            self._sent_feedback = None
+        tensors = self._chosen(output, self._feedback_names) if self._feedback_names else {}
+        rows = min((tensor.shape[0] for tensor in tensors.values()), default=num_tokens)
+        header = link.announce(rows, tag)
+        if tensors:
+            self._sent_feedback = link.send(header, tensors)
+
+    def feedback(self) -> tuple[bytes, Mapping[str, torch.Tensor]]:
+        """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
+
+        The tensors belong to the runner and hold their contents until ``feedback`` is called again.
+
+        Raises:
+            PeerLost: the pipeline broke.
+            PPPiecewiseError: there is no feedback here, or no more of it.
+        """
+        if self._feedback is None or not self._feedback_names:
+            raise errors.PPPiecewiseError(errors.wrong_end_of_pipeline("feedback", self.stage))
+        found = self._feedback.next()
+        if found is None:
+            raise errors.PPPiecewiseError(errors.no_more_feedback())
+        return found
+
+    # --------------------------------------------------------------------------------- end
+
+    @property
+    def stats(self) -> Snapshot:
+        """What this runner counted: see the counters of the hand-off in README."""
+        return self._stats.snapshot()
+
+    def trace(self, path: str) -> None:
+        """Note what happens when; ``close`` on all ranks writes one Chrome trace of all of them, from the first rank.
+
+        Call it on every rank, before ``run``. Times are those of the hosts: on a GPU, a replay is its launch.
+        """
+        if self._has_run:
+            raise errors.PPPiecewiseError(errors.trace_after_run())
+        self._trace_path = str(path)
+        self.timeline = Timeline()
+
+    def _write_trace(self) -> None:
+        if self.timeline is None or self._trace_path is None:
+            return
+        path, own = Path(self._trace_path), self.timeline.to_text()
+        if self._links.is_broken:
+            path = path.with_suffix(f".rank{self.stage}{path.suffix}")
+            path.write_text(json.dumps(chrome_trace([Timeline.spans_of(own)])))
+            return
+        texts = self._transport.exchange(own)
+        if self.is_first:
+            path.write_text(json.dumps(chrome_trace([Timeline.spans_of(text) for text in texts])))
+
+    def _spanning(self, lane: str, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.timeline is None else self.timeline.span(lane, name)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """An exception inside is told to the other ranks."""
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if not isinstance(error, errors.PeerLost):
+                self._links.fail(error)
+            raise
+
+    def _finish(self) -> None:
+        """Stop in order: nothing more is sent, and what was announced to this stage is received, to no purpose."""
+        if self._links.is_broken:
+            return
+        self._wait_for_send()
+        if self._sent_feedback is not None:
+            self._sent_feedback.wait()
+            self._sent_feedback = None
+        for sender in (self._links.outgoing, self._links.feedback_out):
+            if sender is not None:
+                sender.say_stop()
+        if self._inbox is not None and self._links.incoming is not None:
+            self._links.incoming.say_stop()
+            if not self._is_released:
+                self._release()
+            while self._inbox.take() is not None:
+                self._inbox.release()
+
+    def close(self) -> None:
+        """Stop all ranks in order, if ``run`` has not, and give everything back; a second call does nothing.
+
+        Raises:
+            PeerLost: the pipeline broke before all had stopped.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            with self._failing():
+                self._finish()
+        finally:
+            try:
+                self._write_trace()
+            finally:
+                self._links.close()
+
+    def __enter__(self) -> StageRunner:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not self._links.is_broken:
+            self._links.fail(error)
+        try:
+            self.close()
+        except errors.PeerLost:
+            if error is None:
+                raise
+
+
+@dataclass(frozen=True)
+class _Sent:
+    transfer: Transfer
+    sequence: int
+    begin_ns: int
+
+
+@contextlib.contextmanager
+def _serving() -> Iterator[None]:
+    """The mode of every call of the module: Dynamo would compile again for tensors of another one."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _transport(asked: Transport | str, group: Any, mesh: Any, device: torch.device, setup_seconds: float) -> Transport:
+    if not isinstance(asked, str):
+        return asked
+    from .handoff.p2p import P2P
+
+    if asked not in ("auto", "p2p"):
+        raise errors.ConfigError(errors.runner_argument("transport", asked, "'auto', 'p2p' or a transport"))
+    if group is not None and mesh is not None:
+        raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
+    if not P2P.is_possible():
+        raise errors.ConfigError(errors.no_transport())
+    return P2P(device, mesh.get_group("pp") if mesh is not None else group, setup_seconds)
+
+
+_stage_numbers = itertools.count()
+
+
+def _cloning(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The module behind a clone of each proxy, in a frame of its own.
+
+    Dynamo keeps programs and their limits by code object, so each stage of a process needs one.
+    """
+
+    def forward(self: Any, **arguments: Any) -> Any:
+        for name in names:
+            arguments[name] = arguments[name].clone()
+        for name in names[1:]:
+            torch._check(arguments[name].size(0) == arguments[names[0]].size(0))
+        return self.module(**arguments)
+
+    name = f"{type(module).__name__}_{next(_stage_numbers)}"
+    own = FunctionType(forward.__code__.replace(co_name=name), forward.__globals__, name, None, forward.__closure__)
+    wrapper = type(name, (nn.Module,), {"forward": own})()
+    wrapper.module = module
+    wrapper.train(module.training)
+    return wrapper

@@ -1,0 +1,96 @@
+"""When things happened on one rank, for a trace that Perfetto and ``chrome://tracing`` show."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Span(NamedTuple):
+    """Something that took its time, by the clock of the host: on a GPU, a replay is no more than its launch."""
+
+    lane: str
+    name: str
+    begin_ns: int
+    """Nanoseconds since the epoch, so that ranks of one machine share a clock."""
+    end_ns: int
+    micro_batch: int | None
+
+
+class Timeline:
+    """The spans of one rank; threads may add to it at the same time."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.micro_batch: int | None = None
+        """The one whose steps run now."""
+
+    def add(
+        self, lane: str, name: str, begin_ns: int, end_ns: int | None = None, micro_batch: int | None = None
+    ) -> None:
+        """A span that ends now, if no end is given."""
+        end_ns = time.time_ns() if end_ns is None else end_ns
+        self.spans.append(Span(lane, name, begin_ns, end_ns, self.micro_batch if micro_batch is None else micro_batch))
+
+    @contextmanager
+    def span(self, lane: str, name: str, micro_batch: int | None = None) -> Iterator[None]:
+        begin_ns = time.time_ns()
+        try:
+            yield
+        finally:
+            self.add(lane, name, begin_ns, micro_batch=micro_batch)
+
+    def noting(self, call: Callable[..., Result], name: str) -> Callable[..., Result]:
+        """The same callable, noted as a step."""
+
+        def run(*args: Any) -> Result:
+            begin_ns = time.time_ns()
+            result = call(*args)
+            self.add("steps", name, begin_ns)
+            return result
+
+        return run
+
+    def to_text(self) -> str:
+        return json.dumps(self.spans)
+
+    @staticmethod
+    def spans_of(text: str) -> list[Span]:
+        return [Span(*fields) for fields in json.loads(text)]
+
+
+LANES = ("steps", "receive", "send", "feedback")
+
+
+def chrome_trace(spans_by_rank: Sequence[Sequence[Span]]) -> dict[str, Any]:
+    """The trace event format: one process per rank, one thread for its steps and one per direction of transfers.
+
+    Source: "Trace Event Format", the JSON object form; times are in microseconds.
+    """
+    begin_ns = min((span.begin_ns for spans in spans_by_rank for span in spans), default=0)
+    events: list[dict[str, Any]] = []
+    for rank, spans in enumerate(spans_by_rank):
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
+        events += [
+            {"ph": "M", "name": "thread_name", "pid": rank, "tid": tid, "args": {"name": lane}}
+            for tid, lane in enumerate(LANES)
+        ]
+        events += [
+            {
+                "ph": "X",
+                "name": span.name,
+                "cat": span.lane,
+                "pid": rank,
+                "tid": LANES.index(span.lane),
+                "ts": (span.begin_ns - begin_ns) / 1000,
+                "dur": (span.end_ns - span.begin_ns) / 1000,
+                "args": {} if span.micro_batch is None else {"micro_batch": span.micro_batch},
+            }
+            for span in sorted(spans, key=lambda span: span.begin_ns)
+        ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
