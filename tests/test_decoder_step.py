@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import StaticCache
 
 import pp_piecewise_backend as ppb
 from models import hf
+from pp_piecewise_backend.handoff.local import LocalHub
 from pp_piecewise_backend.integrations.huggingface import DecoderStage, DecoderStep, cut_decoder
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 LAYERS = 2
 STEPS = 6
 MAX_TOKENS = 16
+LONGEST_SECONDS = 200.0
 GRAPHS: dict[str, Any] = {
     "graphs": "emulate",
     "compiler": "eager",
@@ -138,6 +141,85 @@ def test_next_tokens_of_several_sequences_replay(architecture: str) -> None:
             assert torch.equal(tokens, expected["tokens"])
             position_ids = position_ids + 1
     assert_all_replayed(before, calls)
+
+
+@pytest.mark.parametrize("layout", ["sequence", "batch"])
+def test_runners_hand_over_the_hidden_states_of_either_layout(layout: str) -> None:
+    """Two stages in threads; each micro-batch continues the sequences of the one before with the same number."""
+    model = hf.make_model("qwen2", LAYERS, SEEDS["qwen2"])
+    steps = [DecoderStep(stage, layout=layout) for stage in cut_decoder(model, stages=2)]
+    sizes = {"sequence": [5, 1, 1, 9, 1, 1], "batch": [5, 5, 16, 1, 5, 16]}[layout]
+    plan: list[tuple[int, int, int]] = []  # tokens, number of the caches, position
+    for num_tokens in sizes:
+        if layout == "batch":
+            key, position = num_tokens, sum(rows == num_tokens for rows, _, _ in plan)
+        else:
+            key = plan[-1][1] + (num_tokens > 1) if plan else 0
+            position = sum(rows for rows, sequence, _ in plan if sequence == key)
+        plan.append((num_tokens, key, position))
+
+    def caches_of(step: DecoderStep) -> dict[int, StaticCache]:
+        keys = range(1, MAX_TOKENS + 1) if layout == "batch" else range(2)
+        return {key: step.new_cache(hf.MAX_CACHE_TOKENS, key if layout == "batch" else 1) for key in keys}
+
+    def positions(num_tokens: int, position: int) -> torch.Tensor:
+        at = torch.full((num_tokens,), position)
+        return at + torch.arange(num_tokens) if layout == "sequence" else at
+
+    inputs = [torch.arange(n) * 7 % 125 + 3 + index for index, (n, _, _) in enumerate(plan)]
+    expected = []
+    eager_caches = [caches_of(step) for step in steps]
+    for tokens, (num_tokens, key, position) in zip(inputs, plan, strict=True):
+        at = positions(num_tokens, position)
+        hidden = steps[0](input_ids=tokens, position_ids=at, past_key_values=eager_caches[0][key])
+        expected.append(steps[1](**hidden, position_ids=at, past_key_values=eager_caches[1][key])["tokens"])
+
+    hub = LocalHub(2, setup_seconds=LONGEST_SECONDS)
+    one_at_a_time, got, failures = threading.Lock(), [], []
+    snapshots: list[Any] = []
+
+    def run_stage(index: int) -> None:
+        step, caches = steps[index], caches_of(steps[index])
+
+        def make_inputs(num_tokens: int, tag: bytes) -> dict[str, Any]:
+            key, position = map(int, tag.split()) if tag else (num_tokens if layout == "batch" else 0, 0)
+            own = {"position_ids": positions(num_tokens, position), "past_key_values": caches[key]}
+            return own if index else {**own, "input_ids": torch.zeros(num_tokens, dtype=torch.int64)}
+
+        try:
+            with ppb.StageRunner(
+                step,
+                make_inputs=make_inputs,
+                max_tokens=MAX_TOKENS,
+                inputs=step.proxies if index else None,
+                outputs=None if index else step.proxies,
+                transport=hub.transport(index),
+                options={name: value for name, value in GRAPHS.items() if name != "max_tokens"},
+            ) as runner:
+                with one_at_a_time:
+                    runner.warmup()
+                microbatches = [
+                    ppb.MicroBatch(n, tag, {**make_inputs(n, tag), "input_ids": tokens})
+                    for tokens, (n, key, position) in zip(inputs, plan, strict=True)
+                    for tag in [f"{key} {position}".encode()]
+                ]
+                got.extend(output["tokens"] for output in runner.run(None if index else microbatches) if output)
+            snapshots.append(runner.stats)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run_stage, args=(index,), daemon=True) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONGEST_SECONDS)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+    assert [tokens.tolist() for tokens in got] == [tokens.tolist() for tokens in expected]
+    stats = ppb.stats()
+    assert stats.graph_misses == 0, ppb.explain()
+    assert stats.replays == 2 * len(plan) * (1 + LAYERS // 2) and stats.stage_inputs_in_place == len(plan)
+    for snapshot in snapshots:
+        assert (snapshot.microbatches, snapshot.proxy_copies, snapshot.recv_allocations) == (len(plan), 0, 0)
 
 
 def test_a_batch_gives_what_its_sequences_give_alone() -> None:
