@@ -305,8 +305,26 @@ def plan_entry_differs(entry: str, ranks_with: Mapping[str, Sequence[int]]) -> s
     return f"{entry} is " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_with.items())
 
 
-def wrong_stage_count(stage_count: int, rank_count: int) -> str:
-    return f"stage_count is {stage_count} on all ranks, but {rank_count} ranks came"
+def wrong_count(entry: str, count: int, came: int) -> str:
+    return f"{entry} is {count} on all ranks, but {came} ranks came"
+
+
+def wrong_sibling(rank: int, got: object, expected: int, first_rank: int) -> str:
+    return (
+        f"rank {rank} is number {got} of its tensor-parallel group, but in the pipeline that begins with rank "
+        f"{first_rank} all are number {expected} of theirs"
+    )
+
+
+def unknown_layout(rank: int, key: str, name: str, layout: str, layouts: Sequence[str]) -> str:
+    return f"{key} of rank {rank} have {name!r} with layout {layout!r}, expected {' or '.join(map(repr, layouts))}"
+
+
+def not_divisible(rank: int, key: str, name: str, elements: int, size: int) -> str:
+    return (
+        f"{key} of rank {rank} have {name!r} scattered with {elements} elements per token, which {size} "
+        f"tensor-parallel ranks cannot share equally"
+    )
 
 
 def link_differs(source: int, sent: str, sends: object, target: int, taken: str, takes: object) -> str:

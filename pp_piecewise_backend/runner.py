@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,9 @@ from .handoff.inbox import Inbox
 from .stats import TOTALS, Amounts, Snapshot, Stats
 from .steps import address
 from .timeline import Timeline, chrome_trace
+
+if TYPE_CHECKING:
+    from .handoff.tensor_parallel import TensorParallel
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,8 +88,9 @@ class StageRunner:
         inputs: the proxies that the previous stage sends; None on the first stage.
         outputs: those that go to the next one; None on the last stage.
         feedback: tensors that the last stage sends to the first; given on these two only.
-        group: process group of the pipeline's ranks in stage order; all ranks by default.
-        mesh: ``DeviceMesh`` with a dimension "pp", instead of ``group``; a dimension "tp" holds the ranks of one stage.
+        group: process group of the pipeline's ranks in stage order; all ranks by default. Where several ranks hold one
+            stage together (tensor parallel), a pair: that group, and the group of the ranks of this stage.
+        mesh: ``DeviceMesh`` instead of ``group``, with a dimension "pp" and, for tensor parallel stages, one "tp".
         transport: "auto" or "p2p" (``torch.distributed``), or a transport of ``handoff``.
         receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
@@ -131,7 +135,7 @@ class StageRunner:
         self._stage = Stage(inputs or {}, max_tokens, None if first_tensor is None else first_tensor.device)
         self._stage.listener = self
         config = Config.resolve(options)
-        way = _transport(transport, group, mesh, self._stage.device, setup_timeout_s)
+        way, siblings = _transport(transport, group, mesh, self._stage.device, setup_timeout_s)
         self.stage, self.stage_count = way.stage, way.stage_count
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
         self._check_ends(inputs, outputs, feedback)
@@ -147,7 +151,7 @@ class StageRunner:
             outputs=None if self.is_last else Schema.of(outputs or {}),
             feedback=None if feedback is None else Schema.of(feedback),
         )
-        self._links = connect(way, plan, patience, self._stats)
+        self._links = connect(way, plan, patience, self._stats, siblings)
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
         self._output_names = tuple(outputs or ())
@@ -173,6 +177,8 @@ class StageRunner:
         self._in_forward = False
         self._is_released = self._inbox is None
         self._has_run = False
+        self._has_failed = False
+        """Whether this rank has raised, so that ``close`` has nothing more to say."""
         self._is_closed = False
 
     def _check_ends(self, inputs: Proxies | None, outputs: Proxies | None, feedback: Proxies | None) -> None:
@@ -439,6 +445,7 @@ class StageRunner:
         except GeneratorExit:
             raise
         except BaseException as error:
+            self._has_failed = True
             if not isinstance(error, errors.PeerLost):
                 self._links.fail(error)
             raise
@@ -478,13 +485,17 @@ class StageRunner:
                 self._write_trace()
             finally:
                 self._links.close()
+        if not self._has_failed:
+            self._links.check()
 
     def __enter__(self) -> StageRunner:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not self._links.is_broken:
-            self._links.fail(error)
+        if error is not None:
+            self._has_failed = True
+            if not self._links.is_broken:
+                self._links.fail(error)
         try:
             self.close()
         except errors.PeerLost:
@@ -506,10 +517,14 @@ def _serving() -> Iterator[None]:
         yield
 
 
-def _transport(asked: Transport | str, group: Any, mesh: Any, device: torch.device, setup_seconds: float) -> Transport:
+def _transport(
+    asked: Transport | str, group: Any, mesh: Any, device: torch.device, setup_seconds: float
+) -> tuple[Transport, TensorParallel | None]:
+    """The way to the other stages, and the ranks with which this one holds its stage."""
     if not isinstance(asked, str):
-        return asked
+        return asked, None
     from .handoff.p2p import P2P
+    from .handoff.tensor_parallel import TensorParallel
 
     if asked not in ("auto", "p2p"):
         raise errors.ConfigError(errors.runner_argument("transport", asked, "'auto', 'p2p' or a transport"))
@@ -517,7 +532,13 @@ def _transport(asked: Transport | str, group: Any, mesh: Any, device: torch.devi
         raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
     if not P2P.is_possible():
         raise errors.ConfigError(errors.no_transport())
-    return P2P(device, mesh.get_group("pp") if mesh is not None else group, setup_seconds)
+    if mesh is not None:
+        names = mesh.mesh_dim_names or ()
+        if "pp" not in names:
+            raise errors.ConfigError(errors.runner_argument("mesh", mesh, 'a mesh with a dimension named "pp"'))
+        group = (mesh.get_group("pp"), mesh.get_group("tp")) if "tp" in names else mesh.get_group("pp")
+    pipeline, siblings = group if isinstance(group, tuple) else (group, None)
+    return P2P(device, pipeline, setup_seconds), siblings and TensorParallel(siblings, setup_seconds)
 
 
 _stage_numbers = itertools.count()

@@ -1,37 +1,45 @@
 """Stages of a pipeline that hand over micro-batches, in threads or in processes, and what their tests ask of them.
 
 A scenario is a function of one stage. ``run`` plays it on every stage over one transport and gives what each returned
-or raised. Run as a script, this file is one rank.
+or raised.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pp_piecewise_backend.handoff import Header, Kind, Links, Patience, Receiver, Schema, Sender, StagePlan, connect
+from pp_piecewise_backend.handoff import (
+    Header,
+    Kind,
+    Links,
+    Patience,
+    Receiver,
+    Schema,
+    Sender,
+    StagePlan,
+    TensorParallel,
+    connect,
+)
 from pp_piecewise_backend.handoff.header import HEADER_BYTES
 from pp_piecewise_backend.handoff.local import LocalHub
 from pp_piecewise_backend.handoff.schema import Field
 from pp_piecewise_backend.handoff.transport import Transport
 from pp_piecewise_backend.stats import Stats
-
-CHECKOUT = Path(__file__).parent.parent
-LONGEST_SECONDS = 60.0
-"""No scenario may take longer, whatever goes wrong in it."""
+from rank_processes import LONGEST_SECONDS, run_ranks
 
 MAX_TOKENS = 16
 PROXIES = Schema((Field("hidden_states", (8,), torch.float32), Field("residual", (2, 3), torch.bfloat16)))
@@ -44,6 +52,7 @@ class Stage:
 
     number: int
     count: int
+    rank: int
     connect: Callable[..., Links]
     """Takes changes to the plan of this stage as keywords."""
     transport: Transport
@@ -89,6 +98,10 @@ def plan_of(stage: int, count: int, **changes: Any) -> StagePlan:
     return replace(plan, **changes)
 
 
+def with_layout(schema: Schema, layout: str) -> Schema:
+    return Schema(tuple(replace(field, layout=layout) for field in schema.fields))
+
+
 def memory(schema: Schema) -> dict[str, torch.Tensor]:
     return {f.name: torch.zeros((MAX_TOKENS, *f.shape), dtype=f.dtype) for f in schema.fields}
 
@@ -111,10 +124,11 @@ def values(sequence: int, num_tokens: int) -> dict[str, torch.Tensor]:
 
 def steady(stage: Stage) -> dict[str, Any]:
     """Random numbers of tokens through the pipeline, each stage adding 1, with feedback to the first one."""
-    links = stage.connect()
+    proxies = with_layout(PROXIES, stage.arguments.get("layout", "replicated"))
+    links = stage.connect(inputs=None if stage.is_first else proxies, outputs=None if stage.is_last else proxies)
     count, delay_seconds = stage.arguments.get("microbatches", 30), stage.arguments.get("delay_seconds", 0.0)
     chosen = random.Random(1).choices(range(1, MAX_TOKENS + 1), k=count)
-    own_random = random.Random(stage.number)
+    own_random = random.Random(stage.rank)
     landing, outgoing = memory(PROXIES), memory(PROXIES)
     tokens = memory(FEEDBACK)
     observer = Observer(landing, tokens)
@@ -176,7 +190,15 @@ class Observer:
         self._ranges = [
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for group in landing for tensor in group.values()
         ]
-        self.counts = {"receives": 0, "outside": 0, "header_receives": 0, "pickles": 0, "object_calls": 0}
+        self.counts = {
+            "receives": 0,
+            "outside": 0,
+            "header_receives": 0,
+            "gathers": 0,
+            "gathers_elsewhere": 0,
+            "pickles": 0,
+            "object_calls": 0,
+        }
         self._undo: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Observer:
@@ -186,6 +208,7 @@ class Observer:
         from torch.distributed import distributed_c10d
 
         self._replace(dist, "irecv", self._seeing_receives(dist.irecv))
+        self._replace(dist, "all_gather_into_tensor", self._seeing_gathers(dist.all_gather_into_tensor))
         for module in (dist, distributed_c10d):
             for name in [name for name in vars(module) if "object" in name and callable(getattr(module, name))]:
                 self._replace(module, name, self._counting("object_calls", getattr(module, name)))
@@ -210,14 +233,26 @@ class Observer:
 
         return counted
 
+    def _is_outside(self, tensor: torch.Tensor) -> bool:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return not any(low <= start and end <= high for low, high in self._ranges)
+
+    def _seeing_gathers(self, original: Any) -> Any:
+        def seen(output: torch.Tensor, own: torch.Tensor, group: Any) -> Any:
+            self.counts["gathers"] += 1
+            in_place = own.data_ptr() == output.data_ptr() + group.rank() * own.nbytes
+            self.counts["gathers_elsewhere"] += self._is_outside(output) or not in_place
+            return original(output, own, group=group)
+
+        return seen
+
     def _seeing_receives(self, original: Any) -> Any:
         def seen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
             if tensor.dtype == torch.uint8 and tensor.numel() == HEADER_BYTES:
                 self.counts["header_receives"] += 1
             else:
                 self.counts["receives"] += 1
-                self.counts["outside"] += not any(low <= start and end <= high for low, high in self._ranges)
+                self.counts["outside"] += self._is_outside(tensor)
             return original(tensor, *args, **kwargs)
 
         return seen
@@ -259,6 +294,33 @@ def _pass_on(links: Links, sequence: int) -> None:
     assert torch.equal(landing["hidden_states"], values(sequence, 3)["hidden_states"])
     if links.outgoing is not None:
         links.outgoing.send(links.outgoing.announce(header.num_tokens, header.tag), landing).wait()
+
+
+def timed(stage: Stage) -> dict[str, Any]:
+    """When tensors are sent, when memory for them is named, and when they have arrived, by the monotonic clock.
+
+    Memory for the first is named early, for the second late; the last two are under way at once.
+    """
+    links = stage.connect(feedback=None)
+    pauses_seconds = (0.0, 0.1, 0.0, 0.0)
+    times: dict[str, Any] = {"sent_at": [], "named_at": [], "arrived_at": []}
+    transfers = []
+    for sequence, pause_seconds in enumerate(pauses_seconds):
+        if stage.is_first:
+            time.sleep(0.05)
+            header = links.outgoing.announce(3)
+            times["sent_at"].append(time.monotonic())
+            transfers.append(links.outgoing.send(header, values(sequence, 3)))
+        else:
+            header, views = links.incoming.next_header(), rows(memory(PROXIES), 3)
+            time.sleep(pause_seconds)
+            times["named_at"].append(time.monotonic())
+            transfers.append(links.incoming.receive(header, views))
+    for transfer in transfers:
+        transfer.wait()
+        times["arrived_at"].append(time.monotonic())
+    links.close()
+    return times
 
 
 def early_end(stage: Stage) -> int:
@@ -369,14 +431,28 @@ def other_plans(stage: Stage) -> None:
         assert not moved
 
 
+def other_siblings(stage: Stage) -> None:
+    """Of 2 x 2 ranks some were set up otherwise than the rest."""
+    match stage.arguments["differs"]:
+        case "buckets of rank 3":
+            stage.connect(**({"buckets_tokens": (1, MAX_TOKENS)} if stage.rank == 3 else {}))
+        case "no groups on stage 1":
+            stage.connect(**({"tensor_parallel": None} if stage.number == 1 else {}))
+
+
 def fault(stage: Stage) -> None:
     """Micro-batches without end; one stage breaks in the way that ``kind`` names, and tells when."""
-    links = stage.connect(**({"feedback": None} if stage.arguments.get("no_feedback") else {}))
+    changes: dict[str, Any] = {"feedback": None} if stage.arguments.get("no_feedback") else {}
+    if stage.arguments.get("layout") == "scattered":
+        scattered = with_layout(PROXIES, "scattered")
+        changes.update({"outputs": scattered} if stage.is_first else {"inputs": scattered})
+    links = stage.connect(**changes)
     kind, victim = stage.arguments["kind"], stage.arguments["victim"]
     landing, tokens = memory(PROXIES), memory(FEEDBACK)
+    telling = None
     try:
         for sequence in range(10**6):
-            if stage.number == victim and sequence == 5:
+            if stage.rank == victim and sequence == 5:
                 _break_now(kind, stage, links)
             if stage.is_first:
                 views, header = values(sequence, 5), None
@@ -385,11 +461,13 @@ def fault(stage: Stage) -> None:
                 views = rows(landing, header.num_tokens)
                 links.incoming.receive(header, views).wait()
             if links.outgoing is not None:
-                if stage.number == victim and kind in _LIES and sequence == 4:
+                if stage.rank == victim and kind in _LIES and sequence == 4:
                     _lie(links.outgoing, _LIES[kind])
                 links.outgoing.send(links.outgoing.announce(5), views).wait()
             elif links.feedback_out is not None:
-                links.feedback_out.send(links.feedback_out.announce(1), rows(tokens, 1)).wait()
+                if telling is not None:  # the first stage reads only after its second micro-batch
+                    telling.wait()
+                telling = links.feedback_out.send(links.feedback_out.announce(1), rows(tokens, 1))
             if links.feedback_in is not None and sequence >= 1:
                 _feedback(links.feedback_in, tokens)
             time.sleep(0.005)
@@ -459,7 +537,8 @@ def sends_while_idle_receiver_dies(stage: Stage) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        steady, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, fault,
+        steady, timed, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, other_siblings,
+        fault,
         sends_while_idle_receiver_dies,
     )
 }  # fmt: skip
@@ -481,17 +560,28 @@ def run(
     return runner(scenario.__name__, stages, folder, silence_seconds, arguments)
 
 
-def _play(name: str, transport: Transport, silence_seconds: float, is_process: bool, arguments: Any) -> Outcome:
+def play(
+    name: str,
+    transport: Transport,
+    silence_seconds: float,
+    is_process: bool = True,
+    tensor_parallel: TensorParallel | None = None,
+    delayed: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Outcome:
+    """The scenario on this stage, over ``transport`` or over the delayed one of the benchmarks around it."""
+    if delayed is not None:
+        transport = delayed_link().DelayedTransport(transport, **delayed)
     patience = Patience(silence_seconds, setup_seconds=LONGEST_SECONDS)
     stats = Stats()
 
-    def connect_stage(**changes: Any) -> Links:
-        own = plan_of(transport.stage, transport.stage_count, **changes)
-        return connect(transport, own, patience, stats)
+    number, count = transport.stage, transport.stage_count
 
-    stage = Stage(
-        transport.stage, transport.stage_count, connect_stage, transport, patience, stats, is_process, arguments
-    )
+    def connect_stage(tensor_parallel: TensorParallel | None = tensor_parallel, **changes: Any) -> Links:
+        return connect(transport, plan_of(number, count, **changes), patience, stats, tensor_parallel)
+
+    rank = transport.ranks[number]
+    stage = Stage(number, count, rank, connect_stage, transport, patience, stats, is_process, arguments)
     try:
         return Outcome(value=SCENARIOS[name](stage), ended_at=time.time())
     except BaseException as error:
@@ -499,12 +589,20 @@ def _play(name: str, transport: Transport, silence_seconds: float, is_process: b
         return Outcome(error=type(error).__name__, message=str(error), ended_at=time.time(), exit_code=1)
 
 
+def delayed_link() -> Any:
+    sys.path.append(str(Path(__file__).parent.parent / "bench"))
+    try:
+        return importlib.import_module("delayed_link")
+    finally:
+        sys.path.pop()
+
+
 def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
     hub = LocalHub(stages, setup_seconds=LONGEST_SECONDS)
     outcomes: dict[int, Outcome] = {}
 
     def one_stage(number: int) -> None:
-        outcomes[number] = _play(name, hub.transport(number), silence_seconds, False, arguments)
+        outcomes[number] = play(name, hub.transport(number), silence_seconds, False, **arguments)
 
     threads = [threading.Thread(target=one_stage, args=(number,), daemon=True) for number in range(stages)]
     for thread in threads:
@@ -518,41 +616,14 @@ def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, a
 
 def _run_processes(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
     job = {"scenario": name, "silence_seconds": silence_seconds, "arguments": arguments}
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(stages),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
-    }
-    logs = [folder / f"rank_{number}.log" for number in range(stages)]
-    processes = []
-    for number, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, __file__, str(folder), json.dumps(job)]
-            own = {**environment, "RANK": str(number)}
-            processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
-    stopped = arguments["victim"] if arguments.get("kind") == "SIGSTOP" else None
-    deadline = time.monotonic() + LONGEST_SECONDS
-    try:
-        for number, process in enumerate(processes):
-            if number != stopped:
-                process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise AssertionError(
-            "a rank hangs\n" + "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
-        ) from None
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return [_read_outcome(folder, number, p.returncode, logs[number]) for number, p in enumerate(processes)]
+    stopped = [arguments["victim"]] if arguments.get("kind") == "SIGSTOP" else []
+    ended = run_ranks("handoff_ranks:one_rank", stages, folder, job, left_alone=stopped)
+    return [_read_outcome(folder / f"rank_{rank}.json", *astuple(end)) for rank, end in enumerate(ended)]
 
 
-def _read_outcome(folder: Path, number: int, exit_code: int, log: Path) -> Outcome:
-    report = folder / f"rank_{number}.json"
+def _read_outcome(report: Path, exit_code: int, ended_at: float, log: str) -> Outcome:
     outcome = Outcome(**json.loads(report.read_text())) if report.exists() else Outcome()
-    return replace(outcome, exit_code=exit_code, log=log.read_text())
+    return replace(outcome, exit_code=exit_code, ended_at=ended_at, log=log)
 
 
 def fault_time(outcomes: list[Outcome]) -> float:
@@ -561,23 +632,29 @@ def fault_time(outcomes: list[Outcome]) -> float:
     return float(printed[0].split()[-1]) if printed else _faults[-1]
 
 
-def main() -> int:
+def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int:
+    """What each process runs."""
     import torch.distributed as dist
 
     from pp_piecewise_backend.handoff.p2p import P2P
 
-    folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
+    def of_several(groups: list[list[int]]) -> Any:
+        """Every rank makes all groups, and takes the one that it is in."""
+        made = [dist.new_group(ranks) for ranks in groups]
+        return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
+
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
-    transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
-    outcome = _play(job["scenario"], transport, job["silence_seconds"], True, job["arguments"])
+    size = job["arguments"].get("tensor_parallel_size", 1)
+    pipeline = of_several([[*range(t, count, size)] for t in range(size)])
+    tensor_parallel = None
+    if size > 1:
+        stages = of_several([[*range(first, first + size)] for first in range(0, count, size)])
+        tensor_parallel = TensorParallel(stages, LONGEST_SECONDS)
+    transport = P2P("cpu", pipeline, setup_seconds=LONGEST_SECONDS)
+    outcome = play(
+        job["scenario"], transport, job["silence_seconds"], tensor_parallel=tensor_parallel, **job["arguments"]
+    )
     (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(outcome)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(outcome.exit_code) if outcome.error else dist.destroy_process_group()
+    if outcome.error is None:
+        dist.destroy_process_group()
     return outcome.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

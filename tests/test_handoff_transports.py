@@ -22,6 +22,8 @@ from handoff_ranks import (
     steady,
 )
 
+pytestmark = pytest.mark.compat
+
 TRANSPORTS = ("local", "p2p")
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
@@ -74,7 +76,7 @@ def test_headers_run_ahead_of_the_data(transport: str, tmp_path: Path) -> None:
 @every_transport
 @pytest.mark.parametrize("scenario", [slow_first_stage, slow_last_stage])
 def test_a_slow_stage_is_not_taken_for_lost(transport: str, scenario: object, tmp_path: Path) -> None:
-    outcomes = run(transport, scenario, 3, tmp_path, silence_seconds=1.5)
+    outcomes = run(transport, scenario, 3, tmp_path, silence_seconds=1.0)
     assert [outcome.value for outcome in all_well(outcomes)] == [2, 2, 2]
 
 

@@ -11,6 +11,7 @@ Start reading in ``link.py``; ``transport.py`` says what a transport must do.
 from ..handoff.header import MAX_TAG_BYTES, Header, Kind
 from ..handoff.link import Links, Receiver, Sender, Transfer, connect
 from ..handoff.schema import Field, Plan, Schema, StagePlan
+from ..handoff.tensor_parallel import TensorParallel
 from ..handoff.transport import Patience, Pending, Transport, Wire
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Schema",
     "Sender",
     "StagePlan",
+    "TensorParallel",
     "Transfer",
     "Transport",
     "Wire",

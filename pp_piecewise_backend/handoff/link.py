@@ -16,9 +16,10 @@ announced before the sending end stops must still be received.
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +28,7 @@ import torch
 from .. import errors
 from ..handoff.header import MAX_TAG_BYTES, Header, Kind
 from ..handoff.schema import Plan, Schema, StagePlan, agree
+from ..handoff.tensor_parallel import Gathering, TensorParallel
 from ..handoff.transport import Patience, Pending, Transport, Wire
 from ..stats import TOTALS, Amounts, Stats
 
@@ -102,6 +104,8 @@ class LinkSettings:
     patience: Patience
     fault: Fault
     stats: Stats
+    tensor_parallel: TensorParallel | None = None
+    """None: each stage is one rank."""
 
 
 class Transfer:
@@ -134,6 +138,10 @@ class _End:
         self._wire = wire
         self._settings = settings
         self._fault = settings.fault
+        self._tensor_parallel = settings.tensor_parallel
+        self._sent_bytes_per_token = schema.sent_bytes_per_token(
+            1 if self._tensor_parallel is None else self._tensor_parallel.size
+        )
         self._told_data = 0
         self._heard_data = 0
         self._telling = threading.Lock()
@@ -234,10 +242,20 @@ class _End:
         return header
 
     def _on_data(self, header: Header) -> None:
-        raise NotImplementedError
+        raise _Lost(Loss(self.peer_rank, "bad header", errors.data_upstream(self.peer_rank)), is_alive=True)
 
     def _on_stop(self) -> None:
-        raise NotImplementedError
+        """What an end does when the other has nothing more to say."""
+
+    # ------------------------------------------------------------------------------ transferring
+
+    def _travelling(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """What of the tensors goes over this link."""
+        parallel = self._tensor_parallel
+        if parallel is None:
+            return tensors
+        pairs = zip(self.schema.fields, tensors, strict=True)
+        return [parallel.share(tensor) if field.is_scattered else tensor for field, tensor in pairs]
 
     # ---------------------------------------------------------------------------------- failing
 
@@ -322,9 +340,9 @@ class Sender(_End):
         ordered = self.schema.in_order(tensors, header.num_tokens)
         doing = f"sending {_what(header, slot)} to rank {self.peer_rank}"
         with self._raising(doing):
-            pending = self._wire.send(ordered)
+            pending = self._wire.send(self._travelling(ordered))
         self._sent += 1
-        num_bytes = header.num_tokens * self.schema.bytes_per_token
+        num_bytes = header.num_tokens * self._sent_bytes_per_token
         self._settings.stats.add_many({"sends": len(ordered), "bytes_sent": num_bytes})
         return Transfer(self, pending, errors.on_rank(self.own_rank, doing))
 
@@ -332,12 +350,6 @@ class Sender(_End):
     def stop_requested(self) -> bool:
         """Whether the next stage asks for an early end."""
         return self._heard_stop.is_set()
-
-    def _on_data(self, header: Header) -> None:
-        raise _Lost(Loss(self.peer_rank, "bad header", errors.data_upstream(self.peer_rank)), is_alive=True)
-
-    def _on_stop(self) -> None:
-        pass
 
 
 class Receiver(_End):
@@ -388,11 +400,18 @@ class Receiver(_End):
         ordered = self.schema.in_order(views, header.num_tokens)
         doing = f"receiving {_what(header, slot)} from rank {self.peer_rank}"
         with self._raising(doing):
-            pending = self._wire.receive(ordered)
+            pending = self._landing(ordered)
         self._received += 1
-        num_bytes = header.num_tokens * self.schema.bytes_per_token
+        num_bytes = header.num_tokens * self._sent_bytes_per_token
         self._settings.stats.add_many({"recvs": len(ordered), "bytes_received": num_bytes})
         return Transfer(self, pending, errors.on_rank(self.own_rank, doing))
+
+    def _landing(self, views: Sequence[torch.Tensor]) -> Pending:
+        pending = self._wire.receive(self._travelling(views))
+        if self._tensor_parallel is None:
+            return pending
+        pairs = zip(self.schema.fields, views, strict=True)
+        return Gathering(pending, [view for field, view in pairs if field.is_scattered], self._tensor_parallel)
 
     def _waiting_for_header(self) -> str:
         return errors.on_rank(self.own_rank, f"waiting for the header of micro-batch {self._received}")
@@ -410,6 +429,15 @@ class Receiver(_End):
         self._headers.put(header)
         if self.on_news is not None:
             self.on_news()
+
+
+class Sibling(_End):
+    """The end of a link between two ranks of one stage, which only tell one another that they live, fail or stop."""
+
+    def break_off(self) -> None:
+        super().break_off()
+        if self._tensor_parallel is not None:
+            self._tensor_parallel.break_off()
 
 
 _ONE_HEADER = Amounts({"headers": 1})
@@ -436,22 +464,28 @@ class Links:
     """From the last stage, on the first."""
     feedback_out: Sender | None
     """To the first stage, on the last."""
+    _siblings: Sequence[Sibling] = field(repr=False)
     _fault: Fault = field(repr=False)
-    _transport: Transport = field(repr=False)
+    _transports: Sequence[Transport] = field(repr=False)
 
     @property
     def _ends(self) -> list[_End]:
-        ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in)
+        ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in, *self._siblings)
         return [end for end in ends if end is not None]
 
     @property
     def is_broken(self) -> bool:
         return self._fault.loss is not None
 
+    def check(self) -> None:
+        """Raises `PeerLost` if the pipeline is broken."""
+        self._fault.check(errors.on_rank(self.stage, "closing its links"))
+
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
         reason = type(error).__name__
-        self._fault.record(Loss(self.stage, reason, errors.own_failure(self.stage, reason)))
+        rank = self._transports[0].ranks[self.stage]
+        self._fault.record(Loss(rank, reason, errors.own_failure(rank, reason)))
 
     def close(self) -> None:
         """Say STOP on all links, wait until the neighbours said it, and give back the transport.
@@ -460,7 +494,8 @@ class Links:
             PeerLost: the pipeline broke before all had stopped; everything is given back nevertheless.
         """
         with contextlib.ExitStack() as stack:
-            stack.callback(self._transport.close)
+            for transport in self._transports:
+                stack.callback(transport.close)
             stack.callback(self._fault.forget_ends)
             for end in reversed(self._ends):
                 stack.callback(end.close)
@@ -470,37 +505,80 @@ class Links:
 
 
 def connect(
-    transport: Transport, own: StagePlan, patience: Patience | None = None, stats: Stats | None = None
+    transport: Transport,
+    own: StagePlan,
+    patience: Patience | None = None,
+    stats: Stats | None = None,
+    tensor_parallel: TensorParallel | None = None,
 ) -> Links:
     """Compare the plans of all ranks, then make this rank's links; every rank of the pipeline calls it.
+
+    Args:
+        transport: to the other stages; closed with the links, or when this raises.
+        own: what this rank was set up with.
+        patience: how long ranks wait for one another.
+        stats: counts headers, tensors and bytes; the process totals by default.
+        tensor_parallel: the ranks that hold this stage together with this one; then all ranks of the world take part.
 
     Raises:
         PlanMismatch: on every rank, with every difference.
         PeerLost: a rank did not come within ``setup_seconds``.
     """
     fault = Fault()
+    transports: list[Transport] = [transport]
+    if tensor_parallel is not None:
+        transports.append(tensor_parallel.transport)
     try:
-        plan = agree(transport.exchange(own.to_text()))
-        settings = LinkSettings(plan, patience or Patience(), fault, TOTALS if stats is None else stats)
+        plan = _agreed(transport, own, tensor_parallel)
+        counted = TOTALS if stats is None else stats
+        settings = LinkSettings(plan, patience or Patience(), fault, counted, tensor_parallel)
+        ranks = transport.ranks
         incoming = outgoing = feedback_in = feedback_out = None
         for hop in range(plan.stage_count - 1):
             wire = transport.wire(hop, hop + 1, "proxies")
+            source, target = ranks[hop], ranks[hop + 1]
             if wire is not None and transport.stage == hop:
-                outgoing = _started(Sender(wire, _known(own.outputs), hop, hop + 1, settings))
+                outgoing = _started(Sender(wire, _known(own.outputs), source, target, settings))
             elif wire is not None:
-                incoming = _started(Receiver(wire, _known(own.inputs), hop + 1, hop, settings))
+                incoming = _started(Receiver(wire, _known(own.inputs), target, source, settings))
         if plan.has_feedback:
             last = plan.stage_count - 1
             wire = transport.wire(last, 0, "feedback")
             if wire is not None and transport.stage == last:
-                feedback_out = _started(Sender(wire, _known(own.feedback), last, 0, settings))
+                feedback_out = _started(Sender(wire, _known(own.feedback), ranks[last], ranks[0], settings))
             elif wire is not None:
-                feedback_in = _started(Receiver(wire, _known(own.feedback), 0, last, settings))
+                feedback_in = _started(Receiver(wire, _known(own.feedback), ranks[0], ranks[last], settings))
+        siblings = [] if tensor_parallel is None else _siblings(tensor_parallel, settings)
     except BaseException:
         fault.forget_ends()
-        transport.close()
+        for opened in transports:
+            opened.close()
         raise
-    return Links(transport.stage, plan, incoming, outgoing, feedback_in, feedback_out, fault, transport)
+    return Links(transport.stage, plan, incoming, outgoing, feedback_in, feedback_out, siblings, fault, transports)
+
+
+def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:
+    rank = transport.ranks[transport.stage]
+    if tensor_parallel is None:
+        return agree([transport.exchange(own.to_text(rank))])
+    size = tensor_parallel.size
+    pipeline = transport.exchange(own.to_text(rank, tensor_parallel.rank, size))
+    if any(json.loads(text).get("tensor_parallel_size") != size for text in pipeline):
+        return agree([pipeline])  # raises; a stage that is no group has nobody to exchange pipelines with
+    return agree([json.loads(one) for one in tensor_parallel.transport.exchange(json.dumps(pipeline))])
+
+
+def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[Sibling]:
+    """A chain of links is enough: whoever hears of a failure tells all neighbours."""
+    transport = tensor_parallel.transport
+    siblings = []
+    for lower in range(transport.stage_count - 1):
+        wire = transport.wire(lower, lower + 1, "siblings")
+        if wire is not None:
+            peer = lower + 1 if transport.stage == lower else lower
+            ranks = transport.ranks[transport.stage], transport.ranks[peer]
+            siblings.append(_started(Sibling(wire, Schema(()), *ranks, settings)))
+    return siblings
 
 
 End = TypeVar("End", bound=_End)

@@ -51,6 +51,7 @@ class LocalTransport:
     def __init__(self, hub: LocalHub, stage: int) -> None:
         self.stage = stage
         self.stage_count = hub.stage_count
+        self.ranks = range(hub.stage_count)
         self._hub = hub
 
     def exchange(self, text: str) -> list[str]:

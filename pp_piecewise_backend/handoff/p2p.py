@@ -6,6 +6,10 @@ wait there; nothing else ends a wait whose peer was stopped. So each link has a 
 waits for tensors last as long as the peer lives, and ``break_data`` lets a tiny receive run out of time on purpose.
 ``is_completed()`` of a gloo transfer stays False until somebody waits for it, so it cannot be asked instead.
 
+Note [NCCL waits]
+``wait()`` of NCCL lets the current stream wait. Given a time it blocks the host too, looking every 10 ms [read], so
+tensors on a GPU are waited for without one; aborting the group ends what the stream waits for.
+
 ``isend`` and ``irecv`` are looked up in ``torch.distributed`` at each call, so that an observer can count them.
 """
 
@@ -27,20 +31,20 @@ _DOWN, _UP, _BREAK = 0, 1, 2
 """Tags of messages with the data, against it, and of the receive that nobody answers."""
 
 
-def join_world(
-    store: dist.Store,
-    rank: int,
-    rank_count: int,
-    restart_count: int = 0,
-    backend: str = "gloo",
-    setup_seconds: float = 1800.0,
-) -> None:
-    """``init_process_group`` on a store that may outlive a restart of the ranks.
+def join_world(restart_count: int = 0, backend: str = "gloo", setup_seconds: float = 1800.0) -> None:
+    """``init_process_group`` from what torchrun sets for each rank, also after it has restarted them.
 
-    Addresses of the ranks before a restart would stay in the store, so each restart gets keys of its own.
+    The store of torchrun outlives the ranks, and with it the addresses that they had before a restart; under these
+    gloo waits for the dead. So each restart gets keys of its own.
+
+    Args:
+        restart_count: ``TORCHELASTIC_RESTART_COUNT`` of the environment; equal on all ranks.
+        backend: as ``init_process_group`` takes it.
+        setup_seconds: how long ranks wait for one another.
     """
-    fresh = dist.PrefixStore(f"restart_{restart_count}", store)
     timeout = timedelta(seconds=setup_seconds)
+    store, rank, rank_count = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    fresh = dist.PrefixStore(f"restart_{restart_count}", store)
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=rank_count, timeout=timeout)
 
 
@@ -57,9 +61,9 @@ class P2P:
         self, device: torch.device | str, group: dist.ProcessGroup | None = None, setup_seconds: float = 1800.0
     ) -> None:
         self.device = torch.device(device)
-        self._ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
-        self.stage = self._ranks.index(dist.get_rank())
-        self.stage_count = len(self._ranks)
+        self.ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.stage = self.ranks.index(dist.get_rank())
+        self.stage_count = len(self.ranks)
         self._pipelines: list[list[int]] = []
         self._setup = timedelta(seconds=setup_seconds)
         self._groups: list[Any] = []
@@ -73,12 +77,12 @@ class P2P:
         with self._meeting("the ranks of all pipelines"):
             world = self._new_group(range(dist.get_world_size()), "gloo")
             dist.monitored_barrier(world, self._setup, wait_all_ranks=True)
-            shown = _gather_bytes(json.dumps(self._ranks).encode(), world)
+            shown = _gather_bytes(json.dumps(self.ranks).encode(), world)
             self._pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
-            own = [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self._ranks)]
+            own = [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self.ranks)]
             # all_gather orders by rank in the group, which new_group sorts
-            by_rank = dict(zip(sorted(self._ranks), _gather_bytes(text.encode(), own), strict=True))
-        return [by_rank[rank].decode() for rank in self._ranks]
+            by_rank = dict(zip(sorted(self.ranks), _gather_bytes(text.encode(), own), strict=True))
+        return [by_rank[rank].decode() for rank in self.ranks]
 
     def wire(self, source: int, target: int, name: str) -> P2PWire | None:
         wire = None
@@ -87,7 +91,7 @@ class P2P:
                 ends = [ranks[source], ranks[target]]
                 control = self._new_group(ends, "gloo")
                 data = self._new_group(ends, "gloo" if self.device.type == "cpu" else "nccl")
-                if ranks == self._ranks and self.stage in (source, target):
+                if ranks == self.ranks and self.stage in (source, target):
                     is_source = self.stage == source
                     peer = ends[1] if is_source else ends[0]
                     wire = P2PWire(control, data, peer, is_source, self._setup)
@@ -138,6 +142,7 @@ class P2PWire:
         self._peer = peer
         self._is_source = is_source
         self._longest = longest
+        self._longest_transfer = longest if _is_gloo(data) else None
         self._tell_tag, self._hear_tag = (_DOWN, _UP) if is_source else (_UP, _DOWN)
         self._outgoing_bytes = bytearray(HEADER_BYTES)
         self._outgoing = torch.frombuffer(self._outgoing_bytes, dtype=torch.uint8)
@@ -159,7 +164,7 @@ class P2PWire:
     def tell(self, message: bytes) -> None:
         self.flush(self._longest.total_seconds())
         self._outgoing_bytes[:] = message
-        with _connection_errors():
+        with connection_errors():
             self._leaving = _posted(dist.isend(self._outgoing, self._peer, group=self._control, tag=self._tell_tag))
 
     def flush(self, timeout_seconds: float) -> None:
@@ -168,33 +173,33 @@ class P2PWire:
             self._leaving = None
 
     def hear(self, timeout_seconds: float) -> bytes:
-        with _connection_errors():
+        with connection_errors():
             work = _posted(dist.irecv(self._incoming, self._peer, group=self._control, tag=self._hear_tag))
         _wait(work, timedelta(seconds=timeout_seconds))
         return bytes(self._incoming_bytes)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> _Works:
-        with _connection_errors():
+        with connection_errors():
             works = [_posted(dist.isend(tensor, self._peer, group=self._data)) for tensor in tensors]
-        return _Works(works, tensors, self._longest)
+        return _Works(works, tensors, self._longest_transfer)
 
     def receive(self, views: Sequence[torch.Tensor]) -> _Works:
-        with _connection_errors():
+        with connection_errors():
             works = [_posted(dist.irecv(view, self._peer, group=self._data)) for view in views]
-        return _Works(works, views, self._longest)
+        return _Works(works, views, self._longest_transfer)
 
     def break_data(self) -> None:
-        _break(self._data, self._peer)
+        break_pair(self._data, self._peer)
 
     def break_control(self) -> None:
-        _break(self._control, self._peer)
+        break_pair(self._control, self._peer)
 
     def close(self) -> None:
         pass  # the transport destroys the groups, when all links have stopped
 
 
 class _Works:
-    def __init__(self, works: Sequence[Any], tensors: Sequence[torch.Tensor], longest: timedelta) -> None:
+    def __init__(self, works: Sequence[Any], tensors: Sequence[torch.Tensor], longest: timedelta | None) -> None:
         self._works = works
         self._tensors = tensors  # gloo reads and writes them until then
         self._longest = longest
@@ -210,14 +215,18 @@ def _posted(work: Any) -> Any:
     return work
 
 
-def _wait(work: Any, timeout: timedelta) -> None:
-    with _connection_errors():
-        work.wait(timeout)
+def _wait(work: Any, timeout: timedelta | None) -> None:
+    with connection_errors():
+        work.wait() if timeout is None else work.wait(timeout)
+
+
+def _is_gloo(group: Any) -> bool:
+    return dist.get_backend(group) == "gloo"
 
 
 @contextlib.contextmanager
-def _connection_errors() -> Iterator[None]:
-    """torch.distributed raises RuntimeError for all that goes wrong with a peer."""
+def connection_errors() -> Iterator[None]:
+    """``torch.distributed`` raises RuntimeError for all that goes wrong with a peer."""
     try:
         yield
     except RuntimeError as error:
@@ -225,11 +234,12 @@ def _connection_errors() -> Iterator[None]:
         raise kind(str(error)) from error
 
 
-def _break(group: Any, peer: int) -> None:
-    if dist.get_backend(group) == "gloo":
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            nothing = torch.zeros(1, dtype=torch.uint8)
-            _wait(_posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)), timedelta(milliseconds=1))
+def break_pair(group: Any, peer: int) -> None:
+    """End everything that this rank and ``peer`` wait for within a group, from any thread; see Note [gloo waits]."""
+    if _is_gloo(group):
+        nothing = torch.zeros(1, dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError, ConnectionError):  # it runs out of time, or the pair was broken before
+            _posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)).wait(timedelta(milliseconds=1))
     else:
         with contextlib.suppress(RuntimeError):
             group.abort()

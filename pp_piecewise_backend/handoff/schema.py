@@ -32,6 +32,9 @@ class ProxyLike(Protocol):
     def layout(self) -> str: ...
 
 
+LAYOUTS = ("replicated", "scattered")
+
+
 @dataclass(frozen=True)
 class Field:
     """One tensor of a link, without its token dimension."""
@@ -40,10 +43,15 @@ class Field:
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str = "replicated"
+    """Or "scattered": each tensor-parallel rank sends its share only, see ``tensor_parallel.py``."""
 
     @property
     def bytes_per_token(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_scattered(self) -> bool:
+        return self.layout == "scattered"
 
     def describe(self) -> list[Any]:
         return [self.name, list(self.shape), str(self.dtype), self.layout]
@@ -66,6 +74,12 @@ class Schema:
     @cached_property
     def bytes_per_token(self) -> int:
         return sum(field.bytes_per_token for field in self.fields)
+
+    def sent_bytes_per_token(self, tensor_parallel_size: int) -> int:
+        """What one of the links between two stages carries."""
+        return sum(
+            field.bytes_per_token // (tensor_parallel_size if field.is_scattered else 1) for field in self.fields
+        )
 
     def in_order(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> list[torch.Tensor]:
         """The tensors as they travel; gloo would let a wrong size or dtype through as garbage.
@@ -113,11 +127,22 @@ class StagePlan:
         if not buckets or not ascending or buckets[-1] != self.max_tokens:
             raise ValueError(errors.bad_plan_buckets(buckets, self.max_tokens))
 
-    def to_text(self) -> str:
-        """JSON, so that ranks of other versions can still say what differs."""
+    def to_text(self, rank: int, tensor_parallel_rank: int = 0, tensor_parallel_size: int = 1) -> str:
+        """JSON, so that ranks of other versions can still say what differs.
+
+        Args:
+            rank: how messages name the rank that has this plan.
+            tensor_parallel_rank: its place among the ranks of its stage.
+            tensor_parallel_size: how many these are.
+        """
         links = {name: schema and schema.describe() for name, schema in self._schemas().items()}
         shared = {key: value for key, value in asdict(self).items() if key not in links}
-        return json.dumps({**shared, **links}, sort_keys=True)
+        place = {
+            "rank": rank,
+            "tensor_parallel_rank": tensor_parallel_rank,
+            "tensor_parallel_size": tensor_parallel_size,
+        }
+        return json.dumps({**shared, **links, **place}, sort_keys=True)
 
     def _schemas(self) -> dict[str, Schema | None]:
         return {"inputs": self.inputs, "outputs": self.outputs, "feedback": self.feedback}
@@ -139,51 +164,97 @@ class Plan:
         return self.buckets_tokens[bisect_left(self.buckets_tokens, num_tokens)]
 
 
-def agree(texts: Sequence[str]) -> Plan:
-    """The plan of a pipeline whose ranks, in stage order, brought these ``StagePlan.to_text()``.
+_LINKS = ("inputs", "outputs", "feedback")
+_PLACE = ("rank", "tensor_parallel_rank")
+"""What differs from rank to rank in equal plans."""
+
+PlanDict = Mapping[str, Any]
+
+
+def agree(pipelines: Sequence[Sequence[str]]) -> Plan:
+    """The plan of pipelines side by side, whose ranks, in stage order, brought these ``StagePlan.to_text()``.
+
+    More than one pipeline: one for each tensor-parallel rank, in their order.
 
     Raises:
         PlanMismatch: with every difference and the ranks that have it; the same on each rank.
     """
-    plans = [json.loads(text) for text in texts]
-    differences = [*_shared_differences(plans), *_link_differences(plans)]
+    plans = [[json.loads(text) for text in pipeline] for pipeline in pipelines]
+    differences = [*_shared_differences(plans), *_place_differences(plans)]
+    for pipeline in plans:
+        differences += _link_differences(pipeline)
+        differences += _sibling_differences(plans[0], pipeline)
+    differences += _share_differences(plans[0])
     if differences:
         raise errors.PlanMismatch(errors.plans_differ(differences))
+    first = plans[0]
+    common = json.dumps([{key: value for key, value in plan.items() if key not in _PLACE} for plan in first])
     return Plan(
-        buckets_tokens=tuple(plans[0]["buckets_tokens"]),
-        max_tokens=plans[0]["max_tokens"],
-        stage_count=len(plans),
-        has_feedback=len(plans) > 1 and plans[0]["feedback"] is not None,
-        fingerprint=int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:8], "little"),
+        buckets_tokens=tuple(first[0]["buckets_tokens"]),
+        max_tokens=first[0]["max_tokens"],
+        stage_count=len(first),
+        has_feedback=len(first) > 1 and first[0]["feedback"] is not None,
+        fingerprint=int.from_bytes(hashlib.sha256(common.encode()).digest()[:8], "little"),
     )
 
 
-_LINKS = ("inputs", "outputs", "feedback")
-
-
-def _shared_differences(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+def _shared_differences(pipelines: Sequence[Sequence[PlanDict]]) -> list[str]:
+    plans = sorted((plan for pipeline in pipelines for plan in pipeline), key=lambda plan: plan["rank"])
+    counts = {"stage_count": len(pipelines[0]), "tensor_parallel_size": len(pipelines)}
     differences = []
-    for key in sorted({key for plan in plans for key in plan} - {*_LINKS}):
+    for key in sorted({key for plan in plans for key in plan} - {*_LINKS, *_PLACE}):
         ranks_with: dict[str, list[int]] = {}
-        for rank, plan in enumerate(plans):
-            ranks_with.setdefault(json.dumps(plan[key]) if key in plan else "not known", []).append(rank)
+        for plan in plans:
+            ranks_with.setdefault(json.dumps(plan[key]) if key in plan else "not known", []).append(plan["rank"])
         if len(ranks_with) > 1:
             differences.append(errors.plan_entry_differs(key, ranks_with))
-        elif key == "stage_count" and plans[0][key] != len(plans):
-            differences.append(errors.wrong_stage_count(plans[0][key], len(plans)))
+        elif key in counts and plans[0][key] != counts[key]:
+            differences.append(errors.wrong_count(key, plans[0][key], counts[key]))
     return differences
 
 
-def _link_differences(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+def _place_differences(pipelines: Sequence[Sequence[PlanDict]]) -> list[str]:
+    return [
+        errors.wrong_sibling(plan["rank"], plan.get("tensor_parallel_rank"), expected, pipeline[0]["rank"])
+        for expected, pipeline in enumerate(pipelines)
+        for plan in pipeline
+        if len(pipelines) > 1 and plan.get("tensor_parallel_rank") != expected
+    ]
+
+
+def _link_differences(plans: Sequence[PlanDict]) -> list[str]:
     last = len(plans) - 1
-    ends = [((rank, "outputs"), (rank + 1, "inputs")) for rank in range(last)]
+    ends = [((stage, "outputs"), (stage + 1, "inputs")) for stage in range(last)]
     ends.append(((last, "feedback"), (0, "feedback")))
     differences = []
     for (source, sent), (target, taken) in ends:
         sends, takes = plans[source].get(sent), plans[target].get(taken)
         if sends != takes or (sends is None and sent == "outputs"):
-            differences.append(errors.link_differs(source, sent, sends, target, taken, takes))
-    for rank, key in ((0, "inputs"), (last, "outputs")):
-        if plans[rank].get(key) is not None:
-            differences.append(errors.link_leads_nowhere(rank, key))
+            ranks = plans[source]["rank"], plans[target]["rank"]
+            differences.append(errors.link_differs(ranks[0], sent, sends, ranks[1], taken, takes))
+    for stage, key in ((0, "inputs"), (last, "outputs")):
+        if plans[stage].get(key) is not None:
+            differences.append(errors.link_leads_nowhere(plans[stage]["rank"], key))
+    return differences
+
+
+def _sibling_differences(pipeline: Sequence[PlanDict], other: Sequence[PlanDict]) -> list[str]:
+    return [
+        errors.link_differs(own["rank"], key, own.get(key), sibling["rank"], key, sibling.get(key))
+        for own, sibling in zip(pipeline, other, strict=False)
+        for key in _LINKS
+        if own.get(key) != sibling.get(key)
+    ]
+
+
+def _share_differences(plans: Sequence[PlanDict]) -> list[str]:
+    differences = []
+    for plan in plans:
+        size = plan.get("tensor_parallel_size", 1)
+        for key in _LINKS:
+            for name, shape, _, layout in plan.get(key) or ():
+                if layout not in LAYOUTS:
+                    differences.append(errors.unknown_layout(plan["rank"], key, name, layout, LAYOUTS))
+                elif layout == "scattered" and math.prod(shape) % size:
+                    differences.append(errors.not_divisible(plan["rank"], key, name, math.prod(shape), size))
     return differences

@@ -80,6 +80,10 @@ class Transport(Protocol):
     stage: int
     stage_count: int
 
+    @property
+    def ranks(self) -> Sequence[int]:
+        """How messages name the stages: by the ranks that the user started."""
+
     def exchange(self, text: str) -> list[str]:
         """The texts of all ranks, in stage order; each rank calls it once.
 

@@ -1,0 +1,79 @@
+"""A transport around another one, on whose links tensors take longer: a stand-in for a network of higher latency.
+
+Only latency is added. However much is under way at once, each tensor arrives ``seconds`` after it left; neither the
+sender nor its thread waits for that, and the receiver waits in ``wait()`` only. When a tensor leaves depends on the
+network that is meant:
+
+- ``waits_for_memory=True``: once it was sent *and* the receiver has named the memory where it shall land, as with
+  zero-copy writes into the memory of the other machine. Memory that is named late delays the tensor.
+- ``waits_for_memory=False``: once it was sent, as with buffers at the receiver that take the tensor until it is asked
+  for. Memory that is named late costs nothing.
+
+The time of sending travels as one more tensor of 8 bytes behind those of a micro-batch, by the monotonic clock, which
+all processes of a Linux machine share. So both ends must run on one machine and be wrapped alike, the tensors must lie
+on the CPU, and who observes ``irecv`` sees one more call. Headers are not delayed: they are told before their tensors
+are sent, so the same delay would not let any tensor arrive later. ``wait()`` sleeps, and may wake up 0.1 ms late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from pp_piecewise_backend.handoff.transport import Pending, Transport, Wire
+
+
+class DelayedTransport:
+    """``transport``, on whose links tensors take ``seconds`` longer."""
+
+    def __init__(self, transport: Transport, seconds: float, waits_for_memory: bool = True) -> None:
+        self.stage = transport.stage
+        self.stage_count = transport.stage_count
+        self.ranks = transport.ranks
+        self._transport = transport
+        self._seconds = seconds
+        self._waits_for_memory = waits_for_memory
+
+    def exchange(self, text: str) -> list[str]:
+        return self._transport.exchange(text)
+
+    def wire(self, source: int, target: int, name: str) -> DelayedWire | None:
+        wire = self._transport.wire(source, target, name)
+        return None if wire is None else DelayedWire(wire, self._seconds, self._waits_for_memory)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class DelayedWire:
+    """``wire``, on which tensors take ``seconds`` longer."""
+
+    def __init__(self, wire: Wire, seconds: float, waits_for_memory: bool) -> None:
+        self.tell, self.flush, self.hear = wire.tell, wire.flush, wire.hear
+        self.break_data, self.break_control, self.close = wire.break_data, wire.break_control, wire.close
+        self._wire = wire
+        self._seconds = seconds
+        self._waits_for_memory = waits_for_memory
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
+        return self._wire.send([*tensors, torch.tensor([time.monotonic()], dtype=torch.float64)])
+
+    def receive(self, views: Sequence[torch.Tensor]) -> Pending:
+        sent_at = torch.empty(1, dtype=torch.float64)
+        named_at = time.monotonic() if self._waits_for_memory else 0.0
+        return _Arrival(self._wire.receive([*views, sent_at]), sent_at, named_at, self._seconds)
+
+
+class _Arrival:
+    def __init__(self, pending: Pending, sent_at: torch.Tensor, named_at: float, seconds: float) -> None:
+        self._pending = pending
+        self._sent_at = sent_at
+        self._named_at = named_at
+        self._seconds = seconds
+
+    def wait(self) -> None:
+        self._pending.wait()
+        left_at = max(self._sent_at.item(), self._named_at)
+        time.sleep(max(0.0, left_at + self._seconds - time.monotonic()))

@@ -1,0 +1,151 @@
+"""Ranks in processes of their own, which start in milliseconds: forked from a server that has imported torch already.
+
+    ended = run_ranks("handoff_ranks:one_rank", count=4, folder=tmp_path, job={...})
+
+Each rank runs ``one_rank(rank, count, folder, job)`` and exits with what it returns, or with 1 and a traceback in its
+log when it raises; it leaves by ``os._exit``, since taking torch down takes an interpreter a second. Nothing here can
+outlive its time: the server kills what is late, and each rank asks the kernel to do the same.
+
+Run as a script, this file is the server.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+LONGEST_SECONDS = 60.0
+"""No rank may take longer, whatever goes wrong in it."""
+_POLL_SECONDS = 0.005
+
+
+@dataclass
+class Ended:
+    """How one rank ended."""
+
+    exit_code: int
+    """Negative: the signal that killed it."""
+    at: float
+    """In seconds since the epoch."""
+    log: str = field(repr=False)
+
+
+def run_ranks(
+    target: str, count: int, folder: Path, job: Mapping[str, Any], left_alone: Sequence[int] = ()
+) -> list[Ended]:
+    """Run ``target`` ("module:function") on ``count`` ranks; fails when one of them hangs.
+
+    Ranks ``left_alone`` are not waited for, and killed when the others have ended: one that was stopped never ends.
+    """
+    request = {"target": target, "count": count, "folder": str(folder), "job": job, "left_alone": [*left_alone]}
+    answer = _Server.running().ask(request)
+    logs = [_log(folder, rank).read_text() for rank in range(count)]
+    if answer["late"]:
+        told = "\n".join(f"--- rank {rank}\n{log}" for rank, log in enumerate(logs))
+        raise AssertionError(f"ranks {answer['late']} hang\n{told}")
+    return [Ended(*ended, log) for ended, log in zip(answer["ended"], logs, strict=True)]
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.log"
+
+
+class _Server:
+    _only: _Server | None = None
+
+    @classmethod
+    def running(cls) -> _Server:
+        if cls._only is None or cls._only._process.poll() is not None:
+            cls._only = cls()
+        return cls._only
+
+    def __init__(self) -> None:
+        here = Path(__file__).parent
+        path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self._process.kill)
+
+    def ask(self, request: Mapping[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        assert answer, "the server of the ranks died"
+        return json.loads(answer)
+
+
+# ------------------------------------------------------------------------------- in the server
+
+
+def _serve() -> None:
+    import torch.distributed
+
+    import pp_piecewise_backend.handoff.p2p  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pids = []
+        for rank in range(request["count"]):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                _run_rank(rank, request)
+        print(json.dumps(_wait_for(pids, request["left_alone"])), flush=True)
+
+
+def _run_rank(rank: int, request: Mapping[str, Any]) -> NoReturn:
+    signal.alarm(int(LONGEST_SECONDS) + 5)
+    log = os.open(_log(Path(request["folder"]), rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    module, _, function = request["target"].partition(":")
+    exit_code = 1
+    try:
+        run = getattr(importlib.import_module(module), function)
+        exit_code = run(rank, request["count"], Path(request["folder"]), request["job"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def _wait_for(pids: Sequence[int], left_alone: Sequence[int]) -> dict[str, Any]:
+    ended: dict[int, tuple[int, float]] = {}
+    late: list[int] = []
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while len(ended) < len(pids):
+        running = [rank for rank in range(len(pids)) if rank not in ended]
+        if time.monotonic() > deadline:
+            late, deadline = running, float("inf")
+        if late or set(running) <= set(left_alone):
+            for rank in running:
+                os.kill(pids[rank], signal.SIGKILL)
+        for rank in running:
+            pid, status = os.waitpid(pids[rank], os.WNOHANG)
+            if pid:
+                ended[rank] = (os.waitstatus_to_exitcode(status), time.time())
+        time.sleep(_POLL_SECONDS)
+    return {"ended": [ended[rank] for rank in range(len(pids))], "late": late}
+
+
+if __name__ == "__main__":
+    _serve()

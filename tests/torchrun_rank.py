@@ -1,0 +1,40 @@
+"""One rank of a pipeline, as torchrun starts it: in its first life rank 1 dies, in its second all goes well.
+
+    torchrun --nproc-per-node 2 --max-restarts 1 torchrun_rank.py FOLDER
+
+What came of it goes into FOLDER/life_LIFE_rank_RANK.json. It ends by the ordinary end of the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from handoff_ranks import play
+from pp_piecewise_backend.handoff.p2p import P2P, join_world
+
+LONGEST_SECONDS = 100.0
+
+
+def main() -> int:
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    join_world(life, setup_seconds=LONGEST_SECONDS)
+    transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
+    if life == 0:
+        outcome = play("fault", transport, silence_seconds=20.0, kind="exit", victim=1)
+    else:
+        outcome = play("steady", transport, silence_seconds=20.0, microbatches=20)
+    report = Path(sys.argv[1]) / f"life_{life}_rank_{transport.stage}.json"
+    report.write_text(json.dumps(asdict(outcome)))
+    if outcome.error is None:
+        dist.destroy_process_group()
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
