@@ -26,7 +26,7 @@ def test_help_without_the_demo_dependencies() -> None:
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
-    for option in ("--ranks", "--model", "--prompt", "--questions", "--device", "--compiler"):
+    for option in ("--ranks", "--model", "--prompt", "--questions", "--device", "--compiler", "--graphs"):
         assert option in text
     assert 'backend="pp_piecewise"' in text
     assert "not tested by the authors" in text
@@ -53,6 +53,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--prompt", "1+2", "--questions", "3"], "exclude one another"),
         (["demo", "--prompt", "what?"], "got 'what?'. Write for example 12+34"),
         (["demo", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
+        (["demo", "--graphs", "cuda", "--device", "cpu"], "--graphs cuda needs --device cuda"),
         (["demo", "--model", "nowhere"], "--model nowhere: no config.json there"),
     ],
 )
@@ -82,7 +83,8 @@ def test_auto_takes_gpus_only_when_there_is_one_per_rank(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpu_count)
-    assert plan().job.device == device
+    job = plan().job
+    assert (job.device, job.options["graphs"]) == (device, "cuda" if device == "cuda" else "emulate")
 
 
 def plan(*arguments: str) -> command.Task:
@@ -91,22 +93,23 @@ def plan(*arguments: str) -> command.Task:
     return command.plan(build_parser().parse_args(["demo", *arguments]))
 
 
-def test_the_default_job_asks_200_questions_in_equal_batches() -> None:
+def test_the_default_job_asks_200_questions() -> None:
     task = plan("--device", "cpu")
     job = task.job
-    assert (job.ranks, job.backend, job.options) == (2, "pp_piecewise", {"compiler": "inductor"})
+    assert (job.ranks, job.backend) == (2, "pp_piecewise")
+    assert job.options == {"compiler": "inductor", "graphs": "emulate", "capture_sizes": "1"}
     assert len(job.prompts) == len(task.texts) == 200 and task.right is not None
     assert {len(prompt) for prompt in job.prompts} == {9}
-    assert len(job.prompts) % job.batch_size == 0
     assert job.max_new_tokens == 6 and job.end_tokens == [14]
 
 
-def test_one_prompt_is_a_batch_of_one_without_a_known_answer() -> None:
+def test_one_prompt_has_no_known_answer() -> None:
     task = plan("--prompt", "12+34", "--ranks", "3", "--compiler", "eager")
     assert task.texts == ["12+34"] and task.right is None
-    assert (task.job.ranks, task.job.batch_size, task.job.options) == (3, 1, {"compiler": "eager"})
+    assert (task.job.ranks, len(task.job.prompts), task.job.options["compiler"]) == (3, 1, "eager")
     assert task.vocabulary.decode(task.job.prompts[0]) == "^210+430="
-    assert plan("--questions", "7").job.batch_size == 7
+    assert len(plan("--questions", "7").job.prompts) == 7
+    assert plan("--graphs", "off").job.options["graphs"] == "off"
 
 
 def test_another_decoder_needs_a_prompt_of_its_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ import torch
 import transformers
 
 from pp_piecewise_backend.demo import questions, train, verdict
-from pp_piecewise_backend.demo.job import Job, RankReport, cut_at_end
+from pp_piecewise_backend.demo.job import HANDOFF_COUNTERS, Job, RankReport, cut_at_end
 from pp_piecewise_backend.demo.load import load_decoder
 from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR
 from pp_piecewise_backend.demo.questions import Question
+from pp_piecewise_backend.demo.schedule import Schedule, Turn
 from pp_piecewise_backend.demo.verdict import Difference
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +143,10 @@ def test_the_shipped_decoder_is_small_and_right() -> None:
 # The verdict
 
 
-def report(generated: list[list[int]], rank: int = 0, calls_without_program: int = 0) -> RankReport:
+HANDOFF = {name: 10 + index for index, name in enumerate(HANDOFF_COUNTERS)}
+
+
+def report(generated: list[list[int]] | None, rank: int = 0, calls_without_program: int = 0) -> RankReport:
     return RankReport(
         rank=rank,
         layers=[2 * rank, 2 * rank + 1],
@@ -153,6 +157,7 @@ def report(generated: list[list[int]], rank: int = 0, calls_without_program: int
         eager_parts={"index_copy_, scaled_dot_product_attention: split op": 4},
         calls=12,
         calls_without_program=calls_without_program,
+        handoff=HANDOFF,
         load_seconds=0.5,
         compile_seconds=2.25,
         generate_seconds=1.5,
@@ -173,7 +178,8 @@ def test_first_differences_name_prompt_position_and_tokens() -> None:
 
 def test_equal_tokens_are_accepted() -> None:
     tokens = [[1, 2], [3]]
-    judged = verdict.judge(["1+1", "2+2"], tokens, [report(tokens), report(tokens, rank=1)], right=tokens)
+    reports = [report(tokens), report(None, rank=1), report(tokens, rank=2)]
+    judged = verdict.judge(["1+1", "2+2"], tokens, reports, right=tokens)
     assert judged.problems == () and judged.exit_code == 0
 
 
@@ -220,6 +226,11 @@ def test_tables_show_what_was_measured() -> None:
         "0.50",
         "2.25",
     ]
+    header, _, first, second = verdict.handoff_table(reports).splitlines()
+    assert header.split() == ["rank", *HANDOFF_COUNTERS]
+    assert [line.split() for line in (first, second)] == [
+        [rank, *(str(count) for count in HANDOFF.values())] for rank in ("0", "1")
+    ]
     assert verdict.eager_lines(reports) == ["  8 x index_copy_, scaled_dot_product_attention: split op"]
     assert max(map(len, verdict.eager_lines(reports, width=40))) <= 40
 
@@ -231,7 +242,7 @@ def test_tokens_after_the_end_do_not_count() -> None:
 
 
 def test_jobs_and_reports_survive_their_files(tmp_path: Path) -> None:
-    job = Job("dir", 2, "cpu", "pp_piecewise", {"compiler": "eager"}, [[1, 2]], 3, [4], 1)
+    job = Job("dir", 2, "cpu", "pp_piecewise", {"compiler": "eager"}, [[1, 2]], 3, [4])
     job.write(tmp_path / "job.json")
     assert Job.read(tmp_path / "job.json") == job
     written = dataclasses.replace(report([[1]]), rank=1)
@@ -239,7 +250,73 @@ def test_jobs_and_reports_survive_their_files(tmp_path: Path) -> None:
     assert RankReport.read(tmp_path, 1) == written
 
 
+# Which micro-batch comes next
+
+
+def a_job(prompts: list[list[int]], max_new_tokens: int) -> Job:
+    return Job("dir", 2, "cpu", "pp_piecewise", {}, prompts, max_new_tokens, end_tokens=[0])
+
+
+def play(job: Job, slot_count: int, answers: list[list[int]]) -> tuple[Schedule, list[tuple[Turn, list[int]]], int]:
+    """Runs a schedule against a pipeline that gives these answers; also the most turns that waited for a result."""
+    queue: list[tuple[bytes, int]] = []
+    given = [iter(answer) for answer in answers]
+    most, ended = 0, []
+    schedule = Schedule(job, slot_count, lambda: queue.pop(0), lambda: ended.append(1))
+    turns = []
+    for turn, tokens in schedule.turns():
+        turns.append((turn, tokens))
+        queue.append((turn.to_tag(), next(given[turn.prompt])))
+        most = max(most, len(queue))
+    assert not queue and len(ended) == len(answers)
+    return schedule, turns, most
+
+
+def test_each_prompt_is_run_whole_and_then_token_by_token() -> None:
+    schedule, turns, _ = play(a_job([[5, 6, 7]], max_new_tokens=3), 2, [[8, 9, 8]])
+    assert schedule.generated == [[8, 9, 8]]
+    assert turns == [(Turn(0, 0, 0), [5, 6, 7]), (Turn(0, 0, 3), [8]), (Turn(0, 0, 4), [9])]
+
+
+def test_several_prompts_are_under_way_and_never_share_a_cache() -> None:
+    answers = [[1, 0], [2, 2, 2, 0], [3, 3, 3, 3], [0], [4, 0]]
+    schedule, turns, most = play(a_job([[5, 6]] * 5, max_new_tokens=4), 3, answers)
+    assert schedule.generated == answers  # up to the end token 0, or four of them
+    assert most == 3
+    holder: dict[int, int] = {}
+    for turn, tokens in turns:
+        if turn.position == 0:
+            holder[turn.slot] = turn.prompt
+            assert tokens == [5, 6]
+        assert holder[turn.slot] == turn.prompt and turn.slot < 3
+    for prompt, answer in enumerate(answers):
+        positions = [turn.position for turn, _ in turns if turn.prompt == prompt]
+        assert positions == [0, *range(2, len(answer) + 1)]
+        # A prompt that has ended gives its cache to the next one.
+        ends = max(index for index, (turn, _) in enumerate(turns) if turn.prompt == prompt)
+        slot = next(turn.slot for turn, _ in turns if turn.prompt == prompt)
+        assert not any(turn.slot == slot and turn.prompt < prompt for turn, _ in turns[ends:])
+
+
+def test_tags_fit_and_read_back() -> None:
+    turn = Turn(prompt=199, slot=7, position=14)
+    assert len(turn.to_tag()) <= 24 and Turn.from_tag(turn.to_tag()) == turn
+
+
 # The command, with real processes
+
+
+def handoff_of(output: str) -> list[dict[str, int]]:
+    """What the demo's table says of each rank."""
+    lines = output.splitlines()
+    begin = next(index for index, line in enumerate(lines) if "stage_inputs_in_place" in line)
+    names = lines[begin].split()
+    rows = []
+    for line in lines[begin + 2 :]:
+        if not line.strip():
+            break
+        rows.append(dict(zip(names, map(int, line.split()), strict=True)))
+    return rows
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -250,6 +327,15 @@ def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int) -> None:
     assert "1200 of 1200" in result.stdout
     assert "scaled_dot_product_attention" in result.stdout
     assert "200/200" in result.stderr  # the progress bar
+    counts = handoff_of(result.stdout)
+    assert [row["rank"] for row in counts] == list(range(ranks))
+    calls = 200 * questions.ANSWER_TOKENS  # a prompt, and all of its answer but the end
+    layers = load_decoder(str(OWN_MODEL_DIR)).config.num_hidden_layers // ranks
+    for row in counts:
+        assert row["graph_misses"] == 0 and row["replays"] == calls * (1 + layers)
+        assert row["stage_inputs_in_place"] == (calls if row["rank"] > 0 else 0)
+        for name in ("proxy_copies", "recv_allocations", "pickles", "blocking_metadata"):
+            assert row[name] == 0, (name, counts)
 
 
 def test_another_decoder_and_token_ids(tmp_path: Path) -> None:
@@ -271,10 +357,17 @@ def test_another_decoder_and_token_ids(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     result = run_demo(
         *("--model", str(tmp_path), "--prompt", "1,15,7", "--ranks", "3"),
-        *("--max-new-tokens", "5", "--compiler", "eager"),
+        *("--max-new-tokens", "5", "--compiler", "eager", "--graphs", "off"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert all(row["replays"] == row["graph_misses"] == 0 for row in handoff_of(result.stdout))
     assert "1,15,7 -> " in result.stdout and "5 of 5" in result.stdout
+
+
+def test_one_rank_alone_needs_no_feedback() -> None:
+    result = run_demo("--ranks", "1", "--questions", "3", "--compiler", "eager")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "18 of 18" in result.stdout
 
 
 def test_a_rank_that_fails_fails_the_command_and_shows_its_error(tmp_path: Path) -> None:

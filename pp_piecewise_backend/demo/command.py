@@ -12,11 +12,9 @@ from . import questions
 from .job import Job
 from .prompts import OWN_MODEL_DIR, PromptError, Vocabulary, is_own_model, vocabulary_of
 
-BATCH_SIZE = 50
-
 DESCRIPTION = """\
-Runs a decoder as a pipeline of processes on this machine, each half (third, ...) compiled with
-torch.compile(stage, backend="pp_piecewise"), and compares every token with eager transformers in one process.
+Runs a decoder as a pipeline of processes on this machine, each with a StageRunner that compiles its half (third, ...)
+with torch.compile(stage, backend="pp_piecewise"), and compares every token with eager transformers in one process.
 Without --prompt, a small decoder that comes with the package answers 200 arithmetic questions that it was not
 trained on. The exit code is 0 only if no token differs."""
 
@@ -63,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="inductor",
         help="what compiles the pieces (default %(default)s)",
     )
+    parser.add_argument(
+        "--graphs",
+        choices=["emulate", "cuda", "off"],
+        help="how pieces are captured and replayed (default: cuda on GPUs, else emulate)",
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def plan(options: argparse.Namespace) -> Task:
             f"--ranks {options.ranks}: the decoder has {layer_count} layers, so 1 to {layer_count} is possible."
         )
     device = _device(options.device, options.ranks)
+    if options.graphs == "cuda" and device != "cuda":
+        raise ValueError("--graphs cuda needs --device cuda: on the CPU, emulate or off is possible.")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed.")
     vocabulary = vocabulary_of(options.model, config)
@@ -120,11 +125,15 @@ def plan(options: argparse.Namespace) -> Task:
         ranks=options.ranks,
         device=device,
         backend="pp_piecewise",
-        options={"compiler": options.compiler},
+        options={
+            "compiler": options.compiler,
+            "graphs": options.graphs or ("cuda" if device == "cuda" else "emulate"),
+            # One bucket for each next token; the largest, max_tokens, is a whole prompt.
+            "capture_sizes": "1",
+        },
         prompts=prompts,
         max_new_tokens=questions.ANSWER_TOKENS if is_own_model(config) else options.max_new_tokens,
         end_tokens=_end_tokens(options.model, config),
-        batch_size=min(BATCH_SIZE, len(prompts)),
     )
     return Task(job, texts, right, vocabulary)
 
@@ -139,7 +148,7 @@ def execute(task: Task) -> int:
     transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
     print(
         f"{_count(len(job.prompts), 'prompt')}, {_count(job.ranks, 'rank')}, {transport}, "
-        f"compiler {job.options['compiler']}",
+        f"compiler {job.options['compiler']}, graphs {job.options['graphs']}",
         flush=True,
     )
     try:
@@ -150,11 +159,13 @@ def execute(task: Task) -> int:
     eager, eager_seconds = generate_eagerly(job)
     judged = verdict.judge(task.texts, eager, reports, task.right)
     if len(task.texts) == 1:
-        print(f"{task.texts[0]} -> {task.vocabulary.decode(reports[0].generated[0])}")
+        print(f"{task.texts[0]} -> {task.vocabulary.decode(verdict.answers(reports)[0])}")
     print()
     print(verdict.answers_table(eager, eager_seconds, reports, task.right))
     print()
     print(verdict.ranks_table(reports))
+    print("\nhand-off, and graphs, since the warm-up:")
+    print(verdict.handoff_table(reports))
     print("\nsplit out, and run eagerly between the compiled pieces (all ranks and programs):")
     print("\n".join(verdict.eager_lines(reports)))
     for problem in judged.problems:

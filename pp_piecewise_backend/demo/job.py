@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts to continue greedily with a pipeline of ``ranks`` stages, in batches of ``batch_size`` rows."""
+    """Prompts to continue greedily with a pipeline of ``ranks`` stages."""
 
     model_dir: str
     ranks: int
@@ -26,7 +26,6 @@ class Job:
     max_new_tokens: int
     end_tokens: list[int]
     """A row that generated one of these is finished."""
-    batch_size: int
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)))
@@ -34,6 +33,18 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         return cls(**json.loads(path.read_text()))
+
+
+HANDOFF_COUNTERS = (
+    "replays",
+    "graph_misses",
+    "stage_inputs_in_place",
+    "proxy_copies",
+    "recv_allocations",
+    "pickles",
+    "blocking_metadata",
+)
+"""Names in ``ppb.stats()`` of what the table tells about the hand-off."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,13 @@ class RankReport:
     calls: int
     calls_without_program: int
     """Calls of the stage in which the backend's program did not run (Dynamo fell back to plain Python)."""
+    handoff: dict[str, int]
+    """``HANDOFF_COUNTERS`` after warm-up."""
     load_seconds: float
     compile_seconds: float
     generate_seconds: float
-    generated: list[list[int]]
-    """New tokens per prompt, the end token included; the same on every rank."""
+    generated: list[list[int]] | None
+    """New tokens per prompt, the end token included; on the first and the last rank, which know them."""
 
     def write(self, folder: Path) -> None:
         (folder / f"rank{self.rank}.json").write_text(json.dumps(dataclasses.asdict(self)))

@@ -1,7 +1,7 @@
 """One rank of the demo: ``python -m pp_piecewise_backend.demo.rank JOB.json REPORT_FOLDER`` under torchrun.
 
-Loads the model, keeps its stage, compiles it with the backend, and answers the job's prompts together with
-the other ranks. Proxies travel by plain blocking send and receive, one batch at a time.
+Loads the weights of its stage, and answers the job's prompts together with the other ranks: a `StageRunner` on each,
+several prompts in the pipeline at once, and the tokens that the last rank chooses come back to the first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,13 @@ from tqdm import tqdm
 
 import pp_piecewise_backend as ppb
 
-from ..integrations.huggingface import DecoderStage, cut_decoder
-from .job import Job, RankReport, cut_at_end
-from .load import load_decoder
+from ..integrations.huggingface import DecoderStep
+from .job import HANDOFF_COUNTERS, Job, RankReport
+from .load import load_stage_quietly
+from .schedule import Schedule, Turn
+
+PROMPTS_AT_ONCE_PER_RANK = 2
+FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
 
 
 @record
@@ -44,25 +48,19 @@ def _run(job: Job) -> RankReport:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     begin = time.perf_counter()
-    stage = cut_decoder(load_decoder(job.model_dir), stages=job.ranks)[rank]
-    worker = StageWorker(job, stage.to(device), device)
+    stage = load_stage_quietly(job.model_dir, stages=job.ranks, stage=rank, device=device)
     loaded = time.perf_counter()
-    worker.compile(show_progress=rank == 0)
-    compiled = time.perf_counter()
-    dist.barrier()  # or the first batch would be charged with waiting for the slowest compilation
-
-    generating = time.perf_counter()
-    generated: list[list[int]] = []
-    with tqdm(total=len(job.prompts), desc="pipeline", unit="prompt", disable=rank != 0) as bar:
-        for rows, count in _batches(job, device):
-            tokens = worker.generate(rows).tolist()[:count]
-            generated += [cut_at_end(row, job.end_tokens) for row in tokens]
-            bar.update(count)
-
+    with Worker(job, DecoderStep(stage), device) as worker:
+        worker.runner.warmup(progress=rank == 0)
+        compiled = time.perf_counter()
+        dist.barrier()  # or the first prompt would be charged with waiting for the slowest compilation
+        generating = time.perf_counter()
+        generated = worker.generate()
+        seconds = time.perf_counter() - generating
     stats = ppb.stats()
     return RankReport(
         rank=rank,
-        layers=list(worker.stage.layers),
+        layers=list(stage.layers),
         programs=stats.programs,
         pieces=stats.pieces,
         pieces_compiled=stats.pieces_compiled,
@@ -70,19 +68,12 @@ def _run(job: Job) -> RankReport:
         eager_parts=_eager_parts(),
         calls=worker.calls,
         calls_without_program=worker.calls_without_program,
+        handoff={name: getattr(stats, name) for name in HANDOFF_COUNTERS},
         load_seconds=loaded - begin,
         compile_seconds=compiled - loaded,
-        generate_seconds=time.perf_counter() - generating,
+        generate_seconds=seconds,
         generated=generated,
     )
-
-
-def _batches(job: Job, device: torch.device) -> Iterator[tuple[torch.Tensor, int]]:
-    """Batches of always the same number of rows, and how many of them count (the last one is filled up)."""
-    prompts = torch.tensor(job.prompts, device=device)
-    for rows in prompts.split(job.batch_size):
-        missing = job.batch_size - rows.shape[0]
-        yield torch.cat([rows, rows[-1:].expand(missing, -1)]), rows.shape[0]
 
 
 def _eager_parts() -> dict[str, int]:
@@ -95,80 +86,82 @@ def _eager_parts() -> dict[str, int]:
     return dict(parts)
 
 
-class StageWorker:
-    """A compiled stage with its key-value cache, generating in step with the other ranks."""
+class Worker:
+    """One stage with its key-value caches and its runner, in step with the other ranks."""
 
-    def __init__(self, job: Job, stage: DecoderStage, device: torch.device) -> None:
-        from transformers import StaticCache
-
-        self.stage = stage
+    def __init__(self, job: Job, step: DecoderStep, device: torch.device) -> None:
         self.calls = 0
         self.calls_without_program = 0
         self._job = job
         self._device = device
-        self._dtype = next(stage.decoder.base_model.parameters()).dtype
-        options: dict[str, Any] = dict(job.options)
-        self._compiled = torch.compile(stage, backend=job.backend, options=options)
-        cache_tokens = len(job.prompts[0]) + job.max_new_tokens
-        self._cache = StaticCache(config=stage.config, max_cache_len=cache_tokens)
-        # The cache allocates its memory in its first call; done here, the compiled graphs find it in place.
-        first_token = torch.zeros(job.batch_size, 1, dtype=torch.long, device=device)
-        with torch.no_grad():
-            stage(**self._inputs(first_token, self._new_hidden_states(1)), past_key_values=self._cache)
+        self._is_first, self._is_last = step.stage.is_first, step.stage.is_last
+        self._is_alone = self._is_first and self._is_last
+        self._slot_count = PROMPTS_AT_ONCE_PER_RANK * job.ranks
+        prompt_tokens = len(job.prompts[0])
+        self._caches = [step.new_cache(prompt_tokens + job.max_new_tokens) for _ in range(self._slot_count)]
+        self._tag = b""
+        self._own_results: deque[tuple[bytes, int]] = deque()
+        self.runner = ppb.StageRunner(
+            step,
+            make_inputs=self._make_inputs,
+            max_tokens=prompt_tokens,
+            inputs=None if self._is_first else step.proxies,
+            outputs=None if self._is_last else step.proxies,
+            feedback=FEEDBACK if self._is_first != self._is_last else None,
+            max_in_flight=self._slot_count,
+            options=job.options,
+        )
 
-    @torch.no_grad()
-    def compile(self, *, show_progress: bool) -> None:
-        """Runs the stage once on a prompt and once on a next token, of zeros, so that all ranks compile at once."""
-        prompt_tokens = len(self._job.prompts[0])
-        steps = [range(prompt_tokens), range(prompt_tokens, prompt_tokens + 1)]
-        for step in tqdm(steps, desc="compiling", unit="program", disable=not show_progress):
-            tokens = torch.zeros(self._job.batch_size, len(step), dtype=torch.long, device=self._device)
-            positions = torch.tensor([list(step)], device=self._device)
-            self._call(self._inputs(tokens, self._new_hidden_states(len(step))), positions)
+    def __enter__(self) -> Worker:
+        self.runner.__enter__()
+        return self
 
-    @torch.no_grad()
-    def generate(self, prompts: torch.Tensor) -> torch.Tensor:
-        """int64 ``[batch, new tokens]`` for int64 ``[batch, prompt tokens]``; ends when all rows have."""
-        self._cache.reset()
-        rank, last_rank = dist.get_rank(), dist.get_world_size() - 1
-        end_tokens = torch.tensor(self._job.end_tokens, dtype=torch.long, device=self._device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
-        tokens, columns = prompts, []
-        positions = torch.arange(prompts.shape[1], device=self._device)[None]
-        for _ in range(self._job.max_new_tokens):
-            hidden_states = self._new_hidden_states(tokens.shape[1])
-            if rank > 0:
-                dist.recv(hidden_states, src=rank - 1)
-            output = self._call(self._inputs(tokens, hidden_states), positions)
-            new_tokens = torch.empty(len(prompts), dtype=torch.long, device=self._device)
-            if rank < last_rank:
-                dist.send(output.contiguous(), dst=rank + 1)
-            else:
-                new_tokens = output[:, -1].argmax(-1)
-            dist.broadcast(new_tokens, src=last_rank)
-            columns.append(new_tokens)
-            ended |= torch.isin(new_tokens, end_tokens)
-            if ended.all():
-                break
-            tokens = new_tokens[:, None]
-            positions = positions[:, -1:] + 1
-        return torch.stack(columns, dim=1)
+    def __exit__(self, *error: Any) -> None:
+        self.runner.__exit__(*error)
 
-    def _new_hidden_states(self, token_count: int) -> torch.Tensor:
-        shape = (self._job.batch_size, token_count, self.stage.config.hidden_size)
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+    def generate(self) -> list[list[int]] | None:
+        """The new tokens of each prompt, as the first rank heard of them and as the last rank chose them; None between.
 
-    def _inputs(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": tokens} if self.stage.is_first else {"hidden_states": hidden_states}
-        return inputs | ({"logits_to_keep": 1} if self.stage.is_last else {})
+        Ends on all ranks when the first one has all that it needs.
+        """
+        chosen: list[list[int]] = [[] for _ in self._job.prompts]
+        with tqdm(total=len(chosen), desc="pipeline", unit="prompt", disable=not self._is_first) as bar:
+            schedule = Schedule(self._job, self._slot_count, self._next_result, bar.update)
+            eager_steps = ppb.stats().eager_steps
+            for output in self.runner.run(self._microbatches(schedule) if self._is_first else None):
+                self.calls += 1
+                # Every stage has attention, so a program that ran has run an eager step.
+                self.calls_without_program += ppb.stats().eager_steps == eager_steps
+                eager_steps = ppb.stats().eager_steps
+                if self._is_last:
+                    token = int(output["tokens"][-1])
+                    chosen[Turn.from_tag(self._tag).prompt].append(token)
+                    if self._is_alone:
+                        self._own_results.append((self._tag, token))
+        return schedule.generated if self._is_first else chosen if self._is_last else None
 
-    def _call(self, inputs: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
-        eager_steps = ppb.stats().eager_steps
-        output = self._compiled(**inputs, position_ids=positions, past_key_values=self._cache)
-        self.calls += 1
-        # Every stage has attention, so a program that ran has run an eager step.
-        self.calls_without_program += ppb.stats().eager_steps == eager_steps
-        return output
+    def _microbatches(self, schedule: Schedule) -> Iterator[ppb.MicroBatch]:
+        for turn, tokens in schedule.turns():
+            tag = turn.to_tag()
+            input_ids = torch.tensor(tokens, device=self._device)
+            inputs = {**self._make_inputs(len(tokens), tag), "input_ids": input_ids}
+            yield ppb.MicroBatch(len(tokens), tag, inputs)
+
+    def _next_result(self) -> tuple[bytes, int]:
+        if self._is_alone:
+            return self._own_results.popleft()
+        tag, results = self.runner.feedback()
+        return tag, int(results["tokens"][-1])
+
+    def _make_inputs(self, num_tokens: int, tag: bytes) -> dict[str, Any]:
+        self._tag = tag
+        turn = Turn.from_tag(tag) if tag else Turn(prompt=0, slot=0, position=0)
+        cache = self._caches[turn.slot]
+        if turn.position == 0:
+            cache.reset()
+        position_ids = torch.arange(turn.position, turn.position + num_tokens, device=self._device)
+        inputs: dict[str, Any] = {"position_ids": position_ids, "past_key_values": cache}
+        return inputs | ({"input_ids": torch.zeros_like(position_ids)} if self._is_first else {})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 from .job import Job, cut_at_end
 from .load import load_decoder
 
+_ROWS_AT_ONCE = 50
+
 
 def generate_eagerly(job: Job) -> tuple[list[list[int]], float]:
     """New tokens per prompt (end token included), and the seconds that ``model.generate`` took."""
@@ -26,7 +28,7 @@ def generate_eagerly(job: Job) -> tuple[list[list[int]], float]:
     prompts = torch.tensor(job.prompts, device=job.device)
     generated: list[list[int]] = []
     begin = time.perf_counter()
-    for rows in prompts.split(job.batch_size):
+    for rows in prompts.split(_ROWS_AT_ONCE):
         output = model.generate(rows, attention_mask=torch.ones_like(rows))[:, rows.shape[1] :]
         generated += [cut_at_end(row, job.end_tokens) for row in output.tolist()]
     return generated, time.perf_counter() - begin

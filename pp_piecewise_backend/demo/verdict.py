@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .job import RankReport
+from .job import HANDOFF_COUNTERS, RankReport
 
 REQUIRED_ACCURACY = 0.98
 
@@ -42,6 +42,13 @@ def accuracy(right: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> fl
     return sum(list(a) == list(b) for a, b in zip(right, got, strict=True)) / len(right)
 
 
+def answers(reports: Sequence[RankReport]) -> list[list[int]]:
+    """What the pipeline generated, as its first rank heard of it."""
+    generated = reports[0].generated
+    assert generated is not None
+    return generated
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Everything that decides the demo's exit code; ``problems`` is empty when all is well."""
@@ -63,10 +70,10 @@ def judge(
     problems = [
         f"prompt {difference.prompt} ({prompt_texts[difference.prompt]}), new token {difference.position}: "
         f"eager gives {_token(difference.expected)}, the pipeline {_token(difference.got)}"
-        for difference in first_differences(eager, reports[0].generated)
+        for difference in first_differences(eager, answers(reports))
     ]
     for report in reports:
-        if report.generated != reports[0].generated:
+        if report.generated is not None and report.generated != answers(reports):
             problems.append(f"rank {report.rank} saw other tokens than rank 0")
         if report.calls_without_program:
             problems.append(
@@ -75,7 +82,7 @@ def judge(
                 "torch._dynamo.config.recompile_limit)"
             )
     if right is not None:
-        for name, tokens in (("eager", eager), ("the pipeline", reports[0].generated)):
+        for name, tokens in (("eager", eager), ("the pipeline", answers(reports))):
             if (fraction := accuracy(right, tokens)) < REQUIRED_ACCURACY:
                 problems.append(f"accuracy of {name} is {fraction:.1%}; {REQUIRED_ACCURACY:.0%} is expected at least")
     return Verdict(tuple(problems))
@@ -106,7 +113,7 @@ def answers_table(
     right: Sequence[Sequence[int]] | None,
 ) -> str:
     """Eager against the pipeline: accuracy (where the right answers are known), tokens, seconds."""
-    pipeline = reports[0].generated
+    pipeline = answers(reports)
     token_count = sum(map(len, eager))
     same = sum(a == b for row, other in zip(eager, pipeline, strict=True) for a, b in zip(row, other, strict=False))
 
@@ -156,6 +163,14 @@ def ranks_table(reports: Sequence[RankReport]) -> str:
             ]
             for report in reports
         ],
+    )
+
+
+def handoff_table(reports: Sequence[RankReport]) -> str:
+    """Per rank how proxies and graphs fared while prompts were answered; counters as in ``ppb.stats()``."""
+    return format_table(
+        ["rank", *HANDOFF_COUNTERS],
+        [[report.rank, *(report.handoff[name] for name in HANDOFF_COUNTERS)] for report in reports],
     )
 
 

@@ -7,6 +7,10 @@
     hidden_states = first(input_ids=tokens, position_ids=positions, past_key_values=cache)
     logits = last(hidden_states=hidden_states, position_ids=positions, past_key_values=last_cache)
 
+`load_stage` gives one of these stages from a folder of safetensors and reads the weights of this stage only.
+
+`DecoderStep` wraps a stage for a `StageRunner`: one row per token, results in a dict.
+
 A stage runs the model's **own** forward: a copy of its modules (sharing every parameter and buffer) that
 holds the local layers only. So masks, rotary embeddings, sliding windows, scaled embeddings and soft-capped
 logits are those of the library, and the stages together compute bit for bit what the whole model computes.
@@ -15,15 +19,20 @@ logits are those of the library, and the stages together compute bit for bit wha
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..buffers import Proxy
+
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, StaticCache
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,10 @@ class DecoderPlan:
 
 
 def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
-    """Reads and checks the ``pp_plan`` of ``model``. Raises `ValueError` if the model cannot be cut by it."""
+    """Reads and checks the ``pp_plan`` of ``model``. Raises `ValueError` if the model cannot be cut by it.
+
+    A model on the meta device computes nothing, so what it computes outside its plan cannot be seen.
+    """
     name = type(model).__name__
     base = model.base_model
     plan = model.config.base_model_pp_plan
@@ -69,7 +81,8 @@ def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
         after_layers=tuple(names[position + 1 :]),
         layer_count=len(layer_list),
     )
-    _check_that_layers_are_all_there_is(model, result)
+    if not next(base.parameters()).is_meta:
+        _check_that_layers_are_all_there_is(model, result)
     return result
 
 
@@ -150,6 +163,92 @@ class DecoderStage(nn.Module):
         return f"stage {self.index} of {self.count}, layers {self.layers.start} to {self.layers.stop - 1}"
 
 
+LAYOUTS = ("sequence", "batch")
+
+
+class DecoderStep(nn.Module):
+    """A `DecoderStage` as engines and runners call one: all tensors have one row per token, the proxies too.
+
+    ``layout`` says what the n tokens of a call are, and how the decoder sees them: ``"sequence"``, n tokens of one
+    sequence (``[1, n]``: a prompt, a part of one, or one next token); ``"batch"``, the next token of n sequences of
+    equal length (``[n, 1]``). ``returns`` says what the last stage gives. Raises `ValueError` for other names.
+    """
+
+    def __init__(self, stage: DecoderStage, *, layout: str = "sequence", returns: Sequence[str] = ("tokens",)) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r}: one of {', '.join(LAYOUTS)} is expected.")
+        if not returns or not set(returns) <= {"tokens", "logits"}:
+            raise ValueError(f"returns={returns!r}: one or both of tokens, logits are expected.")
+        self.stage = stage
+        self.layout = layout
+        self.returns = tuple(returns)
+        self._sequence_dim = 0 if layout == "sequence" else 1
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        """``{"hidden_states": [n, hidden]}``; on the last stage what ``returns`` names of ``"tokens"`` (int64 ``[n]``,
+        the likeliest token after each of the n) and ``"logits"`` (``[n, vocabulary]``).
+
+        The first stage takes ``input_ids`` (int64 ``[n]``), later ones ``hidden_states`` (``[n, hidden]``).
+        ``position_ids`` (int64 ``[n]``) are their places in their sequences. ``past_key_values`` is a cache for the
+        layers of this stage, of batch 1 or n as the layout says; it is updated in place. What is returned belongs
+        to the caller.
+        """
+        output = self.stage(
+            input_ids=self._as_batch(input_ids),
+            hidden_states=self._as_batch(hidden_states),
+            position_ids=self._as_batch(position_ids),
+            past_key_values=past_key_values,
+        ).squeeze(self._sequence_dim)
+        if not self.stage.is_last:
+            return {"hidden_states": output}
+        results = {"tokens": output.argmax(-1)} if "tokens" in self.returns else {}
+        return results | ({"logits": output} if "logits" in self.returns else {})
+
+    @property
+    def proxies(self) -> dict[str, Proxy]:
+        """What one stage hands to the next: ``outputs`` of each runner but the last, ``inputs`` but of the first."""
+        base = self.stage.decoder.base_model
+        return {"hidden_states": Proxy((base.config.hidden_size,), base.dtype)}
+
+    @torch.no_grad()
+    def new_cache(self, max_cache_tokens: int, sequences: int = 1) -> StaticCache:
+        """An empty cache for the local layers, of ``max_cache_tokens`` for each of ``sequences`` of equal length.
+
+        Its memory is there at once and never moves; ``reset()`` empties it. Layers with a sliding window get memory
+        for all tokens too (the mask hides what lies outside): transformers' own layer for them counts in Python, and
+        no graph replays while a number changes.
+        """
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+        cache = StaticCache(config=self.stage.config, max_cache_len=max_cache_tokens)
+        cache.layers = [
+            StaticLayer(max_cache_len=max_cache_tokens) if type(layer) is StaticSlidingWindowLayer else layer
+            for layer in cache.layers
+        ]
+        base = self.stage.decoder.base_model
+        device = next(base.parameters()).device
+        # The layers know the shapes of keys and values once they see some.
+        if self.stage.is_first:
+            first = {"input_ids": torch.zeros(sequences, 1, dtype=torch.int64, device=device)}
+        else:
+            shape = (sequences, 1, base.config.hidden_size)
+            first = {"hidden_states": torch.zeros(shape, dtype=base.dtype, device=device)}
+        self.stage(**first, position_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=cache)
+        cache.reset()
+        return cache
+
+    def _as_batch(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        return None if rows is None else rows.unsqueeze(self._sequence_dim)
+
+
 def cut_decoder(
     model: PreTrainedModel, stages: int | None = None, layer_counts: Sequence[int] | None = None
 ) -> tuple[DecoderStage, ...]:
@@ -161,12 +260,62 @@ def cut_decoder(
     fit.
     """
     plan = decoder_plan(model)
-    counts = _checked_layer_counts(plan.layer_count, stages, layer_counts)
-    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    layers_of_stages = _layers_of_stages(plan.layer_count, stages, layer_counts)
     return tuple(
-        _build_stage(model, plan, index=index, count=len(counts), layers=range(end - counts[index], end))
-        for index, end in enumerate(ends)
+        _build_stage(model, plan, index=index, count=len(layers_of_stages), layers=layers)
+        for index, layers in enumerate(layers_of_stages)
     )
+
+
+def load_stage(
+    directory: str | Path,
+    *,
+    stage: int,
+    stages: int | None = None,
+    layer_counts: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> DecoderStage:
+    """Stage number ``stage`` of the decoder in ``directory``, with memory for and reads of its own weights only.
+
+    ``directory`` holds ``config.json`` and ``model.safetensors``, or its shards and
+    ``model.safetensors.index.json``. The result is the one that `cut_decoder` gives for the whole model loaded
+    by transformers, in evaluation mode, with parameters of its own: every rank of a pipeline calls this with its
+    own ``stage`` and the same ``stages`` or ``layer_counts``. With tied embeddings the last stage reads the
+    embedding as its head. ``dtype`` None: the one in ``config.json``, else the one stored. ``device`` None: the
+    CPU. Nothing is downloaded, and no code in the directory is run.
+
+    Raises `FileNotFoundError` for a missing file, and `ValueError` for a model that cannot be cut, numbers that
+    do not fit, a quantised checkpoint, and weights that are missing, unexpected or of another shape.
+    """
+    import transformers
+
+    checkpoint = _Checkpoint(Path(directory))
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{directory} is quantised, which load_stage does not read; load it whole and cut it.")
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or checkpoint.stored_dtype()
+        )
+    plan = decoder_plan(whole)
+    layers_of_stages = _layers_of_stages(plan.layer_count, stages, layer_counts)
+    count = len(layers_of_stages)
+    if not 0 <= stage < count:
+        raise ValueError(f"stage {stage} of {count}: stages are numbered from 0 to {count - 1}.")
+    layers = layers_of_stages[stage]
+    device = torch.device(device or "cpu")
+    _load_weights(whole, checkpoint, _names_in_stage(whole, plan, stage, count, layers), device)
+    result = _build_stage(whole.eval(), plan, index=stage, count=count, layers=layers)
+    _compute_buffers(result.decoder, device)
+    _check_that_layers_are_all_there_is(result.decoder, plan)
+    return result
+
+
+def _layers_of_stages(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[range, ...]:
+    counts = _checked_layer_counts(layer_count, stages, layer_counts)
+    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))
 
 
 def _checked_layer_counts(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[int, ...]:
@@ -247,8 +396,6 @@ def _check_that_layers_are_all_there_is(model: PreTrainedModel, plan: DecoderPla
     Every stage would do it again. With all parts of the plan taken out, the base model must be the identity.
     """
     parameter = next(model.base_model.parameters())
-    if parameter.is_meta:
-        return
     config = _config_of_layers(model.config, range(0))
     empty = _copy_with_layers(model, plan, config, range(0), keep_head=False)
     for child in (*plan.before_layers, *plan.after_layers):
@@ -264,3 +411,175 @@ def _check_that_layers_are_all_there_is(model: PreTrainedModel, plan: DecoderPla
             f"({', '.join((*plan.before_layers, plan.layers, *plan.after_layers))}) that every stage "
             "would repeat, so it cannot be cut by its plan alone."
         )
+
+
+# ------------------------------------------------------------------------------ loading one stage
+
+
+class _Checkpoint:
+    """Which weights lie in which safetensors file of a directory; reads single ones."""
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import safe_open
+
+        self._open = safe_open
+        self._directory = directory
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"{directory} has no config.json; a decoder in Hugging Face format is expected.")
+        if index.is_file():
+            self.file_of: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            with safe_open(single, framework="pt") as file:
+                self.file_of = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise FileNotFoundError(
+                f"{directory} has neither {single.name} nor {index.name}; weights in safetensors files are expected."
+            )
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """That of the first floating weight; its header is read, not the weight."""
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        for key, name in self.file_of.items():
+            with self._open(self._path(name), framework="pt") as file:
+                if (dtype := dtypes.get(file.get_slice(key).get_dtype())) is not None:
+                    return dtype
+        return None
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These weights on the CPU, as they are stored; files without any of them stay closed."""
+        keys_in: dict[str, list[str]] = {}
+        for key in keys:
+            keys_in.setdefault(self.file_of[key], []).append(key)
+        weights = {}
+        for name, keys_of_file in keys_in.items():
+            with self._open(self._path(name), framework="pt") as file:
+                if absent := sorted(set(keys_of_file).difference(file.keys())):
+                    raise ValueError(f"{self._path(name)} lacks {_listed(absent)}, which the index says it has.")
+                weights.update({key: file.get_tensor(key) for key in keys_of_file})
+        return weights
+
+    def _path(self, name: str) -> Path:
+        path = self._directory / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, although the index of the checkpoint names it.")
+        return path
+
+
+def _names_in_stage(model: PreTrainedModel, plan: DecoderPlan, index: int, count: int, layers: range) -> set[str]:
+    """Names in the whole model's state dict that are parts of this stage; what the plan does not name is in each."""
+    is_first, is_last = index == 0, index == count - 1
+
+    def is_local(name: str) -> bool:
+        prefix, _, rest = name.partition(".")
+        if prefix != model.base_model_prefix:
+            return is_last
+        child, _, rest = rest.partition(".")
+        if child == plan.layers:
+            return int(rest.partition(".")[0]) in layers
+        return (child not in plan.before_layers or is_first) and (child not in plan.after_layers or is_last)
+
+    return {name for name in model.state_dict() if is_local(name)}
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: _Checkpoint, names: set[str], device: torch.device) -> None:
+    """Gives the parameters ``names`` of a model on the meta device their values; all others stay there.
+
+    Checkpoints of mixtures of experts, and old ones, name and shape weights otherwise than the model: transformers
+    knows how and does it, told to load these only.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    conversions = get_model_conversion_mapping(model)
+    name_of = _names_of_keys(model, checkpoint.file_of, conversions)
+    state = model.state_dict(keep_vars=True)
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    unexpected = [
+        key for key, name in name_of.items() if name not in state and not any(re.search(p, key) for p in ignored)
+    ]
+    stored = set(name_of.values())
+    tied = {name: {other for other in state if state[other] is state[name]} for name in names - stored}
+    missing = sorted(name for name, others in tied.items() if not others & stored)
+    if missing or unexpected:
+        raise ValueError(_keys_differ(model, missing, sorted(unexpected)))
+    # What is tied and stored once is read under the name that it is stored by.
+    wanted = names.union(*tied.values())
+    weights = checkpoint.read(key for key, name in name_of.items() if name in wanted)
+    result, _ = convert_and_load_state_dict_in_model(
+        model,
+        weights,
+        LoadStateDictConfig(
+            device_map={"": device},
+            dtype=model.dtype,
+            dtype_plan=model._get_dtype_plan(model.dtype),
+            weight_mapping=conversions,
+        ),
+    )
+    if result.mismatched_keys:
+        raise ValueError(
+            f"{type(model).__name__} and the checkpoint differ: "
+            + "; ".join(
+                f"{name} is {tuple(got)}, expected {tuple(expected)}"
+                for name, got, expected in sorted(result.mismatched_keys)
+            )
+            + "."
+        )
+    if result.conversion_errors:
+        raise ValueError(f"transformers could not convert {_listed(sorted(result.conversion_errors.values()))}.")
+    if not wanted.isdisjoint([*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()]):
+        model.tie_weights(missing_keys=result.missing_keys, recompute_mapping=False)
+
+
+def _names_of_keys(model: PreTrainedModel, keys: Iterable[str], conversions: Sequence[Any]) -> dict[str, str]:
+    """Key in a checkpoint -> name in the model's state dict (of the first weight that it becomes a part of)."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+
+    def name_of(key: str) -> str:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name
+
+    return {key: name_of(key) for key in keys}
+
+
+def _compute_buffers(decoder: PreTrainedModel, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) get memory, and their values from transformers."""
+    fresh = {}
+    for path, module in decoder.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                fresh[f"{path}.{name}"] = torch.empty_like(buffer, device=device)
+                setattr(module, name, fresh[f"{path}.{name}"])
+    decoder.initialize_weights()  # leaves alone what was loaded
+    unknown = [name for name, buffer in fresh.items() if buffer._version == 0]
+    unknown += [
+        f"{path}.{name}"
+        for path, module in decoder.named_modules()
+        for name, value in [*vars(module).items(), *module.named_parameters(recurse=False)]
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
+    if unknown:
+        raise ValueError(
+            f"transformers does not compute {_listed(unknown)} of {type(decoder).__name__} without loading the "
+            "whole model; load it whole and cut it."
+        )
+
+
+def _keys_differ(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    parts = [
+        *([f"it lacks {_listed(missing)}"] if missing else []),
+        *([f"it has {_listed(unexpected)}, which the model does not know"] if unexpected else []),
+    ]
+    return f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}."
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
