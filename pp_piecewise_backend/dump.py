@@ -36,6 +36,7 @@ from .config import Config, rank_in_environment
 from .events import NO_EVENTS, Events
 from .explanation import short_source
 from .inductor import CompiledPiece, generated_files
+from .liveness import find_boundary
 from .piece_script import parent_text, piece_script, source_text, step_text
 from .placeholders import GraphInput, InputTable
 from .program import Program, UnsplitProgram
@@ -460,12 +461,15 @@ def _now() -> str:
 def describe_split(split: Split, table: InputTable) -> dict[str, Any]:
     """The fields of a ``Summary`` that are known once the graph is cut."""
     files = _files(split.pieces)
+    boundary = find_boundary(split, table)
     return {
         "token_count": None if table.token_count is None else str(table.token_count),
         "token_reason": table.token_reason,
         "unmatched_stage_inputs": list(table.unmatched_stage_inputs),
         "split_matches": dict(split.cuts.matches),
         "attention_like": list(split.cuts.attention_like),
+        "landing_free_behind": boundary.last_reader,
+        "results_written_from": boundary.first_writer,
         "inputs": [_describe_input(graph_input) for graph_input in table.inputs],
         "pieces": [_describe_piece(piece, file) for piece, file in zip(split.pieces, files, strict=True)],
     }

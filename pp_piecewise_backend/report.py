@@ -117,8 +117,6 @@ def _picture(summary: Summary) -> str:
         head.append(f"<b>not split at, though named alike</b> {escape(', '.join(summary.attention_like))}")
     lines = "".join(f"<p>{line}</p>" for line in head)
     colours = {key: index % _COLOURS for index, key in enumerate(summary.distinct_keys)}
-    readers = [piece.index for piece in pieces if piece.reads_stage_inputs]
-    writers = [piece.index for piece in pieces if piece.writes_stage_outputs]
     slowest = max((piece.step_seconds or 0.0 for piece in pieces), default=0.0)
 
     shown_at: dict[object, int] = {}
@@ -127,10 +125,10 @@ def _picture(summary: Summary) -> str:
 
     def box(piece: PieceEntry) -> str:
         marks = []
-        if readers and piece.index == readers[-1]:
-            marks.append("last step that takes the proxies")
-        if writers and piece.index == writers[0]:
-            marks.append("first step that gives results")
+        if piece.index == summary.landing_free_behind:
+            marks.append("release: behind this step the next proxies may land")
+        if piece.index == summary.results_written_from:
+            marks.append("send: this step writes results, so it waits until the last ones have left")
         look = f"{_status(piece, summary)} c{colours[piece.key]}" if piece.kind == "compute" else ""
         return _box(piece, look, f"#step-{shown_at[_meaning(piece)]}", slowest, marks)
 
@@ -192,7 +190,7 @@ def _box(piece: PieceEntry, look: str, target: str, slowest: float, marks: Seque
 
 
 def _short_mark(mark: str) -> str:
-    return "last proxy read" if "proxies" in mark else "results"
+    return mark.partition(":")[0]
 
 
 def _end(title: str, lines: Sequence[str]) -> str:

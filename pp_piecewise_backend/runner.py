@@ -35,7 +35,8 @@ from .config import Config
 from .dump import versions
 from .handoff import Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
 from .handoff.feedback import FeedbackReader
-from .handoff.inbox import Inbox
+from .handoff.inbox import Inbox, Views
+from .profiling import named, profiler_is_running
 from .stats import TOTALS, Amounts, Snapshot, Stats
 from .steps import address
 from .timeline import Timeline, chrome_trace
@@ -274,12 +275,17 @@ class StageRunner:
         assert self._inbox is not None
         if not self._is_released:  # warm-up has used the memory until now
             self._release()
-        while (taken := self._inbox.take()) is not None:
+        while (taken := self._take()) is not None:
             header, _ = taken
             yield self._step(header.sequence, header.num_tokens, header.tag, None)
             outgoing = self._links.outgoing
             if outgoing is not None and outgoing.stop_requested and self._links.incoming is not None:
                 self._links.incoming.say_stop()
+
+    def _take(self) -> tuple[Header, Views] | None:
+        assert self._inbox is not None
+        take = named(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
+        return take()
 
     def _step(self, sequence: int, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> Any:
         """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""

@@ -127,6 +127,12 @@ class Summary(_Entry):
         default_factory=list, description="Ops that are named like attention and were not cut at."
     )
     unmatched_stage_inputs: list[str] = Field(default_factory=list)
+    landing_free_behind: int | None = Field(
+        default=None, description="Step behind which proxies may land again; None: only at the end of a call."
+    )
+    results_written_from: int | None = Field(
+        default=None, description="Step that waits, under StageRunner, until the results of the last call have left."
+    )
     inputs: list[InputEntry] = Field(default_factory=list)
     pieces: list[PieceEntry] = Field(default_factory=list)
     whole_plain_run: str | None = Field(default=None, description="Why a call ran the graph as it came, if one did.")
