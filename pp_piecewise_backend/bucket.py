@@ -65,6 +65,8 @@ class Bucket:
     scalars: tuple[int, ...] = ()
     """Addresses and integers at capture, in the order of the plan."""
     seconds: float = 0.0
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    """How long each step took in the call that captured the bucket, replays included."""
     graph_bytes: int = 0
     static_memory: frozenset[int] = frozenset()
     """Addresses of the memory that captured pieces and eager steps of this bucket write in."""
@@ -124,10 +126,14 @@ class BucketCapture:
             for step, instruction in enumerate(plan.instructions):
                 if step in plan.capturable:
                     self._capture(step, instruction, needs_test)
+                self._device.synchronize()
+                began = time.perf_counter()
                 if step in self.bucket.graphs and self._may_replay(step):
                     self._replay(step, instruction)
                 else:
                     self._run_on_real_rows(step, instruction)
+                self._device.synchronize()
+                self.bucket.step_seconds[step] = time.perf_counter() - began
                 for register in instruction.ends:
                     self._registers[register] = None
                     self._end(register)

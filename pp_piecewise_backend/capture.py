@@ -74,6 +74,9 @@ class Device(Protocol):
     def is_capturing(self) -> bool:
         """Whether a capture is under way in this thread, by whomever."""
 
+    def synchronize(self) -> None:
+        """Return when all that was enqueued has run."""
+
 
 def make_device(kind: str, compiler_runs_ops: bool) -> Device:
     """The device for ``graphs="cuda"`` or ``"emulate"``.
@@ -160,6 +163,9 @@ class CudaDevice:
     def warm_up(self, call: Callable[[], Any]) -> Any:
         with self._on_side_stream():
             return call()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: CudaPool) -> CudaGraph:
         graph = torch.cuda.CUDAGraph()
@@ -318,6 +324,9 @@ class EmulatedDevice:
 
     def warm_up(self, call: Callable[[], Any]) -> Any:
         return call()
+
+    def synchronize(self) -> None:
+        pass
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: EmulatedPool) -> EmulatedGraph:
         # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.

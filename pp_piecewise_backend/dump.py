@@ -422,7 +422,7 @@ def describe(
         told["not_split"] = program.reason
     else:
         told |= describe_split(program.split, program.table)
-        seconds: Mapping[int, float] = getattr(program, "step_seconds", {})
+        seconds = program.step_seconds
         told["pieces"] = [
             entry.model_copy(
                 update=_describe_compiled(compiled, (compile_states or {}).get(entry.index))

@@ -90,6 +90,12 @@ class Program:
         )
 
     @property
+    def step_seconds(self) -> dict[int, float]:
+        """Step -> seconds that it took, with all that it enqueued, when the largest bucket was captured."""
+        buckets = [] if self.graphs is None else [bucket for bucket, _ in self.graphs.buckets]
+        return dict(max(buckets, key=lambda bucket: bucket.tokens).step_seconds) if buckets else {}
+
+    @property
     def inputs(self) -> tuple[GraphInput, ...]:
         """Its graph inputs, in the order in which it is called with them."""
         return self.table.inputs

@@ -72,7 +72,9 @@ class PieceEntry(_Entry):
         default_factory=list, description="What the compiled code relies on about its sizes s0, s1, ..."
     )
     plain_run: str | None = Field(default=None, description="Why it ran as plain FX at least once, if it did.")
-    step_seconds: float | None = Field(default=None, description="Time of one run, where it was measured.")
+    step_seconds: float | None = Field(
+        default=None, description="Time it took when the largest bucket was captured, if one was."
+    )
 
 
 class BucketEntry(_Entry):

@@ -289,6 +289,16 @@ def test_a_parameter_transposed_in_place(device: str) -> None:
 
 
 @on_devices
+def test_steps_are_timed_while_a_bucket_is_captured(device: str) -> None:
+    pair = pair_of(net(forward, device), device)
+    pair(rows(7, device))
+    assert pair.program.step_seconds == {}
+    pair(rows(6, device))
+    seconds = pair.program.step_seconds
+    assert set(seconds) == {piece.index for piece in pair.program.pieces} and min(seconds.values()) > 0
+
+
+@on_devices
 def test_a_new_large_cache_for_each_conversation(device: str) -> None:
     """A compute piece reads it by its address: a conversation of three calls misses once and replays once captured."""
 
