@@ -199,6 +199,8 @@ class Observer:
             "pickles": 0,
             "object_calls": 0,
         }
+        self.receive_addresses: set[int] = set()
+        self.sent_storages: set[int] = set()
         self._undo: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Observer:
@@ -210,10 +212,11 @@ class Observer:
         self._replace(dist, "irecv", self._seeing_receives(dist.irecv))
         for name in {"all_gather_single", "all_gather_into_tensor"} & {*vars(dist)}:
             self._replace(dist, name, self._seeing_gathers(getattr(dist, name)))
+        self._replace(dist, "isend", self._seeing_sends(dist.isend))
         for module in (dist, distributed_c10d):
             for name in [name for name in vars(module) if "object" in name and callable(getattr(module, name))]:
                 self._replace(module, name, self._counting("object_calls", getattr(module, name)))
-        for name in ("dumps", "loads", "dump", "load"):
+        for name in ("dumps", "loads", "dump", "load", "Pickler", "Unpickler"):
             self._replace(pickle, name, self._counting("pickles", getattr(pickle, name)))
         for name in ("_pickler", "_unpickler"):
             self._replace(distributed_c10d, name, self._counting("pickles", getattr(distributed_c10d, name)))
@@ -254,6 +257,15 @@ class Observer:
             else:
                 self.counts["receives"] += 1
                 self.counts["outside"] += self._is_outside(tensor)
+                self.receive_addresses.add(tensor.data_ptr())
+            return original(tensor, *args, **kwargs)
+
+        return seen
+
+    def _seeing_sends(self, original: Any) -> Any:
+        def seen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.dtype != torch.uint8:
+                self.sent_storages.add(tensor.untyped_storage().data_ptr())
             return original(tensor, *args, **kwargs)
 
         return seen

@@ -101,6 +101,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
+        importlib.import_module(request["target"].partition(":")[0])  # once, and not in each rank
         pids = []
         for rank in range(request["count"]):
             pids.append(os.fork())

@@ -1,0 +1,182 @@
+"""The runner with real processes over gloo: steady state, seen by observers, and every way in which a rank can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import pp_piecewise_backend as ppb
+from handoff_ranks import fault_time
+from runner_ranks import (
+    MAX_TOKENS,
+    Outcome,
+    autoregressive,
+    fault,
+    group_inputs,
+    in_one_process,
+    leaves,
+    other_plan,
+    own_inputs,
+    paused,
+    run,
+    sizes,
+    steady,
+)
+
+pytestmark = [pytest.mark.usefixtures("fresh_backend", "no_gradients"), pytest.mark.timeout(120)]
+
+TIMEOUT_SECONDS = 2.0
+MARGIN_SECONDS = 2.0
+
+
+def all_well(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    for number, outcome in enumerate(outcomes):
+        assert outcome.exit_code == 0, f"rank {number}\n{outcome.log}"
+    return outcomes
+
+
+@pytest.fixture
+def many_stages_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+
+
+# ------------------------------------------------------------------------------- what goes right
+
+
+@pytest.mark.usefixtures("many_stages_in_one_process")
+@pytest.mark.parametrize("count", [2, 4])
+def test_nothing_lies_between_the_wire_and_captured_memory(count: int, tmp_path: Path) -> None:
+    microbatches, chosen = 100, sizes(100)
+    outcomes = all_well(run(steady, count, tmp_path, microbatches=microbatches, num_layers=2))
+    for number, outcome in enumerate(outcomes):
+        is_first, is_last = number == 0, number == count - 1
+        counted, observed = outcome.value["counted"], outcome.value["observed"]
+        for name in ("proxy_copies", "recv_allocations", "pickles", "blocking_metadata", "graph_misses"):
+            assert counted[name] == 0, (number, name, counted[name])
+        assert counted["programs"] == counted["stage_input_copies"] == 0
+        assert counted["microbatches"] == microbatches and counted["replays"] == 3 * microbatches
+        assert counted["stage_inputs_in_place"] == (0 if is_first else 2 * microbatches)
+
+        # Now without our counters. The first rank receives next tokens, in as many places as the reader has.
+        assert observed["receives"] == microbatches * (1 if is_first else 2)
+        assert (observed["pickles"], observed["object_calls"]) == (0, 0)
+        if is_first:
+            assert len(outcome.value["receive_addresses"]) <= 2 * count
+        else:
+            assert observed["outside"] == 0
+            assert outcome.value["receive_addresses"] == outcome.value["landing_addresses"]
+        assert outcome.value["copies_of_proxies"] == []
+        assert outcome.value["ops"] > outcome.value["other_copies"] > 0, "a mode that sees nothing proves nothing"
+        if not is_last:
+            assert 2 <= outcome.value["sent_storages"] <= 2 * 3, "results lie in static memory of three buckets"
+
+    forward = in_one_process(count, num_layers=2)
+    with ppb.expect(graph_misses=0, programs=0, replays=3 * count * microbatches):
+        logits, told = [], []
+        for step, num_tokens in enumerate(chosen):
+            tag = str(step).encode()
+            results = forward(lambda index, n=num_tokens, tag=tag: own_inputs(index == 0, n, tag))
+            logits.append(results["logits"].clone())
+            told.append([tag.decode(), results["next_tokens"].tolist()])
+    assert outcomes[0].value["told"] == told
+    received = torch.load(tmp_path / f"logits_{count - 1}.pt")
+    assert len(received) == microbatches
+    for step, (got, expected) in enumerate(zip(received, logits, strict=True)):
+        assert torch.equal(got, expected), f"micro-batch {step} of {chosen[step]} tokens"
+
+
+@pytest.mark.usefixtures("many_stages_in_one_process")
+@pytest.mark.parametrize("groups", [1, 3])
+def test_next_tokens_come_back_with_as_many_in_flight_as_allowed(groups: int, tmp_path: Path) -> None:
+    steps = 5
+    outcomes = all_well(run(autoregressive, 2, tmp_path, groups=groups, steps=steps))
+    assert [outcome.value["started"] for outcome in outcomes] == [groups * steps] * 2
+    for outcome in outcomes:
+        assert set(outcome.value["counted"].values()) == {0}, outcome.value["counted"]
+
+    forward = in_one_process(2, num_layers=1)
+    for group in range(groups):
+        tokens = [[group]]
+        for position in range(steps):
+            ids, tag = torch.tensor(tokens[-1]), f"{group} {position}".encode()
+            results = forward(lambda index, ids=ids, tag=tag: group_inputs(index == 0, tag, ids))
+            tokens.append(results["next_tokens"].tolist())
+        assert outcomes[0].value["tokens"][str(group)] == tokens
+
+
+def test_a_first_stage_with_nothing_to_do_is_not_taken_for_lost(tmp_path: Path) -> None:
+    outcomes = all_well(run(paused, 3, tmp_path, timeout_seconds=1.0))
+    assert [outcome.value for outcome in outcomes] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("how", ["break", "close", "close before run"])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_path: Path) -> None:
+    outcomes = all_well(run(leaves, 3, tmp_path, victim=victim, how=how))
+    passed = [outcome.value for outcome in outcomes]
+    if how == "close before run":
+        assert passed[victim] == 0
+    else:
+        assert passed[victim] == 3 and all(3 <= other for other in passed[:victim])
+        assert passed == sorted(passed, reverse=True), "no stage runs what the one before did not"
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("kind", ["ladder", "max_tokens", "proxies", "version"])
+def test_ranks_set_up_differently_all_say_so(kind: str, tmp_path: Path) -> None:
+    outcomes = run(other_plan, 3, tmp_path, kind=kind, victim=1)
+    assert all(outcome.exit_code == 1 for outcome in outcomes)
+    (error,) = {outcome.error for outcome in outcomes}
+    name = {"ladder": "buckets_tokens", "proxies": "torch.bfloat16", "version": "package_version"}.get(kind, kind)
+    log = outcomes[0].log
+    assert "errors.PlanMismatch: " in log and name in log.rpartition("errors.PlanMismatch: ")[2] and error
+
+
+def survivors_lose_their_peer(
+    outcomes: Sequence[Outcome], victim: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> None:
+    begin = fault_time([outcomes[victim]])
+    survivors = {number: outcome for number, outcome in enumerate(outcomes) if number != victim}
+    for number, outcome in survivors.items():
+        assert outcome.exit_code == 1 and "errors.PeerLost: " in outcome.error, f"rank {number}\n{outcome.log}"
+        assert f"rank {victim}" in outcome.error
+        assert outcome.at - begin < timeout_seconds + MARGIN_SECONDS, outcome
+    slowest = max(outcome.at - begin for outcome in survivors.values())
+    print(f"slowest rank ended {slowest:.2f} s after the fault, at {timeout_seconds} s of silence")
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim"), [("exit", 1), ("SIGKILL", 0), ("SIGKILL", 2), ("SIGSTOP", 0), ("SIGSTOP", 1)]
+)
+def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, tmp_path: Path) -> None:
+    left_alone = [victim] if kind == "SIGSTOP" else []
+    outcomes = run(fault, 3, tmp_path, TIMEOUT_SECONDS, left_alone, kind=kind, victim=victim)
+    survivors_lose_their_peer(outcomes, victim)
+    assert outcomes[victim].exit_code == (3 if kind == "exit" else -9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim", "error"),
+    [
+        ("SystemExit", 1, "SystemExit: 3"),
+        ("raise", 1, "ArithmeticError: attention of 1.0 failed"),
+        ("raise", 2, "ArithmeticError: attention of 2.0 failed"),
+        ("wrong dtype", 1, "ValueError"),
+        ("wrong rows", 1, "ValueError"),
+    ],
+)
+def test_a_rank_that_fails_tells_the_others(kind: str, victim: int, error: str, tmp_path: Path) -> None:
+    outcomes = run(fault, 3, tmp_path, 20.0, kind=kind, victim=victim)
+    survivors_lose_their_peer(outcomes, victim, timeout_seconds=0.0)
+    assert outcomes[victim].exit_code == 1 and outcomes[victim].error.startswith(error), outcomes[victim].log
+    if kind == "wrong dtype":
+        assert "torch.float64" in outcomes[victim].error
+    if kind == "wrong rows":
+        assert "'residual'" in outcomes[victim].error and f"but got torch.float32[{2}" in outcomes[victim].error
+    for number, outcome in enumerate(outcomes):
+        assert number == victim or f"rank {victim} failed ({error.partition(':')[0]})" in outcome.error
