@@ -1,7 +1,7 @@
 """Ranks of a pipeline of engine-style stages that ``StageRunner`` drives over gloo, and what their tests ask of them.
 
-A scenario is a function of one rank. Run by ``rank_processes``, each rank leaves what its scenario returned in a file; an
-exception ends it with exit code 1 and its traceback in the log.
+A scenario is a function of one rank. Run by ``rank_processes``, each rank leaves what its scenario returned in a file;
+an exception ends it with exit code 1 and its traceback in the log.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  (before ranks are forked)
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -158,7 +158,7 @@ def steady(rank: Rank) -> dict[str, Any]:
 
         stage.warmup()
         before = ppb.stats()
-        # Dynamo leaves compiled code alone under a dispatch mode, so its entry is passed without; the program runs in it.
+        # Dynamo leaves compiled code alone under a dispatch mode, so its entry is passed without; programs run in it.
         watched = Watched(Observer(stage._stage.views(MAX_TOKENS)), Copies(stage._stage, looking))
         stage._compiled = without_modes(stage._compiled)
         Program.__call__ = within(watched.copies, Program.__call__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ import torch
 import pp_piecewise_backend as ppb
 from handoff_ranks import fault_time
 from runner_ranks import (
-    MAX_TOKENS,
     Outcome,
     autoregressive,
     fault,
@@ -39,8 +38,9 @@ def all_well(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
 
 
 @pytest.fixture
-def many_stages_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+def many_stages_in_one_process() -> Iterator[None]:
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 # ------------------------------------------------------------------------------- what goes right
@@ -120,7 +120,7 @@ def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_p
     if how == "close before run":
         assert passed[victim] == 0
     else:
-        assert passed[victim] == 3 and all(3 <= other for other in passed[:victim])
+        assert passed[victim] == 3 and all(other >= 3 for other in passed[:victim])
         assert passed == sorted(passed, reverse=True), "no stage runs what the one before did not"
 
 
