@@ -8,6 +8,8 @@ import pytest
 
 from handoff_ranks import run, timed
 
+pytestmark = pytest.mark.serial
+
 SECONDS = 0.2
 SLACK_SECONDS = 0.15
 """For a busy machine; less than one more delay."""

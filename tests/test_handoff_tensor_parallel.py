@@ -8,7 +8,7 @@ import pytest
 
 from handoff_ranks import PROXIES, fault, fault_time, other_siblings, run, steady
 
-pytestmark = pytest.mark.compat
+pytestmark = [pytest.mark.compat, pytest.mark.serial]
 
 SILENCE_SECONDS = 2.0
 MARGIN_SECONDS = 2.0

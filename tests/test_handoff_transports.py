@@ -22,7 +22,7 @@ from handoff_ranks import (
     steady,
 )
 
-pytestmark = pytest.mark.compat
+pytestmark = [pytest.mark.compat, pytest.mark.serial]
 
 TRANSPORTS = ("local", "p2p")
 

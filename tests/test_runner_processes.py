@@ -25,7 +25,11 @@ from runner_ranks import (
     steady,
 )
 
-pytestmark = [pytest.mark.usefixtures("fresh_backend", "no_gradients"), pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.usefixtures("fresh_backend", "no_gradients"),
+    pytest.mark.timeout(120),
+]
 
 TIMEOUT_SECONDS = 2.0
 MARGIN_SECONDS = 2.0

@@ -13,6 +13,8 @@ from torch import nn
 
 from rank_processes import LONGEST_SECONDS, run_ranks
 
+pytestmark = pytest.mark.serial
+
 HIDDEN, VOCABULARY, MAX_TOKENS = 16, 50, 8
 COUNTS_TOKENS = (1, 3, 8, 5, 2, 7, 4, 6) * 3
 
