@@ -1,7 +1,7 @@
 """Ranks of a pipeline of engine-style stages that ``StageRunner`` drives over gloo, and what their tests ask of them.
 
-A scenario is a function of one rank. Run by ``rank_processes``, each rank leaves what its scenario returned in a file; an
-exception ends it with exit code 1 and its traceback in the log.
+A scenario is a function of one rank. Run by ``rank_processes``, each rank leaves what its scenario returned in a file;
+an exception ends it with exit code 1 and its traceback in the log.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  (before ranks are forked)
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -158,7 +158,7 @@ def steady(rank: Rank) -> dict[str, Any]:
 
         stage.warmup()
         before = ppb.stats()
-        # Dynamo leaves compiled code alone under a dispatch mode, so its entry is passed without; the program runs in it.
+        # Dynamo leaves compiled code alone under a dispatch mode, so only its entry is passed without.
         watched = Watched(Observer(stage._stage.views(MAX_TOKENS)), Copies(stage._stage, looking))
         stage._compiled = without_modes(stage._compiled)
         Program.__call__ = within(watched.copies, Program.__call__)
@@ -318,7 +318,10 @@ def other_plan(rank: Rank) -> None:
     elif rank.is_victim and kind == "max_tokens":
         changes["max_tokens"] = 2 * MAX_TOKENS
     elif rank.is_victim and kind == "proxies":
-        changes["inputs"] = {"hidden_states": PROXIES["hidden_states"], "residual": ppb.Proxy((HIDDEN,), torch.bfloat16)}
+        changes["inputs"] = {
+            "hidden_states": PROXIES["hidden_states"],
+            "residual": ppb.Proxy((HIDDEN,), torch.bfloat16),
+        }
     elif rank.is_victim and kind == "version":
         runner.versions = lambda: {"pp_piecewise_backend": "of another day"}
     rank.runner(**changes)
@@ -363,9 +366,7 @@ def autoregressive(rank: Rank) -> dict[str, Any]:
     def make_inputs(num_tokens: int, tag: bytes) -> dict[str, Tensor | None]:
         return group_inputs(rank.is_first, tag, None) if tag else rank.make_inputs(num_tokens, tag)
 
-    with rank.runner(
-        make_inputs=make_inputs, max_in_flight=groups if rank.is_first or rank.is_last else None
-    ) as stage:
+    with rank.runner(make_inputs=make_inputs, max_in_flight=groups if rank.is_first or rank.is_last else None) as stage:
 
         def microbatches() -> Iterator[ppb.MicroBatch]:
             for group in range(groups):
@@ -399,9 +400,7 @@ def group_inputs(is_first: bool, tag: bytes, input_ids: Tensor | None) -> dict[s
     return {"input_ids": input_ids if is_first else None, "positions": positions}
 
 
-SCENARIOS = {
-    function.__name__: function for function in (steady, fault, other_plan, paused, leaves, autoregressive)
-}
+SCENARIOS = {function.__name__: function for function in (steady, fault, other_plan, paused, leaves, autoregressive)}
 
 
 # -------------------------------------------------------------------------------------- running

@@ -11,7 +11,6 @@ import torch
 import pp_piecewise_backend as ppb
 from handoff_ranks import fault_time
 from runner_ranks import (
-    MAX_TOKENS,
     Outcome,
     autoregressive,
     fault,
@@ -120,7 +119,7 @@ def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_p
     if how == "close before run":
         assert passed[victim] == 0
     else:
-        assert passed[victim] == 3 and all(3 <= other for other in passed[:victim])
+        assert passed[victim] == 3 and all(other >= 3 for other in passed[:victim])
         assert passed == sorted(passed, reverse=True), "no stage runs what the one before did not"
 
 
@@ -150,7 +149,9 @@ def survivors_lose_their_peer(
     print(f"slowest rank ended {slowest:.2f} s after the fault, at {timeout_seconds} s of silence")
 
 
-@pytest.mark.parametrize(("kind", "victim"), [("exit", 1), ("SIGKILL", 0), ("SIGKILL", 2), ("SIGSTOP", 0), ("SIGSTOP", 1)])
+@pytest.mark.parametrize(
+    ("kind", "victim"), [("exit", 1), ("SIGKILL", 0), ("SIGKILL", 2), ("SIGSTOP", 0), ("SIGSTOP", 1)]
+)
 def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, tmp_path: Path) -> None:
     left_alone = [victim] if kind == "SIGSTOP" else []
     outcomes = run(fault, 3, tmp_path, TIMEOUT_SECONDS, left_alone, kind=kind, victim=victim)

@@ -1,8 +1,8 @@
 """A pipeline stage as inference engines write theirs: attention learns from a forward context what no graph shows it.
 
-``forward(input_ids, positions, hidden_states=None, residual=None)`` returns a dict. The attention op is given a name, and
-finds under it the layer with its KV cache; which request and position each token has, it finds in the context that was
-set before the forward. Weights depend on a seed alone.
+``forward(input_ids, positions, hidden_states=None, residual=None)`` returns a dict. The attention op is given a name,
+and finds under it the layer with its KV cache; which request and position each token has, it finds in the context that
+was set before the forward. Weights depend on a seed alone.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class EngineStage(nn.Module):
         hidden_states: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Two proxies ``[tokens, hidden]``; on the last stage ``logits`` ``[tokens, vocab]`` and the likeliest tokens."""
+        """Two proxies ``[tokens, hidden]``; on the last stage ``logits`` ``[tokens, vocab]`` and likeliest tokens."""
         if self.embedding is not None:
             hidden_states, residual = self.embedding(input_ids), None
         for layer in self.layers:
