@@ -328,11 +328,11 @@ def other_plan(rank: Rank) -> None:
 
 
 def paused(rank: Rank) -> int:
-    """The first stage has nothing to do for three times the allowed silence, at first and in between."""
+    """The first stage has nothing to do for three times the allowed silence."""
 
     def microbatches() -> Iterator[ppb.MicroBatch]:
         for step in range(2):
-            time.sleep(3 * rank.timeout_seconds)
+            time.sleep(3 * rank.timeout_seconds * step)
             yield ppb.MicroBatch(3, tag=str(step).encode())
 
     with rank.runner() as stage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,9 @@ def all_well(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
 
 
 @pytest.fixture
-def many_stages_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+def many_stages_in_one_process() -> Iterator[None]:
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 # ------------------------------------------------------------------------------- what goes right
@@ -107,7 +108,7 @@ def test_next_tokens_come_back_with_as_many_in_flight_as_allowed(groups: int, tm
 
 
 def test_a_first_stage_with_nothing_to_do_is_not_taken_for_lost(tmp_path: Path) -> None:
-    outcomes = all_well(run(paused, 3, tmp_path, timeout_seconds=1.0))
+    outcomes = all_well(run(paused, 3, tmp_path, TIMEOUT_SECONDS))
     assert [outcome.value for outcome in outcomes] == [2, 2, 2]
 
 
