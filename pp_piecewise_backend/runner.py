@@ -164,7 +164,7 @@ class StageRunner:
             self._inbox = Inbox(self._links.incoming, views, self._stage.device, early, lambda: self.timeline)
         self._feedback: FeedbackReader | None = None
         if self._links.feedback_in is not None:
-            slots = 1 + (max_in_flight or 2 * self.stage_count)  # one is lent to the caller
+            slots = 1 + (max_in_flight or 2 * self.stage_count)  # one is lent to the caller of ``feedback``
             self._feedback = FeedbackReader(self._links.feedback_in, max_tokens, self._stage.device, slots, self._stats)
         self._options = {**(options or {}), "stage": self._stage}
         self._module = _cloning(module, tuple(inputs or ()))

@@ -158,7 +158,7 @@ def steady(rank: Rank) -> dict[str, Any]:
 
         stage.warmup()
         before = ppb.stats()
-        # Dynamo leaves compiled code alone under a dispatch mode, so its entry is passed without; programs run in it.
+        # Dynamo leaves compiled code alone under a dispatch mode, so only its entry is passed without.
         watched = Watched(Observer(stage._stage.views(MAX_TOKENS)), Copies(stage._stage, looking))
         stage._compiled = without_modes(stage._compiled)
         Program.__call__ = within(watched.copies, Program.__call__)
@@ -328,11 +328,11 @@ def other_plan(rank: Rank) -> None:
 
 
 def paused(rank: Rank) -> int:
-    """The first stage has nothing to do for three times the allowed silence, at first and in between."""
+    """The first stage has nothing to do for three times the allowed silence."""
 
     def microbatches() -> Iterator[ppb.MicroBatch]:
         for step in range(2):
-            time.sleep(3 * rank.timeout_seconds)
+            time.sleep(3 * rank.timeout_seconds * step)
             yield ppb.MicroBatch(3, tag=str(step).encode())
 
     with rank.runner() as stage:

@@ -112,7 +112,7 @@ def test_next_tokens_come_back_with_as_many_in_flight_as_allowed(groups: int, tm
 
 
 def test_a_first_stage_with_nothing_to_do_is_not_taken_for_lost(tmp_path: Path) -> None:
-    outcomes = all_well(run(paused, 3, tmp_path, timeout_seconds=1.0))
+    outcomes = all_well(run(paused, 3, tmp_path, TIMEOUT_SECONDS))
     assert [outcome.value for outcome in outcomes] == [2, 2, 2]
 
 

@@ -1,8 +1,8 @@
 """A pipeline stage as inference engines write theirs: attention learns from a forward context what no graph shows it.
 
 ``forward(input_ids, positions, hidden_states=None, residual=None)`` returns a dict. The attention op is given a name,
-and finds under it the layer with its KV cache; which request and position each token has, it finds in the context that was
-set before the forward. Weights depend on a seed alone.
+and finds under it the layer with its KV cache; which request and position each token has, it finds in the context that
+was set before the forward. Weights depend on a seed alone.
 """
 
 from __future__ import annotations
