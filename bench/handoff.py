@@ -23,8 +23,9 @@ all ranks and all their threads, per hop.
 
 Throughput: stages sleep within the forward, in an eager step behind the piece that reads the proxies, with a jitter of
 10 % from fixed seeds; `delayed_link.py` says what a link of so many milliseconds is. Throughput is relative to a stage
-that never waits. `predicted` knows the very sleeps, but no cost of the host; `predicted_with_host` adds what a
-micro-batch takes per stage in `single`. With `--stretch` all sleeps and links take longer, so that the host matters
+that never waits. `predicted` knows the very sleeps that stages ask for, but no cost of the host; `predicted_with_host`
+takes them for as long as they were (a busy machine wakes sleepers late) and adds what a micro-batch takes per stage in
+`single`. With `--stretch` all sleeps and links take longer, so that the host matters
 less on a machine that others use.
 """
 
@@ -189,15 +190,14 @@ def measure_runs(
     ]
     cells = []
     for (method, in_flight), ranks in zip(runs, run_tasks(stages, options, tasks), strict=True):
-        slept = [rank["stage_seconds"] for rank in ranks]
+        asked, took = ([rank[name] for rank in ranks] for name in ("stage_seconds", "took_seconds"))
         links = [link for _, link in seconds for _ in range(count)]
         host_seconds = host["single_us_per_stage"].get(method, host["single_us_per_stage"]["ours_early"]) / 1e6
+        style = STYLES.get(method, "engine")
         ends = {
             "measured": ranks[-1]["ended_seconds"],
-            "predicted": completion_seconds(slept, links, in_flight, STYLES.get(method, "engine")),
-            "predicted_with_host": completion_seconds(
-                slept, links, in_flight, STYLES.get(method, "engine"), host_seconds
-            ),
+            "predicted": completion_seconds(asked, links, in_flight, style),
+            "predicted_with_host": completion_seconds(took, links, in_flight, style, host_seconds),
         }
         for at, ((stage_ms, link_ms), (stage_seconds, _)) in enumerate(zip(pairs, seconds, strict=True)):
             own = slice(at * count, (at + 1) * count)

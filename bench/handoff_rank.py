@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -43,13 +43,17 @@ class Work:
     """What the stage of this process is to do in its next call."""
 
     seconds = 0.0
+    took_seconds: ClassVar[list[float]] = []
+    """What each sleep really took."""
 
 
 @torch.library.custom_op("handoff_bench::attention", mutates_args=())
 def attention(x: Tensor) -> Tensor:
     """Sleeps in place of the work of a stage, so that several stages fit on few cores."""
     if Work.seconds > 0:
+        begin = time.perf_counter()
         time.sleep(Work.seconds)
+        Work.took_seconds.append(time.perf_counter() - begin)
     return x.clone()
 
 
@@ -536,6 +540,7 @@ def throughput(pipeline: Pipeline, request: Mapping[str, Any]) -> dict[str, Any]
     if pipeline.trace_path is None:
         drop_work(attention_too=False)
     dist.barrier()
+    Work.took_seconds.clear()
     ended = []
     for _ in series:
         next(method.steps)
@@ -548,7 +553,9 @@ def throughput(pipeline: Pipeline, request: Mapping[str, Any]) -> dict[str, Any]
         for mean_seconds, _ in request["cells"]
         for position in range(request["micro_batches"])
     ]
-    return {"ended_seconds": ended, "stage_seconds": slept, "stats": stats}
+    took = list(Work.took_seconds)
+    assert len(took) == len(slept)
+    return {"ended_seconds": ended, "stage_seconds": slept, "took_seconds": took, "stats": stats}
 
 
 TASKS = {"host_costs": host_costs, "throughput": throughput}
