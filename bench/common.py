@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -89,6 +90,37 @@ def run_child(
             )
         result: dict[str, Any] = json.loads(answer.read_text())
         return result
+
+
+def run_ranks(script: Path, request: Mapping[str, Any], rank_count: int, timeout_seconds: float) -> list[Any]:
+    """Run `script REQUEST FOLDER` in one process per rank at once; the JSON that each wrote to FOLDER/answer_RANK.json.
+
+    Ranks find RANK and WORLD_SIZE in their environment, and may meet at a file in FOLDER. Raises RuntimeError, with the
+    end of what each rank printed, as soon as one fails, or when they take too long.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        logs = [folder / f"rank_{rank}.log" for rank in range(rank_count)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            variables = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(rank_count), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(script), json.dumps(request), str(folder)]
+            with log.open("w") as out:
+                ranks.append(subprocess.Popen(command, env=variables, stdout=out, stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while any(rank.poll() is None for rank in ranks):
+                if time.monotonic() > deadline or any(rank.poll() for rank in ranks):
+                    break
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        if any(rank.returncode for rank in ranks):
+            printed = "\n".join(f"--- {log.stem}\n{log.read_text()[-3000:]}" for log in logs)
+            raise RuntimeError(f"the ranks ended with exit codes {[rank.returncode for rank in ranks]}:\n{printed}")
+        return [json.loads((folder / f"answer_{rank}.json").read_text()) for rank in range(rank_count)]
 
 
 def write_result(folder: Path, name: str, parameters: Mapping[str, Any], body: Mapping[str, Any]) -> Path:

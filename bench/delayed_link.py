@@ -26,44 +26,43 @@ from pp_piecewise_backend.handoff.transport import Pending, Transport, Wire
 
 
 class DelayedTransport:
-    """``transport``, on whose links tensors take ``seconds`` longer."""
+    """``transport``, on whose links tensors take ``seconds`` longer; the number may change while they are in use."""
 
     def __init__(self, transport: Transport, seconds: float, waits_for_memory: bool = True) -> None:
         self.stage = transport.stage
         self.stage_count = transport.stage_count
         self.ranks = transport.ranks
         self._transport = transport
-        self._seconds = seconds
-        self._waits_for_memory = waits_for_memory
+        self.seconds = seconds
+        self.waits_for_memory = waits_for_memory
 
     def exchange(self, text: str) -> list[str]:
         return self._transport.exchange(text)
 
     def wire(self, source: int, target: int, name: str) -> DelayedWire | None:
         wire = self._transport.wire(source, target, name)
-        return None if wire is None else DelayedWire(wire, self._seconds, self._waits_for_memory)
+        return None if wire is None else DelayedWire(wire, self)
 
     def close(self) -> None:
         self._transport.close()
 
 
 class DelayedWire:
-    """``wire``, on which tensors take ``seconds`` longer."""
+    """``wire``, on which tensors take longer, as the transport around it says."""
 
-    def __init__(self, wire: Wire, seconds: float, waits_for_memory: bool) -> None:
+    def __init__(self, wire: Wire, transport: DelayedTransport) -> None:
         self.tell, self.flush, self.hear = wire.tell, wire.flush, wire.hear
         self.break_data, self.break_control, self.close = wire.break_data, wire.break_control, wire.close
         self._wire = wire
-        self._seconds = seconds
-        self._waits_for_memory = waits_for_memory
+        self._transport = transport
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
         return self._wire.send([*tensors, torch.tensor([time.monotonic()], dtype=torch.float64)])
 
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         sent_at = torch.empty(1, dtype=torch.float64)
-        named_at = time.monotonic() if self._waits_for_memory else 0.0
-        return _Arrival(self._wire.receive([*views, sent_at]), sent_at, named_at, self._seconds)
+        named_at = time.monotonic() if self._transport.waits_for_memory else 0.0
+        return _Arrival(self._wire.receive([*views, sent_at]), sent_at, named_at, self._transport.seconds)
 
 
 class _Arrival:

@@ -553,11 +553,11 @@ def _cloning(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """
 
     def forward(self: Any, **arguments: Any) -> Any:
-        for name in names:
-            arguments[name] = arguments[name].clone()
+        # In a dict of their own: what is put into ``arguments``, Dynamo has the graph return.
+        clones = {name: arguments[name].clone() for name in names}
         for name in names[1:]:
             torch._check(arguments[name].size(0) == arguments[names[0]].size(0))
-        return self.module(**arguments)
+        return self.module(**{**arguments, **clones})
 
     name = f"{type(module).__name__}_{next(_stage_numbers)}"
     own = FunctionType(forward.__code__.replace(co_name=name), forward.__globals__, name, None, forward.__closure__)

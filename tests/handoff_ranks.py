@@ -390,6 +390,17 @@ def headers_ahead(stage: Stage) -> list[int]:
     return counts
 
 
+def further_exchanges(stage: Stage) -> list[list[str]]:
+    """Every exchange after the first is a round of its own, whoever comes to it early."""
+    links = stage.connect(feedback=None)
+    told = []
+    for number in range(3):
+        time.sleep(0.05 * (stage.number == number))
+        told.append(stage.transport.exchange(f"{number} of {stage.number}"))
+    links.close()
+    return told
+
+
 def misuse(stage: Stage) -> list[str]:
     """What the caller gets wrong is said before it goes on the wire; the pipeline lives on."""
     links = stage.connect(feedback=None)
@@ -550,8 +561,8 @@ def sends_while_idle_receiver_dies(stage: Stage) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        steady, timed, slow_first_stage, slow_last_stage, early_end, headers_ahead, misuse, other_plans, other_siblings,
-        fault,
+        steady, timed, slow_first_stage, slow_last_stage, early_end, headers_ahead, further_exchanges, misuse,
+        other_plans, other_siblings, fault,
         sends_while_idle_receiver_dies,
     )
 }  # fmt: skip

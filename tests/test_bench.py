@@ -152,3 +152,65 @@ def test_gpu_startup_runs_without_a_gpu(tmp_path: Path) -> None:
         assert run["counts"]["programs"] == 2  # one for a single token, one for all other sizes
         assert run["counts"]["captures"] == 9
     assert [ratio["ours_over"] for ratio in result["ratios"]] == ["unshared"]
+
+
+@pytest.mark.timeout(240)
+def test_handoff_writes_its_result(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "handoff.py"), "--stages", "2", "--rounds", "2", "--block", "5"]
+    command += ["--stage-ms", "2", "--link-ms", "0.5", "2", "--in-flight", "1", "2", "--micro-batches", "12"]
+    command += ["--skipped", "4", "--output", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    result = json.loads((tmp_path / "handoff.json").read_text())
+    assert result["benchmark"] == "handoff"
+    assert (tmp_path / "handoff.png").read_bytes().startswith(b"\x89PNG")
+    (host,) = result["host"]
+    methods = ["engine", "engine_one_object", "copy_in", "ours_step", "ours_early"]
+    for situation in ("saturated", "single"):
+        assert list(host["handoff_us_per_hop"][situation]) == methods
+        for clocks in host["handoff_us_per_hop"][situation].values():
+            assert {clock: spread["count"] for clock, spread in clocks.items()} == {
+                "wall": 2, "processor": 2, "main_thread": 2,
+            }  # fmt: skip
+    assert host["observed_per_micro_batch"]["engine"]["copies_into_landing"] == 2
+    assert host["observed_per_micro_batch"]["ours_early"]["copies_into_landing"] == 0
+    cells = {(cell["method"], cell["in_flight"], cell["link_ms"]): cell for cell in result["throughput"]}
+    overlapping = {(method, m, ms) for method in ("ours_early", "ours_step") for m in (1, 2) for ms in (0.5, 2.0)}
+    others = {(m, 3, ms) for m in ("ours_end", "copy_in", "engine", "engine_one_object") for ms in (0.5, 2.0)}
+    assert set(cells) == overlapping | others
+    for cell in cells.values():
+        assert 0 < cell["measured"] <= cell["predicted"] + 0.05
+        assert cell["predicted_with_host"] < cell["predicted"]
+    assert {target["target"] for target in result["targets"]} == {"host"} and result["repeats"] == []
+
+
+def test_the_prediction_of_the_handoff_follows_its_rules() -> None:
+    sys.path.insert(0, str(BENCH))
+    from handoff_prediction import completion_seconds, relative_throughput
+
+    # Two stages of 4, a link of 3: by hand.
+    stages, links = [[4.0] * 4, [4.0] * 4], [3.0] * 4
+    assert completion_seconds(stages, links, 1, "early") == [11.0, 22.0, 33.0, 44.0]
+    # The second stage begins micro-batch i + 1 when it ended i, since it has landed by then.
+    assert completion_seconds(stages, links, 4, "early") == [11.0, 15.0, 19.0, 23.0]
+    # Posted at the end, it arrives 3 later.
+    assert completion_seconds(stages, links, 4, "end") == [11.0, 18.0, 25.0, 32.0]
+    # The first stage begins again when its results have left, just in time for the second one.
+    assert completion_seconds(stages, links, 4, "engine") == [11.0, 18.0, 25.0, 32.0]
+    assert completion_seconds(stages, links, 4, "early", host_seconds=1.0) == [13.0, 18.0, 23.0, 28.0]
+    assert relative_throughput([11.0, 18.0, 25.0, 32.0], 1, 4.0) == pytest.approx(4 / 7)
+
+
+@pytest.mark.timeout(60)
+def test_a_trace_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "trace.png"
+    command = [
+        sys.executable,
+        str(BENCH / "draw_trace.py"),
+        str(BENCH / "results" / "pipeline_trace.json"),
+        str(picture),
+    ]
+    finished = subprocess.run([*command, "--from-ms", "1", "--to-ms", "20"], capture_output=True, text=True, timeout=50)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

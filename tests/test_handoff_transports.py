@@ -12,6 +12,7 @@ from handoff_ranks import (
     early_end,
     fault,
     fault_time,
+    further_exchanges,
     headers_ahead,
     misuse,
     other_plans,
@@ -87,6 +88,13 @@ def test_the_last_stage_can_ask_for_an_early_end(transport: str, tmp_path: Path)
 
 
 # ------------------------------------------------------------------------------- what goes wrong
+
+
+@every_transport
+def test_ranks_can_exchange_texts_again(transport: str, tmp_path: Path) -> None:
+    outcomes = all_well(run(transport, further_exchanges, 3, tmp_path))
+    expected = [[f"{number} of {stage}" for stage in range(3)] for number in range(3)]
+    assert [outcome.value for outcome in outcomes] == [expected] * 3
 
 
 @every_transport

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +252,51 @@ def test_without_the_wait_for_the_last_send_results_are_wrong(monkeypatch: pytes
     monkeypatch.setattr(ppb.StageRunner, "results_are_written", lambda self: None)
     with pytest.raises(AssertionError):
         test_results_are_those_of_one_thread_bit_for_bit(3, None, "cpu")
+
+
+def test_only_steps_that_write_results_wait_for_the_last_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[int, list[str]] = {}
+
+    def noting(name: str) -> Callable[[ppb.StageRunner], None]:
+        original = getattr(ppb.StageRunner, name)
+
+        def noted(self: ppb.StageRunner) -> None:
+            if self._in_forward:
+                told.setdefault(self.stage, []).append(name)
+            original(self)
+
+        return noted
+
+    for name in ("landing_was_read", "results_are_written"):
+        monkeypatch.setattr(ppb.StageRunner, name, noting(name))
+    all_well(in_threads(3, play_all(sizes(10))))
+    # On the last stage results are the caller's, and nothing is sent from where they lie.
+    assert told[1] == ["landing_was_read", "results_are_written"] * 10
+
+
+def test_a_trace_shows_every_micro_batch_on_every_rank(tmp_path: Path) -> None:
+    chosen, path = sizes(6), tmp_path / "trace.json"
+
+    def play(runner: ppb.StageRunner, stage: int) -> Any:
+        runner.trace(str(path))
+        return play_all(chosen)(runner, stage)
+
+    all_well(in_threads(3, play))
+    spans = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 for event in spans)
+    for stage in range(3):
+        for micro_batch in range(len(chosen)):
+            own = [e for e in spans if (e["pid"], e["args"].get("micro_batch")) == (stage, micro_batch)]
+            begins = {event["name"]: event["ts"] for event in own}
+            pieces = [event["name"] for event in own if event["name"].startswith("ppb.piece[")]
+            assert len(pieces) == len(set(pieces)) == 3
+            assert [event["name"] for event in own].count("ppb.eager[attention]") == 2
+            assert ("send" in begins) == (stage < 2)
+            assert ("receive" in begins) == ("release" in begins) == (stage > 0)
+            if stage > 0:
+                assert begins["receive"] < begins[pieces[0]] < begins["release"] < begins[pieces[1]]
+            if stage < 2:
+                assert begins["send"] > begins[pieces[-1]]
 
 
 class Breaking(PipelineStage):

@@ -23,7 +23,8 @@ class LocalHub:
     def __init__(self, stage_count: int, setup_seconds: float = 1800.0) -> None:
         self.stage_count = stage_count
         self.setup_seconds = setup_seconds
-        self._texts: dict[int, str] = {}
+        self._texts: list[list[str]] = [[] for _ in range(stage_count)]
+        """Stage -> what it brought, one text per round."""
         self._pipes: dict[tuple[int, int, str], _Pipe] = {}
         self._changed = threading.Condition()
 
@@ -32,13 +33,14 @@ class LocalHub:
 
     def exchange(self, stage: int, text: str) -> list[str]:
         with self._changed:
-            self._texts[stage] = text
+            at = len(self._texts[stage])
+            self._texts[stage].append(text)
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: len(self._texts) == self.stage_count, self.setup_seconds):
-                missing = [rank for rank in range(self.stage_count) if rank not in self._texts]
+            if not self._changed.wait_for(lambda: all(len(own) > at for own in self._texts), self.setup_seconds):
+                missing = [rank for rank, own in enumerate(self._texts) if len(own) <= at]
                 what = f"the plans of ranks {missing}"
                 raise errors.PeerLost(errors.ranks_missing_at_setup(stage, what, self.setup_seconds, "none came"))
-            return [self._texts[rank] for rank in range(self.stage_count)]
+            return [own[at] for own in self._texts]
 
     def pipe(self, source: int, target: int, name: str) -> _Pipe:
         with self._changed:

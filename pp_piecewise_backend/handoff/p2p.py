@@ -67,6 +67,8 @@ class P2P:
         self._pipelines: list[list[int]] = []
         self._setup = timedelta(seconds=setup_seconds)
         self._groups: list[Any] = []
+        self._own: Any = None
+        """The group of all ranks of this pipeline, once they have met."""
 
     @staticmethod
     def is_possible() -> bool:
@@ -75,14 +77,19 @@ class P2P:
 
     def exchange(self, text: str) -> list[str]:
         with self._meeting("the ranks of all pipelines"):
-            world = self._new_group(range(dist.get_world_size()), "gloo")
-            dist.monitored_barrier(world, self._setup, wait_all_ranks=True)
-            shown = _gather_bytes(json.dumps(self.ranks).encode(), world)
-            self._pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
-            own = [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self.ranks)]
+            if self._own is None:
+                self._own = self._meet()
             # all_gather orders by rank in the group, which new_group sorts
-            by_rank = dict(zip(sorted(self.ranks), _gather_bytes(text.encode(), own), strict=True))
+            by_rank = dict(zip(sorted(self.ranks), _gather_bytes(text.encode(), self._own), strict=True))
         return [by_rank[rank].decode() for rank in self.ranks]
+
+    def _meet(self) -> Any:
+        """Learn of all pipelines; the group of this one."""
+        world = self._new_group(range(dist.get_world_size()), "gloo")
+        dist.monitored_barrier(world, self._setup, wait_all_ranks=True)
+        shown = _gather_bytes(json.dumps(self.ranks).encode(), world)
+        self._pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
+        return [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self.ranks)]
 
     def wire(self, source: int, target: int, name: str) -> P2PWire | None:
         wire = None
@@ -104,6 +111,7 @@ class P2P:
             with contextlib.suppress(RuntimeError, ValueError):  # broken, or destroyed with the whole world
                 dist.destroy_process_group(group)
         self._groups.clear()
+        self._own = None
 
     def _new_group(self, ranks: Sequence[int], backend: str) -> Any:
         # Every rank of the world makes every group: torch.distributed counts them to name them, and what

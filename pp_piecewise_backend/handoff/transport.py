@@ -85,7 +85,7 @@ class Transport(Protocol):
         """How messages name the stages: by the ranks that the user started."""
 
     def exchange(self, text: str) -> list[str]:
-        """The texts of all ranks, in stage order; each rank calls it once.
+        """The texts of all ranks, in stage order; every rank calls it equally often.
 
         Raises:
             PeerLost: a rank did not bring its text in time.
