@@ -149,6 +149,7 @@ class StageRunner:
             outputs=None if self.is_last else Schema.of(outputs or {}),
             feedback=None if feedback is None else Schema.of(feedback),
         )
+        self._siblings = siblings
         self._links = connect(way, plan, patience, self._stats, siblings)
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
@@ -202,7 +203,7 @@ class StageRunner:
         Args:
             progress: whether to show a bar; by default on a terminal only.
         """
-        with self._failing(), _serving():
+        with self._failing(), self._links.busy(), _serving():
             self._compile(whole=True)
             try:
                 warmup(self._compiled, self._warmup_inputs, progress=progress)
@@ -234,7 +235,8 @@ class StageRunner:
         """Run micro-batches: those given on the first stage, on the others what the stage before announces.
 
         One item comes for each micro-batch: the module's output on the last stage, None elsewhere. The output belongs
-        to the caller. Leaving the iterator early stops all ranks in order, as its end does.
+        to the caller. Leaving the iterator early stops all ranks in order, as its end does; where several ranks hold
+        one stage together, only the first stage can do so, and another one that leaves early breaks the pipeline.
 
         Raises:
             PeerLost: a rank died, stopped, failed or does not keep to the plan.
@@ -257,7 +259,12 @@ class StageRunner:
             steps = self._own_steps(microbatches) if microbatches is not None else self._following_steps()
             try:
                 yield from steps
-            except GeneratorExit:
+            except GeneratorExit as left:
+                if self._siblings is not None and not self.is_first:
+                    # The ranks of the first stage would hear of it at different micro-batches, and hang apart.
+                    self._has_failed = True
+                    self._links.fail(left)
+                    raise
                 self._finish()
                 raise
             self._finish()

@@ -6,8 +6,11 @@ or raised.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -300,6 +303,20 @@ def slow_last_stage(stage: Stage) -> int:
     return 2
 
 
+def holds_up_its_threads(stage: Stage) -> int:
+    """The last stage keeps the interpreter to itself, as a long call of a compiler may, and has said so or not."""
+    links = stage.connect(feedback=None)
+    says_so = stage.arguments["says_so"]
+    if stage.is_last:
+        with links.busy() if says_so else contextlib.nullcontext():
+            ctypes.PyDLL(None).sleep(3 * math.ceil(stage.patience.silence_seconds))
+        _pass_on(links, 0)
+    else:
+        links.outgoing.send(links.outgoing.announce(3), values(0, 3)).wait()
+    links.close()
+    return 1
+
+
 def _pass_on(links: Links, sequence: int) -> None:
     header = links.incoming.next_header()
     landing = rows(memory(PROXIES), header.num_tokens)
@@ -561,7 +578,8 @@ def sends_while_idle_receiver_dies(stage: Stage) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        steady, timed, slow_first_stage, slow_last_stage, early_end, headers_ahead, further_exchanges, misuse,
+        steady, timed, slow_first_stage, slow_last_stage, holds_up_its_threads, early_end, headers_ahead,
+        further_exchanges, misuse,
         other_plans, other_siblings, fault,
         sends_while_idle_receiver_dies,
     )

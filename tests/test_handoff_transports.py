@@ -14,6 +14,7 @@ from handoff_ranks import (
     fault_time,
     further_exchanges,
     headers_ahead,
+    holds_up_its_threads,
     misuse,
     other_plans,
     run,
@@ -79,6 +80,16 @@ def test_headers_run_ahead_of_the_data(transport: str, tmp_path: Path) -> None:
 def test_a_slow_stage_is_not_taken_for_lost(transport: str, scenario: object, tmp_path: Path) -> None:
     outcomes = run(transport, scenario, 3, tmp_path, silence_seconds=1.0)
     assert [outcome.value for outcome in all_well(outcomes)] == [2, 2, 2]
+
+
+def test_a_stage_that_said_that_it_is_busy_may_be_silent(tmp_path: Path) -> None:
+    outcomes = run("p2p", holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=True)
+    assert [outcome.value for outcome in all_well(outcomes)] == [1, 1]
+
+
+def test_a_stage_that_did_not_say_so_is_lost(tmp_path: Path) -> None:
+    first, _ = run("p2p", holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=False)
+    assert first.error == "PeerLost" and "told nothing for 1 s" in first.message
 
 
 @every_transport

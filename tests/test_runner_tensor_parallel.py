@@ -74,8 +74,11 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     with runner:
         runner.warmup()
         batches = (ppb.MicroBatch(len(own), b"%d" % number, {"ids": own}) for number, own in enumerate(ids))
-        for _ in runner.run(batches) if is_first else runner.run():
-            pass
+        for number, _ in enumerate(runner.run(batches) if is_first else runner.run()):
+            if number == 3 and job.get("leaves") == mesh.get_local_rank("pp"):
+                break
+        if "leaves" in job:
+            return 0
         if is_first:
             with torch.no_grad():
                 expected = [(first(own)["hidden_states"] @ weight.t()).argmax(-1).tolist() for own in ids]
@@ -99,3 +102,14 @@ def test_both_layouts_give_the_tokens_of_the_unsplit_model(layout: str, share: i
     proxy_bytes, feedback_bytes = tokens * HIDDEN * 4 // share, tokens * 8
     first = {"tokens": tokens, "sent": proxy_bytes, "received": feedback_bytes}
     assert reports == [first, first, *[{"tokens": 0, "sent": feedback_bytes, "received": proxy_bytes}] * 2]
+
+
+def test_the_ranks_of_the_first_stage_may_leave_early_together(tmp_path: Path) -> None:
+    ended = run_ranks("test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": "scattered", "leaves": 0})
+    assert [end.exit_code for end in ended] == [0] * 4, "\n".join(end.log for end in ended)
+
+
+def test_another_stage_that_leaves_early_breaks_the_pipeline(tmp_path: Path) -> None:
+    ended = run_ranks("test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": "scattered", "leaves": 1})
+    for end in ended[:2]:
+        assert end.exit_code == 1 and "failed (GeneratorExit)" in end.log, end.log

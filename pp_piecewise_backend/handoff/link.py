@@ -6,6 +6,7 @@ another. So a peer that pauses is never taken for lost, and one that dies or is 
 ``silence_seconds``, whatever this rank does meanwhile. Waits for headers and data therefore need no short limit of
 their own: the thread that finds a peer lost ends them all. It records the ``Fault`` of this rank, tells the other
 neighbours, so that a pipeline fails at once and not rank by rank, and breaks the transfers that are under way.
+A rank that compiles may hold up its own threads; it says so before (``Links.busy``), and has ``setup_seconds`` then.
 
 Note [stopping]
 Each end says STOP when it has nothing more to say, and listens on until the other has said it too; who then hears STOP
@@ -36,6 +37,8 @@ _TELLING_SECONDS = 0.3
 """How long a failing rank tries to tell one neighbour."""
 _TOLD_SECONDS = 1.0
 """How long an error waits until the neighbours have been told."""
+_BUSY = b"busy"
+"""What a keep-alive says while its rank compiles and captures, which may hold up the thread that sends them."""
 _VERDICT_SECONDS = 0.5
 """How long a broken transfer waits for the listener to say why."""
 
@@ -147,6 +150,8 @@ class _End:
         self._telling = threading.Lock()
         self._said_stop = threading.Event()
         self._heard_stop = threading.Event()
+        self._state = b""
+        self._peer_is_busy = False
         self._silent = threading.Event()
         """Set when the listener has ended: the link was stopped, or is lost."""
         name = f"handoff {own_rank}-{peer_rank}"
@@ -191,10 +196,16 @@ class _End:
             finally:
                 self._telling.release()
 
+    def say_busy(self, busy: bool) -> None:
+        """Say whether silence of this end means nothing for a while: it may hold up its own threads."""
+        self._state = _BUSY if busy else b""
+        with self._raising("saying what it does"):
+            self._tell(Kind.KEEP_ALIVE, tag=self._state)
+
     def _keep_alive(self) -> None:
         while not self._silent.wait(self._settings.patience.keep_alive_seconds):
             try:
-                self._tell(Kind.KEEP_ALIVE)
+                self._tell(Kind.KEEP_ALIVE, tag=self._state)
             except (ConnectionError, TimeoutError):
                 return  # the listener finds out why
 
@@ -223,7 +234,8 @@ class _End:
             self.wake()
 
     def _hear(self) -> Header:
-        peer, silence_seconds = self.peer_rank, self._settings.patience.silence_seconds
+        peer, patience = self.peer_rank, self._settings.patience
+        silence_seconds = patience.setup_seconds if self._peer_is_busy else patience.silence_seconds
         try:
             message = self._wire.hear(silence_seconds)
         except TimeoutError:
@@ -239,6 +251,8 @@ class _End:
         if header.kind is Kind.FAILED:
             reason = header.tag.decode("ascii", "replace")
             raise _Lost(Loss(header.rank, reason, errors.peer_failed(header.rank, reason, peer)))
+        if header.kind is Kind.KEEP_ALIVE:
+            self._peer_is_busy = header.tag == _BUSY
         return header
 
     def _on_data(self, header: Header) -> None:
@@ -472,6 +486,22 @@ class Links:
     def _ends(self) -> list[_End]:
         ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in, *self._siblings)
         return [end for end in ends if end is not None]
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """While the body runs, the neighbours wait for signs of life as long as at set-up.
+
+        Raises:
+            PeerLost: the pipeline is broken.
+        """
+        for end in self._ends:
+            end.say_busy(True)
+        try:
+            yield
+        finally:
+            if not self.is_broken:
+                for end in self._ends:
+                    end.say_busy(False)
 
     @property
     def is_broken(self) -> bool:
