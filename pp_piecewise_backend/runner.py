@@ -33,7 +33,7 @@ from .buckets import Ladder
 from .buffers import Proxy, Stage
 from .config import Config
 from .dump import versions
-from .handoff import Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
+from .handoff import MAX_TAG_BYTES, Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
 from .handoff.feedback import FeedbackReader
 from .handoff.inbox import Inbox, Views
 from .profiling import named, profiler_is_running
@@ -46,7 +46,6 @@ _LOG = logging.getLogger(__name__)
 Proxies = Mapping[str, Proxy]
 MakeInputs = Callable[[int, bytes], Mapping[str, Any]]
 
-MAX_TAG_BYTES = 24
 WAITED_SECONDS = 50e-6
 """What a wait for a send takes on the host if it has left already stays below this."""
 
@@ -390,14 +389,17 @@ class StageRunner:
     def _send_feedback(self, num_tokens: int, tag: bytes, output: Any) -> None:
         link = self._links.feedback_out
         assert link is not None
-        if self._sent_feedback is not None:
-            self._sent_feedback.wait()
-            self._sent_feedback = None
+        self._wait_for_sent_feedback()
         tensors = self._chosen(output, self._feedback_names) if self._feedback_names else {}
         rows = min((tensor.shape[0] for tensor in tensors.values()), default=num_tokens)
         header = link.announce(rows, tag)
         if tensors:
             self._sent_feedback = link.send(header, tensors)
+
+    def _wait_for_sent_feedback(self) -> None:
+        sent, self._sent_feedback = self._sent_feedback, None
+        if sent is not None:
+            sent.wait()
 
     def feedback(self) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
@@ -465,9 +467,7 @@ class StageRunner:
         if self._links.is_broken:
             return
         self._wait_for_send()
-        if self._sent_feedback is not None:
-            self._sent_feedback.wait()
-            self._sent_feedback = None
+        self._wait_for_sent_feedback()
         for sender in (self._links.outgoing, self._links.feedback_out):
             if sender is not None:
                 sender.say_stop()

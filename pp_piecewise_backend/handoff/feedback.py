@@ -41,8 +41,7 @@ class FeedbackReader:
         self._changed = threading.Condition()
         self._heard = 0
         self._has_ended = False
-        self._thread = threading.Thread(target=self._read, name="handoff feedback", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._read, name="handoff feedback", daemon=True).start()
 
     def next(self) -> tuple[bytes, Slot] | None:
         """The oldest unread tag and tensors, when they have come; None when no more come.
@@ -69,9 +68,6 @@ class FeedbackReader:
         """Return once ``count`` micro-batches were told of in all, or no more come."""
         with self._changed:
             self._changed.wait_for(lambda: self._heard >= count or self._has_ended)
-
-    def join(self, timeout_seconds: float) -> None:
-        self._thread.join(timeout_seconds)
 
     def _read(self) -> None:
         end: BaseException | None = None
