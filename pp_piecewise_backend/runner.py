@@ -481,6 +481,9 @@ class StageRunner:
     def close(self) -> None:
         """Stop all ranks in order, if ``run`` has not, and give everything back; a second call does nothing.
 
+        It returns once all ranks close, so that none takes a run for a good one that failed elsewhere at its very end;
+        it waits no longer than ``timeout_s`` for a rank that has stopped and does not come.
+
         Raises:
             PeerLost: the pipeline broke before all had stopped.
         """

@@ -119,9 +119,9 @@ def in_threads(
             with torch.no_grad():
                 module = make_module(stage, count).to(device)
             with torch.Stream(device) if device != "cpu" else contextlib.nullcontext(), ppb.StageRunner(
-                module, max_tokens=MAX_TOKENS, transport=transport, timeout_s=20,
+                module, max_tokens=MAX_TOKENS, transport=transport,
                 options={**options, "graphs": "cuda"} if device != "cpu" else options,
-                setup_timeout_s=LONGEST_SECONDS, **{**ends, **arguments},
+                setup_timeout_s=LONGEST_SECONDS, **{"timeout_s": 20, **ends, **arguments},
             ) as runner:  # fmt: skip
                 outcomes[stage] = play(runner, stage)
         except BaseException as error:
@@ -419,22 +419,38 @@ def test_at_most_so_many_micro_batches_are_in_flight() -> None:
 # --------------------------------------------------------------------------------------------- misuse
 
 
-def test_a_module_that_raises_is_told_to_all() -> None:
-    class Failing(PipelineStage):
-        calls = 0
-
+@pytest.mark.parametrize(("stages", "late_seconds"), [(3, 0.0), (5, 0.5)])
+def test_an_exception_of_the_callers_own_code_is_told_to_all(stages: int, late_seconds: float) -> None:
     def play(runner: ppb.StageRunner, stage: int) -> int:
         count = 0
-        for _ in runner.run((ppb.MicroBatch(2) for _ in range(10**6)) if stage == 0 else None):
-            count += 1
-            if stage == 1 and count == 3:
-                raise ArithmeticError("the caller's own code failed")
+        try:
+            for _ in runner.run((ppb.MicroBatch(2) for _ in range(10**6)) if stage == 0 else None):
+                count += 1
+                if stage == 1 and count == 3:
+                    raise ArithmeticError("the caller's own code failed")
+        finally:
+            # Here the iterator was left, so the others stop in order; only later can they learn why.
+            time.sleep(late_seconds * (stage == 1))
         return count
 
-    outcomes = in_threads(3, play, make_module=Failing)
-    assert isinstance(outcomes[1], ArithmeticError)
-    for outcome in (outcomes[0], outcomes[2]):
+    outcomes = in_threads(stages, play)
+    assert isinstance(outcomes.pop(1), ArithmeticError)
+    for outcome in outcomes:
         assert isinstance(outcome, errors.PeerLost) and "rank 1 failed (ArithmeticError)" in str(outcome)
+
+
+def test_a_rank_that_is_late_to_close_is_waited_for_no_longer_than_a_silent_one() -> None:
+    closed_at: dict[int, float] = {}
+
+    def play(runner: ppb.StageRunner, stage: int) -> None:
+        for _ in runner.run([ppb.MicroBatch(2)] if stage == 0 else None):
+            pass
+        time.sleep(4.0 * (stage == 1))
+        runner.close()
+        closed_at[stage] = time.monotonic()
+
+    all_well(in_threads(3, play, timeout_s=1.0))
+    assert max(closed_at[0], closed_at[2]) < closed_at[1]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ class Kind(IntEnum):
     """No micro-batch follows; from the receiving end: please send no more."""
     FAILED = 4
     """The pipeline is broken: ``rank`` failed, and ``tag`` says how."""
+    CLOSED = 5
+    """Behind STOP of both ends: the rank closes."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ Note [stopping]
 Each end says STOP when it has nothing more to say, and listens on until the other has said it too; who then hears STOP
 repeats it, since the other may wait for it. A receiving end that says STOP first asks for an early end: what was
 announced before the sending end stops must still be received.
+
+Note [closing]
+A rank may fail after all have stopped, such as when an exception ended its loop over micro-batches. So no rank of the
+chain is done before all are: CLOSED goes from the first to the last rank as each comes to close, then back, while the
+links between stages still listen for FAILED. A rank that is gone by then went in order, and one that does not come for
+``silence_seconds`` has other things to do: nobody waits longer for it.
 """
 
 from __future__ import annotations
@@ -152,8 +158,14 @@ class _End:
         self._heard_stop = threading.Event()
         self._state = b""
         self._peer_is_busy = False
+        self.closes_in_turn = False
+        """Whether the link listens on when both ends have stopped: see Note [closing]. Set before ``start``."""
+        self._stopped = threading.Event()
+        """Both ends have said STOP, or the link is lost."""
         self._silent = threading.Event()
-        """Set when the listener has ended: the link was stopped, or is lost."""
+        """The listener has ended."""
+        self._gone = threading.Event()
+        """Nobody needs to hear of this end any more."""
         name = f"handoff {own_rank}-{peer_rank}"
         self._threads = [
             threading.Thread(target=self._listen, name=f"{name} listener", daemon=True),
@@ -202,8 +214,14 @@ class _End:
         with self._raising("saying what it does"):
             self._tell(Kind.KEEP_ALIVE, tag=self._state)
 
+    def say_closed(self) -> None:
+        """Say that this end, which has stopped, closes; nobody may be there to hear it."""
+        self._fault.check(errors.on_rank(self.own_rank, "closing"))
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            self._tell(Kind.CLOSED)
+
     def _keep_alive(self) -> None:
-        while not self._silent.wait(self._settings.patience.keep_alive_seconds):
+        while not self._gone.wait(self._settings.patience.keep_alive_seconds):
             try:
                 self._tell(Kind.KEEP_ALIVE, tag=self._state)
             except (ConnectionError, TimeoutError):
@@ -215,23 +233,34 @@ class _End:
         try:
             while True:
                 header = self._hear()
+                if header.kind is Kind.CLOSED:
+                    return
                 if header.kind is Kind.STOP:
                     self._heard_stop.set()
                     self._on_stop()
-                    if self._said_stop.is_set():
-                        self._tell(Kind.STOP)
-                        return
                 elif header.kind is Kind.DATA:
                     self._heard_data += 1
                     self._on_data(header)
+                if self._has_both_stops() and not self._stopped.is_set():
+                    self._tell(Kind.STOP)
+                    self._stopped.set()
+                    if not self.closes_in_turn:
+                        self._gone.set()
+                        return
         except _Lost as lost:
-            self._fault.record(lost.loss, found_by=None if lost.is_alive else self)
-            self._wire.break_control()
+            self._gone.set()
+            if not (lost.is_gone and self._stopped.is_set()):
+                self._fault.record(lost.loss, found_by=None if lost.is_alive else self)
+                self._wire.break_control()
         except (ConnectionError, TimeoutError):
-            pass  # the last STOP did not leave: the other end needed it no more
+            self._gone.set()  # the last STOP did not leave: the other end needed it no more
         finally:
+            self._stopped.set()
             self._silent.set()
             self.wake()
+
+    def _has_both_stops(self) -> bool:
+        return self._said_stop.is_set() and self._heard_stop.is_set()
 
     def _hear(self) -> Header:
         peer, patience = self.peer_rank, self._settings.patience
@@ -241,7 +270,7 @@ class _End:
         except TimeoutError:
             raise _Lost(Loss(peer, "silent", errors.peer_silent(peer, silence_seconds))) from None
         except ConnectionError as error:
-            raise _Lost(Loss(peer, "connection closed", errors.peer_closed(peer, error))) from None
+            raise _Lost(Loss(peer, "connection closed", errors.peer_closed(peer, error)), is_gone=True) from None
         try:
             header = Header.unpack(message)
             header.check(self._settings.plan, self._heard_data, peer)
@@ -294,31 +323,42 @@ class _End:
         except (ConnectionError, TimeoutError) as error:
             raise self.lost_in_transfer(error, doing) from error
 
-    def close(self) -> None:
-        """Stop in order and give back the wire; after a failure at once.
+    def wait_for_stop(self) -> None:
+        """Return once the other end, too, has said STOP.
 
         Raises:
-            PeerLost: the other end was lost before it said STOP.
+            PeerLost: the pipeline broke before.
         """
-        try:
-            if self._fault.loss is None:
-                self.say_stop()
-                self._silent.wait(self._settings.patience.setup_seconds)
-                self._fault.check(errors.on_rank(self.own_rank, f"waiting for STOP of rank {self.peer_rank}"))
-        finally:
-            if not self._silent.is_set():
-                self._wire.break_control()
-            for thread in self._threads:
-                thread.join(_TELLING_SECONDS)
-            self._wire.close()
+        self._stopped.wait(self._settings.patience.setup_seconds)
+        self._fault.check(errors.on_rank(self.own_rank, f"waiting for STOP of rank {self.peer_rank}"))
+
+    def wait_for_closed(self) -> None:
+        """Return once the other end, which has stopped, closes or is gone, or does not come.
+
+        Raises:
+            PeerLost: the pipeline broke after all.
+        """
+        self._silent.wait(self._settings.patience.silence_seconds)
+        self._fault.check(errors.on_rank(self.own_rank, f"waiting for rank {self.peer_rank} to close"))
+
+    def close(self) -> None:
+        """Give back the wire."""
+        self._gone.set()
+        if not self._silent.is_set():
+            self._wire.break_control()
+        for thread in self._threads:
+            thread.join(_TELLING_SECONDS)
+        self._wire.close()
 
 
 class _Lost(Exception):
-    def __init__(self, loss: Loss, is_alive: bool = False) -> None:
+    def __init__(self, loss: Loss, is_alive: bool = False, is_gone: bool = False) -> None:
         super().__init__(loss.sentence)
         self.loss = loss
         self.is_alive = is_alive
         """Whether the peer can be told."""
+        self.is_gone = is_gone
+        """Whether it hung up, which it may do when it has stopped."""
 
 
 class Sender(_End):
@@ -518,10 +558,10 @@ class Links:
         self._fault.record(Loss(rank, reason, errors.own_failure(rank, reason)))
 
     def close(self) -> None:
-        """Say STOP on all links, wait until the neighbours said it, and give back the transport.
+        """Say STOP on all links, wait until the neighbours said it and all close, and give back the transport.
 
         Raises:
-            PeerLost: the pipeline broke before all had stopped; everything is given back nevertheless.
+            PeerLost: the pipeline broke before; everything is given back nevertheless.
         """
         with contextlib.ExitStack() as stack:
             for transport in self._transports:
@@ -532,6 +572,19 @@ class Links:
             if self._fault.loss is None:
                 for end in self._ends:
                     end.say_stop()
+                for end in self._ends:
+                    end.wait_for_stop()
+                self._close_in_turn()
+
+    def _close_in_turn(self) -> None:
+        """See Note [closing]."""
+        if self.incoming is not None:
+            self.incoming.wait_for_closed()
+        if self.outgoing is not None:
+            self.outgoing.say_closed()
+            self.outgoing.wait_for_closed()
+        if self.incoming is not None:
+            self.incoming.say_closed()
 
 
 def connect(
@@ -568,9 +621,9 @@ def connect(
             wire = transport.wire(hop, hop + 1, "proxies")
             source, target = ranks[hop], ranks[hop + 1]
             if wire is not None and transport.stage == hop:
-                outgoing = _started(Sender(wire, _known(own.outputs), source, target, settings))
+                outgoing = _started(Sender(wire, _known(own.outputs), source, target, settings), closes_in_turn=True)
             elif wire is not None:
-                incoming = _started(Receiver(wire, _known(own.inputs), target, source, settings))
+                incoming = _started(Receiver(wire, _known(own.inputs), target, source, settings), closes_in_turn=True)
         if plan.has_feedback:
             last = plan.stage_count - 1
             wire = transport.wire(last, 0, "feedback")
@@ -614,7 +667,8 @@ def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[S
 End = TypeVar("End", bound=_End)
 
 
-def _started(end: End) -> End:
+def _started(end: End, closes_in_turn: bool = False) -> End:
+    end.closes_in_turn = closes_in_turn
     # At once: the other end listens from now on, while this rank may have to wait for those of further links.
     end.start()
     return end
