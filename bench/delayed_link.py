@@ -29,6 +29,7 @@ class DelayedTransport:
     """``transport``, on whose links tensors take ``seconds`` longer; the number may change while they are in use."""
 
     def __init__(self, transport: Transport, seconds: float, waits_for_memory: bool = True) -> None:
+        self.name = f"delayed {transport.name}"
         self.stage = transport.stage
         self.stage_count = transport.stage_count
         self.ranks = transport.ranks
@@ -55,14 +56,32 @@ class DelayedWire:
         self.break_data, self.break_control, self.close = wire.break_data, wire.break_control, wire.close
         self._wire = wire
         self._transport = transport
+        self._stamps: list[torch.Tensor] = []
+
+    def landing_memory(self, num_bytes: int) -> torch.Tensor | None:
+        return self._wire.landing_memory(num_bytes)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
         return self._wire.send([*tensors, torch.tensor([time.monotonic()], dtype=torch.float64)])
 
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
-        sent_at = torch.empty(1, dtype=torch.float64)
+        sent_at = self._next_stamp()
         named_at = time.monotonic() if self._transport.waits_for_memory else 0.0
         return _Arrival(self._wire.receive([*views, sent_at]), sent_at, named_at, self._transport.seconds)
+
+
+    def _next_stamp(self) -> torch.Tensor:
+        """Where a time lands; it serves again when so many later ones have landed."""
+        if len(self._stamps) < _STAMP_COUNT:
+            block = self._wire.landing_memory(8)
+            self._stamps.append(torch.empty(8, dtype=torch.uint8) if block is None else block[:8])
+        else:
+            self._stamps.append(self._stamps.pop(0))
+        return self._stamps[-1].view(torch.float64)
+
+
+_STAMP_COUNT = 64
+"""More than the receives that are under way at once."""
 
 
 class _Arrival:

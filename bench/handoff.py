@@ -2,15 +2,16 @@
 
     python bench/handoff.py
 
-Ranks are processes on this machine, over gloo; `--device cuda` takes one GPU each and NCCL, which nobody has tried.
+Ranks are processes on this machine. `--device cuda` takes one GPU each and NCCL, which nobody has tried.
 A stage is compiled and captured as always (emulated graphs), then its replays are replaced by no-ops. The methods:
 
 - `alone`: the stage without any hand-off, on proxies that lie in its memory; subtracted from the others.
-- `engine`: per hop two blocking, pickled objects (as SGLang does: one with requests, one with the shapes), tensors
+- `engine`, over gloo: per hop two blocking, pickled objects (as SGLang does: one with requests, one with the shapes), tensors
   received into fresh memory and copied into the memory that graphs read. Tensors leave without blocking, and the next
   forward, which overwrites them, waits for that. `engine_one_object` sends one object (as vLLM does).
-- `copy_in`: the same with a header of 64 bytes in place of pickled objects.
-- `ours_step`, `ours_early`: `StageRunner` with `receive="step"` and `"early"`. `ours_end`: early, but the memory is
+- `copy_in`, over gloo: the same with a header of 64 bytes in place of pickled objects.
+- `ours_step`, `ours_early`: `StageRunner` with `receive="step"` and `"early"`, as `transport="auto"` has it: the ranks
+  write into one another's landing memory. `ours_step_p2p`, `ours_early_p2p`: over gloo, as between machines. `ours_end`: early, but the memory is
   released when the forward has ended. `ours_step` posts the receive some microseconds later still, when the results
   have been sent: both are "release at the end", and targets compare with the better one.
 
@@ -43,11 +44,18 @@ from handoff_prediction import Style, completion_seconds, relative_throughput
 
 NAME = "handoff"
 RANK = Path(__file__).with_name("handoff_rank.py")
-HOST_METHODS = ("alone", "engine", "engine_one_object", "copy_in", "ours_step", "ours_early")
+OURS = ("ours_step", "ours_early", "ours_step_p2p", "ours_early_p2p")
+HOST_METHODS = ("alone", "engine", "engine_one_object", "copy_in", *OURS)
 OVERLAPPING = ("ours_early", "ours_step")
 """Measured with every number of micro-batches in flight; the others with one more than there are stages."""
-OTHERS = ("ours_end", "copy_in", "engine", "engine_one_object")
-STYLES: dict[str, Style] = {"ours_early": "early", "ours_step": "end", "ours_end": "end"}
+OTHERS = ("ours_end", "ours_early_p2p", "ours_step_p2p", "copy_in", "engine", "engine_one_object")
+STYLES: dict[str, Style] = {
+    "ours_early": "early",
+    "ours_step": "end",
+    "ours_end": "end",
+    "ours_early_p2p": "early",
+    "ours_step_p2p": "end",
+}
 """How the prediction sees a method; else as `engine`."""
 CLOCKS = ("wall", "processor", "main_thread")
 TARGET = {"host_ratio": 1 / 3, "stages": 4, "in_flight": 5, "stage_ms": 5.0, "link_ms": 2.0, "gain": 1.2, "points": 5.0}
@@ -55,10 +63,19 @@ DOES = {
     "engine": {"pickles": 2, "blocking_messages": 4, "receives_elsewhere": 2, "copies_into_landing": 2},
     "engine_one_object": {"pickles": 1, "blocking_messages": 2, "receives_elsewhere": 2, "copies_into_landing": 2},
     "copy_in": {"receives_elsewhere": 2, "copies_into_landing": 2},
-    "ours_step": {"receives_into_landing": 2},
-    "ours_early": {"receives_into_landing": 2},
+    "ours_step": {},
+    "ours_early": {},
+    "ours_step_p2p": {"receives_into_landing": 2},
+    "ours_early_p2p": {"receives_into_landing": 2},
 }
 """What the last rank must be seen to do per micro-batch, and nothing else of what the observer counts."""
+FIRST_DOES = {
+    "engine": {"pickles": 2, "blocking_messages": 4},
+    "engine_one_object": {"pickles": 1, "blocking_messages": 2},
+    "ours_step": {"writes_into_another_process": 2},
+    "ours_early": {"writes_into_another_process": 2},
+}
+"""Likewise the first rank; those that are not named here nothing."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -115,9 +132,15 @@ def measure_host(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     task = {"task": "host_costs", "methods": HOST_METHODS, "rounds": options.rounds, "block": options.block}
     (ranks,) = run_tasks(stages, options, [task])
     for situation in ("saturated", "single"):
-        for method, expected in DOES.items():
-            seen = {key: count for key, count in ranks[-1][situation]["observed"][method].items() if count}
-            assert seen == expected, f"{method} was seen to do {seen}, not {expected}"
+        for rank, does in ((-1, DOES), (0, FIRST_DOES)):
+            for method in DOES:
+                seen = {key: count for key, count in ranks[rank][situation]["observed"][method].items() if count}
+                # The last write of a block may come after it, and so in the next one.
+                key, slack = "writes_into_another_process", 2 / options.block
+                if key in seen and abs(seen[key] - 2) <= slack:
+                    seen[key] = 2
+                expected = does.get(method, {})
+                assert seen == expected, f"{method} was seen to do {seen} on rank {rank}, not {expected}"
     alone = {clock: [rank["saturated"]["microseconds"]["alone"][clock] for rank in ranks] for clock in CLOCKS}
     costs: dict[str, dict[str, dict[str, Any]]] = {"saturated": {}, "single": {}}
     per_stage_us = {}
@@ -226,7 +249,7 @@ def targets(host: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, An
         for situation, methods in run["handoff_us_per_hop"].items():
             for clock in CLOCKS:
                 medians = {method: methods[method][clock]["median"] for method in methods}
-                for ours in ("ours_step", "ours_early"):
+                for ours in OURS:
                     found.append(
                         {
                             "target": "host",
@@ -287,9 +310,9 @@ def plot(body: Mapping[str, Any], path: Path) -> Path:
         methods = HOST_METHODS[1:]
         for at, method in enumerate(methods):
             found = [run["handoff_us_per_hop"][situation][method][clock]["median"] for situation, clock in shown]
-            places = [place + at * 0.15 for place in range(len(shown))]
-            panel.bar(places, found, width=0.15, label=method.replace("_", " "))
-        panel.set_xticks([place + 0.3 for place in range(len(shown))], ["\n".join(pair) for pair in shown], fontsize=7)
+            places = [place + at * 0.12 for place in range(len(shown))]
+            panel.bar(places, found, width=0.12, label=method.replace("_", " "))
+        panel.set_xticks([place + 0.36 for place in range(len(shown))], ["\n".join(pair) for pair in shown], fontsize=7)
         panel.set_ylabel("us per micro-batch and hop")
         panel.set_title(f"host, {run['stages']} stages", fontsize=9)
     panels[0][0].legend(fontsize=6)

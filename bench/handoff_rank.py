@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.handoff.header import HEADER_BYTES
 from pp_piecewise_backend.handoff.p2p import P2P
+from pp_piecewise_backend.handoff.shared_memory import SharedMemory
 
 TOKENS, HIDDEN = 8, 64
 PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
@@ -119,8 +120,10 @@ class Pipeline:
         Work.seconds = mean_seconds and stage_seconds(self.stage, position, mean_seconds)
         return {"own": self.own[:num_tokens]}
 
-    def transport(self, delayed: bool) -> Any:
+    def transport(self, delayed: bool, shares_memory: bool = False) -> Any:
         transport: Any = P2P(self.device, setup_seconds=SETUP_SECONDS)
+        if shares_memory:
+            transport = SharedMemory(transport, is_required=True)
         if delayed:
             transport = DelayedTransport(transport, 0.0)
             self.delayed = [transport]
@@ -156,8 +159,8 @@ def ours(pipeline: Pipeline, name: str, tags: Iterator[bytes], max_in_flight: in
         max_tokens=TOKENS,
         inputs=None if pipeline.is_first else PROXIES,
         outputs=None if pipeline.is_last else PROXIES,
-        transport=pipeline.transport(delayed),
-        receive="step" if name == "ours_step" else "early",
+        transport=pipeline.transport(delayed, shares_memory=pipeline.device.type == "cpu" and "p2p" not in name),
+        receive="step" if name.startswith("ours_step") else "early",
         max_in_flight=max_in_flight,
         setup_timeout_s=SETUP_SECONDS,
         options={**OPTIONS, "graphs": pipeline.graphs},
@@ -380,6 +383,8 @@ MAKERS = {
     "ours_step": ours,
     "ours_end": ours,
     "ours_early": ours,
+    "ours_step_p2p": ours,
+    "ours_early_p2p": ours,
 }
 
 
@@ -398,6 +403,7 @@ class Observer(TorchDispatchMode):
             "receives_into_landing": 0,
             "receives_elsewhere": 0,
             "copies_into_landing": 0,
+            "writes_into_another_process": 0,
         }
         self._landing = landing_ranges
         self._undo: list[tuple[Any, str, Any]] = []
@@ -415,6 +421,7 @@ class Observer(TorchDispatchMode):
         for name in ("send", "recv"):
             self._count_calls(dist, name, "blocking_messages")
         self._see(dist, "irecv", self._see_receive)
+        self._see(ctypes, "memmove", self._see_write)
         super().__enter__()
         return self
 
@@ -438,6 +445,9 @@ class Observer(TorchDispatchMode):
         if tensor.dtype != torch.uint8:  # those are headers
             self.counts["receives_into_landing" if self._is_landing(tensor) else "receives_elsewhere"] += 1
 
+    def _see_write(self, address: int, *args: Any) -> None:
+        self.counts["writes_into_another_process"] += any(low <= address < high for low, high in shared_ranges())
+
     def _see(self, owner: Any, name: str, note: Callable[..., None]) -> None:
         original = getattr(owner, name)
 
@@ -447,6 +457,12 @@ class Observer(TorchDispatchMode):
 
         self._undo.append((owner, name, original))
         setattr(owner, name, seen)
+
+
+def shared_ranges() -> list[tuple[int, int]]:
+    """Where landing memory that several processes map lies in this one, as the kernel says."""
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "landing memory" in line]
+    return [(int(low, 16), int(high, 16)) for low, high in (line.split(None, 1)[0].split("-") for line in maps)]
 
 
 # ------------------------------------------------------------------------------------------ measuring

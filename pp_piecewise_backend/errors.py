@@ -420,6 +420,28 @@ def runner_argument(name: str, got: object, expected: str) -> str:
     return f"StageRunner got {name}={got!r}: expected {expected}."
 
 
+def ranks_on_two_machines(ends: Sequence[tuple[int, str]]) -> str:
+    told = " and ".join(f"rank {rank} on {machine or 'one that cannot share memory'}" for rank, machine in ends)
+    return (
+        f"transport='shared_memory' links ranks of one Linux machine, but got {told}. transport='auto' goes over "
+        "torch.distributed between machines."
+    )
+
+
+def not_in_landing_memory(shape: tuple[int, ...]) -> str:
+    return (
+        f"a tensor of shape {list(shape)} was to be received outside of the memory that the previous stage writes "
+        "into: receive into tensors that lie in Receiver.landing_memory()."
+    )
+
+
+def place_differs(offset: int, num_bytes: int, block_bytes: int, tensor_bytes: int) -> str:
+    return (
+        f"the next stage wants {num_bytes} bytes at offset {offset} of its {block_bytes} bytes of landing memory, but "
+        f"{tensor_bytes} bytes are sent"
+    )
+
+
 def no_transport() -> str:
     return (
         "StageRunner found no initialised torch.distributed to reach the other stages: call "

@@ -88,7 +88,9 @@ class StageRunner:
         group: process group of the pipeline's ranks in stage order; all ranks by default. Where several ranks hold one
             stage together (tensor parallel), a pair: that group, and the group of the ranks of this stage.
         mesh: ``DeviceMesh`` instead of ``group``, with a dimension "pp" and, for tensor parallel stages, one "tp".
-        transport: "auto" or "p2p" (``torch.distributed``), or a transport of ``handoff``.
+        transport: "p2p" (``torch.distributed``: gloo for tensors on the CPU, NCCL on GPUs); "shared_memory" for ranks
+            of one Linux machine whose tensors lie on the CPU: each writes into the landing memory of the next one
+            itself; "auto": that where it is possible, hop by hop, else "p2p"; or a transport of ``handoff``.
         receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
@@ -113,7 +115,7 @@ class StageRunner:
         feedback: Proxies | None = None,
         group: Any = None,
         mesh: Any = None,
-        transport: Transport | Literal["auto", "p2p"] = "auto",
+        transport: Transport | Literal["auto", "p2p", "shared_memory"] = "auto",
         receive: Literal["early", "step"] = "early",
         max_in_flight: int | None = None,
         timeout_s: float = 60,
@@ -159,6 +161,8 @@ class StageRunner:
         self._transport = way
         self._inbox: Inbox | None = None
         if self._links.incoming is not None:
+            known = self._links.incoming.landing_memory(max_tokens)
+            self._stage.land_in({name: block for name, block in known.items() if block is not None})
             early = receive == "early"
             views = self._stage.views
             self._inbox = Inbox(self._links.incoming, views, self._stage.device, early, lambda: self.timeline)
@@ -536,10 +540,12 @@ def _transport(
     """The way to the other stages, and the ranks with which this one holds its stage."""
     if not isinstance(asked, str):
         return asked, None
+    from .handoff import shared_memory
     from .handoff.p2p import P2P
 
-    if asked not in ("auto", "p2p"):
-        raise errors.ConfigError(errors.runner_argument("transport", asked, "'auto', 'p2p' or a transport"))
+    if asked not in ("auto", "p2p", "shared_memory"):
+        expected = "'auto', 'p2p', 'shared_memory' or a transport"
+        raise errors.ConfigError(errors.runner_argument("transport", asked, expected))
     if group is not None and mesh is not None:
         raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
     if not P2P.is_possible():
@@ -550,7 +556,13 @@ def _transport(
             raise errors.ConfigError(errors.runner_argument("mesh", mesh, 'a mesh with a dimension named "pp"'))
         group = (mesh.get_group("pp"), mesh.get_group("tp")) if "tp" in names else mesh.get_group("pp")
     pipeline, siblings = group if isinstance(group, tuple) else (group, None)
-    return P2P(device, pipeline, setup_seconds), siblings and TensorParallel(siblings, setup_seconds)
+    p2p = P2P(device, pipeline, setup_seconds)
+    way: Transport = p2p
+    if asked == "shared_memory" and device.type != "cpu":
+        raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
+    if asked != "p2p" and device.type == "cpu":
+        way = shared_memory.SharedMemory(p2p, is_required=asked == "shared_memory")
+    return way, siblings and TensorParallel(siblings, setup_seconds)
 
 
 _stage_numbers = itertools.count()

@@ -109,6 +109,18 @@ def memory(schema: Schema) -> dict[str, torch.Tensor]:
     return {f.name: torch.zeros((MAX_TOKENS, *f.shape), dtype=f.dtype) for f in schema.fields}
 
 
+def landing_memory(receiver: Receiver | None) -> dict[str, torch.Tensor]:
+    """Where the tensors of a link may land; none without a link."""
+    if receiver is None:
+        return {}
+    whole = memory(receiver.schema)
+    for name, block in receiver.landing_memory(MAX_TOKENS).items():
+        if block is not None:
+            assert block.data_ptr() % 256 == 0 and block.storage_offset() == 0 and not block.any()
+            whole[name] = block[: whole[name].nbytes].view(whole[name].dtype).view(whole[name].shape)
+    return whole
+
+
 def rows(tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
     return {name: tensor[:num_tokens] for name, tensor in tensors.items()}
 
@@ -132,8 +144,8 @@ def steady(stage: Stage) -> dict[str, Any]:
     count, delay_seconds = stage.arguments.get("microbatches", 30), stage.arguments.get("delay_seconds", 0.0)
     chosen = random.Random(1).choices(range(1, MAX_TOKENS + 1), k=count)
     own_random = random.Random(stage.rank)
-    landing, outgoing = memory(PROXIES), memory(PROXIES)
-    tokens = memory(FEEDBACK)
+    landing, outgoing = landing_memory(links.incoming), memory(PROXIES)
+    tokens = landing_memory(links.feedback_in) if stage.is_first else memory(FEEDBACK)
     observer = Observer(landing, tokens)
     sending = None
     seen, told = [], []
@@ -320,7 +332,7 @@ def holds_up_its_threads(stage: Stage) -> int:
 
 def _pass_on(links: Links, sequence: int) -> None:
     header = links.incoming.next_header()
-    landing = rows(memory(PROXIES), header.num_tokens)
+    landing = rows(landing_memory(links.incoming), header.num_tokens)
     links.incoming.receive(header, landing).wait()
     assert torch.equal(landing["hidden_states"], values(sequence, 3)["hidden_states"])
     if links.outgoing is not None:
@@ -343,7 +355,7 @@ def timed(stage: Stage) -> dict[str, Any]:
             times["sent_at"].append(time.monotonic())
             transfers.append(links.outgoing.send(header, values(sequence, 3)))
         else:
-            header, views = links.incoming.next_header(), rows(memory(PROXIES), 3)
+            header, views = links.incoming.next_header(), rows(landing_memory(links.incoming), 3)
             time.sleep(pause_seconds)
             times["named_at"].append(time.monotonic())
             transfers.append(links.incoming.receive(header, views))
@@ -357,7 +369,7 @@ def timed(stage: Stage) -> dict[str, Any]:
 def early_end(stage: Stage) -> int:
     """The last stage asks for an end after three micro-batches; what was announced is drained on the way."""
     links = stage.connect(feedback=None)
-    landing = memory(PROXIES)
+    landing = landing_memory(links.incoming)
     passed = 0
     while True:
         if stage.is_first:
@@ -394,7 +406,7 @@ def headers_ahead(stage: Stage) -> list[int]:
         counts = [header.num_tokens for header in headers]
     else:
         headers = [links.incoming.next_header() for _ in range(3)]
-        landing = [rows(memory(PROXIES), header.num_tokens) for header in headers]
+        landing = [rows(landing_memory(links.incoming), header.num_tokens) for header in headers]
         transfers = [
             links.incoming.receive(h, views, slot) for slot, (h, views) in enumerate(zip(headers, landing, strict=True))
         ]
@@ -447,7 +459,7 @@ def misuse(stage: Stage) -> list[str]:
         links.outgoing.send(second, values(1, 4)).wait()
     else:
         first, second = links.incoming.next_header(), links.incoming.next_header()
-        landing = memory(PROXIES)
+        landing = landing_memory(links.incoming)
         refused(lambda: links.incoming.receive(second, rows(landing, 4)))
         refused(lambda: links.incoming.receive(first, rows(landing, 4)))
         links.incoming.receive(first, rows(landing, 3)).wait()
@@ -490,7 +502,8 @@ def fault(stage: Stage) -> None:
         changes.update({"outputs": scattered} if stage.is_first else {"inputs": scattered})
     links = stage.connect(**changes)
     kind, victim = stage.arguments["kind"], stage.arguments["victim"]
-    landing, tokens = memory(PROXIES), memory(FEEDBACK)
+    landing = landing_memory(links.incoming)
+    tokens = landing_memory(links.feedback_in) if links.feedback_in is not None else memory(FEEDBACK)
     telling = None
     try:
         for sequence in range(10**6):
@@ -599,8 +612,9 @@ def run(
     **arguments: Any,
 ) -> list[Outcome]:
     """Play ``scenario`` on every stage; fails when one of them hangs."""
-    runner = _run_threads if transport == "local" else _run_processes
-    return runner(scenario.__name__, stages, folder, silence_seconds, arguments)
+    if transport == "local":
+        return _run_threads(scenario.__name__, stages, folder, silence_seconds, arguments)
+    return _run_processes(transport, scenario.__name__, stages, folder, silence_seconds, arguments)
 
 
 def play(
@@ -657,8 +671,8 @@ def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, a
     return [outcomes[number] for number in range(stages)]
 
 
-def _run_processes(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
-    job = {"scenario": name, "silence_seconds": silence_seconds, "arguments": arguments}
+def _run_processes(transport: str, name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
+    job = {"scenario": name, "transport": transport, "silence_seconds": silence_seconds, "arguments": arguments}
     stopped = [arguments["victim"]] if arguments.get("kind") == "SIGSTOP" else []
     ended = run_ranks("handoff_ranks:one_rank", stages, folder, job, left_alone=stopped)
     return [_read_outcome(folder / f"rank_{rank}.json", *astuple(end)) for rank, end in enumerate(ended)]
@@ -680,6 +694,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     import torch.distributed as dist
 
     from pp_piecewise_backend.handoff.p2p import P2P
+    from pp_piecewise_backend.handoff.shared_memory import SharedMemory
 
     def of_several(groups: list[list[int]]) -> Any:
         """Every rank makes all groups, and takes the one that it is in."""
@@ -693,7 +708,8 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     if size > 1:
         stages = of_several([[*range(first, first + size)] for first in range(0, count, size)])
         tensor_parallel = TensorParallel(stages, LONGEST_SECONDS)
-    transport = P2P("cpu", pipeline, setup_seconds=LONGEST_SECONDS)
+    p2p = P2P("cpu", pipeline, setup_seconds=LONGEST_SECONDS)
+    transport: Transport = SharedMemory(p2p, is_required=True) if job["transport"] == "shared_memory" else p2p
     outcome = play(
         job["scenario"], transport, job["silence_seconds"], tensor_parallel=tensor_parallel, **job["arguments"]
     )

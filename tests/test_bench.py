@@ -166,7 +166,8 @@ def test_handoff_writes_its_result(tmp_path: Path) -> None:
     assert result["benchmark"] == "handoff"
     assert (tmp_path / "handoff.png").read_bytes().startswith(b"\x89PNG")
     (host,) = result["host"]
-    methods = ["engine", "engine_one_object", "copy_in", "ours_step", "ours_early"]
+    ours = ["ours_step", "ours_early", "ours_step_p2p", "ours_early_p2p"]
+    methods = ["engine", "engine_one_object", "copy_in", *ours]
     for situation in ("saturated", "single"):
         assert list(host["handoff_us_per_hop"][situation]) == methods
         for clocks in host["handoff_us_per_hop"][situation].values():
@@ -177,7 +178,7 @@ def test_handoff_writes_its_result(tmp_path: Path) -> None:
     assert host["observed_per_micro_batch"]["ours_early"]["copies_into_landing"] == 0
     cells = {(cell["method"], cell["in_flight"], cell["link_ms"]): cell for cell in result["throughput"]}
     overlapping = {(method, m, ms) for method in ("ours_early", "ours_step") for m in (1, 2) for ms in (0.5, 2.0)}
-    others = {(m, 3, ms) for m in ("ours_end", "copy_in", "engine", "engine_one_object") for ms in (0.5, 2.0)}
+    others = {(m, 3, ms) for m in ("ours_end", *ours[2:], *methods[:3]) for ms in (0.5, 2.0)}
     assert set(cells) == overlapping | others
     for cell in cells.values():
         assert 0 < cell["measured"] <= cell["predicted"] + 0.05

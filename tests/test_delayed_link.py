@@ -15,7 +15,7 @@ SLACK_SECONDS = 0.15
 """For a busy machine; less than one more delay."""
 
 
-@pytest.mark.parametrize("transport", ["local", "p2p"])
+@pytest.mark.parametrize("transport", ["local", "p2p", "shared_memory"])
 @pytest.mark.parametrize("waits_for_memory", [True, False])
 def test_tensors_arrive_after_the_delay_and_nobody_else_waits(
     transport: str, waits_for_memory: bool, tmp_path: Path

@@ -26,9 +26,10 @@ from handoff_ranks import (
 
 pytestmark = [pytest.mark.compat, pytest.mark.serial]
 
-TRANSPORTS = ("local", "p2p")
+TRANSPORTS = ("local", "p2p", "shared_memory")
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+between_processes = pytest.mark.parametrize("transport", TRANSPORTS[1:])
 SILENCE_SECONDS = 2.0
 MARGIN_SECONDS = 2.0
 
@@ -82,13 +83,15 @@ def test_a_slow_stage_is_not_taken_for_lost(transport: str, scenario: object, tm
     assert [outcome.value for outcome in all_well(outcomes)] == [2, 2, 2]
 
 
-def test_a_stage_that_said_that_it_is_busy_may_be_silent(tmp_path: Path) -> None:
-    outcomes = run("p2p", holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=True)
+@between_processes
+def test_a_stage_that_said_that_it_is_busy_may_be_silent(transport: str, tmp_path: Path) -> None:
+    outcomes = run(transport, holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=True)
     assert [outcome.value for outcome in all_well(outcomes)] == [1, 1]
 
 
-def test_a_stage_that_did_not_say_so_is_lost(tmp_path: Path) -> None:
-    first, _ = run("p2p", holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=False)
+@between_processes
+def test_a_stage_that_did_not_say_so_is_lost(transport: str, tmp_path: Path) -> None:
+    first, _ = run(transport, holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=False)
     assert first.error == "PeerLost" and "told nothing for 1 s" in first.message
 
 
@@ -156,28 +159,32 @@ def survivors_lose_their_peer(outcomes: list[Outcome], victim: int, silence_seco
     return survivors
 
 
+@between_processes
 @pytest.mark.parametrize("victim", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["exit", "SIGKILL", "SIGSTOP"])
-def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, tmp_path: Path) -> None:
-    outcomes = run("p2p", fault, 4, tmp_path, SILENCE_SECONDS, kind=kind, victim=victim)
+def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transport: str, tmp_path: Path) -> None:
+    outcomes = run(transport, fault, 4, tmp_path, SILENCE_SECONDS, kind=kind, victim=victim)
     for outcome in survivors_lose_their_peer(outcomes, victim, SILENCE_SECONDS):
         assert f"rank {victim}" in outcome.message
         assert ("silent" in outcome.message or "told nothing" in outcome.message) is (kind == "SIGSTOP")
 
 
-def test_without_feedback_a_loss_travels_along_the_chain(tmp_path: Path) -> None:
-    outcomes = run("p2p", fault, 4, tmp_path, SILENCE_SECONDS, kind="SIGSTOP", victim=3, no_feedback=True)
+@between_processes
+def test_without_feedback_a_loss_travels_along_the_chain(transport: str, tmp_path: Path) -> None:
+    outcomes = run(transport, fault, 4, tmp_path, SILENCE_SECONDS, kind="SIGSTOP", victim=3, no_feedback=True)
     lost = survivors_lose_their_peer(outcomes, 3, SILENCE_SECONDS)
     assert "rank 3 failed (silent), as rank 1 tells" in lost[0].message
 
 
-def test_long_silence_is_allowed_but_death_is_noticed_at_once(tmp_path: Path) -> None:
-    outcomes = run("p2p", fault, 3, tmp_path, silence_seconds=50.0, kind="SIGKILL", victim=1)
+@between_processes
+def test_long_silence_is_allowed_but_death_is_noticed_at_once(transport: str, tmp_path: Path) -> None:
+    outcomes = run(transport, fault, 3, tmp_path, silence_seconds=50.0, kind="SIGKILL", victim=1)
     survivors_lose_their_peer(outcomes, 1, silence_seconds=0.0)
 
 
-def test_a_rank_in_code_of_its_own_learns_of_a_loss(tmp_path: Path) -> None:
-    outcomes = run("p2p", sends_while_idle_receiver_dies, 2, tmp_path, silence_seconds=20.0)
+@between_processes
+def test_a_rank_in_code_of_its_own_learns_of_a_loss(transport: str, tmp_path: Path) -> None:
+    outcomes = run(transport, sends_while_idle_receiver_dies, 2, tmp_path, silence_seconds=20.0)
     (first,) = survivors_lose_their_peer(outcomes, 1, silence_seconds=0.0)
     assert "announcing micro-batch 0 (1 tokens)" in first.message
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from ..handoff.link import Receiver
+from ..handoff.schema import Field
 from ..stats import Stats
 
 Slot = Mapping[str, torch.Tensor]
@@ -97,7 +98,11 @@ class FeedbackReader:
             return slot
 
     def _new_slot(self) -> Slot:
-        return {
-            field.name: torch.zeros((self._max_tokens, *field.shape), dtype=field.dtype, device=self._device)
-            for field in self._receiver.schema.fields
-        }
+        known = self._receiver.landing_memory(self._max_tokens)
+        return {field.name: self._memory_for(field, known[field.name]) for field in self._receiver.schema.fields}
+
+    def _memory_for(self, field: Field, known: torch.Tensor | None) -> torch.Tensor:
+        shape = (self._max_tokens, *field.shape)
+        if known is None:
+            return torch.zeros(shape, dtype=field.dtype, device=self._device)
+        return known[: self._max_tokens * field.bytes_per_token].view(field.dtype).view(shape)

@@ -27,7 +27,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -422,6 +422,13 @@ class Receiver(_End):
         """Headers that ``next_header`` would return without waiting."""
         return self._headers.qsize()
 
+    def landing_memory(self, num_tokens: int) -> dict[str, torch.Tensor | None]:
+        """Per tensor of the link flat uint8 zeros for so many tokens; None where any memory will do.
+
+        Some transports write only into memory that they know. The tensors belong to the caller.
+        """
+        return {f.name: self._wire.landing_memory(num_tokens * f.bytes_per_token) for f in self.schema.fields}
+
     def next_header(self) -> Header | None:
         """The next micro-batch that was announced, however long that takes; None once the sender has stopped.
 
@@ -442,7 +449,7 @@ class Receiver(_End):
     def receive(self, header: Header, views: Mapping[str, torch.Tensor], slot: int = 0) -> Transfer:
         """Let the tensors of the micro-batch ``header`` land in ``views``, in the order of the headers.
 
-        ``views`` are contiguous ``[num_tokens, *shape]``; they may be written from now on, and hold the tensors after
+        ``views`` are contiguous ``[num_tokens, *shape]`` in ``landing_memory``, where there is one; they may be written from now on, and hold the tensors after
         ``wait()`` of what this returns. ``slot`` only names the memory in errors.
 
         Raises:
@@ -642,6 +649,7 @@ def connect(
 
 def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:
     rank = transport.ranks[transport.stage]
+    own = replace(own, transport=transport.name)
     if tensor_parallel is None:
         return agree([transport.exchange(own.to_text(rank))])
     size = tensor_parallel.size

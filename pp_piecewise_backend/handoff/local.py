@@ -50,6 +50,8 @@ class LocalHub:
 class LocalTransport:
     """One stage's way to the others of its ``LocalHub``."""
 
+    name = "local"
+
     def __init__(self, hub: LocalHub, stage: int) -> None:
         self.stage = stage
         self.stage_count = hub.stage_count
@@ -104,6 +106,9 @@ class LocalWire:
 
     def send(self, tensors: Sequence[torch.Tensor]) -> _Side:
         return self._pipe.put(self._pipe.sent, tensors)
+
+    def landing_memory(self, num_bytes: int) -> None:
+        return None  # all memory is that of one process
 
     def receive(self, views: Sequence[torch.Tensor]) -> _Side:
         return self._pipe.put(self._pipe.awaited, views)

@@ -57,6 +57,8 @@ class P2P:
         setup_seconds: how long ranks wait for one another at set-up, and for data of a rank that lives.
     """
 
+    name = "p2p"
+
     def __init__(
         self, device: torch.device | str, group: dist.ProcessGroup | None = None, setup_seconds: float = 1800.0
     ) -> None:
@@ -64,11 +66,15 @@ class P2P:
         self.ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.stage = self.ranks.index(dist.get_rank())
         self.stage_count = len(self.ranks)
-        self._pipelines: list[list[int]] = []
+        self.pipelines: list[list[int]] = []
+        """The ranks of this pipeline and of those beside it, each in stage order, once they have met."""
+        self.setup_seconds = setup_seconds
         self._setup = timedelta(seconds=setup_seconds)
         self._groups: list[Any] = []
+        self._world: Any = None
+        """The group of all ranks, once they have met."""
         self._own: Any = None
-        """The group of all ranks of this pipeline, once they have met."""
+        """The group of all ranks of this pipeline, likewise."""
 
     @staticmethod
     def is_possible() -> bool:
@@ -85,16 +91,25 @@ class P2P:
 
     def _meet(self) -> Any:
         """Learn of all pipelines; the group of this one."""
-        world = self._new_group(range(dist.get_world_size()), "gloo")
-        dist.monitored_barrier(world, self._setup, wait_all_ranks=True)
-        shown = _gather_bytes(json.dumps(self.ranks).encode(), world)
-        self._pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
-        return [self._new_group(ranks, "gloo") for ranks in self._pipelines][self._pipelines.index(self.ranks)]
+        self._world = self._new_group(range(dist.get_world_size()), "gloo")
+        dist.monitored_barrier(self._world, self._setup, wait_all_ranks=True)
+        shown = self.texts_of_all_ranks(json.dumps(self.ranks))
+        self.pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
+        return [self._new_group(ranks, "gloo") for ranks in self.pipelines][self.pipelines.index(self.ranks)]
+
+    def texts_of_all_ranks(self, text: str) -> list[str]:
+        """Rank -> its text; every rank of the world calls it equally often, once all have met.
+
+        Raises:
+            PeerLost: a rank did not bring its text in time.
+        """
+        with self._meeting("all ranks"):
+            return [shown.decode() for shown in _gather_bytes(text.encode(), self._world)]
 
     def wire(self, source: int, target: int, name: str) -> P2PWire | None:
         wire = None
         with self._meeting(f"{name} from stage {source} to stage {target}"):
-            for ranks in self._pipelines:
+            for ranks in self.pipelines:
                 ends = [ranks[source], ranks[target]]
                 control = self._new_group(ends, "gloo")
                 data = self._new_group(ends, "gloo" if self.device.type == "cpu" else "nccl")
@@ -111,7 +126,7 @@ class P2P:
             with contextlib.suppress(RuntimeError, ValueError):  # broken, or destroyed with the whole world
                 dist.destroy_process_group(group)
         self._groups.clear()
-        self._own = None
+        self._world = self._own = None
 
     def _new_group(self, ranks: Sequence[int], backend: str) -> Any:
         # Every rank of the world makes every group: torch.distributed counts them to name them, and what
@@ -134,8 +149,8 @@ def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
     """What each rank of the group brought."""
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, torch.tensor([len(own)]), group=group)
-    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-    padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    padded = torch.zeros(1 + int(max(lengths)), dtype=torch.uint8)  # no tensor without elements
+    padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8)
     gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded, group=group)
     return [bytes(whole[: int(length)].tolist()) for whole, length in zip(gathered, lengths, strict=True)]
@@ -190,6 +205,9 @@ class P2PWire:
         with connection_errors():
             works = [_posted(dist.isend(tensor, self._peer, group=self._data)) for tensor in tensors]
         return _Works(works, tensors, self._longest_transfer)
+
+    def landing_memory(self, num_bytes: int) -> None:
+        return None  # gloo and NCCL receive anywhere
 
     def receive(self, views: Sequence[torch.Tensor]) -> _Works:
         with connection_errors():

@@ -120,6 +120,8 @@ class StagePlan:
     feedback: Schema | None = None
     """From the last stage to the first; other stages need not know."""
     torch_version: str = torch.__version__
+    transport: str = ""
+    """Its name."""
 
     def __post_init__(self) -> None:
         buckets = self.buckets_tokens

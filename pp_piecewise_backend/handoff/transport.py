@@ -61,8 +61,15 @@ class Wire(Protocol):
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
         """Send the tensors as they are; until ``wait()`` returns, who writes into them changes what is sent."""
 
+    def landing_memory(self, num_bytes: int) -> torch.Tensor | None:
+        """Flat uint8 zeros for ``receive``; None where it takes any memory. The tensor belongs to the caller."""
+
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
-        """Receive the tensors that ``send`` took, directly into ``views``, which have the same shapes and dtypes."""
+        """Receive the tensors that ``send`` took, directly into ``views``, which have the same shapes and dtypes.
+
+        Raises:
+            ValueError: a view lies outside of ``landing_memory``, where that is not None.
+        """
 
     def break_data(self) -> None:
         """Make all waiting and later transfers of tensors fail, from any thread; messages still pass."""
@@ -77,6 +84,8 @@ class Wire(Protocol):
 class Transport(Protocol):
     """One rank's way to the others of its pipeline."""
 
+    name: str
+    """Equal on all ranks: it is part of the plan that they compare."""
     stage: int
     stage_count: int
 
