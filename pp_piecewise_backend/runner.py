@@ -350,7 +350,10 @@ class StageRunner:
     def _release(self) -> None:
         assert self._inbox is not None
         self._is_released = True
-        with self._spanning("steps", "release"):
+        if self.timeline is None:
+            self._inbox.release()
+            return
+        with self.timeline.span("steps", "release"):
             self._inbox.release()
 
     # --------------------------------------------------------------------------------- send
@@ -527,9 +530,13 @@ class _Sent:
     begin_ns: int
 
 
-@contextlib.contextmanager
-def _serving() -> Iterator[None]:
+def _serving() -> contextlib.AbstractContextManager[object]:
     """The mode of every call of the module: Dynamo would compile again for tensors of another one."""
+    return _not_in_inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
+
+
+@contextlib.contextmanager
+def _not_in_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -1,22 +1,41 @@
-"""What the first stage hears from the last one, in a thread of its own, so that the last one never waits for it."""
+"""What the first stage hears from the last one: received as it comes, so that the last one never waits for it."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from ..handoff.link import Receiver
+from ..handoff.inbox import Behind
+from ..handoff.link import Receiver, Transfer
 from ..handoff.schema import Field
 from ..stats import Stats
 
-Slot = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Slot:
+    tensors: Tensors
+    freed: torch.Event | None = None
+    """When, on an accelerator, its last reader has run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    tag: bytes
+    tensors: Tensors
+    slot: _Slot
+    transfer: Transfer | None
+    """None: the link carries no tensors."""
 
 
 class FeedbackReader:
-    """Receives every feedback into a slot of its own and keeps it until it is asked for.
+    """Receives every feedback into a slot of its own, in the thread that hears of it, and keeps it until it is asked for.
 
     Args:
         receiver: the feedback link.
@@ -33,18 +52,20 @@ class FeedbackReader:
         self._max_tokens = max_tokens
         self._device = device
         self._stats = stats
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._behind = Behind(device)
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(slot_count):
             self._free.put(self._new_slot())
-        self._unread: queue.SimpleQueue[tuple[bytes, Slot, Slot] | BaseException | None] = queue.SimpleQueue()
-        self._lent: Slot | None = None
-        self._end: BaseException | str | None = ""
+        self._unread: deque[_Unread] = deque()
+        self._lent: _Slot | None = None
         self._changed = threading.Condition()
         self._heard = 0
         self._has_ended = False
-        threading.Thread(target=self._read, name="handoff feedback", daemon=True).start()
+        self._error: BaseException | None = None
+        receiver.on_news = self._hear_news
+        self._hear_news()  # of what came before
 
-    def next(self) -> tuple[bytes, Slot] | None:
+    def next(self) -> tuple[bytes, Tensors] | None:
         """The oldest unread tag and tensors, when they have come; None when no more come.
 
         The tensors belong to the reader and hold their contents until ``next`` is called again.
@@ -53,53 +74,62 @@ class FeedbackReader:
             PeerLost: the pipeline broke.
         """
         if self._lent is not None:
+            self._lent.freed = self._behind.now()
             self._free.put(self._lent)
             self._lent = None
-        if self._end == "":
-            item = self._unread.get()
-            if isinstance(item, tuple):
-                tag, tensors, self._lent = item
-                return tag, tensors
-            self._end = item
-        if isinstance(self._end, BaseException):
-            raise self._end
-        return None
+        with self._changed:
+            self._changed.wait_for(lambda: self._unread or self._has_ended)
+            if not self._unread:
+                if self._error is not None:
+                    raise self._error
+                return None
+            unread = self._unread.popleft()
+        self._lent = unread.slot
+        if unread.transfer is not None:
+            unread.transfer.wait()
+        return unread.tag, unread.tensors
 
     def wait_for(self, count: int) -> None:
         """Return once ``count`` micro-batches were told of in all, or no more come."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._heard >= count or self._has_ended)
+        if self._heard < count:
+            with self._changed:
+                self._changed.wait_for(lambda: self._heard >= count or self._has_ended)
 
-    def _read(self) -> None:
-        end: BaseException | None = None
-        try:
-            while (header := self._receiver.next_header()) is not None:
-                slot = self._take_slot()
-                views = {name: tensor[: header.num_tokens] for name, tensor in slot.items()}
-                if views:
-                    self._receiver.receive(header, views).wait()
-                self._unread.put((header.tag, views, slot))
-                with self._changed:
-                    self._heard += 1
-                    self._changed.notify_all()
-        except Exception as error:  # told by next(), in the thread of the runner
-            end = error
-        self._unread.put(end)
+    def _hear_news(self) -> None:
         with self._changed:
-            self._has_ended = True
+            try:
+                while not self._has_ended and self._receiver.headers_waiting:
+                    self._receive()
+            except Exception as error:  # told by next(), in the thread of the runner
+                self._error = error
+                self._has_ended = True
             self._changed.notify_all()
 
-    def _take_slot(self) -> Slot:
+    def _receive(self) -> None:
+        header = self._receiver.next_header()
+        if header is None:
+            self._has_ended = True
+            return
+        slot = self._take_slot()
+        views = {name: tensor[: header.num_tokens] for name, tensor in slot.tensors.items()}
+        transfer = None
+        if views:
+            with self._behind(slot.freed):
+                transfer = self._receiver.receive(header, views)
+        self._unread.append(_Unread(header.tag, views, slot, transfer))
+        self._heard += 1
+
+    def _take_slot(self) -> _Slot:
         try:
             return self._free.get_nowait()
         except queue.Empty:
             slot = self._new_slot()
-            self._stats.add("recv_allocations", len(slot))
+            self._stats.add("recv_allocations", len(slot.tensors))
             return slot
 
-    def _new_slot(self) -> Slot:
+    def _new_slot(self) -> _Slot:
         known = self._receiver.landing_memory(self._max_tokens)
-        return {field.name: self._memory_for(field, known[field.name]) for field in self._receiver.schema.fields}
+        return _Slot({field.name: self._memory_for(field, known[field.name]) for field in self._receiver.schema.fields})
 
     def _memory_for(self, field: Field, known: torch.Tensor | None) -> torch.Tensor:
         shape = (self._max_tokens, *field.shape)

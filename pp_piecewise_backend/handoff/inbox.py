@@ -25,6 +25,33 @@ class _Posted:
     posted_ns: int
 
 
+class Behind:
+    """Where receives are posted, by whichever thread, so that on an accelerator they wait for the last reader only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.Stream | None = None
+
+    def now(self) -> torch.Event | None:
+        """What the current stream has enqueued; None on the CPU, where everything has run."""
+        return None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device).record_event()
+
+    def __call__(self, event: torch.Event | None) -> contextlib.AbstractContextManager[object]:
+        """What is enqueued inside waits for ``event``, and for nothing else of its stream."""
+        return _NOTHING if event is None else self._on_own_stream(event)
+
+    @contextlib.contextmanager
+    def _on_own_stream(self, event: torch.Event) -> Iterator[None]:
+        if self._stream is None:
+            self._stream = torch.Stream(self._device)
+        with self._stream:
+            self._stream.wait_event(event)
+            yield
+
+
+_NOTHING: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+
 class Inbox:
     """The landing memory of one link, which is free, being filled or being read. It is free from ``release`` on.
 
@@ -48,16 +75,15 @@ class Inbox:
         self._receiver = receiver
         self._views = views
         self._early = early
-        self._device = device
         self._timeline = timeline
         self._changed = threading.Condition()
         self._is_free = False
         self._posted: _Posted | None = None
         self._at_end = False
         self._error: BaseException | None = None
+        self._behind = Behind(device)
         self._freed: torch.Event | None = None
-        """When, on an accelerator, the last step that reads the memory has run."""
-        self._stream: torch.Stream | None = None
+        """When the last step that reads the memory has run."""
         receiver.on_news = self._hear_news
 
     def take(self) -> tuple[Header, Views] | None:
@@ -92,8 +118,7 @@ class Inbox:
         """The memory may be filled again once what was enqueued on this thread's stream has run."""
         with self._changed:
             self._is_free = True
-            if self._device.type != "cpu":
-                self._freed = torch.accelerator.current_stream(self._device).record_event()
+            self._freed = self._behind.now()
             self._post(now=False)
 
     def _hear_news(self) -> None:
@@ -113,22 +138,10 @@ class Inbox:
                 self._at_end = True
                 return
             views = self._views(header.num_tokens)
-            with self._behind_last_reader():
+            with self._behind(self._freed):
                 transfer = self._receiver.receive(header, views)
         except Exception as error:  # told by take(), in the thread of the runner
             self._error = error
             return
         self._is_free = False
         self._posted = _Posted(header, views, transfer, time.time_ns())
-
-    @contextlib.contextmanager
-    def _behind_last_reader(self) -> Iterator[None]:
-        """On an accelerator, what is posted inside waits for the last reader, and for nothing behind it."""
-        if self._freed is None:
-            yield
-            return
-        if self._stream is None:
-            self._stream = torch.Stream(self._device)
-        with self._stream:
-            self._stream.wait_event(self._freed)
-            yield

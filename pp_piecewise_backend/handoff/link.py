@@ -120,7 +120,9 @@ class LinkSettings:
 class Transfer:
     """The tensors of one micro-batch on their way; they belong to the link until ``wait()`` has returned."""
 
-    def __init__(self, end: _End, pending: Pending, doing: str) -> None:
+    __slots__ = ("_doing", "_end", "_pending")
+
+    def __init__(self, end: _End, pending: Pending, doing: Callable[[], str]) -> None:
         self._end = end
         self._pending = pending
         self._doing = doing
@@ -134,7 +136,28 @@ class Transfer:
         try:
             self._pending.wait()
         except (ConnectionError, TimeoutError) as error:
-            raise self._end.lost_in_transfer(error, self._doing) from error
+            raise self._end.lost_in_transfer(error, self._doing()) from error
+
+
+class _Raising:
+    """Checks for a failure before the body, and turns one of the wire in it into `PeerLost`.
+
+    ``doing`` says what the body does, once somebody wants to know: a micro-batch has no time for texts.
+    """
+
+    __slots__ = ("_doing", "_end")
+
+    def __init__(self, end: _End, doing: Callable[[], str]) -> None:
+        self._end = end
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        if self._end.is_broken:
+            self._end.check(self._doing())
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ConnectionError | TimeoutError):
+            raise self._end.lost_in_transfer(error, self._doing()) from error
 
 
 class _End:
@@ -151,6 +174,8 @@ class _End:
         self._sent_bytes_per_token = schema.sent_bytes_per_token(
             1 if self._tensor_parallel is None else self._tensor_parallel.size
         )
+        self._amounts: dict[int, Amounts] = {}
+        """Number of tokens -> what a micro-batch of so many adds to the counters."""
         self._told_data = 0
         self._heard_data = 0
         self._telling = threading.Lock()
@@ -192,7 +217,7 @@ class _End:
         """Say that this end has nothing more to say; see Note [stopping]."""
         if not self._said_stop.is_set():
             self._said_stop.set()
-            with self._raising("saying STOP"):
+            with _Raising(self, lambda: "saying STOP"):
                 self._tell(Kind.STOP)
 
     def tell_failure(self, loss: Loss) -> None:
@@ -211,12 +236,12 @@ class _End:
     def say_busy(self, busy: bool) -> None:
         """Say whether silence of this end means nothing for a while: it may hold up its own threads."""
         self._state = _BUSY if busy else b""
-        with self._raising("saying what it does"):
+        with _Raising(self, lambda: "saying what it does"):
             self._tell(Kind.KEEP_ALIVE, tag=self._state)
 
     def say_closed(self) -> None:
         """Say that this end, which has stopped, closes; nobody may be there to hear it."""
-        self._fault.check(errors.on_rank(self.own_rank, "closing"))
+        self.check("closing")
         with contextlib.suppress(ConnectionError, TimeoutError):
             self._tell(Kind.CLOSED)
 
@@ -300,6 +325,13 @@ class _End:
         pairs = zip(self.schema.fields, tensors, strict=True)
         return [parallel.share(tensor) if field.is_scattered else tensor for field, tensor in pairs]
 
+    def _count(self, tensors: str, num_bytes: str, num_tokens: int) -> None:
+        amounts = self._amounts.get(num_tokens)
+        if amounts is None:
+            sent_bytes = num_tokens * self._sent_bytes_per_token
+            amounts = self._amounts[num_tokens] = Amounts({tensors: len(self.schema.fields), num_bytes: sent_bytes})
+        amounts.add_to(self._settings.stats)
+
     # ---------------------------------------------------------------------------------- failing
 
     def wake(self) -> None:
@@ -309,19 +341,17 @@ class _End:
         self._wire.break_data()
         self.wake()
 
+    @property
+    def is_broken(self) -> bool:
+        return self._fault.loss is not None
+
+    def check(self, doing: str) -> None:
+        """Raises `PeerLost` if the pipeline is broken."""
+        self._fault.check(errors.on_rank(self.own_rank, doing))
+
     def lost_in_transfer(self, error: Exception, doing: str) -> errors.PeerLost:
         loss = Loss(self.peer_rank, "connection closed", errors.peer_closed(self.peer_rank, error))
-        return self._fault.verdict(doing, loss, self)
-
-    @contextlib.contextmanager
-    def _raising(self, doing: str) -> Iterator[None]:
-        """Checks for a failure before the body, and turns one of the wire in it into `PeerLost`."""
-        doing = errors.on_rank(self.own_rank, doing)
-        self._fault.check(doing)
-        try:
-            yield
-        except (ConnectionError, TimeoutError) as error:
-            raise self.lost_in_transfer(error, doing) from error
+        return self._fault.verdict(errors.on_rank(self.own_rank, doing), loss, self)
 
     def wait_for_stop(self) -> None:
         """Return once the other end, too, has said STOP.
@@ -330,7 +360,7 @@ class _End:
             PeerLost: the pipeline broke before.
         """
         self._stopped.wait(self._settings.patience.setup_seconds)
-        self._fault.check(errors.on_rank(self.own_rank, f"waiting for STOP of rank {self.peer_rank}"))
+        self.check(f"waiting for STOP of rank {self.peer_rank}")
 
     def wait_for_closed(self) -> None:
         """Return once the other end, which has stopped, closes or is gone, or does not come.
@@ -339,7 +369,7 @@ class _End:
             PeerLost: the pipeline broke after all.
         """
         self._silent.wait(self._settings.patience.silence_seconds)
-        self._fault.check(errors.on_rank(self.own_rank, f"waiting for rank {self.peer_rank} to close"))
+        self.check(f"waiting for rank {self.peer_rank} to close")
 
     def close(self) -> None:
         """Give back the wire."""
@@ -375,7 +405,7 @@ class Sender(_End):
         """
         if not 1 <= num_tokens <= self._settings.plan.max_tokens:
             raise ValueError(errors.announced_rows_out_of_range(num_tokens, self._settings.plan.max_tokens))
-        with self._raising(f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"):
+        with _Raising(self, lambda: f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"):
             header = self._tell(Kind.DATA, num_tokens, tag)
         _ONE_HEADER.add_to(self._settings.stats)
         return header
@@ -392,13 +422,15 @@ class Sender(_End):
         if header.sequence != self._sent:
             raise ValueError(errors.wrong_turn("sent", header.sequence, self._sent))
         ordered = self.schema.in_order(tensors, header.num_tokens)
-        doing = f"sending {_what(header, slot)} to rank {self.peer_rank}"
-        with self._raising(doing):
+
+        def doing() -> str:
+            return f"sending {_what(header, slot)} to rank {self.peer_rank}"
+
+        with _Raising(self, doing):
             pending = self._wire.send(self._travelling(ordered))
         self._sent += 1
-        num_bytes = header.num_tokens * self._sent_bytes_per_token
-        self._settings.stats.add_many({"sends": len(ordered), "bytes_sent": num_bytes})
-        return Transfer(self, pending, errors.on_rank(self.own_rank, doing))
+        self._count("sends", "bytes_sent", header.num_tokens)
+        return Transfer(self, pending, doing)
 
     @property
     def stop_requested(self) -> bool:
@@ -437,10 +469,11 @@ class Receiver(_End):
         """
         if self._at_end:
             return None
-        self._fault.check(self._waiting_for_header())
+        if self.is_broken:
+            self.check(self._waiting_for_header())
         header = self._headers.get()
         if header is None:
-            self._fault.check(self._waiting_for_header())
+            self.check(self._waiting_for_header())
             self._at_end = True
             return None
         _ONE_HEADER.add_to(self._settings.stats)
@@ -459,13 +492,15 @@ class Receiver(_End):
         if header.sequence != self._received:
             raise ValueError(errors.wrong_turn("received", header.sequence, self._received))
         ordered = self.schema.in_order(views, header.num_tokens)
-        doing = f"receiving {_what(header, slot)} from rank {self.peer_rank}"
-        with self._raising(doing):
+
+        def doing() -> str:
+            return f"receiving {_what(header, slot)} from rank {self.peer_rank}"
+
+        with _Raising(self, doing):
             pending = self._landing(ordered)
         self._received += 1
-        num_bytes = header.num_tokens * self._sent_bytes_per_token
-        self._settings.stats.add_many({"recvs": len(ordered), "bytes_received": num_bytes})
-        return Transfer(self, pending, errors.on_rank(self.own_rank, doing))
+        self._count("recvs", "bytes_received", header.num_tokens)
+        return Transfer(self, pending, doing)
 
     def _landing(self, views: Sequence[torch.Tensor]) -> Pending:
         pending = self._wire.receive(self._travelling(views))
@@ -475,7 +510,7 @@ class Receiver(_End):
         return Gathering(pending, [view for field, view in pairs if field.is_scattered], self._tensor_parallel)
 
     def _waiting_for_header(self) -> str:
-        return errors.on_rank(self.own_rank, f"waiting for the header of micro-batch {self._received}")
+        return f"waiting for the header of micro-batch {self._received}"
 
     def _on_data(self, header: Header) -> None:
         self._put(header)
