@@ -69,7 +69,6 @@ class DelayedWire:
         named_at = time.monotonic() if self._transport.waits_for_memory else 0.0
         return _Arrival(self._wire.receive([*views, sent_at]), sent_at, named_at, self._transport.seconds)
 
-
     def _next_stamp(self) -> torch.Tensor:
         """Where a time lands; it serves again when so many later ones have landed."""
         if len(self._stamps) < _STAMP_COUNT:

@@ -6,14 +6,15 @@ Ranks are processes on this machine. `--device cuda` takes one GPU each and NCCL
 A stage is compiled and captured as always (emulated graphs), then its replays are replaced by no-ops. The methods:
 
 - `alone`: the stage without any hand-off, on proxies that lie in its memory; subtracted from the others.
-- `engine`, over gloo: per hop two blocking, pickled objects (as SGLang does: one with requests, one with the shapes), tensors
-  received into fresh memory and copied into the memory that graphs read. Tensors leave without blocking, and the next
-  forward, which overwrites them, waits for that. `engine_one_object` sends one object (as vLLM does).
+- `engine`, over gloo: per hop two blocking, pickled objects (as SGLang does: one with requests, one with the shapes),
+  tensors received into fresh memory and copied into the memory that graphs read. Tensors leave without blocking, and
+  the next forward, which overwrites them, waits for that. `engine_one_object` sends one object (as vLLM does).
 - `copy_in`, over gloo: the same with a header of 64 bytes in place of pickled objects.
-- `ours_step`, `ours_early`: `StageRunner` with `receive="step"` and `"early"`, as `transport="auto"` has it: the ranks
-  write into one another's landing memory. `ours_step_p2p`, `ours_early_p2p`: over gloo, as between machines. `ours_end`: early, but the memory is
-  released when the forward has ended. `ours_step` posts the receive some microseconds later still, when the results
-  have been sent: both are "release at the end", and targets compare with the better one.
+- `ours_step`, `ours_early`: `StageRunner` with `receive="step"` and `"early"`, and with `transport="auto"`: ranks write
+  into one another's landing memory. `ours_step_p2p`, `ours_early_p2p`: the same over gloo, as between machines.
+  `ours_end`: early, but the memory is released when the forward has ended. `ours_step` posts the receive some
+  microseconds later still, when the results have been sent: both are "release at the end", and targets compare with
+  the better one.
 
 An observer sees to it that each method does what is said here, without our counters.
 
@@ -25,10 +26,10 @@ all ranks and all their threads, per hop.
 Throughput: stages sleep within the forward, in an eager step behind the piece that reads the proxies, with a jitter of
 10 % from fixed seeds; `delayed_link.py` says what a link of so many milliseconds is. Throughput is relative to a stage
 that never waits. `predicted` knows the very sleeps that stages ask for, but no cost of the host; `predicted_with_host`
-takes them for as long as they were (a busy machine wakes sleepers late) and adds what the host needs per stage. That is
-what one micro-batch in flight took longer than all sleeps and links, in a run of the same method, stage and link times:
-a processor that slept works more slowly than one that does not. Without such a run it is taken from `single`. With `--stretch` all sleeps and links take longer, so that the host matters
-less on a machine that others use.
+takes them for as long as they were (a busy machine wakes sleepers late) and adds what the host needs per stage. That
+is what one micro-batch in flight took longer than all its sleeps and links, in a run of the same method, stage and
+link times: a processor that has slept works more slowly than one that has not. Without such a run it is taken from
+`single`. With `--stretch` all sleeps and links take longer, so that the host matters less on a machine that others use.
 """
 
 from __future__ import annotations
@@ -242,8 +243,7 @@ def measure_runs(
                     "in_flight": in_flight,
                     "host_us": round(host_seconds * 1e6),
                     **{
-                        name: round(relative_throughput(each, skipped, stage_seconds), 4)
-                        for name, each in ends.items()
+                        name: round(relative_throughput(each, skipped, stage_seconds), 4) for name, each in ends.items()
                     },
                 }
             )
@@ -276,9 +276,7 @@ def targets(host: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, An
     if repeats:
         medians = {
             (method, name): statistics.median(
-                cell[name]
-                for cell in repeats
-                if (cell["method"], cell["in_flight"]) == (method, TARGET["in_flight"])
+                cell[name] for cell in repeats if (cell["method"], cell["in_flight"]) == (method, TARGET["in_flight"])
             )
             for method in TARGETED
             for name in ("measured", "predicted", "predicted_with_host")
@@ -368,10 +366,9 @@ def print_tables(body: Mapping[str, Any]) -> None:
     print("\nrelative throughput")
     print("stages  stage ms  link ms  in flight  method              measured  predicted  with host  host us")
     for cell in [*body["throughput"], *body["repeats"]]:
-        print(
-            f"{cell['stages']:6} {cell['stage_ms']:9g} {cell['link_ms']:8g} {cell['in_flight']:10}  "
-            f"{cell['method']:18} {cell['measured']:9.3f} {cell['predicted']:10.3f} {cell['predicted_with_host']:10.3f} {cell['host_us']:8}"
-        )
+        figures = "".join(f"{cell[name]:11.3f}" for name in ("measured", "predicted", "predicted_with_host"))
+        times = f"{cell['stages']:6} {cell['stage_ms']:9g} {cell['link_ms']:8g} {cell['in_flight']:10}"
+        print(f"{times}  {cell['method']:17}{figures} {cell['host_us']:8}")
     print()
     for target in body["targets"]:
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in target.items() if k not in ("met",)}

@@ -200,7 +200,10 @@ def _feedback(receiver: Receiver, tokens: Mapping[str, torch.Tensor]) -> tuple[s
 
 
 class Observer:
-    """Sees what torch.distributed and pickle are asked for, without our counters. Quiet under other transports."""
+    """Sees what torch.distributed, pickle and memmove are asked for, without our counters.
+
+    Quiet under transports between threads.
+    """
 
     def __init__(self, *landing: Mapping[str, torch.Tensor]) -> None:
         self._ranges = [
@@ -212,6 +215,8 @@ class Observer:
             "header_receives": 0,
             "gathers": 0,
             "gathers_elsewhere": 0,
+            "writes": 0,
+            "writes_elsewhere": 0,
             "pickles": 0,
             "object_calls": 0,
         }
@@ -229,6 +234,7 @@ class Observer:
         for name in {"all_gather_single", "all_gather_into_tensor"} & {*vars(dist)}:
             self._replace(dist, name, self._seeing_gathers(getattr(dist, name)))
         self._replace(dist, "isend", self._seeing_sends(dist.isend))
+        self._replace(ctypes, "memmove", self._seeing_writes(ctypes.memmove))
         for module in (dist, distributed_c10d):
             for name in [name for name in vars(module) if "object" in name and callable(getattr(module, name))]:
                 self._replace(module, name, self._counting("object_calls", getattr(module, name)))
@@ -278,6 +284,16 @@ class Observer:
 
         return seen
 
+    def _seeing_writes(self, original: Any) -> Any:
+        def seen(target: int, source: int, num_bytes: int) -> Any:
+            self.counts["writes"] += 1
+            shared = any(low <= target and target + num_bytes <= high for low, high in shared_landing_memory())
+            self.counts["writes_elsewhere"] += not shared
+            self.sent_storages.add(source)
+            return original(target, source, num_bytes)
+
+        return seen
+
     def _seeing_sends(self, original: Any) -> Any:
         def seen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if tensor.dtype != torch.uint8:
@@ -285,6 +301,12 @@ class Observer:
             return original(tensor, *args, **kwargs)
 
         return seen
+
+
+def shared_landing_memory() -> list[tuple[int, int]]:
+    """Where landing memory that several processes map lies in this one, as the kernel says."""
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:pp_piecewise landing" in line]
+    return [(int(low, 16), int(high, 16)) for low, high in (line.split(None, 1)[0].split("-") for line in maps)]
 
 
 def slow_first_stage(stage: Stage) -> int:
@@ -671,7 +693,9 @@ def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, a
     return [outcomes[number] for number in range(stages)]
 
 
-def _run_processes(transport: str, name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
+def _run_processes(
+    transport: str, name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any
+) -> list[Outcome]:
     job = {"scenario": name, "transport": transport, "silence_seconds": silence_seconds, "arguments": arguments}
     stopped = [arguments["victim"]] if arguments.get("kind") == "SIGSTOP" else []
     ended = run_ranks("handoff_ranks:one_rank", stages, folder, job, left_alone=stopped)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import pp_piecewise_backend as ppb
-from handoff_ranks import Observer
+from handoff_ranks import Observer, shared_landing_memory
 from models.pipeline_stage import SPLIT_OPS, EngineStage, ForwardContext, set_forward_context
 from pp_piecewise_backend import capture, runner
 from pp_piecewise_backend.program import Program
@@ -66,6 +66,7 @@ class Rank:
             "outputs": None if self.is_last else PROXIES,
             "feedback": FEEDBACK if self.is_first or self.is_last else None,
             "options": OPTIONS,
+            "transport": self.arguments.get("transport", "auto"),
             "timeout_s": self.timeout_seconds,
             "setup_timeout_s": LONGEST_SECONDS,
         }
@@ -253,6 +254,9 @@ class Watched:
             "observed": self.pickles.counts,
             "receive_addresses": sorted(self.pickles.receive_addresses),
             "landing_addresses": sorted(self.copies.landing),
+            "is_landing_shared": [
+                any(low <= address < high for low, high in shared_landing_memory()) for address in self.copies.landing
+            ],
             "sent_storages": len(sent),
             "copies_of_proxies": around,
             "other_copies": len(self.copies.copies) - len(around),
@@ -322,6 +326,8 @@ def other_plan(rank: Rank) -> None:
             "hidden_states": PROXIES["hidden_states"],
             "residual": ppb.Proxy((HIDDEN,), torch.bfloat16),
         }
+    elif rank.is_victim and kind == "transport":
+        changes["transport"] = "p2p"
     elif rank.is_victim and kind == "version":
         runner.versions = lambda: {"pp_piecewise_backend": "of another day"}
     rank.runner(**changes)

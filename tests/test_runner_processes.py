@@ -51,10 +51,10 @@ def many_stages_in_one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_stages_in_one_process")
-@pytest.mark.parametrize("count", [2, 4])
-def test_nothing_lies_between_the_wire_and_captured_memory(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "transport"), [(2, "p2p"), (4, "p2p"), (4, "shared_memory")])
+def test_nothing_lies_between_the_wire_and_captured_memory(count: int, transport: str, tmp_path: Path) -> None:
     microbatches, chosen = 100, sizes(100)
-    outcomes = all_well(run(steady, count, tmp_path, microbatches=microbatches, num_layers=2))
+    outcomes = all_well(run(steady, count, tmp_path, microbatches=microbatches, num_layers=2, transport=transport))
     for number, outcome in enumerate(outcomes):
         is_first, is_last = number == 0, number == count - 1
         counted, observed = outcome.value["counted"], outcome.value["observed"]
@@ -65,13 +65,20 @@ def test_nothing_lies_between_the_wire_and_captured_memory(count: int, tmp_path:
         assert counted["stage_inputs_in_place"] == (0 if is_first else 2 * microbatches)
 
         # Now without our counters. The first rank receives next tokens, in as many places as the reader has.
-        assert observed["receives"] == microbatches * (1 if is_first else 2)
         assert (observed["pickles"], observed["object_calls"]) == (0, 0)
-        if is_first:
-            assert len(outcome.value["receive_addresses"]) <= 2 * count
+        if transport == "shared_memory":
+            # The one write per tensor goes into landing memory of the next rank, and nothing is received elsewhere.
+            assert observed["writes"] == microbatches * (1 if is_last else 2)
+            assert (observed["writes_elsewhere"], observed["receives"]) == (0, 0)
+            assert outcome.value["is_landing_shared"] == [True] * (0 if is_first else 2)
         else:
-            assert observed["outside"] == 0
-            assert outcome.value["receive_addresses"] == outcome.value["landing_addresses"]
+            assert observed["receives"] == microbatches * (1 if is_first else 2)
+            assert observed["writes"] == 0
+            if is_first:
+                assert len(outcome.value["receive_addresses"]) <= 2 * count
+            else:
+                assert observed["outside"] == 0
+                assert outcome.value["receive_addresses"] == outcome.value["landing_addresses"]
         assert outcome.value["copies_of_proxies"] == []
         assert outcome.value["ops"] > outcome.value["other_copies"] > 0, "a mode that sees nothing proves nothing"
         if not is_last:
@@ -131,7 +138,7 @@ def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_p
 # ------------------------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize("kind", ["ladder", "max_tokens", "proxies", "version"])
+@pytest.mark.parametrize("kind", ["ladder", "max_tokens", "proxies", "transport", "version"])
 def test_ranks_set_up_differently_all_say_so(kind: str, tmp_path: Path) -> None:
     outcomes = run(other_plan, 3, tmp_path, kind=kind, victim=1)
     assert all(outcome.exit_code == 1 for outcome in outcomes)
@@ -155,11 +162,20 @@ def survivors_lose_their_peer(
 
 
 @pytest.mark.parametrize(
-    ("kind", "victim"), [("exit", 1), ("SIGKILL", 0), ("SIGKILL", 2), ("SIGSTOP", 0), ("SIGSTOP", 1)]
+    ("kind", "victim", "transport"),
+    [
+        ("exit", 1, "p2p"),
+        ("exit", 1, "shared_memory"),
+        ("SIGKILL", 0, "p2p"),
+        ("SIGKILL", 2, "shared_memory"),
+        ("SIGSTOP", 0, "shared_memory"),
+        ("SIGSTOP", 1, "p2p"),
+        ("SIGSTOP", 1, "shared_memory"),
+    ],
 )
-def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, tmp_path: Path) -> None:
+def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transport: str, tmp_path: Path) -> None:
     left_alone = [victim] if kind == "SIGSTOP" else []
-    outcomes = run(fault, 3, tmp_path, TIMEOUT_SECONDS, left_alone, kind=kind, victim=victim)
+    outcomes = run(fault, 3, tmp_path, TIMEOUT_SECONDS, left_alone, kind=kind, victim=victim, transport=transport)
     survivors_lose_their_peer(outcomes, victim)
     assert outcomes[victim].exit_code == (3 if kind == "exit" else -9)
 

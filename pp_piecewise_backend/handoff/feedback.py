@@ -35,7 +35,7 @@ class _Unread:
 
 
 class FeedbackReader:
-    """Receives every feedback into a slot of its own, in the thread that hears of it, and keeps it until it is asked for.
+    """Receives every feedback, in the thread that hears of it, into a slot that is kept until somebody asks for it.
 
     Args:
         receiver: the feedback link.

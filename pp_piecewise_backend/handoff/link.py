@@ -482,8 +482,8 @@ class Receiver(_End):
     def receive(self, header: Header, views: Mapping[str, torch.Tensor], slot: int = 0) -> Transfer:
         """Let the tensors of the micro-batch ``header`` land in ``views``, in the order of the headers.
 
-        ``views`` are contiguous ``[num_tokens, *shape]`` in ``landing_memory``, where there is one; they may be written from now on, and hold the tensors after
-        ``wait()`` of what this returns. ``slot`` only names the memory in errors.
+        ``views`` are contiguous ``[num_tokens, *shape]``, in ``landing_memory`` where there is one; they may be written
+        from now on, and hold the tensors after ``wait()`` of what this returns. ``slot`` names the memory in errors.
 
         Raises:
             ValueError: the views are not what the plan says, or it is not their turn.

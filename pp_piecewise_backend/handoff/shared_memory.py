@@ -75,8 +75,8 @@ class SharedMemory:
             self._machines = self._p2p.texts_of_all_ranks(_machine())
         if not self._are_on_one_machine(source, target):
             if self._is_required:
-                ends = [(rank, self._machines[rank]) for rank in (self.ranks[source], self.ranks[target])]
-                raise errors.ConfigError(errors.ranks_on_two_machines(ends))
+                found = [(rank, self._machines[rank]) for rank in (self.ranks[source], self.ranks[target])]
+                raise errors.ConfigError(errors.ranks_on_two_machines(found))
             return self._p2p.wire(source, target, name)
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_Listener()) if self.stage == target else None
@@ -301,6 +301,7 @@ class SharedMemoryWire:
         self._messages.close()
         self._data.close()
         self._memory.close()
+        self._blocks.clear()
 
 
 class _Sending:
