@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,64 @@ def test_gpu_startup_runs_without_a_gpu(tmp_path: Path) -> None:
         assert run["counts"]["programs"] == 2  # one for a single token, one for all other sizes
         assert run["counts"]["captures"] == 9
     assert [ratio["ours_over"] for ratio in result["ratios"]] == ["unshared"]
+
+
+@pytest.mark.timeout(240)
+def test_gpu_handoff_runs_without_a_gpu(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(BENCH / "gpu_handoff.py"),
+        "--device",
+        "cpu",
+        "--stage",
+        "tiny",
+        "--tokens",
+        "1",
+        "8",
+    ]
+    command += ["--compiler", "eager", "--context-tokens", "16", "--repeats", "3", "--micro-batches", "6"]
+    finished = subprocess.run(
+        [*command, "--in-flight", "1", "2", "--output", str(tmp_path)], capture_output=True, text=True, timeout=200
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    result = json.loads((tmp_path / "gpu_handoff.json").read_text())
+    assert result["benchmark"] == "gpu_handoff"
+    assert (tmp_path / "gpu_handoff.png").read_bytes().startswith(b"\x89PNG")
+    assert [(cell["tokens"], cell["proxy_bytes"]) for cell in result["cells"]] == [(1, 512), (8, 4096)]
+    for cell in result["cells"]:
+        assert {way: figures["count"] for way, figures in cell["gap_us"].items()} == {"in_place": 3, "copy_in": 3}
+        assert cell["copy_us"]["median"] > 0
+        assert set(cell["micro_batches_per_second"]) == {"one_stream", "1", "2"}
+
+
+def test_what_is_found_in_a_profile() -> None:
+    sys.path.insert(0, str(BENCH))
+    from gpu_profile import findings
+
+    def event(cat: str, name: str, ts: float, dur: float = 1.0, **args: int) -> dict[str, Any]:
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name"},
+        event("cuda_runtime", "cudaGraphLaunch", 0.0),
+        event("cuda_runtime", "cudaStreamSynchronize", 1.0),
+        event("cuda_runtime", "cudaMalloc", 2.0),
+        event("kernel", "triton_poi_0", 10.0, 5.0, stream=7),
+        event("kernel", "gemm", 20.0, 5.0, stream=8),
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 12.0, 1.0, bytes=64),
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 15.0, 5.0, bytes=64),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 21.0, 1.0, bytes=8),
+    ]
+    assert findings(events, micro_batches=2) == {
+        "micro_batches": 2,
+        "synchronisations": {"cudaStreamSynchronize": 1},
+        "allocations": {"cudaMalloc": 1},
+        "copies_per_micro_batch": 1.0,
+        "copied_bytes_per_micro_batch": 64.0,
+        "kernels_per_micro_batch": 1.0,
+        "copies_beside_a_kernel": 1,
+    }
 
 
 @pytest.mark.timeout(240)
