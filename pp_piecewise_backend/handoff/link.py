@@ -458,8 +458,12 @@ class Receiver(_End):
         """Per tensor of the link flat uint8 zeros for so many tokens; None where any memory will do.
 
         Some transports write only into memory that they know. The tensors belong to the caller.
+
+        Raises:
+            PeerLost: the pipeline broke.
         """
-        return {f.name: self._wire.landing_memory(num_tokens * f.bytes_per_token) for f in self.schema.fields}
+        with _Raising(self, lambda: "sharing landing memory"):
+            return {f.name: self._wire.landing_memory(num_tokens * f.bytes_per_token) for f in self.schema.fields}
 
     def next_header(self) -> Header | None:
         """The next micro-batch that was announced, however long that takes; None once the sender has stopped.

@@ -44,6 +44,8 @@ _LANDED = b"\x01"
 _TIMEVAL = struct.Struct("@ll")
 _SOCKETS_PER_LINK = 3
 _CLOSING_SECONDS = 1.0
+_INTRODUCTION_SECONDS = 5.0
+"""How long somebody who connects may take to show the key."""
 
 
 class SharedMemory:
@@ -78,8 +80,8 @@ class SharedMemory:
                 found = [(rank, self._machines[rank]) for rank in (self.ranks[source], self.ranks[target])]
                 raise errors.ConfigError(errors.ranks_on_two_machines(found))
             return self._p2p.wire(source, target, name)
-        with contextlib.ExitStack() as stack:
-            listener = stack.enter_context(_Listener()) if self.stage == target else None
+        listener = _Listener() if self.stage == target else None
+        with contextlib.nullcontext() if listener is None else listener:
             # Once all know the address, the listener is there.
             address = self.exchange("" if listener is None else listener.address)[target]
             if self.stage not in (source, target):
@@ -90,8 +92,7 @@ class SharedMemory:
             except OSError as error:
                 what = f"{name} from stage {source} to stage {target}"
                 raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
-            return SharedMemoryWire(ends, self.stage == source, seconds)
-        raise AssertionError  # the stack suppresses nothing
+        return SharedMemoryWire(ends, self.stage == source, seconds)
 
     def _are_on_one_machine(self, source: int, target: int) -> bool:
         # In all pipelines alike: every rank of the world takes part when one of them has a link over torch.distributed.
@@ -130,7 +131,7 @@ class _Listener:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         name = f"\0pp_piecewise {secrets.token_hex(16)}"  # in no file system, and gone with the process
         self._socket.bind(name)
-        self._socket.listen(_SOCKETS_PER_LINK)
+        self._socket.listen()
         self.address = json.dumps([name, self._key.hex()])
 
     def accepted(self, timeout_seconds: float) -> list[socket.socket]:
@@ -139,8 +140,10 @@ class _Listener:
         self._socket.settimeout(timeout_seconds)
         while len(found) < _SOCKETS_PER_LINK:
             end, _ = self._socket.accept()
-            end.settimeout(timeout_seconds)
-            said = end.recv(len(self._key) + 1, socket.MSG_WAITALL)
+            end.settimeout(min(_INTRODUCTION_SECONDS, timeout_seconds))
+            said = b""
+            with contextlib.suppress(OSError):
+                said = end.recv(len(self._key) + 1)  # sent in one call, so it comes as a whole
             if len(said) == len(self._key) + 1 and secrets.compare_digest(said[:-1], self._key):
                 found[said[-1]] = end
             else:
@@ -206,8 +209,12 @@ class SharedMemoryWire:
 
     def landing_memory(self, num_bytes: int) -> torch.Tensor:
         block = _Block.made(num_bytes)
-        socket.send_fds(self._memory, [_SIZE.pack(len(block.memory))], [block.descriptor])
-        block.close_descriptor()
+        try:
+            socket.send_fds(self._memory, [_SIZE.pack(len(block.memory))], [block.descriptor])
+        except OSError as error:
+            raise _connection_error(error) from error
+        finally:
+            block.close_descriptor()
         self._blocks.append(block)
         return block.tensor
 
@@ -345,7 +352,7 @@ class _Block:
         """New memory of zeros, in pages of its own."""
         padded = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         descriptor = os.memfd_create("pp_piecewise landing memory", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, padded)
+        os.posix_fallocate(descriptor, 0, padded)  # or an error: a page that is missing later kills the process
         return cls(descriptor, padded)
 
     @classmethod
@@ -359,7 +366,7 @@ class _Block:
         return block
 
     def close_descriptor(self) -> None:
-        os.close(self.descriptor)  # the mapping keeps the memory
+        os.close(self.descriptor)  # the mapping has its own
 
 
 class _Line:
