@@ -17,6 +17,7 @@ are sent, so the same delay would not let any tensor arrive later. ``wait()`` sl
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Sequence
 
@@ -56,41 +57,51 @@ class DelayedWire:
         self.break_data, self.break_control, self.close = wire.break_data, wire.break_control, wire.close
         self._wire = wire
         self._transport = transport
-        self._stamps: list[torch.Tensor] = []
+        self._stamps: list[_Stamp] = []
 
     def landing_memory(self, num_bytes: int) -> torch.Tensor | None:
         return self._wire.landing_memory(num_bytes)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
-        return self._wire.send([*tensors, torch.tensor([time.monotonic()], dtype=torch.float64)])
+        stamp = self._next_stamp(lands=False)
+        stamp.seconds.value = time.monotonic()
+        return self._wire.send([*tensors, stamp.tensor])
 
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
-        sent_at = self._next_stamp()
+        stamp = self._next_stamp(lands=True)
         named_at = time.monotonic() if self._transport.waits_for_memory else 0.0
-        return _Arrival(self._wire.receive([*views, sent_at]), sent_at, named_at, self._transport.seconds)
+        return _Arrival(self._wire.receive([*views, stamp.tensor]), stamp, named_at, self._transport.seconds)
 
-    def _next_stamp(self) -> torch.Tensor:
-        """Where a time lands; it serves again when so many later ones have landed."""
-        if len(self._stamps) < _STAMP_COUNT:
-            block = self._wire.landing_memory(8)
-            self._stamps.append(torch.empty(8, dtype=torch.uint8) if block is None else block[:8])
-        else:
-            self._stamps.append(self._stamps.pop(0))
-        return self._stamps[-1].view(torch.float64)
+    def _next_stamp(self, lands: bool) -> _Stamp:
+        if not self._stamps:
+            block = self._wire.landing_memory(8 * _STAMP_COUNT) if lands else None
+            if block is None:
+                block = torch.zeros(8 * _STAMP_COUNT, dtype=torch.uint8)
+            self._stamps = [_Stamp(block[at : at + 8]) for at in range(0, 8 * _STAMP_COUNT, 8)]
+        self._stamps.append(self._stamps.pop(0))
+        return self._stamps[-1]
 
 
 _STAMP_COUNT = 64
-"""More than the receives that are under way at once."""
+"""More than the transfers of a link that are under way at once."""
+
+
+class _Stamp:
+    """A time of sending; it is read and written without torch, which would cost the host more than the rest."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.seconds = ctypes.c_double.from_address(tensor.data_ptr())
 
 
 class _Arrival:
-    def __init__(self, pending: Pending, sent_at: torch.Tensor, named_at: float, seconds: float) -> None:
+    def __init__(self, pending: Pending, stamp: _Stamp, named_at: float, seconds: float) -> None:
         self._pending = pending
-        self._sent_at = sent_at
+        self._stamp = stamp
         self._named_at = named_at
         self._seconds = seconds
 
     def wait(self) -> None:
         self._pending.wait()
-        left_at = max(self._sent_at.item(), self._named_at)
+        left_at = max(self._stamp.seconds.value, self._named_at)
         time.sleep(max(0.0, left_at + self._seconds - time.monotonic()))
