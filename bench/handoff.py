@@ -195,9 +195,9 @@ def measure_throughput(stages: int, options: argparse.Namespace, host: Mapping[s
 
 
 def measure_target(options: argparse.Namespace, host: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cell of the target, five times for each of its methods."""
-    runs = [(method, in_flight) for in_flight in (1, TARGET["in_flight"]) for method in TARGETED]
-    return measure_runs(int(TARGET["stages"]), options, host, runs, [(TARGET["stage_ms"], TARGET["link_ms"])] * 5)
+    """The cell of the target, five times for each of its methods, each beside one with one micro-batch in flight."""
+    runs = [(method, in_flight) for _ in range(5) for method in TARGETED for in_flight in (1, TARGET["in_flight"])]
+    return measure_runs(int(TARGET["stages"]), options, host, runs, [(TARGET["stage_ms"], TARGET["link_ms"])])
 
 
 def measure_runs(
