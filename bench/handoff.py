@@ -327,7 +327,7 @@ def plot(body: Mapping[str, Any], path: Path) -> Path:
         panel.set_xticks([place + 0.36 for place in range(len(shown))], ["\n".join(pair) for pair in shown], fontsize=7)
         panel.set_ylabel("us per micro-batch and hop")
         panel.set_title(f"host, {run['stages']} stages", fontsize=9)
-    panels[0][0].legend(fontsize=6)
+    panels[len(body["host"]) - 1][0].legend(fontsize=6)
     colors = {"ours_early": "#3b6ea5", "ours_step": "#b85c5c"}
     for row, stage_ms in enumerate(reversed(stage_times)):
         for column, link_ms in enumerate(links):
