@@ -419,6 +419,23 @@ def test_at_most_so_many_micro_batches_are_in_flight() -> None:
 # --------------------------------------------------------------------------------------------- misuse
 
 
+def test_a_profile_shows_receives_by_their_name() -> None:
+    def play(runner: ppb.StageRunner, stage: int) -> dict[str, int]:
+        runner.warmup()
+        if stage == 0:
+            for _ in runner.run([ppb.MicroBatch(2)] * 5):
+                pass
+            return {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in runner.run():
+                pass
+        return {event.key: event.count for event in profile.key_averages()}
+
+    _, seen = all_well(in_threads(2, play))
+    assert seen["ppb.handoff.recv"] == 5 + 1, "one per micro-batch, and the end"
+    assert any(name.startswith("ppb.piece[") for name in seen)
+
+
 @pytest.mark.parametrize(("stages", "late_seconds"), [(3, 0.0), (5, 0.5)])
 def test_an_exception_of_the_callers_own_code_is_told_to_all(stages: int, late_seconds: float) -> None:
     def play(runner: ppb.StageRunner, stage: int) -> int:
