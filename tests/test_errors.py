@@ -191,6 +191,18 @@ MESSAGES = {
         errors.runner_argument("receive", 1, "'early'"),
         ["StageRunner got receive=1: expected 'early'"],
     ),
+    "ranks_on_two_machines": (
+        errors.ranks_on_two_machines([(1, "a"), (2, "")]),
+        ["rank 1 on a and rank 2 on one that cannot share memory", "transport='auto'"],
+    ),
+    "not_in_landing_memory": (
+        errors.not_in_landing_memory((3, 4)),
+        ["[3, 4]", "Receiver.landing_memory()"],
+    ),
+    "place_differs": (
+        errors.place_differs(8, 16, 4096, 12),
+        ["16 bytes at offset 8", "4096 bytes", "12 bytes are sent"],
+    ),
     "no_transport": (errors.no_transport(), ["init_process_group"]),
     "proxies_at_wrong_end": (errors.proxies_at_wrong_end("inputs", ["h"], 0, 2), ["stage 0 of 2", "got inputs ['h']"]),
     "runner_sets_option": (errors.runner_sets_option("stage"), ["'stage'", "Leave it out"]),
