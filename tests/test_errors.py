@@ -221,7 +221,7 @@ CLAUSES = {
     "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "unknown_layout", "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
-    "data_upstream", "peer_failed", "own_failure", "on_rank",
+    "data_upstream", "peer_failed", "own_failure", "on_rank", "place_differs",
 }  # fmt: skip
 """Reasons that explain() and other sentences quote, so they have no full stop."""
 
