@@ -192,7 +192,7 @@ def test_a_stranger_at_the_door_is_turned_away(monkeypatch: pytest.MonkeyPatch) 
     with shared_memory._Listener() as listener:
         name, key = json.loads(listener.address)
         strangers = []
-        monkeypatch.setattr(shared_memory, "_INTRODUCTION_SECONDS", 0.1)
+        monkeypatch.setattr(shared_memory, "_INTRODUCTION_SECONDS", 0.5)
         for said in (b"", b"x", b"x" * 17, bytes(17)):  # the first one says nothing and stays
             strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             strangers[-1].connect(name)
