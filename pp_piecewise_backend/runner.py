@@ -350,10 +350,7 @@ class StageRunner:
     def _release(self) -> None:
         assert self._inbox is not None
         self._is_released = True
-        if self.timeline is None:
-            self._inbox.release()
-            return
-        with self.timeline.span("steps", "release"):
+        with self._spanning("steps", "release"):
             self._inbox.release()
 
     # --------------------------------------------------------------------------------- send
