@@ -63,8 +63,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=SHAPES, default="qwen2.5-7b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 512, 2048, 8192])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--repeats", type=int, default=30, help="hand-overs whose gap is measured")
-    parser.add_argument("--micro-batches", type=int, default=60, help="for each throughput")
+    parser.add_argument(
+        "--repeats", type=int, default=30, help="hand-overs whose gap is measured; fewer of more than 512 tokens"
+    )
+    parser.add_argument(
+        "--micro-batches", type=int, default=60, help="for each throughput; fewer of more than 512 tokens"
+    )
     parser.add_argument("--context-tokens", type=int, default=512)
     parser.add_argument("--compiler", default="inductor")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -200,7 +204,7 @@ class Pair:
         set_metadata(self.modules[0].metadata(tokens))
         positions = self.inputs(tokens)["positions"]
         if tokens > 1:
-            torch._dynamo.mark_dynamic(positions, 0)
+            torch._dynamo.maybe_mark_dynamic(positions, 0)  # with a single size, nothing is
         return positions
 
     def run(self, number: int, tokens: int, proxies: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -234,6 +238,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     torch._dynamo.config.recompile_limit = 64
     pair = Pair(options)
     with torch.no_grad():
+        speeds = throughputs(pair)
         for tokens in options.tokens:
             check(pair, tokens)
             gaps, copy_us = hand_overs(pair, tokens)
@@ -243,7 +248,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "proxy_bytes": tokens * sum(proxy.bytes_per_token for proxy in pair.proxies.values()),
                 "gap_us": gaps,
                 "copy_us": copy_us,
-                "micro_batches_per_second": throughputs(pair, tokens),
+                "micro_batches_per_second": speeds[tokens],
             }
 
 
@@ -255,6 +260,7 @@ def check(pair: Pair, tokens: int) -> None:
     results = {name: tensor.clone() for name, tensor in pair.run(0, tokens, pair.start(tokens)).items()}
     expected = {name: tensor.clone() for name, tensor in pair.run(1, tokens, results).items()}
     lanes = [Lane(pair.options.device) for _ in range(3)]
+    clock.wait()  # the lanes do not wait for the stream of these calls
     for way in WAYS:
         _, _, outputs = hand_over(pair, way, tokens, lanes, clock)
         clock.wait()
@@ -295,7 +301,7 @@ def hand_overs(pair: Pair, tokens: int) -> tuple[dict[str, Any], dict[str, float
     clock = Clock(pair.options.device)
     lanes = [Lane(pair.options.device) for _ in range(3)]
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for repeat in range(3 + pair.options.repeats):
+    for repeat in range(3 + fewer(pair.options.repeats, tokens)):
         for way in WAYS:
             clock.wait()
             left_at, begun_at, _ = hand_over(pair, way, tokens, lanes, clock)
@@ -316,17 +322,24 @@ def hand_overs(pair: Pair, tokens: int) -> tuple[dict[str, Any], dict[str, float
     return {way: spread(values) for way, values in found.items()}, spread(copies[1:])
 
 
-def throughputs(pair: Pair, tokens: int) -> dict[str, float]:
-    """Micro-batches per second: on one stream, and by how many may be in flight."""
-    found = {"one_stream": one_stream(pair, tokens)}
-    for in_flight in pair.options.in_flight:
-        found[str(in_flight)] = two_threads(pair, tokens, in_flight)
-    return {name: round(value, 2) for name, value in found.items()}
+def throughputs(pair: Pair) -> dict[int, dict[str, float]]:
+    """Tokens -> micro-batches per second: on one stream, and by how many may be in flight."""
+    tokens, in_flight = pair.options.tokens, pair.options.in_flight
+    found = {number: {"one_stream": one_stream(pair, number)} for number in tokens}
+    phases = [(number, most) for number in tokens for most in in_flight]
+    for (number, most), speed in zip(phases, two_threads(pair, phases), strict=True):
+        found[number][str(most)] = speed
+    return {number: {name: round(value, 2) for name, value in speeds.items()} for number, speeds in found.items()}
+
+
+def fewer(count: int, tokens: int) -> int:
+    """Of something that takes longer with more tokens."""
+    return max(min(count, 12), count * 512 // max(tokens, 512))
 
 
 def one_stream(pair: Pair, tokens: int) -> float:
     clock = Clock(pair.options.device)
-    count = pair.options.micro_batches
+    count = fewer(pair.options.micro_batches, tokens)
     start, views = pair.start(tokens), pair.landing[1].views(tokens)
     begin = 0.0
     for number in range(-3, count):
@@ -341,10 +354,13 @@ def one_stream(pair: Pair, tokens: int) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def two_threads(pair: Pair, tokens: int, in_flight: int, profiler: Any = None) -> float:
+def two_threads(pair: Pair, phases: Sequence[tuple[int, int]], profiler: Any = None) -> list[float]:
     """Through `StageRunner` and the `local` transport, each stage in a thread and on a stream of its own.
 
-    With a `torch.profiler.profile`, nothing is timed: the steady state is profiled, and nobody waits for the device.
+    Args:
+        phases: numbers of tokens, and of micro-batches in flight; micro-batches per second come back for each.
+        profiler: a `torch.profiler.profile`; nothing is timed then, but the steady state of the first phase is
+            profiled, and nobody waits for the device.
     """
     import torch
     from torch import nn
@@ -352,8 +368,11 @@ def two_threads(pair: Pair, tokens: int, in_flight: int, profiler: Any = None) -
     import pp_piecewise_backend as ppb
     from pp_piecewise_backend.handoff.local import LocalHub
 
-    options, count, skipped = pair.options, pair.options.micro_batches, 5
-    hub, ended, failed = LocalHub(2), [0.0] * (count + skipped), []
+    options, skipped = pair.options, 5
+    counts = [skipped + fewer(options.micro_batches, tokens) for tokens, _ in phases]
+    ended: list[float] = []
+    has_ended, failed = threading.Condition(), []
+    hub = LocalHub(2)
     # What attention is to do is set for the whole process, so warm-up has it to itself.
     warming_up, all_warm = threading.Lock(), threading.Barrier(2)
 
@@ -370,36 +389,50 @@ def two_threads(pair: Pair, tokens: int, in_flight: int, profiler: Any = None) -
         own = {"first_states": start["hidden_states"], "first_residual": start["residual"]} if number == 0 else {}
         return {"positions": pair.positions(num_tokens), **own}
 
+    def micro_batches() -> Iterator[Any]:
+        """Those of each phase once all of the phase before have ended: attention is set for one size at a time."""
+        begun = 0
+        for (tokens, in_flight), count in zip(phases, counts, strict=True):
+            first = begun
+            while begun < first + count:
+                wanted = first if begun == first else max(first, begun + 1 - in_flight)
+                with has_ended:
+                    has_ended.wait_for(lambda wanted=wanted: len(ended) >= wanted or failed)
+                begun += 1
+                yield ppb.MicroBatch(tokens)
+
     def play(number: int) -> None:
         runner = ppb.StageRunner(
             First() if number == 0 else named_results(pair.modules[1]),
             make_inputs=lambda num_tokens, tag: make_inputs(number, num_tokens),
-            max_tokens=tokens,
+            max_tokens=pair.max_tokens,
             inputs=pair.proxies if number == 1 else None,
             outputs=pair.proxies if number == 0 else None,
             transport=hub.transport(number),
-            max_in_flight=in_flight,
-            options={**pair.settings, "capture_sizes": str(tokens)},
+            options=pair.settings,
         )
         with Lane(options.device), torch.no_grad(), runner:
             with warming_up:
                 runner.warmup(progress=False)
             all_warm.wait()
-            batches = (ppb.MicroBatch(tokens) for _ in range(count + skipped)) if number == 0 else None
-            for at, _ in enumerate(runner.run(batches)):
+            for _ in runner.run(micro_batches() if number == 0 else None):
                 if number == 0:
                     continue
                 if profiler is None and options.device == "cuda":
                     torch.cuda.current_stream().synchronize()
-                ended[at] = time.perf_counter()
-                if profiler is not None and at in (skipped - 1, count + skipped - 1):
-                    profiler.start() if at < skipped else profiler.stop()
+                with has_ended:
+                    ended.append(time.perf_counter())
+                    has_ended.notify_all()
+                if profiler is not None and len(ended) in (skipped, counts[0]):
+                    profiler.start() if len(ended) == skipped else profiler.stop()
 
     def guarded(number: int) -> None:
         try:
             play(number)
         except BaseException as error:
-            failed.append(error)
+            with has_ended:
+                failed.append(error)
+                has_ended.notify_all()
             all_warm.abort()
 
     threads = [threading.Thread(target=guarded, args=(number,)) for number in range(2)]
@@ -409,7 +442,12 @@ def two_threads(pair: Pair, tokens: int, in_flight: int, profiler: Any = None) -
         thread.join()
     if failed:
         raise failed[0]
-    return count / (ended[-1] - ended[skipped - 1])
+    speeds, first = [], 0
+    for count in counts:
+        times = ended[first + skipped - 1 : first + count]
+        speeds.append((len(times) - 1) / (times[-1] - times[0]))
+        first += count
+    return speeds
 
 
 # ------------------------------------------------------------------------------------------- showing

@@ -65,7 +65,7 @@ def traced(pair: Pair, tokens: int, folder: Path) -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    two_threads(pair, tokens, in_flight=3, profiler=profiler)
+    two_threads(pair, [(tokens, 3)], profiler)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -28,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.handoff.header import HEADER_BYTES
+from pp_piecewise_backend.handoff.one_machine import OneMachine
 from pp_piecewise_backend.handoff.p2p import P2P
-from pp_piecewise_backend.handoff.shared_memory import SharedMemory
+from pp_piecewise_backend.handoff.shared_memory import HostMemory
 
 TOKENS, HIDDEN = 8, 64
 PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
@@ -131,7 +132,7 @@ class Pipeline:
     def transport(self, delayed: bool, shares_memory: bool = False) -> Any:
         transport: Any = P2P(self.device, setup_seconds=SETUP_SECONDS)
         if shares_memory:
-            transport = SharedMemory(transport, is_required=True)
+            transport = OneMachine(transport, HostMemory(), is_required=True)
         if delayed:
             transport = DelayedTransport(transport, 0.0)
             self.delayed = [transport]

@@ -40,6 +40,11 @@ class Verdicts:
     mutations_checked: set[int] = field(default_factory=set)
     """Steps that were seen to leave their by-address inputs alone."""
 
+    @property
+    def refused(self) -> set[int]:
+        """Steps that must not be padded."""
+        return {step for step, reason in self.by_step.items() if reason is not None}
+
     def covers(self, bucket: int) -> bool:
         return self.tested_tokens is not None and self.tested_tokens[0] <= bucket <= self.tested_tokens[1]
 

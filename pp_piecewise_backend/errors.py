@@ -420,11 +420,11 @@ def runner_argument(name: str, got: object, expected: str) -> str:
     return f"StageRunner got {name}={got!r}: expected {expected}."
 
 
-def ranks_on_two_machines(ends: Sequence[tuple[int, str]]) -> str:
-    told = " and ".join(f"rank {rank} on {machine or 'one that cannot share memory'}" for rank, machine in ends)
+def ranks_share_no_memory(transport: str, ends: Sequence[tuple[int, str]]) -> str:
+    told = " and ".join(f"rank {rank} on {place or 'a machine that shares none'}" for rank, place in ends)
     return (
-        f"transport='shared_memory' links ranks of one Linux machine, but got {told}. transport='auto' goes over "
-        "torch.distributed between machines."
+        f"transport={transport!r} links ranks of one Linux machine that can reach one another's memory, but got "
+        f"{told}. transport='auto' goes over torch.distributed where they cannot."
     )
 
 

@@ -309,8 +309,12 @@ class Graphs:
         self._spoil_given_out()
         if self.plan.listener is not None:
             self.plan.listener.results_are_written()
+        refused_before = parameters.verdicts.refused
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
         bucket, results = capture.run(args, num_tokens)
+        if parameters.verdicts.refused != refused_before:
+            for other in parameters.buckets.values():  # their programs were made when padding seemed right
+                other.programs.clear()
         parameters.buckets[size] = bucket
         self._memory.users.add(id(self))
         for step, obstacle in bucket.obstacles.items():

@@ -89,8 +89,9 @@ class StageRunner:
             stage together (tensor parallel), a pair: that group, and the group of the ranks of this stage.
         mesh: ``DeviceMesh`` instead of ``group``, with a dimension "pp" and, for tensor parallel stages, one "tp".
         transport: "p2p" (``torch.distributed``: gloo for tensors on the CPU, NCCL on GPUs); "shared_memory" for ranks
-            of one Linux machine whose tensors lie on the CPU: each writes into the landing memory of the next one
-            itself; "auto": that where it is possible, hop by hop, else "p2p"; or a transport of ``handoff``.
+            of one Linux machine whose tensors lie on the CPU, "cuda_ipc" for those whose tensors lie on one GPU or on
+            peers: each writes into the landing memory of the next one itself; "auto": that where it is possible, hop by
+            hop, else "p2p"; or a transport of ``handoff``.
         receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
@@ -115,7 +116,7 @@ class StageRunner:
         feedback: Proxies | None = None,
         group: Any = None,
         mesh: Any = None,
-        transport: Transport | Literal["auto", "p2p", "shared_memory"] = "auto",
+        transport: Transport | Literal["auto", "p2p", "shared_memory", "cuda_ipc"] = "auto",
         receive: Literal["early", "step"] = "early",
         max_in_flight: int | None = None,
         timeout_s: float = 60,
@@ -544,11 +545,12 @@ def _transport(
     """The way to the other stages, and the ranks with which this one holds its stage."""
     if not isinstance(asked, str):
         return asked, None
-    from .handoff import shared_memory
+    from .handoff import cuda_ipc, shared_memory
+    from .handoff.one_machine import KindOfSharing, OneMachine
     from .handoff.p2p import P2P
 
-    if asked not in ("auto", "p2p", "shared_memory"):
-        expected = "'auto', 'p2p', 'shared_memory' or a transport"
+    if asked not in ("auto", "p2p", "shared_memory", "cuda_ipc"):
+        expected = "'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"
         raise errors.ConfigError(errors.runner_argument("transport", asked, expected))
     if group is not None and mesh is not None:
         raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
@@ -561,11 +563,14 @@ def _transport(
         group = (mesh.get_group("pp"), mesh.get_group("tp")) if "tp" in names else mesh.get_group("pp")
     pipeline, siblings = group if isinstance(group, tuple) else (group, None)
     p2p = P2P(device, pipeline, setup_seconds)
-    way: Transport = p2p
-    if asked == "shared_memory" and device.type != "cpu":
+    kind: KindOfSharing | None = None
+    if device.type == "cpu":
+        kind = shared_memory.HostMemory()
+    elif cuda_ipc.is_possible(device):
+        kind = cuda_ipc.DeviceMemory(device)
+    if asked in ("shared_memory", "cuda_ipc") and (kind is None or kind.name != asked):
         raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
-    if asked != "p2p" and device.type == "cpu":
-        way = shared_memory.SharedMemory(p2p, is_required=asked == "shared_memory")
+    way: Transport = p2p if asked == "p2p" or kind is None else OneMachine(p2p, kind, is_required=asked != "auto")
     return way, siblings and TensorParallel(siblings, setup_seconds)
 
 

@@ -4,7 +4,8 @@ Note [order of a warm-up]
 Plain ``torch.compile`` makes a program for the first size that it sees, another for all sizes from 2 up, and one for
 size 1. A call of one token and one of the largest number bring all of them into being; the larger one is also what
 Inductor tunes its kernels for. Then each bucket is captured, the largest first, since it fixes how much memory the
-pools hold, by a call inside the bucket and by one that fills it: a static program may take either.
+pools hold, by a call inside the bucket and by one that fills it: a static program may take either. Second comes the
+smallest bucket in which calls are padded: buckets between two in which padding was tested (rule R3) need no test.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,18 +132,28 @@ def warm_up(
 
 
 def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None) -> list[int]:
-    """Numbers of tokens to call with, the largest bucket first; see Note [order of a warm-up]."""
-    if sizes is not None:
-        return sorted(set(sizes), reverse=True)
+    """Numbers of tokens to call with, in the order of Note [order of a warm-up].
+
+    Args:
+        buckets: all that a program can be called in, the largest first.
+        sizes: only these numbers of tokens.
+    """
     lowest = max([*session.smallest.values(), 1])
-    calls = []
-    for index, bucket in enumerate(buckets):
-        below = buckets[index + 1] if index + 1 < len(buckets) else 0
+    groups: list[list[int]] = []
+    padded: list[int] = []
+    """Where in ``groups`` calls are that may be padded."""
+    for bucket, below in pairwise([*buckets, 0]):
         inside = bucket - 1 if bucket - 1 > below and bucket - 1 >= lowest else bucket
-        calls.append(inside)
-        if inside != bucket:
-            calls.append(bucket)
-    return calls
+        wanted = [inside, bucket] if inside != bucket else [bucket]
+        if sizes is not None:
+            wanted = sorted({size for size in sizes if below < size <= bucket}, reverse=True)
+        if wanted and inside != bucket:
+            padded.append(len(groups))
+        groups.append(wanted)
+    if len(padded) > 1:
+        groups.insert(padded[0] + 1, groups.pop(padded[-1]))
+    too_large = sorted({size for size in sizes or () if not buckets or size > buckets[0]}, reverse=True)
+    return [*too_large, *(size for wanted in groups for size in wanted)]
 
 
 def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int) -> None:

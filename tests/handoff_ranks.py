@@ -23,6 +23,7 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pp_piecewise_backend.handoff import (
@@ -47,6 +48,8 @@ from rank_processes import LONGEST_SECONDS, run_ranks
 MAX_TOKENS = 16
 PROXIES = Schema((Field("hidden_states", (8,), torch.float32), Field("residual", (2, 3), torch.bfloat16)))
 FEEDBACK = Schema((Field("tokens", (), torch.int64),))
+ON_GPUS = ("cuda_ipc", "nccl")
+"""Transports under which each rank has its tensors on a GPU, which several may share under the first."""
 
 
 @dataclass
@@ -634,6 +637,8 @@ def run(
     **arguments: Any,
 ) -> list[Outcome]:
     """Play ``scenario`` on every stage; fails when one of them hangs."""
+    if transport == "nccl" and torch.cuda.device_count() < stages:
+        pytest.skip(f"NCCL needs a GPU for each of {stages} ranks, and there are {torch.cuda.device_count()}")
     if transport == "local":
         return _run_threads(scenario.__name__, stages, folder, silence_seconds, arguments)
     return _run_processes(transport, scenario.__name__, stages, folder, silence_seconds, arguments)
@@ -717,8 +722,10 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     """What each process runs."""
     import torch.distributed as dist
 
+    from pp_piecewise_backend.handoff.cuda_ipc import DeviceMemory
+    from pp_piecewise_backend.handoff.one_machine import OneMachine
     from pp_piecewise_backend.handoff.p2p import P2P
-    from pp_piecewise_backend.handoff.shared_memory import SharedMemory
+    from pp_piecewise_backend.handoff.shared_memory import HostMemory
 
     def of_several(groups: list[list[int]]) -> Any:
         """Every rank makes all groups, and takes the one that it is in."""
@@ -732,8 +739,17 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     if size > 1:
         stages = of_several([[*range(first, first + size)] for first in range(0, count, size)])
         tensor_parallel = TensorParallel(stages, LONGEST_SECONDS)
-    p2p = P2P("cpu", pipeline, setup_seconds=LONGEST_SECONDS)
-    transport: Transport = SharedMemory(p2p, is_required=True) if job["transport"] == "shared_memory" else p2p
+    asked = job["transport"]
+    device = torch.device("cpu")
+    if asked in ON_GPUS:
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+    p2p = P2P(device, pipeline, setup_seconds=LONGEST_SECONDS)
+    transport: Transport = p2p
+    if asked in ("shared_memory", "cuda_ipc"):
+        kind = HostMemory() if asked == "shared_memory" else DeviceMemory(device)
+        transport = OneMachine(p2p, kind, is_required=True)
     outcome = play(
         job["scenario"], transport, job["silence_seconds"], tensor_parallel=tensor_parallel, **job["arguments"]
     )

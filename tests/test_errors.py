@@ -191,9 +191,9 @@ MESSAGES = {
         errors.runner_argument("receive", 1, "'early'"),
         ["StageRunner got receive=1: expected 'early'"],
     ),
-    "ranks_on_two_machines": (
-        errors.ranks_on_two_machines([(1, "a"), (2, "")]),
-        ["rank 1 on a and rank 2 on one that cannot share memory", "transport='auto'"],
+    "ranks_share_no_memory": (
+        errors.ranks_share_no_memory("cuda_ipc", [(1, "a"), (2, "")]),
+        ["transport='cuda_ipc' links", "rank 1 on a and rank 2 on a machine that shares none", "transport='auto'"],
     ),
     "not_in_landing_memory": (
         errors.not_in_landing_memory((3, 4)),

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from pp_piecewise_backend import errors
-from pp_piecewise_backend.handoff import shared_memory
+from pp_piecewise_backend.handoff import one_machine, shared_memory, sockets
 from pp_piecewise_backend.handoff.header import HEADER_BYTES
-from pp_piecewise_backend.handoff.shared_memory import SharedMemory, SharedMemoryWire
+from pp_piecewise_backend.handoff.one_machine import OneMachine, OneMachineWire
+from pp_piecewise_backend.handoff.shared_memory import HostMemory, HostSharing
 
 pytestmark = [
     pytest.mark.compat,
@@ -30,19 +31,19 @@ SECONDS = 20.0
 
 
 @pytest.fixture
-def wires() -> Iterator[tuple[SharedMemoryWire, SharedMemoryWire]]:
+def wires() -> Iterator[tuple[OneMachineWire, OneMachineWire]]:
     """The sending and the receiving end of one link, here in one process."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
-    ends = (
-        SharedMemoryWire([a for a, _ in pairs], True, SECONDS),
-        SharedMemoryWire([b for _, b in pairs], False, SECONDS),
+    ends = tuple(
+        OneMachineWire(messages, data, memory, HostSharing(memory), SECONDS)
+        for messages, data, memory in zip(*pairs, strict=True)
     )
     yield ends
     for end in ends:
         end.close()
 
 
-def landing(receiver: SharedMemoryWire, rows: int = 8) -> torch.Tensor:
+def landing(receiver: OneMachineWire, rows: int = 8) -> torch.Tensor:
     return receiver.landing_memory(rows * 16)[: rows * 16].view(torch.float32).view(rows, 4)
 
 
@@ -50,7 +51,7 @@ def numbers(rows: int, start: int = 0) -> torch.Tensor:
     return torch.arange(start, start + rows * 4, dtype=torch.float32).view(rows, 4)
 
 
-def test_the_sender_writes_before_the_receiver_asks(wires: tuple[SharedMemoryWire, SharedMemoryWire]) -> None:
+def test_the_sender_writes_before_the_receiver_asks(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
     sender, receiver = wires
     one, other = landing(receiver), landing(receiver)
     receiving = receiver.receive([one[:3], other[2:4]])
@@ -61,7 +62,7 @@ def test_the_sender_writes_before_the_receiver_asks(wires: tuple[SharedMemoryWir
 
 
 def test_tensors_that_are_sent_before_their_places_are_known_arrive_in_order(
-    wires: tuple[SharedMemoryWire, SharedMemoryWire],
+    wires: tuple[OneMachineWire, OneMachineWire],
 ) -> None:
     sender, receiver = wires
     memory = landing(receiver)
@@ -78,7 +79,7 @@ def test_tensors_that_are_sent_before_their_places_are_known_arrive_in_order(
 
 @pytest.mark.parametrize("is_sender", [True, False])
 def test_breaking_off_ends_what_waits_on_both_ends(
-    is_sender: bool, wires: tuple[SharedMemoryWire, SharedMemoryWire]
+    is_sender: bool, wires: tuple[OneMachineWire, OneMachineWire]
 ) -> None:
     sender, receiver = wires
     memory = landing(receiver)
@@ -106,7 +107,7 @@ def test_breaking_off_ends_what_waits_on_both_ends(
     assert receiver.hear(SECONDS) == bytes(HEADER_BYTES), "messages still pass"
 
 
-def test_waiting_takes_no_longer_than_allowed(wires: tuple[SharedMemoryWire, SharedMemoryWire]) -> None:
+def test_waiting_takes_no_longer_than_allowed(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
     _, receiver = wires
     with pytest.raises(TimeoutError):
         receiver.hear(0.05)
@@ -115,7 +116,7 @@ def test_waiting_takes_no_longer_than_allowed(wires: tuple[SharedMemoryWire, Sha
 
 
 def test_what_was_told_can_be_heard_when_the_other_end_is_gone(
-    wires: tuple[SharedMemoryWire, SharedMemoryWire],
+    wires: tuple[OneMachineWire, OneMachineWire],
 ) -> None:
     sender, receiver = wires
     receiver.tell(b"u" * HEADER_BYTES)  # never heard, which a socket may take for a reset
@@ -126,7 +127,7 @@ def test_what_was_told_can_be_heard_when_the_other_end_is_gone(
         receiver.hear(SECONDS)
 
 
-def test_a_full_line_is_waited_for_no_longer_than_allowed(wires: tuple[SharedMemoryWire, SharedMemoryWire]) -> None:
+def test_a_full_line_is_waited_for_no_longer_than_allowed(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
     sender, receiver = wires
     told = 0
     with pytest.raises(TimeoutError):
@@ -138,7 +139,7 @@ def test_a_full_line_is_waited_for_no_longer_than_allowed(wires: tuple[SharedMem
     sender.flush(SECONDS)
 
 
-def test_memory_of_somebody_else_is_refused(wires: tuple[SharedMemoryWire, SharedMemoryWire]) -> None:
+def test_memory_of_somebody_else_is_refused(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
     _, receiver = wires
     memory = landing(receiver)
     page = torch.zeros(1, dtype=torch.float32)
@@ -151,17 +152,17 @@ def test_memory_of_somebody_else_is_refused(wires: tuple[SharedMemoryWire, Share
 
 @pytest.mark.parametrize(("offset", "num_bytes"), [(0, 12), (0, 20), (4096 - 8, 16), (2**40, 16)])
 def test_a_place_that_does_not_fit_is_an_error_and_nothing_is_written(
-    offset: int, num_bytes: int, wires: tuple[SharedMemoryWire, SharedMemoryWire]
+    offset: int, num_bytes: int, wires: tuple[OneMachineWire, OneMachineWire]
 ) -> None:
     sender, receiver = wires
     memory = receiver.landing_memory(4096)
-    receiver._data.send(shared_memory._PLACE.pack(0, offset, num_bytes))
+    receiver._data.send(one_machine._PLACE.pack(0, offset, num_bytes))
     with pytest.raises(ConnectionError, match=f"wants {num_bytes} bytes at offset {offset} of its 4096 bytes"):
         sender.send([numbers(1) + 1]).wait()
     assert not memory.any()
 
 
-def test_memory_is_given_back(wires: tuple[SharedMemoryWire, SharedMemoryWire]) -> None:
+def test_memory_is_given_back(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
     sender, receiver = wires
     gc.collect()
     before = shared_mappings()
@@ -189,18 +190,18 @@ def descriptors() -> list[str]:
 
 
 def test_a_stranger_at_the_door_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    with shared_memory._Listener() as listener:
+    with sockets.Listener() as listener:
         name, key = json.loads(listener.address)
         strangers = []
-        monkeypatch.setattr(shared_memory, "_INTRODUCTION_SECONDS", 0.5)
+        monkeypatch.setattr(sockets, "_INTRODUCTION_SECONDS", 0.5)
         for said in (b"", b"x", b"x" * 17, bytes(17)):  # the first one says nothing and stays
             strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             strangers[-1].connect(name)
             strangers[-1].sendall(said)
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.extend(listener.accepted(SECONDS)), daemon=True)
+        thread = threading.Thread(target=lambda: found.extend(listener.accepted(3, SECONDS)), daemon=True)
         thread.start()
-        ends = shared_memory._connected(listener.address, SECONDS)
+        ends = sockets.connected(listener.address, 3, SECONDS)
         thread.join(SECONDS)
         assert len(found) == 3 and len(bytes.fromhex(key)) == 16
         for number, (one, other) in enumerate(zip(ends, found, strict=True)):
@@ -232,13 +233,13 @@ class TwoMachines:
 
 @pytest.mark.parametrize("machines", [["a", "a", "b"], ["", "", ""]])
 def test_hops_between_machines_go_over_torch_distributed(machines: list[str]) -> None:
-    transport = SharedMemory(TwoMachines(machines))  # type: ignore[arg-type]
+    transport = OneMachine(TwoMachines(machines), HostMemory())  # type: ignore[arg-type]
     assert transport.wire(1, 2, "proxies") == "torch.distributed from 1 to 2"
     assert transport.name == "auto"
 
 
 def test_hops_between_machines_are_refused_where_memory_must_be_shared() -> None:
-    transport = SharedMemory(TwoMachines(["a", "a", "b"]), is_required=True)  # type: ignore[arg-type]
+    transport = OneMachine(TwoMachines(["a", "a", "b"]), HostMemory(), is_required=True)  # type: ignore[arg-type]
     with pytest.raises(errors.ConfigError, match="got rank 1 on a and rank 2 on b"):
         transport.wire(1, 2, "proxies")
     assert transport.name == "shared_memory"
@@ -250,4 +251,4 @@ def test_nobody_at_the_door_is_a_lost_rank() -> None:
             return ["", json.dumps(["\0pp_piecewise nobody", "00"]), ""]
 
     with pytest.raises(errors.PeerLost, match="could not set up proxies from stage 0 to stage 1"):
-        SharedMemory(Gone(["a", "a", "a"])).wire(0, 1, "proxies")  # type: ignore[arg-type]
+        OneMachine(Gone(["a", "a", "a"]), HostMemory()).wire(0, 1, "proxies")  # type: ignore[arg-type]

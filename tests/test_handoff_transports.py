@@ -26,7 +26,12 @@ from handoff_ranks import (
 
 pytestmark = [pytest.mark.compat, pytest.mark.serial]
 
-TRANSPORTS = ("local", "p2p", "shared_memory")
+TRANSPORTS = (
+    "local",
+    "p2p",
+    "shared_memory",
+    *(pytest.param(on_gpus, marks=pytest.mark.cuda) for on_gpus in ("cuda_ipc", "nccl")),
+)
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 between_processes = pytest.mark.parametrize("transport", TRANSPORTS[1:])

@@ -242,6 +242,32 @@ def integers_of_the_token_count_in_attention_arguments(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),))
 
 
+@torch.library.custom_op("traps_few::few", mutates_args=())
+def few(x: Tensor) -> Tensor:
+    """A kernel that takes another way for few rows, on which rows meet."""
+    return x + x.sum(0) if x.shape[0] <= 4 else x.clone()
+
+
+@few.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_later_bucket_shows_holds_for_those_before_it(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps_few.few(torch.ops.traps.attention(x @ self.w)) @ self.w
+
+    pair = Pair(net(forward, device), device, capture_sizes="4,16", max_tokens=16)
+    with ppb.expect(miss_reasons={"first-call": 2}):
+        for num_tokens in (15, 15, 15):
+            pair(rows(num_tokens, device))
+    with ppb.expect(miss_reasons={"first-call": 2, "padding-unsafe": 3}):
+        for num_tokens in (3, 3, 3, 15):  # the last one replayed padded before
+            pair(rows(num_tokens, device))
+    assert "R3" in pair.padding[2]
+
+
 # ----------------------------------------------------------------------------------- geometry
 
 

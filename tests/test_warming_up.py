@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend import Proxy, Stage
+from pp_piecewise_backend import Proxy, Stage, poison
 from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewiseWarning
 from pp_piecewise_backend.warming_up import Session, _calls, current_session
 
@@ -367,6 +367,8 @@ def test_a_limit_on_graph_memory_keeps_the_small_buckets() -> None:
         ([8, 4, 2, 1], 2, [7, 8, 3, 4, 2, 1]),
         ([3], 1, [2, 3]),
         ([8, 7], 1, [8, 6, 7]),
+        ([64, 32, 16, 8, 4, 2, 1], 1, [63, 64, 3, 4, 31, 32, 15, 16, 7, 8, 2, 1]),
+        ([8, 4], 4, [7, 8, 4]),
         ([5], 5, [5]),
         ([1], 1, [1]),
     ],
@@ -374,7 +376,32 @@ def test_a_limit_on_graph_memory_keeps_the_small_buckets() -> None:
 def test_calls_inside_of_each_bucket_and_filling_it(buckets: list[int], smallest: int, expected: list[int]) -> None:
     session = Session(smallest={"a": smallest, "b": 1})
     assert _calls(buckets, session, None) == expected
-    assert _calls(buckets, session, [3, 9, 3]) == [9, 3]
+    assert _calls(buckets, session, [3, 99, 3]) == [99, 3]
+
+
+def test_sizes_asked_for_come_in_the_same_order() -> None:
+    session = Session(smallest={"a": 1})
+    assert _calls([16, 8, 4, 2, 1], session, [1, 2, 4, 8, 9, 16]) == [16, 9, 4, 8, 2, 1]
+    assert _calls([], session, [1, 4]) == [4, 1]
+
+
+def test_padding_is_tested_in_the_largest_and_in_the_smallest_bucket_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: list[int] = []
+    examine = poison.examine
+
+    def counting(trial: poison.Trial, inputs: Any, real_tokens: int) -> str | None:
+        tested.append(real_tokens)
+        return examine(trial, inputs, real_tokens)
+
+    monkeypatch.setattr(poison, "examine", counting)
+    stage = ToyStage(2, hidden=16, heads=2, kv_heads=1, max_tokens=256)
+    run = compiled_stage(stage, capture_sizes="32:256:32", max_tokens=256)
+    with ppb.expect(captures=3 * (8 + 1)):  # those of one token are a program of their own
+        ppb.warmup(run, inputs_of(stage))
+    assert tested == [128] * 3 + [16] * 3  # half of each bucket
+    with ppb.expect(**NOTHING_NEW, replays=3 * 256):
+        for num_tokens in range(1, 257):
+            run(**stage.make_inputs(num_tokens))
 
 
 # ------------------------------------------------------------------------------ Hugging Face

@@ -147,10 +147,10 @@ class P2P:
 
 def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
     """What each rank of the group brought."""
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(lengths, torch.tensor([len(own)]), group=group)
-    padded = torch.zeros(1 + int(max(lengths)), dtype=torch.uint8)  # no tensor without elements
-    padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(own)], device="cpu"), group=group)
+    padded = torch.zeros(1 + int(max(lengths)), dtype=torch.uint8, device="cpu")  # no tensor without elements
+    padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8, device="cpu")
     gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded, group=group)
     return [bytes(whole[: int(length)].tolist()) for whole, length in zip(gathered, lengths, strict=True)]
@@ -263,7 +263,7 @@ def connection_errors() -> Iterator[None]:
 def break_pair(group: Any, peer: int) -> None:
     """End everything that this rank and ``peer`` wait for within a group, from any thread; see Note [gloo waits]."""
     if _is_gloo(group):
-        nothing = torch.zeros(1, dtype=torch.uint8)
+        nothing = torch.zeros(1, dtype=torch.uint8, device="cpu")
         with contextlib.suppress(RuntimeError, ConnectionError):  # it runs out of time, or the pair was broken before
             _posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)).wait(timedelta(milliseconds=1))
     else:

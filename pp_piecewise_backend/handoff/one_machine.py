@@ -1,0 +1,357 @@
+"""Stages in processes of one machine: the sender writes into the receiver's landing memory itself.
+
+Note [one machine]
+A link is three socket pairs and the landing memory of its receiving end, which both processes can reach. The receiver
+names the places where tensors shall land, as soon as they are free; the sender copies there and says so. So a tensor is
+moved once, by the process that made it, and no buffer lies in between. Sockets only carry what fits in a line: they
+wake the other process in microseconds, and a process that dies hangs up at once, whatever killed it.
+
+- messages: the headers, both ways.
+- data: to the sender one ``_PLACE`` per tensor, in the order of the receives; to the receiver one byte per transfer.
+- memory: what the sender needs to reach landing memory, in the order in which that was made; places refer to it by its
+  number. How memory is reached is for ``Sharing`` to know.
+
+Hops between machines, of which one pipeline may have both kinds, go over ``torch.distributed``, which all ranks also
+meet with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import errors
+from ..handoff.header import HEADER_BYTES
+from ..handoff.p2p import P2P, P2PWire
+from ..handoff.sockets import Line, Listener, connected
+
+_PLACE = struct.Struct("<QQQ")
+"""Number of the landing memory, offset in it, bytes."""
+_LANDED = b"\x01"
+_SOCKETS_PER_LINK = 3
+_CLOSING_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class SharedBlock:
+    """Landing memory that both ends of a link reach."""
+
+    tensor: torch.Tensor
+    """All of it: flat uint8."""
+    address: int
+    """Where it lies in this process."""
+    num_bytes: int
+
+
+class Sharing(Protocol):
+    """One end's way to the landing memory of a link.
+
+    On an accelerator nothing here waits: what must come after something else is enqueued behind it.
+    """
+
+    def make(self, num_bytes: int) -> SharedBlock:
+        """At the receiving end: new memory of zeros, of which the other end is told."""
+
+    def take(self) -> SharedBlock:
+        """At the sending end: the next memory that the other end made."""
+
+    def free(self) -> None:
+        """At the receiving end: places may be written once what the current stream has enqueued has run."""
+
+    def ready(self) -> Any:
+        """At the sending end: when the current stream has written what is to be sent, for ``write``."""
+
+    def write(self, ready: Any, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]) -> Any:
+        """At the sending end: write each tensor to its offset, once that is free; the end of it, for ``after``."""
+
+    def after(self, written: Any) -> None:
+        """At the sending end: what the current stream enqueues from now on comes after that write."""
+
+    def after_landing(self) -> None:
+        """At the receiving end: likewise, after the writes that the other end has told of."""
+
+    def close(self) -> None:
+        """Let go of the memory of the other end."""
+
+
+class KindOfSharing(Protocol):
+    """How processes of one machine may share memory of one kind."""
+
+    name: str
+
+    def place(self) -> str:
+        """Where the memory of this process is, in words for ``joins`` and ``end``; empty where nobody can share it."""
+
+    def joins(self, one: str, other: str) -> bool:
+        """Whether processes with memory at these places can share it."""
+
+    def end(self, line: socket.socket, is_source: bool, peer_place: str) -> Sharing:
+        """One end of a link, which has ``line`` for itself; both ends are made at the same time."""
+
+
+class OneMachine:
+    """One rank's way to the others of its pipeline, over the memory of the machine where both ends can share it.
+
+    Args:
+        p2p: how ranks meet, and their way to other machines.
+        kind: how memory is shared.
+        is_required: whether a hop between ranks that cannot share memory is an error.
+    """
+
+    def __init__(self, p2p: P2P, kind: KindOfSharing, is_required: bool = False) -> None:
+        self.name = kind.name if is_required else "auto"
+        self.stage = p2p.stage
+        self.stage_count = p2p.stage_count
+        self._p2p = p2p
+        self._kind = kind
+        self._is_required = is_required
+        self._places: list[str] | None = None
+        """Rank -> where its memory is, once all have met."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        return self._p2p.ranks
+
+    def exchange(self, text: str) -> list[str]:
+        return self._p2p.exchange(text)
+
+    def wire(self, source: int, target: int, name: str) -> OneMachineWire | P2PWire | None:
+        if self._places is None:
+            self._places = self._p2p.texts_of_all_ranks(self._kind.place())
+        if not self._share_memory(source, target):
+            if self._is_required:
+                found = [(rank, self._places[rank]) for rank in (self.ranks[source], self.ranks[target])]
+                raise errors.ConfigError(errors.ranks_share_no_memory(self.name, found))
+            return self._p2p.wire(source, target, name)
+        listener = Listener() if self.stage == target else None
+        with contextlib.nullcontext() if listener is None else listener:
+            # Once all know the address, the listener is there.
+            address = self.exchange("" if listener is None else listener.address)[target]
+            if self.stage not in (source, target):
+                return None
+            seconds, count = self._p2p.setup_seconds, _SOCKETS_PER_LINK
+            try:
+                ends = connected(address, count, seconds) if listener is None else listener.accepted(count, seconds)
+                return self._wire(ends, source, target)
+            except OSError as error:
+                what = f"{name} from stage {source} to stage {target}"
+                raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
+
+    def _wire(self, ends: Sequence[socket.socket], source: int, target: int) -> OneMachineWire:
+        messages, data, memory = ends
+        memory.settimeout(self._p2p.setup_seconds)
+        is_source = self.stage == source
+        assert self._places is not None
+        sharing = self._kind.end(memory, is_source, self._places[self.ranks[target if is_source else source]])
+        return OneMachineWire(messages, data, memory, sharing, self._p2p.setup_seconds)
+
+    def _share_memory(self, source: int, target: int) -> bool:
+        # In all pipelines alike: every rank of the world takes part when one of them has a link over torch.distributed.
+        assert self._places is not None
+        pairs = [(self._places[ranks[source]], self._places[ranks[target]]) for ranks in self._p2p.pipelines]
+        return all(one != "" != other and self._kind.joins(one, other) for one, other in pairs)
+
+    def close(self) -> None:
+        self._p2p.close()
+
+
+def machine() -> str:
+    """Equal for processes that can find one another's sockets; empty where that cannot be told."""
+    if sys.platform != "linux":
+        return ""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"  # the names of sockets belong to a network namespace
+    except OSError:
+        return ""
+
+
+class OneMachineWire:
+    """One end of a link between two processes; see Note [one machine].
+
+    Args:
+        messages, data, memory: this end of the three socket pairs; the last one is used by ``sharing`` alone.
+        sharing: this end's way to the landing memory.
+        longest_seconds: how long the other end may take for anything but a message.
+    """
+
+    def __init__(
+        self,
+        messages: socket.socket,
+        data: socket.socket,
+        memory: socket.socket,
+        sharing: Sharing,
+        longest_seconds: float,
+    ) -> None:
+        self._messages = Line(messages, longest_seconds)
+        self._data = Line(data, longest_seconds)
+        self._memory = memory
+        self._sharing = sharing
+        self._longest_seconds = longest_seconds
+        self._blocks: list[SharedBlock] = []
+        """Of the receiving end; at the sending end those that places have named so far."""
+        # At the receiving end:
+        self._awaited_count = 0
+        self._landed_count = 0
+        # At the sending end:
+        self._waiting: deque[_Sending] = deque()
+        """What is sent before its places are known, in order."""
+        self._changed = threading.Condition()
+        self._writer: threading.Thread | None = None
+        self._is_broken = False
+
+    # -------------------------------------------------------------------------------- messages
+
+    def tell(self, message: bytes) -> None:
+        self._messages.send(message)
+
+    def flush(self, timeout_seconds: float) -> None:
+        self._messages.wait_for_room(timeout_seconds)
+
+    def hear(self, timeout_seconds: float) -> bytes:
+        return self._messages.receive(HEADER_BYTES, timeout_seconds)
+
+    # ----------------------------------------------------------------------------- receiving end
+
+    def landing_memory(self, num_bytes: int) -> torch.Tensor:
+        block = self._sharing.make(num_bytes)
+        self._blocks.append(block)
+        return block.tensor
+
+    def receive(self, views: Sequence[torch.Tensor]) -> _Receiving:
+        places = b"".join([self._place(view) for view in views])
+        self._sharing.free()
+        self._data.send(places)
+        self._awaited_count += 1
+        return _Receiving(self, self._awaited_count)
+
+    def _place(self, view: torch.Tensor) -> bytes:
+        start = view.data_ptr()
+        for number, block in enumerate(self._blocks):
+            offset = start - block.address
+            if 0 <= offset <= block.num_bytes - view.nbytes:
+                return _PLACE.pack(number, offset, view.nbytes)
+        raise ValueError(errors.not_in_landing_memory(tuple(view.shape)))
+
+    def wait_until_landed(self, count: int) -> None:
+        while self._landed_count < count:
+            self._landed_count += len(self._data.receive_some(self._longest_seconds))
+        self._sharing.after_landing()
+
+    # ------------------------------------------------------------------------------- sending end
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> _Sending:
+        sending = _Sending(self, tensors, self._sharing.ready())
+        with self._changed:
+            if self._is_broken:
+                raise ConnectionError("the link was closed")
+            # As a rule the places were named while the tensors were computed.
+            places = None if self._waiting else self._data.receive_at_once(sending.places_bytes)
+            if places is not None:
+                self._write(sending, places)
+                return sending
+            self._waiting.append(sending)
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_late, name="handoff writer", daemon=True)
+                self._writer.start()
+            self._changed.notify_all()
+        return sending
+
+    def _write_late(self) -> None:
+        """Writes what was sent before its places were known."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_broken)
+                if not self._waiting:
+                    return
+                sending = self._waiting[0]
+            try:
+                self._write(sending, self._data.receive(sending.places_bytes, self._longest_seconds))
+            except Exception as error:  # raised by wait(), in the thread of the stage
+                sending.error = error
+            with self._changed:
+                self._waiting.popleft()
+                self._changed.notify_all()
+
+    def _write(self, sending: _Sending, places: bytes) -> None:
+        writes = []
+        for tensor, (number, offset, num_bytes) in zip(sending.tensors, _PLACE.iter_unpack(places), strict=True):
+            while len(self._blocks) <= number:
+                self._blocks.append(self._sharing.take())
+            block = self._blocks[number]
+            if num_bytes != tensor.nbytes or offset + num_bytes > block.num_bytes:
+                raise ConnectionError(errors.place_differs(offset, num_bytes, block.num_bytes, tensor.nbytes))
+            writes.append((block, offset, tensor))
+        sending.written = self._sharing.write(sending.ready, writes)
+        self._data.send(_LANDED)
+        sending.is_done = True
+
+    def wait_until_written(self, sending: _Sending) -> None:
+        if not sending.is_done:
+            with self._changed:
+                ended = self._changed.wait_for(lambda: sending.is_done or sending.error, self._longest_seconds)
+            if sending.error is not None:
+                raise sending.error
+            if not ended:
+                raise TimeoutError
+        self._sharing.after(sending.written)
+
+    # ------------------------------------------------------------------------------------ ending
+
+    def break_data(self) -> None:
+        self._data.hang_up()
+        with self._changed:
+            self._is_broken = True
+            self._changed.notify_all()
+
+    def break_control(self) -> None:
+        self._messages.hang_up()
+
+    def close(self) -> None:
+        self.break_control()
+        self.break_data()
+        if self._writer is not None:
+            self._writer.join(_CLOSING_SECONDS)
+        self._messages.close()
+        self._data.close()
+        self._memory.close()
+        self._blocks.clear()
+        self._sharing.close()
+
+
+class _Sending:
+    """Tensors that are sent; they are kept, and must not change, until they were written to where they land."""
+
+    def __init__(self, wire: OneMachineWire, tensors: Sequence[torch.Tensor], ready: Any) -> None:
+        self.tensors = tensors
+        self.ready = ready
+        self.places_bytes = _PLACE.size * len(tensors)
+        self.written: Any = None
+        self.is_done = False
+        self.error: Exception | None = None
+        self._wire = wire
+
+    def wait(self) -> None:
+        self._wire.wait_until_written(self)
+
+
+class _Receiving:
+    """Places that the sender was told of, the ``number``-th of their link."""
+
+    def __init__(self, wire: OneMachineWire, number: int) -> None:
+        self._wire = wire
+        self._number = number
+
+    def wait(self) -> None:
+        self._wire.wait_until_landed(self._number)
