@@ -16,7 +16,7 @@ timed alone. It is first compared with eager, row by row; a method that fails or
 
 - `latency_us`: from an idle device, the time between an event before the call and one behind it.
 - `host_us`: the time until that call returned.
-- `steady_us`: per call, of a block of calls of which none waits for another on the host.
+- `steady_us`: per call, of a block of up to 50 calls of which none waits for another on the host.
 
 All compiled methods see the number of tokens as dynamic (but for one token) and the largest number first.
 """
@@ -81,7 +81,9 @@ COUNTERS = (
     "output_copies",
 )
 MIN_REPEATS = 10
-CALLS_PER_BLOCK = 10
+CALLS_PER_BLOCK = 50
+BLOCK_SECONDS = 0.3
+"""Blocks have fewer calls, but 10, where they would take longer."""
 MIN_BLOCKS = 3
 
 
@@ -429,7 +431,9 @@ def timed(
             device_us, host_us = clock.time(call, 1)
             samples["latency_us"].append(device_us)
             samples["host_us"].append(host_us)
-        blocks, calls_per_block = max(1, options.repeats // CALLS_PER_BLOCK), min(CALLS_PER_BLOCK, options.repeats)
+        slowest_us = max(samples["latency_us"])
+        calls_per_block = min(CALLS_PER_BLOCK, options.repeats, max(10, int(BLOCK_SECONDS * 1e6 / slowest_us)))
+        blocks = max(MIN_BLOCKS, options.repeats // 10)
         until = time.perf_counter() + options.cell_seconds
         for number in range(blocks):
             if number >= min(MIN_BLOCKS, blocks) and time.perf_counter() > until:

@@ -28,7 +28,9 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     index = rank % torch.cuda.device_count()
     torch.cuda.set_device(index)
     device = f"cuda:{index}"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
+    dist.init_process_group(
+        job["default_group"], init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
+    )
     is_first, is_last = rank == 0, rank == count - 1
     with torch.no_grad():
         module = PipelineStage(rank, count).to(device)

@@ -12,6 +12,7 @@ Run as a script, this file is the server.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -116,6 +117,7 @@ def _run_rank(rank: int, request: Mapping[str, Any]) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()
     module, _, function = request["target"].partition(":")
     exit_code = 1
     try:

@@ -31,15 +31,21 @@ over_both = pytest.mark.parametrize("transport", ["cuda_ipc", "p2p"])
 def run(folder: Path, transport: str, count: int, **job: object) -> list[Ended]:
     if transport == "p2p" and torch.cuda.device_count() < count:
         pytest.skip(f"NCCL needs a GPU for each of {count} ranks, and there are {torch.cuda.device_count()}")
-    job = {"transport": transport, "timeout_seconds": TIMEOUT_SECONDS, "microbatches": MICRO_BATCHES, **job}
+    job = {
+        "transport": transport,
+        "default_group": "gloo",
+        "timeout_seconds": TIMEOUT_SECONDS,
+        "microbatches": MICRO_BATCHES,
+        **job,
+    }
     stopped = [job["victim"]] if job.get("kind") == "SIGSTOP" else []
     return run_ranks("gpu_ranks:one_rank", count, folder, job, left_alone=stopped)  # type: ignore[arg-type]
 
 
 @over_both
-@pytest.mark.parametrize("count", [2, 4])
-def test_results_and_counters_in_steady_state(transport: str, count: int, tmp_path: Path) -> None:
-    for ended in run(tmp_path, transport, count):
+@pytest.mark.parametrize(("count", "default_group"), [(2, "gloo"), (2, "nccl"), (4, "gloo")])
+def test_results_and_counters_in_steady_state(transport: str, count: int, default_group: str, tmp_path: Path) -> None:
+    for ended in run(tmp_path, transport, count, default_group=default_group):
         assert ended.exit_code == 0, ended.log
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(count)]
     for rank, stats in enumerate(one["counted"] for one in found):

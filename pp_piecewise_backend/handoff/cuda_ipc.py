@@ -7,6 +7,9 @@ there by then. An event may be recorded again before the other end has waited fo
 it needs, and never for itself: a place is named only when its readers are enqueued, and nothing that is enqueued before
 a place is named depends on what will land there.
 
+Waiting on a stream of one GPU for an event that another process has on another GPU ends the process [ran, torch 2.11,
+driver 580]. So it is waited for on a stream of that GPU, and an event of this process leads on from there.
+
 Each process holds a context on the GPU of the other end, which takes some hundred MB there if it is another GPU.
 """
 
@@ -92,6 +95,8 @@ class DeviceSharing:
             self._ours = torch.cuda.Event(interprocess=True)
             _send(line, self._ours.ipc_handle())
         self._theirs = torch.cuda.Event.from_ipc_handle(peer_device, _received(line))
+        self._bridge = torch.cuda.Stream(peer_device) if peer_device != device else None
+        """Where the event of another GPU is waited for."""
         self._stream = torch.cuda.Stream(device)
         """Where this end writes."""
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -119,7 +124,7 @@ class DeviceSharing:
     ) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream), torch.inference_mode(False), torch.no_grad():
             self._stream.wait_event(ready)
-            self._stream.wait_event(self._theirs)
+            self._wait_for_theirs(self._stream)
             for block, offset, tensor in writes:
                 self._view(block, offset, tensor).copy_(tensor, non_blocking=True)
             self._ours.record(self._stream)
@@ -139,7 +144,14 @@ class DeviceSharing:
         torch.cuda.current_stream(self._device).wait_event(written)
 
     def after_landing(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._theirs)
+        self._wait_for_theirs(torch.cuda.current_stream(self._device))
+
+    def _wait_for_theirs(self, stream: torch.cuda.Stream) -> None:
+        if self._bridge is None:
+            stream.wait_event(self._theirs)
+        else:
+            self._bridge.wait_event(self._theirs)
+            stream.wait_event(self._bridge.record_event())
 
     def close(self) -> None:
         self._views.clear()
