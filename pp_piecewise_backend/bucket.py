@@ -375,7 +375,8 @@ class BucketCapture:
             self._registers[register] = self._separated(register, output)
             self._admit(step, register)
         for register in plan.written_registers[step]:
-            static = self.bucket.static.get(register)
+            # Memory of what no captured piece reads any more may serve another value by now.
+            static = self.bucket.static.get(register) if self._last_reader.get(register, -1) > step else None
             if static is not None and not shares_memory(self._registers[register], static.tensor):
                 self._fill(static, self._registers[register])
 

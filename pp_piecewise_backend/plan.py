@@ -204,12 +204,28 @@ class GraphPlan:
             register = source if isinstance(source, int) else source[0]
             if isinstance(spec, SymbolSpec) and spec.symbol != self.token_symbol and register >= len(self.inputs):
                 return Obstacle("scalar-made-in-call", f"{spec.symbol} is known only in the middle of the call")
+        if self._writes_what_two_inputs_hold(instruction):
+            return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         if self.settings.mode == "piecewise":
             stage_inputs = {i.name for i in self.inputs if i.kind == "stage-input"}
             outliving = [name for name in piece.traits.writes if name not in stage_inputs]
             if outliving and is_on("R2"):
                 return Obstacle("writes-state", f"it writes {', '.join(outliving)}")
         return None
+
+    def _writes_what_two_inputs_hold(self, instruction: Instruction) -> bool:
+        """Whether it writes a stage input that shares memory with another of its inputs: each is read from a copy."""
+        if not is_on("aliases"):
+            return False
+        read = [
+            (self.inputs[source], spec.storage)
+            for source, spec in zip(instruction.arguments, instruction.piece.input_specs, strict=True)
+            if isinstance(source, int) and source < len(self.inputs) and isinstance(spec, TensorSpec)
+        ]
+        written = {storage for graph_input, storage in read if graph_input.name in instruction.piece.traits.writes}
+        holders = [graph_input.kind for graph_input, storage in read if storage in written]
+        storages = [storage for _, storage in read if storage in written]
+        return len(storages) > len(set(storages)) and "stage-input" in holders
 
     @cached_property
     def device(self) -> torch.device:

@@ -57,7 +57,13 @@ def examine(trial: Trial, inputs: Sequence[Any], real_tokens: int) -> str | None
             _poisoned(value, dims, real_tokens, poison, number) if dims or index in trial.written else value
             for index, (value, dims) in enumerate(zip(inputs, trial.input_token_dims, strict=True))
         ]
-        rows = _real_rows(trial, trial.call(given), given, real_tokens)
+        try:
+            outputs = trial.call(given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"R3: it fails with {poison} in the padded rows ({type(error).__name__}: {error})"
+        rows = _real_rows(trial, outputs, given, real_tokens)
         if number == 0:
             first = [None if r is None else r.clone() for r in rows]
         elif (index := _first_difference(first, rows)) is not None:

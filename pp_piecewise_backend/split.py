@@ -29,6 +29,7 @@ from .placeholders import InputTable
 from .rules import is_on
 from .specs import SymbolSpec, TensorSpec
 from .split_ops import SplitOpMatcher, attribute, op_name
+from .token_mixing import indices_from_floats, tokens_that_meet
 from .traits import (
     Traits,
     handed_on_allocations,
@@ -561,6 +562,8 @@ class _StepBuilder:
             writes=tuple(writes),
             token_values=token_values(facts, nodes, token_count) if is_compute else (),
             selects_tokens=selects_tokens(facts, nodes, token_count) if is_compute else (),
+            meeting_tokens=tokens_that_meet(facts, nodes, token_count) if is_compute else (),
+            float_indices=indices_from_floats(facts, nodes) if is_compute else (),
             allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),
             uninitialised=tuple(is_meaningless(output) for output in outputs),
         )

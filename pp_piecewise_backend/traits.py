@@ -7,8 +7,9 @@ R1  every tensor that crosses its border has the bare token count in its shape, 
 R2  it writes nothing that outlives the call, stage inputs excepted;
 R4  it uses the token count as a size only, never as a value: not in ``x / n``, nor to build a mask.
 
-Ops that choose rows by their values (sort, top-k or scatter along the tokens) are refused too. All else is put to the
-test with poisoned padded rows (rule R3, see ``poison.py``). A test is no proof, hence these rules before it.
+Ops that choose rows by their values (sort, top-k or scatter along the tokens), ops in which tokens meet (see
+``token_mixing.py``), and indices that are made from floats are refused too. All else is put to the test with poisoned
+padded rows (rule R3, see ``poison.py``). A test is no proof, hence these rules before it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Traits:
     """Ops that use the token count as a value (R4)."""
     selects_tokens: tuple[str, ...] = ()
     """Ops that choose rows among the tokens by their values."""
+    meeting_tokens: tuple[str, ...] = ()
+    """Ops in which tokens meet."""
+    float_indices: tuple[str, ...] = ()
+    """Ops that index by integers made from floats."""
     allocations: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Uninitialised tensors made in the step that it hands on, by node name: usual for the output of attention."""
     uninitialised: tuple[bool, ...] = ()
@@ -76,6 +81,10 @@ def padding_reason(
         return f"R4: the token count is used as a value by {', '.join(dict.fromkeys(traits.token_values))}"
     if traits.selects_tokens and is_on("selection"):
         return f"rows are chosen by their values by {', '.join(dict.fromkeys(traits.selects_tokens))}"
+    if traits.meeting_tokens and is_on("meeting"):
+        return f"tokens meet in {', '.join(dict.fromkeys(traits.meeting_tokens))}"
+    if traits.float_indices and is_on("float indices"):
+        return f"padded rows may hold any float, and {', '.join(dict.fromkeys(traits.float_indices))} index by them"
     return None
 
 

@@ -31,6 +31,7 @@ ORDER = (
     "placeholders",
     "written_out_attention",
     "cuts",
+    "token_mixing",
     "traits",
     "canonical",
     "split",

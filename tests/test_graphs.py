@@ -546,3 +546,32 @@ def test_the_interpreter_exits_cleanly_with_graphs_alive(device: str) -> None:
         [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=240
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "12", "")
+
+
+# ---------------------------------------------------------------- two stage inputs in one memory
+
+
+def changes_one_proxy(hidden_states: Tensor, residual: Tensor) -> Tensor:
+    before = torch.ops.graphstest.attention(residual * 2) * 3
+    hidden_states.add_(1)
+    return before + hidden_states * 2
+
+
+def reads_the_other_proxy(hidden_states: Tensor, residual: Tensor) -> Tensor:
+    residual[:, 0] = 0.5
+    return torch.ops.graphstest.attention(hidden_states * 2) * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["piecewise", "full"])
+@pytest.mark.parametrize("function", [changes_one_proxy, reads_the_other_proxy])
+def test_proxies_that_share_memory_which_the_graph_writes(function: Any, mode: str, device: str) -> None:
+    pair = Pair(function, device, split_ops="+graphstest::attention", mode=mode)
+    for num_tokens in (8, 8, 8, 7):
+        x = rows(num_tokens, device)
+        theirs = x.clone()
+        pair(x, x[:], theirs=[theirs, theirs[:]])
+    if mode == "full":
+        assert ppb.stats().miss_reasons["inputs-overlap"] == 4
+    else:
+        assert ppb.stats().replays > 0

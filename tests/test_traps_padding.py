@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
-from captured import DEVICES, HIDDEN, Pair, Trap, Traps, misses_between, net, rows
+from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, misses_between, net, rows
 from pp_piecewise_backend.inductor import CompiledPiece
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
@@ -65,6 +65,17 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("traps_opaque::sum_of_rows", mutates_args=())
+def sum_of_rows(x: Tensor) -> Tensor:
+    """As ``x.sum(0, keepdim=True).expand_as(x)``, but no graph shows it."""
+    return x.sum(0, keepdim=True).repeat(x.shape[0], 1)
+
+
+@sum_of_rows.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 TRAPS = Traps()
 trap = TRAPS.trap
 
@@ -72,16 +83,16 @@ trap = TRAPS.trap
 # ------------------------------------------------------------------------------ rows that meet
 
 
-@trap("R3")
+@trap("R3", "meeting")
 def last_row_gather(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w)
         return (x @ self.w)[-1] @ self.w
 
-    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"})
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens meet in getitem"})
 
 
-@trap("R3", "R4")
+@trap("R3", "R4", "meeting")
 def last_row_by_number(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w)
@@ -90,13 +101,13 @@ def last_row_by_number(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R4"})
 
 
-@trap("R3")
+@trap("R3", "meeting")
 def mean_over_tokens(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
         return (x - x.mean(0)) @ self.w
 
-    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"})
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens meet in mean"})
 
 
 @trap("R3", "selection")
@@ -108,7 +119,7 @@ def sort_over_tokens(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "sort"})
 
 
-@trap("R3", "selection")
+@trap("R3", "selection", "meeting")
 def routing_with_capacity(device: str) -> None:
     """Each expert takes the two tokens that like it best."""
 
@@ -122,7 +133,7 @@ def routing_with_capacity(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "topk"})
 
 
-@trap("selection")
+@trap("selection", "meeting")
 def selection_that_the_test_cannot_see(device: str) -> None:
     """No token of the tested batches is flagged, so poison finds nothing; later ones are."""
 
@@ -148,7 +159,7 @@ def one_padded_nan_times_zero(device: str) -> None:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.kernel(x @ self.w) @ self.w
-        return x + (x * 0).sum(0)
+        return x + torch.ops.traps_opaque.sum_of_rows(x * 0)
 
     pair = Pair(net(forward, device), device)
     poisoned = rows(8, device)
@@ -162,7 +173,7 @@ def gate_that_is_zero_in_the_first_layer_only(device: str) -> None:
         for gate in self.gates:
             x = torch.ops.traps.attention(x @ self.w)
             x = x @ self.w
-            x = torch.where(gate > 0, x + gate * x.mean(0), x)
+            x = torch.where(gate > 0, x + gate * torch.ops.traps_opaque.sum_of_rows(x), x)
         return x @ self.w
 
     gates = torch.nn.ParameterList(torch.nn.Parameter(torch.tensor([g]), requires_grad=False) for g in (0.0, 0.0, 1.0))
@@ -171,7 +182,7 @@ def gate_that_is_zero_in_the_first_layer_only(device: str) -> None:
     assert pair.program.pieces[2].key == pair.program.pieces[4].key
 
 
-@trap("R3", "M1", "R2")
+@trap("R3", "M1", "R2", "meeting")
 def batch_statistics_in_training_mode(device: str) -> None:
     """Running statistics outlive the call, and neither schema nor version tells that they are written."""
 
@@ -188,13 +199,31 @@ def batch_statistics_in_training_mode(device: str) -> None:
     assert any("batch_norm writes graph input mean" in reason for reason in eager), eager
 
 
-@trap("R3")
+@trap("meeting")
+def rows_of_integers_that_are_all_alike_when_tested(device: str) -> None:
+    """As in a warm-up with zeros: padded rows are then rows like all others, and poison finds nothing."""
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        embedded = self.table[ids]
+        x = (embedded - embedded.mean(0)) @ self.w
+        return torch.ops.traps.attention(x) @ self.w
+
+    table = torch.nn.Parameter(rows(16, device), requires_grad=False)
+    pair = Pair(net(forward, device, table=table), device)
+    pair.run_sizes(
+        lambda n: (torch.zeros(n, dtype=torch.int64, device=device),),
+        unsafe={0: "tokens meet in mean"},
+        then=[(6, (torch.arange(6, device=device),))],
+    )
+
+
+@trap("R3", "meeting")
 def batch_statistics_without_running_ones(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
         return F.batch_norm(x, None, None, training=True) @ self.w
 
-    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"})
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens meet in batch_norm"})
 
 
 # ------------------------------------------------------------------- the number of tokens as a value
@@ -266,6 +295,44 @@ def test_what_a_later_bucket_shows_holds_for_those_before_it(device: str) -> Non
         for num_tokens in (3, 3, 3, 15):  # the last one replayed padded before
             pair(rows(num_tokens, device))
     assert "R3" in pair.padding[2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_indices_made_from_floats_meet_no_poison(device: str) -> None:
+    """NaN and huge values are indices out of range; on a GPU one of them ends all work of the process."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return self.table[(x[:, 0].sigmoid() * 15).long()] + x
+
+    table = torch.nn.Parameter(rows(16, device), requires_grad=False)
+    pair = Pair(net(forward, device, table=table), device)
+    pair.run_sizes(lambda n: (rows(n, device),), unsafe={2: "getitem index by them"})
+
+
+@torch.library.custom_op("traps_opaque::finite", mutates_args=())
+def finite(x: Tensor) -> Tensor:
+    if not torch.isfinite(x).all():
+        raise ValueError("got a row that is not finite")
+    return x.clone()
+
+
+@finite.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("graphs", ["emulate", "off"])
+def test_a_kernel_that_takes_no_poison_is_not_padded(graphs: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.traps.attention(x @ self.w) @ self.w
+        return torch.ops.traps_opaque.finite(x) @ self.w
+
+    pair = Pair(net(forward, "cpu"), "cpu", graphs=graphs)
+    for num_tokens in SIZES:
+        pair(rows(num_tokens, "cpu"))
+    if graphs == "emulate":
+        assert "R3: it fails with nan in the padded rows (ValueError: got a row" in pair.padding[2]
 
 
 # ----------------------------------------------------------------------------------- geometry

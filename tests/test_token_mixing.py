@@ -1,0 +1,109 @@
+"""Ops in which tokens meet, as the graph shows it, and those in which they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from test_traits import HIDDEN, UNDECIDED, WEIGHT, paddings
+
+pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_gradients")]
+
+Body = Callable[[Tensor], Tensor]
+
+
+def ids(x: Tensor) -> Tensor:
+    """Integers, one per token."""
+    return x.argmax(-1)
+
+
+MEETING: dict[str, Body] = {
+    "sum": lambda x: x + x.sum(0),
+    "mean of integers": lambda x: x + ids(x).float().mean(),
+    "max": lambda x: x + x.max(dim=0).values,
+    "amax": lambda x: x + x.amax(0, keepdim=True),
+    "any": lambda x: x + (ids(x) == 3).any(),
+    "count": lambda x: x + (ids(x) != 0).sum(),
+    "norm": lambda x: F.normalize(x, dim=0),
+    "variance": lambda x: x / x.var(0),
+    "softmax": lambda x: x.softmax(0),
+    "log_softmax": lambda x: F.log_softmax(x, dim=-2),
+    "transposed product": lambda x: x @ (x.t() @ x),
+    "two products": lambda x: (x @ x.t()) @ x,
+    "einsum": lambda x: x @ torch.einsum("nd,ne->de", x, x),
+    "flip": lambda x: x + x.flip(0),
+    "flip of rows and columns": lambda x: x + x.flip([1, 0]),
+    "roll": lambda x: x + x.roll(1, 0),
+    "roll of all": lambda x: x + x.roll(1),
+    "last row": lambda x: x + x[-1],
+    "last row by select": lambda x: x + x.select(0, -1),
+    "last rows": lambda x: x + x[-2:].sum(),
+    "shift up": lambda x: torch.cat([x[1:], x[:1]]),
+    "differences": lambda x: x + (x[1:] - x[:-1]).sum(),
+    "rows by number": lambda x: x[ids(x)],
+    "rows by index_select": lambda x: x.index_select(0, ids(x)),
+    "rows by gather": lambda x: x.gather(0, ids(x)[:, None].expand(-1, HIDDEN)),
+    "convolution": lambda x: x + F.conv1d(x.t()[None], torch.ones(HIDDEN, HIDDEN, 3), padding=1)[0].t(),
+    "pooling": lambda x: x + F.avg_pool1d(x.t()[None], 3, stride=1, padding=1)[0].t(),
+    "attention without causal mask": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
+    "running variance in training": lambda x: F.batch_norm(x, None, None, training=True),
+    "inverse": lambda x: x + torch.linalg.pinv(x).t(),
+}
+
+APART: dict[str, Body] = {
+    "linear": lambda x: F.linear(x, torch.ones(HIDDEN, HIDDEN)),
+    "addmm": lambda x: torch.addmm(x, x, torch.ones(HIDDEN, HIDDEN)),
+    "heads": lambda x: (x.view(-1, 2, 2).transpose(0, 1) @ torch.ones(2, 2, 2)).transpose(0, 1).reshape(-1, HIDDEN),
+    "norm of rows": lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt(),
+    "layer norm": lambda x: F.layer_norm(x, (HIDDEN,)),
+    "softmax of rows": lambda x: x.softmax(-1),
+    "sum of rows": lambda x: x + x.sum(-1, keepdim=True),
+    "prefix": lambda x: x.cumsum(0),
+    "first row": lambda x: x + x[0],
+    "gate": lambda x: x[:, :2].repeat(1, 2) * x.chunk(2, -1)[1].repeat(1, 2),
+    "experts": lambda x: x * x.topk(2, dim=-1).values.sum(-1, keepdim=True),
+    "embedding": lambda x: x + torch.ones(HIDDEN, HIDDEN)[ids(x)],
+    "gather of columns": lambda x: x + x.gather(1, ids(x)[:, None]),
+    "einsum": lambda x: torch.einsum("nd,de->ne", x, torch.ones(HIDDEN, HIDDEN)),
+    "einsum of rows": lambda x: x + torch.einsum("...d,...d->...", x, x)[:, None],
+    "angles": lambda x: x + (torch.ones(1, HIDDEN, 1) @ ids(x)[None, None].float())[0].t().cos(),
+    "dtype of another": lambda x: x + torch.ones(HIDDEN, dtype=torch.float64).type_as(x),
+    "memory like it": lambda x: x + x.new_zeros(HIDDEN),
+    "evaluated batch norm": lambda x: F.batch_norm(x, torch.zeros(HIDDEN), torch.ones(HIDDEN)),
+    "causal attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0],
+}
+
+
+def padding(body: Body) -> str:
+    """What is said of the padding of ``body``; attention that torch has is no border here."""
+    return paddings(
+        lambda x: torch.ops.traitstest.attention(body(x @ WEIGHT)), torch.randn(5, HIDDEN), split_ops="traitstest::*"
+    )[0]
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_tokens_meet(name: str) -> None:
+    assert "tokens meet in" in padding(MEETING[name])
+
+
+@pytest.mark.parametrize("name", APART)
+def test_tokens_stay_apart(name: str) -> None:
+    assert padding(APART[name]) == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x + torch.ones(9, HIDDEN)[(x[:, 0].abs() * 8).long() % 9],
+        lambda x: x + F.embedding((x[:, 0].sigmoid() * 8).to(torch.int64).clamp(0, 8), torch.ones(9, HIDDEN)),
+        lambda x: x + x.gather(1, (x[:, :1].abs() % HIDDEN).int().long()),
+        lambda x: x + F.one_hot(x[:, 0].long() % HIDDEN, HIDDEN),
+    ],
+    ids=["index", "embedding", "gather", "one_hot"],
+)
+def test_indices_made_from_floats(body: Body) -> None:
+    assert "index by them" in padding(body)
