@@ -1,24 +1,25 @@
-"""Memory on GPUs that processes of one machine share: CUDA IPC memory and events, on one GPU or between peers.
+"""Memory on GPUs that processes of one machine share, by CUDA IPC: on one GPU, or between peers.
 
-Note [events of a link]
-Each end has one event that the other can wait for: the receiving one records it when places are free, the sending one
-when it has enqueued what it writes there. A message on the link's socket goes ahead of each wait, so the record is
-there by then. An event may be recorded again before the other end has waited for it; that end then waits for more than
-it needs, and never for itself: a place is named only when its readers are enqueued, and nothing that is enqueued before
-a place is named depends on what will land there.
-
-Waiting on a stream of one GPU for an event that another process has on another GPU ends the process [ran, torch 2.11,
-driver 580]. So it is waited for on a stream of that GPU, and an event of this process leads on from there.
+Note [counters of a link]
+The host waits for nothing here: streams wait for counters in a page of host memory that both processes map. The
+receiving end counts up ``free`` when what read its places has run, the sending end ``landed`` when it has written them,
+and each waits for the number of the transfer. A stream that waits for another process must not wait for a dead one,
+which events of CUDA IPC cannot promise: a process that was killed may leave its last event open for ever, and with it
+every stream that waits for it [ran, driver 580]. A counter can be set by whoever waits, so ``give_up`` ends all waits.
 
 Each process holds a context on the GPU of the other end, which takes some hundred MB there if it is another GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,18 @@ import torch
 
 from .. import _compat
 from ..handoff.one_machine import SharedBlock, machine
+from ..handoff.shared_memory import HostSharing
 from ..handoff.sockets import receive_exactly
 
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT_BYTES = 256
 _MAX_VIEWS = 4096
+_LANDED, _FREE = 0, 128
+"""Offsets of the counters in their page, on cache lines of their own."""
+_CLOSING_SECONDS = 5.0
+_POLL_SECONDS = 1e-3
+_AHEAD = 1 << 30
+"""How far ``give_up`` sets a counter ahead; counters wrap around, and a wait is for a distance."""
 
 
 class DeviceMemory:
@@ -61,7 +69,7 @@ class DeviceMemory:
     def end(self, line: socket.socket, is_source: bool, peer_place: str) -> DeviceSharing:
         gpu = json.loads(peer_place)["gpu"]
         peer = next(i for i in range(torch.cuda.device_count()) if _uuid(i) == gpu)
-        return DeviceSharing(line, self._device, torch.device("cuda", peer))
+        return DeviceSharing(line, is_source, self._device, torch.device("cuda", peer))
 
 
 def is_possible(device: torch.device) -> bool:
@@ -79,26 +87,26 @@ def _are_peers(one: int, other: int) -> bool:
 
 
 class DeviceSharing:
-    """One end's way to the landing memory of a link; see Note [events of a link].
+    """One end's way to the landing memory of a link; see Note [counters of a link].
 
     Args:
-        line: handles of memory and events travel over it.
+        line: handles of memory travel over it.
+        is_source: whether this is the sending end.
         device: of this end's tensors.
         peer_device: of the other end's, as this process numbers it.
     """
 
-    def __init__(self, line: socket.socket, device: torch.device, peer_device: torch.device) -> None:
+    def __init__(self, line: socket.socket, is_source: bool, device: torch.device, peer_device: torch.device) -> None:
         self._line = line
         self._device = device
         self._peer_device = peer_device
-        with torch.cuda.device(device):
-            self._ours = torch.cuda.Event(interprocess=True)
-            _send(line, self._ours.ipc_handle())
-        self._theirs = torch.cuda.Event.from_ipc_handle(peer_device, _received(line))
-        self._bridge = torch.cuda.Stream(peer_device) if peer_device != device else None
-        """Where the event of another GPU is waited for."""
+        page = HostSharing(line)
+        self._counters = page.take() if is_source else page.make(_FREE + 8)
+        _register(self._counters)
+        self._told, self._awaited = (_LANDED, _FREE) if is_source else (_FREE, _LANDED)
+        self._told_count = self._awaited_count = 0
         self._stream = torch.cuda.Stream(device)
-        """Where this end writes."""
+        """Where this end writes, and counts."""
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def make(self, num_bytes: int) -> SharedBlock:
@@ -114,7 +122,9 @@ class DeviceSharing:
         return SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
 
     def free(self) -> None:
-        self._ours.record(torch.cuda.current_stream(self._device))
+        # On one stream, so that the counter only goes up.
+        self._stream.wait_event(torch.cuda.current_stream(self._device).record_event())
+        self._count_up()
 
     def ready(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self._device).record_event()
@@ -122,13 +132,23 @@ class DeviceSharing:
     def write(
         self, ready: torch.cuda.Event, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]
     ) -> torch.cuda.Event:
+        self._awaited_count += 1
         with torch.cuda.stream(self._stream), torch.inference_mode(False), torch.no_grad():
             self._stream.wait_event(ready)
-            self._wait_for_theirs(self._stream)
+            self._wait_for(self._awaited_count, self._stream)
             for block, offset, tensor in writes:
                 self._view(block, offset, tensor).copy_(tensor, non_blocking=True)
-            self._ours.record(self._stream)
+            self._count_up()
             return self._stream.record_event()
+
+    def _count_up(self) -> None:
+        self._told_count += 1
+        address = self._counters.address + self._told
+        _call_driver("cuStreamWriteValue32_v2", self._stream.cuda_stream, address, self._told_count & 0xFFFFFFFF, 0)
+
+    def _wait_for(self, count: int, stream: torch.cuda.Stream) -> None:
+        address = self._counters.address + self._awaited
+        _call_driver("cuStreamWaitValue32_v2", stream.cuda_stream, address, count & 0xFFFFFFFF, 0)  # 0: or more
 
     def _view(self, block: SharedBlock, offset: int, like: torch.Tensor) -> torch.Tensor:
         key = (block.address, offset, like.shape, like.dtype)
@@ -143,18 +163,43 @@ class DeviceSharing:
     def after(self, written: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(written)
 
-    def after_landing(self) -> None:
-        self._wait_for_theirs(torch.cuda.current_stream(self._device))
+    def after_landing(self, count: int) -> None:
+        self._awaited_count = count
+        self._wait_for(count, torch.cuda.current_stream(self._device))
 
-    def _wait_for_theirs(self, stream: torch.cuda.Stream) -> None:
-        if self._bridge is None:
-            stream.wait_event(self._theirs)
-        else:
-            self._bridge.wait_event(self._theirs)
-            stream.wait_event(self._bridge.record_event())
+    def give_up(self) -> None:
+        ahead = ctypes.c_uint32(self._awaited_count + _AHEAD)
+        ctypes.memmove(self._counters.address + self._awaited, ctypes.byref(ahead), 4)
 
     def close(self) -> None:
         self._views.clear()
+        streams = (self._stream, torch.cuda.current_stream(self._device))
+        deadline = time.monotonic() + _CLOSING_SECONDS
+        with contextlib.suppress(RuntimeError):
+            # What a killed process had enqueued may still set a counter back.
+            while not all(stream.query() for stream in streams) and time.monotonic() < deadline:
+                self.give_up()
+                time.sleep(_POLL_SECONDS)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._counters.address))
+
+
+def _register(page: SharedBlock) -> None:
+    """Let GPUs reach a page of host memory, under its own address."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(page.address, page.num_bytes, 0))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    driver = ctypes.CDLL("libcuda.so.1")
+    for name in ("cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
+        getattr(driver, name).argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+    return driver
+
+
+def _call_driver(name: str, stream: int, address: int, value: int, flags: int) -> None:
+    """An operation on a stream that PyTorch has no call for."""
+    if error := getattr(_driver(), name)(stream, address, value, flags):
+        raise RuntimeError(f"{name} failed with CUDA driver error {error}")
 
 
 def _send(line: socket.socket, message: bytes) -> None:

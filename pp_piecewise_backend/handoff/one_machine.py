@@ -78,11 +78,14 @@ class Sharing(Protocol):
     def after(self, written: Any) -> None:
         """At the sending end: what the current stream enqueues from now on comes after that write."""
 
-    def after_landing(self) -> None:
-        """At the receiving end: likewise, after the writes that the other end has told of."""
+    def after_landing(self, count: int) -> None:
+        """At the receiving end: likewise, after the first so many writes, of which the other end has told."""
+
+    def give_up(self) -> None:
+        """End what is waited for on an accelerator, from any thread: the other end may be dead."""
 
     def close(self) -> None:
-        """Let go of the memory of the other end."""
+        """Forget the other end, before its memory is given back."""
 
 
 class KindOfSharing(Protocol):
@@ -247,7 +250,7 @@ class OneMachineWire:
     def wait_until_landed(self, count: int) -> None:
         while self._landed_count < count:
             self._landed_count += len(self._data.receive_some(self._longest_seconds))
-        self._sharing.after_landing()
+        self._sharing.after_landing(count)
 
     # ------------------------------------------------------------------------------- sending end
 
@@ -311,6 +314,7 @@ class OneMachineWire:
 
     def break_data(self) -> None:
         self._data.hang_up()
+        self._sharing.give_up()
         with self._changed:
             self._is_broken = True
             self._changed.notify_all()
@@ -326,8 +330,8 @@ class OneMachineWire:
         self._messages.close()
         self._data.close()
         self._memory.close()
-        self._blocks.clear()
         self._sharing.close()
+        self._blocks.clear()
 
 
 class _Sending:

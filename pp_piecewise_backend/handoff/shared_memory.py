@@ -79,7 +79,10 @@ class HostSharing:
     def after(self, written: None) -> None:
         pass
 
-    def after_landing(self) -> None:
+    def after_landing(self, count: int) -> None:
+        pass
+
+    def give_up(self) -> None:
         pass
 
     def close(self) -> None:
