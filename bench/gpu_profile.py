@@ -6,10 +6,14 @@ Two stages of `gpu_stage.py` hand micro-batches over through `StageRunner` and t
 and on a stream of its own. After warm-up a few micro-batches are profiled. Written are the trace, for Perfetto, and
 what was found in it:
 
-- `synchronisations`, `allocations`: calls of the CUDA runtime that wait for the device, or take memory from it.
-- `copies_per_micro_batch`: copies from memory to memory; two proxies make two, each from where the first stage wrote
-  it to where the second one reads it. Copies within attention are kernels, and not among them.
-- `copies_beside_a_kernel`: those during which a kernel ran: proxies that land while a stage computes.
+- `synchronisations`, `allocations`: calls of the CUDA runtime that wait for the device, or take memory from it. What
+  the profiler itself does behind the last launch is left out.
+- `hand_over_copies`: copies on the stream between the stages, which runs nothing else: two proxies make two for each
+  micro-batch, from where the first stage wrote them to where the second one reads them.
+- `landing_in_a_forward`: of these, how many began while the second stage ran the forward before.
+- `copies_in_the_second_stage`: bytes -> copies for each of its forwards. Of the size of a proxy are what attention
+  writes to its output argument, one per layer, and the two results, which a last stage hands to its caller; the
+  positions are the small ones. A third kind would be a copy on the way of a proxy into the pieces.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ import gzip
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,8 @@ from gpu_handoff import Pair, two_threads
 NAME = "gpu_profile"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 TAKES = ("cudaMalloc", "cudaMallocAsync", "cudaHostAlloc", "cuMemCreate", "cudaFree")
-MEMORY_TO_MEMORY = "Memcpy DtoD"
+MEMORY_TO_MEMORY = ("Memcpy DtoD", "Memcpy PtoP")
+PIECE = "ppb.piece["
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     pair = Pair(options)
     events = traced(pair, options.tokens[0], options.output)
     parameters = {name: value for name, value in vars(options).items() if name != "output"}
-    found = findings(events, options.micro_batches)
+    found = findings(events)
     print(json.dumps(found, indent=1))
     print(write_result(options.output, NAME, parameters, found))
 
@@ -69,35 +76,49 @@ def traced(pair: Pair, tokens: int, folder: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        text = path.read_text()
+        whole: dict[str, Any] = json.loads(path.read_text())
+    whole.pop("traceName", None)  # a path of this machine
     folder.mkdir(parents=True, exist_ok=True)
     with gzip.open(folder / f"{NAME}_trace.json.gz", "wt") as out:
-        out.write(text)
-    events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
+        json.dump(whole, out)
+    events: list[dict[str, Any]] = whole["traceEvents"]
     return events
 
 
-def findings(events: Sequence[Mapping[str, Any]], micro_batches: int) -> dict[str, Any]:
-    """What the docstring of this module names, from the events of a Chrome trace of torch.profiler."""
-    runtime = [event["name"] for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+def findings(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the docstring of this module names, from the events of a Chrome trace of torch.profiler.
+
+    The profiler was started in the thread of the second stage, so the steps that it names are those of that stage. What
+    runs on the device has its stream for a thread.
+    """
+    calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    last_launch = max((event["ts"] for event in calls if "Launch" in event["name"]), default=0.0)
+    served = [event["name"] for event in calls if event["ts"] <= last_launch]
     kernels = [event for event in events if event.get("cat") == "kernel"]
-    copies = [
-        event for event in events if event.get("cat") == "gpu_memcpy" and event["name"].startswith(MEMORY_TO_MEMORY)
-    ]
+    copies = [e for e in events if e.get("cat") == "gpu_memcpy" and e["name"].startswith(MEMORY_TO_MEMORY)]
+    steps = [e for e in events if e.get("cat") == "gpu_user_annotation" and e["name"].startswith(PIECE)]
+    streams = {event["tid"] for event in kernels}
+    forwards = forwards_of(steps)
+    between = [copy for copy in copies if copy["tid"] not in streams]
+    own_stream = {event["tid"] for event in steps}
+    own: Counter[int] = Counter(copy["args"]["bytes"] for copy in copies if copy["tid"] in own_stream)
     return {
-        "micro_batches": micro_batches,
-        "synchronisations": {name: count for name in WAITS if (count := runtime.count(name))},
-        "allocations": {name: count for name in TAKES if (count := runtime.count(name))},
-        "copies_per_micro_batch": len(copies) / micro_batches,
-        "copied_bytes_per_micro_batch": sum(event["args"].get("bytes", 0) for event in copies) / micro_batches,
-        "kernels_per_micro_batch": len(kernels) / micro_batches,
-        "copies_beside_a_kernel": sum(any(overlap(copy, kernel) for kernel in kernels) for copy in copies),
+        "forwards_of_the_second_stage": len(forwards),
+        "synchronisations": {name: count for name in WAITS if (count := served.count(name))},
+        "allocations": {name: count for name in TAKES if (count := served.count(name))},
+        "hand_over_copies": len(between),
+        "landing_in_a_forward": sum(any(begin <= copy["ts"] <= end for begin, end in forwards) for copy in between),
+        "copies_in_the_second_stage": {str(size): count / len(forwards) for size, count in sorted(own.items())},
+        "kernels_in_the_second_stage": sum(e["tid"] in own_stream for e in kernels) / len(forwards),
     }
 
 
-def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two events of the device run at the same time for a while."""
-    return bool(one["ts"] < other["ts"] + other["dur"] and other["ts"] < one["ts"] + one["dur"])
+def forwards_of(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Begin and end of each forward on the device, from its first piece to its last."""
+    ordered = sorted(steps, key=lambda event: float(event["ts"]))
+    firsts = [at for at, event in enumerate(ordered) if event["name"] == f"{PIECE}0]"]
+    groups = [ordered[at:next_at] for at, next_at in pairwise([*firsts, len(ordered)])]
+    return [(group[0]["ts"], max(event["ts"] + event["dur"] for event in group)) for group in groups]
 
 
 if __name__ == "__main__":

@@ -189,27 +189,36 @@ def test_what_is_found_in_a_profile() -> None:
     from gpu_profile import findings
 
     def event(cat: str, name: str, ts: float, dur: float = 1.0, **args: int) -> dict[str, Any]:
-        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "tid": args.pop("stream", 1), "args": args}
 
+    copy = "Memcpy DtoD (Device -> Device)"
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name"},
-        event("cuda_runtime", "cudaGraphLaunch", 0.0),
         event("cuda_runtime", "cudaStreamSynchronize", 1.0),
         event("cuda_runtime", "cudaMalloc", 2.0),
+        event("cuda_runtime", "cudaGraphLaunch", 3.0),
+        event("cuda_runtime", "cudaDeviceSynchronize", 90.0),  # the profiler's own
+        event("gpu_user_annotation", "ppb.piece[0]", 10.0, 5.0, stream=7),
+        event("gpu_user_annotation", "ppb.piece[2]", 16.0, 4.0, stream=7),
+        event("gpu_user_annotation", "ppb.piece[0]", 30.0, 5.0, stream=7),
+        event("gpu_user_annotation", "ppb.piece[2]", 36.0, 4.0, stream=7),
         event("kernel", "triton_poi_0", 10.0, 5.0, stream=7),
         event("kernel", "gemm", 20.0, 5.0, stream=8),
-        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 12.0, 1.0, bytes=64),
-        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 15.0, 5.0, bytes=64),
-        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 21.0, 1.0, bytes=8),
+        event("gpu_memcpy", copy, 12.0, 1.0, bytes=64, stream=9),
+        event("gpu_memcpy", copy, 25.0, 5.0, bytes=64, stream=9),
+        event("gpu_memcpy", copy, 15.0, 1.0, bytes=8, stream=7),
+        event("gpu_memcpy", copy, 35.0, 1.0, bytes=8, stream=7),
+        event("gpu_memcpy", copy, 35.0, 1.0, bytes=8, stream=8),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 21.0, 1.0, bytes=8, stream=7),
     ]
-    assert findings(events, micro_batches=2) == {
-        "micro_batches": 2,
+    assert findings(events) == {
+        "forwards_of_the_second_stage": 2,
         "synchronisations": {"cudaStreamSynchronize": 1},
         "allocations": {"cudaMalloc": 1},
-        "copies_per_micro_batch": 1.0,
-        "copied_bytes_per_micro_batch": 64.0,
-        "kernels_per_micro_batch": 1.0,
-        "copies_beside_a_kernel": 1,
+        "hand_over_copies": 2,
+        "landing_in_a_forward": 1,
+        "copies_in_the_second_stage": {"8": 1.0},
+        "kernels_in_the_second_stage": 0.5,
     }
 
 
