@@ -171,7 +171,7 @@ class Graphs:
                 else:
                     moved = self._moved(bucket, here)
         if bucket is None:
-            obstacle = self._why_not_capture(parameters, num_tokens, size, warming_up)
+            obstacle = self._why_not_capture(parameters, num_tokens, size)
             if obstacle is not None:
                 return obstacle
             return self._capture(parameters, args, num_tokens, size, warming_up)
@@ -280,17 +280,15 @@ class Graphs:
         parameters = self._sets[key] = ParameterSet()
         return parameters
 
-    def _why_not_capture(
-        self, parameters: ParameterSet, num_tokens: int, size: int, warming_up: bool
-    ) -> Obstacle | None:
+    def _why_not_capture(self, parameters: ParameterSet, num_tokens: int, size: int) -> Obstacle | None:
         """Why this call does not capture the bucket; None if it does."""
         plan = self.plan
         if num_tokens < size:
             obstacles = [may_pad(plan, parameters.verdicts, step) for step in plan.capturable]
             if all(obstacle is not None for obstacle in obstacles):
                 return obstacles[0]
-        if warming_up:
-            return None
+        if (session := current_session()) is not None:
+            return None if session.captures else Obstacle("first-call", REASONS["first-call"])
         if not plan.settings.lazy:
             return Obstacle("not-warmed-up", REASONS["not-warmed-up"])
         seen = parameters.calls_seen.get(size, 0)
