@@ -104,8 +104,8 @@ class StaticMemory:
         """Held by the call that uses the memory."""
         self.holder: int | None = None
         """The thread of that call."""
-        self.users: set[int] = set()
-        """Ids of the programs' graphs that have something captured in it; the last one to go releases it."""
+        self.users: set[Any] = set()
+        """The graphs of each program that has something captured in it; the last one to go releases it."""
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         self.pools: dict[str, Any] = {}

@@ -236,13 +236,18 @@ class Graphs:
         return program
 
     def _hand_over(
-        self, args: Sequence[Any], results: list[Any], bucket: Bucket, program: FlatProgram | None
+        self,
+        args: Sequence[Any],
+        results: list[Any],
+        bucket: Bucket,
+        program: FlatProgram | None,
+        may_be_static: bool = True,
     ) -> tuple[list[Any], int]:
-        """Results that belong to the caller, and how many tensors were copied for it."""
+        """Results that belong to the caller, unless static outputs may be, and how many tensors were copied for it."""
         plan = self.plan
         storages = plan.split.result_storages
         static = bucket.overwritten
-        if plan.settings.static_outputs:
+        if plan.settings.static_outputs and may_be_static:
             if plan.settings.strict and plan.settings.device == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)
@@ -314,11 +319,14 @@ class Graphs:
             for other in parameters.buckets.values():  # their programs were made when padding seemed right
                 other.programs.clear()
         parameters.buckets[size] = bucket
-        self._memory.users.add(id(self))
+        self._memory.users.add(self)
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
-        results, copied = self._hand_over(args, results, bucket, None)
+        limit = self.plan.settings.memory_limit_bytes
+        is_over_limit = limit is not None and self._graph_bytes() > limit
+        # What the caller gets must not lie in graphs that are about to go.
+        results, copied = self._hand_over(args, results, bucket, None, may_be_static=not is_over_limit)
         if not warming_up:
             replayed = [s for s in bucket.graphs if num_tokens == size or
                         may_pad(self.plan, parameters.verdicts, s) is None]  # fmt: skip
@@ -340,26 +348,32 @@ class Graphs:
             tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
         )
         self._count_memory()
-        self._keep_within_limit(parameters, size)
+        if limit is not None and is_over_limit:
+            self._drop_largest_bucket(limit)
         return results
 
-    def _keep_within_limit(self, parameters: ParameterSet, size: int) -> None:
-        limit = self.plan.settings.memory_limit_bytes
-        if limit is None or self._graph_bytes() <= limit:
-            return
-        largest = max(parameters.buckets)
-        sentence = errors.bucket_dropped(self.name, largest, self._graph_bytes(), limit)
-        _LOG.warning("%s", sentence)
-        self._dropped[largest] = Obstacle("graph-memory", sentence)
-        if (session := current_session()) is not None:
-            session.must_repeat = True
-        # The pool shrinks only as a whole; the smaller buckets are captured again when they are needed.
-        for other in self._sets.values():
-            for tokens in list(other.buckets):
-                self._release_bucket(other, tokens)
-                other.calls_seen[tokens] = 1
+    def _drop_largest_bucket(self, limit_bytes: int) -> None:
+        """Make room: capture the largest bucket of all programs that share the memory no more."""
+        held_bytes, users = self._graph_bytes(), list(self._memory.users)
+        largest = max(bucket.tokens for user in users for bucket, _ in user.buckets)
+        for user in users:
+            if any(bucket.tokens == largest for bucket, _ in user.buckets):
+                sentence = errors.bucket_dropped(user.name, largest, held_bytes, limit_bytes)
+                _LOG.warning("%s", sentence)
+                user._dropped[largest] = Obstacle("graph-memory", sentence)
+            # Pools shrink only as a whole; the smaller buckets are captured again when they are needed.
+            user._release_buckets()
         self._memory.pools.clear()
         self._count_memory()
+        if (session := current_session()) is not None:
+            session.must_repeat = True
+
+    def _release_buckets(self) -> None:
+        """Give back all graphs; the next call of a bucket captures it again."""
+        for parameters in self._sets.values():
+            for size in list(parameters.buckets):
+                self._release_bucket(parameters, size)
+                parameters.calls_seen[size] = 1
 
     def _moved(self, bucket: Bucket, here: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[int, str]:
         moved: dict[int, str] = {}
@@ -465,14 +479,12 @@ class Graphs:
 
     def release_unlocked(self) -> None:
         """The same for a program that is gone, which no call can be using."""
-        for parameters in self._sets.values():
-            for size in list(parameters.buckets):
-                self._release_bucket(parameters, size)
+        self._release_buckets()
         self._sets.clear()
         self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
-        self._memory.users.discard(id(self))
+        self._memory.users.discard(self)
         if not self._memory.users:
             self._memory.release()
         self._count_memory()
