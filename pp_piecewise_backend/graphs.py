@@ -21,7 +21,7 @@ import torch
 
 from . import _compat, errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
-from .buffers import StaticMemory, without_repeats
+from .buffers import StaticMemory
 from .capture import Device, make_device
 from .events import NO_EVENTS, Events
 from .plan import REASONS, GraphPlan, Obstacle
@@ -96,7 +96,6 @@ class Graphs:
         self.miss_log: OrderedDict[tuple[str, int], Misses] = OrderedDict()
         """(Reason, number of tokens) -> what was missed, for reports; the latest reasons are kept."""
         self._calls = 0
-        self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
         written, self._copied = plan.unseen_aliases
         self._written = itemgetter(*written, written[0]) if written else None  # two at least, for a tuple
@@ -181,8 +180,8 @@ class Graphs:
         if settings.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
-        if self._given_out:
-            self._spoil_given_out()
+        if self._memory.given_out:
+            self._memory.spoil_given_out()
         if settings.verify_every and self._calls % settings.verify_every == 0:
             results, call = self._run_verified(program, args, size)
         else:
@@ -253,7 +252,7 @@ class Graphs:
                 in_static_memory = list(results)
                 hand_over(results, storages, plan.input_storages, static)
                 pairs = zip(results, in_static_memory, strict=True)
-                self._given_out = [weakref.ref(given) for given, other in pairs if given is not other]
+                self._memory.given_out = [weakref.ref(given) for given, other in pairs if given is not other]
             return results, 0
         copied = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
@@ -264,16 +263,6 @@ class Graphs:
         for index in merged:
             results[index] = results[index].clone()
         return results, copied
-
-    def _spoil_given_out(self) -> None:
-        """Overwrite what the last call returned, so that whoever still reads it sees that it is gone."""
-        for reference in self._given_out:
-            tensor = reference()
-            if tensor is not None:
-                with torch.inference_mode(False), torch.no_grad():
-                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
-        self._given_out = []
 
     # ------------------------------------------------------------------------- capturing
 
@@ -309,7 +298,7 @@ class Graphs:
     ) -> list[Any]:
         if not parameters.buckets:
             self._sets_captured += 1
-        self._spoil_given_out()
+        self._memory.spoil_given_out()
         if self.plan.listener is not None:
             self.plan.listener.results_are_written()
         refused_before = parameters.verdicts.refused

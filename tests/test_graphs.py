@@ -517,6 +517,18 @@ def test_static_outputs_are_spoiled_under_strict_when_the_next_call_takes_their_
     torch.testing.assert_close(again, pair.twin(rows(5, device, seed=2))[0], rtol=1e-5, atol=1e-5)
 
 
+def test_static_outputs_are_spoiled_by_a_call_of_any_program_of_the_stage() -> None:
+    pair = pair_of(net(forward_of_stage, "cpu"), "cpu", static_outputs=True, strict=True)
+    for num_tokens in (8, 8, 1, 1, 2, 2):
+        pair(rows(num_tokens, "cpu"))
+    assert len(ppb.programs()) == 2
+    for num_tokens, other in ((8, 1), (1, 8), (2, 1)):
+        result = pair(rows(num_tokens, "cpu"))
+        later = pair(rows(other, "cpu"))
+        assert torch.isnan(result).all(), "its memory belongs to the later call"
+        torch.testing.assert_close(later, pair.twin(rows(other, "cpu")), rtol=1e-5, atol=1e-5)
+
+
 @on_devices
 def test_static_outputs_are_views_of_static_memory(device: str) -> None:
     pair = pair_of(net(forward, device), device, static_outputs=True)
