@@ -76,10 +76,9 @@ class PiecewiseBackend:
         events = dump.start(name, config)
         events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops)
-        stage_input_names = config.stage_inputs if stage is None else tuple(stage.inputs)
         try:
             facts = collect_facts(graph_module, example_inputs)
-            table = classify_inputs(facts, stage_input_names)
+            table = classify_inputs(facts, _tail_ranks(config, stage))
             facts = facts.with_equal_symbols(table.equal_symbols)
             whole = config.mode == "full"
             split = None if facts.needs_gradient else split_graph(facts, table, matcher, whole=whole)
@@ -288,6 +287,13 @@ def _read_options(options: Mapping[str, object] | None) -> tuple[Config, Stage |
     if config.sources["stage_inputs"] != "default" and set(config.stage_inputs) != set(stage.inputs):
         raise errors.ConfigError(errors.two_stage_inputs(config.stage_inputs, list(stage.inputs)))
     return config, stage
+
+
+def _tail_ranks(config: Config, stage: Stage | None) -> Mapping[str, int | None]:
+    """Name of each stage input -> how many dimensions lie behind its tokens, if a ``Stage`` says so."""
+    if stage is None:
+        return dict.fromkeys(config.stage_inputs)
+    return {name: len(proxy.shape) for name, proxy in stage.inputs.items()}
 
 
 def _graph_settings(config: Config, table: InputTable, stage: Stage | None) -> tuple[GraphSettings | None, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,12 +105,14 @@ class StaticMemory:
         """Held by the call that uses the memory."""
         self.holder: int | None = None
         """The thread of that call."""
-        self.users: set[int] = set()
-        """Ids of the programs' graphs that have something captured in it; the last one to go releases it."""
+        self.users: set[Any] = set()
+        """The graphs of each program that has something captured in it; the last one to go releases it."""
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         self.pools: dict[str, Any] = {}
         """Graph pools that belong to the same stage, by name; ``capture.py`` knows what they are."""
+        self.given_out: list[weakref.ref[torch.Tensor]] = []
+        """What the last call returned, where the next one is to show that it took the memory of these results."""
         self.counted_bytes = (0, 0)
         """What the gauges of ``stats`` hold of it: bytes in graph pools, bytes in blocks."""
 
@@ -127,6 +130,16 @@ class StaticMemory:
     def give_back(self, block: torch.Tensor) -> None:
         if any(b is block for b in self._blocks) and not any(b is block for b in self._free):
             self._free.append(block)
+
+    def spoil_given_out(self) -> None:
+        """Overwrite what the last call returned, so that whoever still reads it sees that it is gone."""
+        for reference in self.given_out:
+            tensor = reference()
+            if tensor is not None:
+                with torch.inference_mode(False), torch.no_grad():
+                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
+        self.given_out = []
 
     @property
     def held_bytes(self) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from . import _compat, errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
-from .buffers import StaticMemory, without_repeats
+from .buffers import StaticMemory
 from .capture import Device, make_device
 from .events import NO_EVENTS, Events
 from .plan import REASONS, GraphPlan, Obstacle
@@ -96,7 +96,6 @@ class Graphs:
         self.miss_log: OrderedDict[tuple[str, int], Misses] = OrderedDict()
         """(Reason, number of tokens) -> what was missed, for reports; the latest reasons are kept."""
         self._calls = 0
-        self._given_out: list[weakref.ref[torch.Tensor]] = []
         self.plain: dict[int, Sequence[Any]] = {}
         written, self._copied = plan.unseen_aliases
         self._written = itemgetter(*written, written[0]) if written else None  # two at least, for a tuple
@@ -171,7 +170,7 @@ class Graphs:
                 else:
                     moved = self._moved(bucket, here)
         if bucket is None:
-            obstacle = self._why_not_capture(parameters, num_tokens, size, warming_up)
+            obstacle = self._why_not_capture(parameters, num_tokens, size)
             if obstacle is not None:
                 return obstacle
             return self._capture(parameters, args, num_tokens, size, warming_up)
@@ -181,8 +180,8 @@ class Graphs:
         if settings.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
-        if self._given_out:
-            self._spoil_given_out()
+        if self._memory.given_out:
+            self._memory.spoil_given_out()
         if settings.verify_every and self._calls % settings.verify_every == 0:
             results, call = self._run_verified(program, args, size)
         else:
@@ -236,19 +235,24 @@ class Graphs:
         return program
 
     def _hand_over(
-        self, args: Sequence[Any], results: list[Any], bucket: Bucket, program: FlatProgram | None
+        self,
+        args: Sequence[Any],
+        results: list[Any],
+        bucket: Bucket,
+        program: FlatProgram | None,
+        may_be_static: bool = True,
     ) -> tuple[list[Any], int]:
-        """Results that belong to the caller, and how many tensors were copied for it."""
+        """Results that belong to the caller, unless static outputs may be, and how many tensors were copied for it."""
         plan = self.plan
         storages = plan.split.result_storages
         static = bucket.overwritten
-        if plan.settings.static_outputs:
+        if plan.settings.static_outputs and may_be_static:
             if plan.settings.strict and plan.settings.device == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)
                 hand_over(results, storages, plan.input_storages, static)
                 pairs = zip(results, in_static_memory, strict=True)
-                self._given_out = [weakref.ref(given) for given, other in pairs if given is not other]
+                self._memory.given_out = [weakref.ref(given) for given, other in pairs if given is not other]
             return results, 0
         copied = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
@@ -260,16 +264,6 @@ class Graphs:
             results[index] = results[index].clone()
         return results, copied
 
-    def _spoil_given_out(self) -> None:
-        """Overwrite what the last call returned, so that whoever still reads it sees that it is gone."""
-        for reference in self._given_out:
-            tensor = reference()
-            if tensor is not None:
-                with torch.inference_mode(False), torch.no_grad():
-                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
-        self._given_out = []
-
     # ------------------------------------------------------------------------- capturing
 
     def _new_set(self, key: tuple[Any, ...]) -> ParameterSet:
@@ -280,17 +274,15 @@ class Graphs:
         parameters = self._sets[key] = ParameterSet()
         return parameters
 
-    def _why_not_capture(
-        self, parameters: ParameterSet, num_tokens: int, size: int, warming_up: bool
-    ) -> Obstacle | None:
+    def _why_not_capture(self, parameters: ParameterSet, num_tokens: int, size: int) -> Obstacle | None:
         """Why this call does not capture the bucket; None if it does."""
         plan = self.plan
         if num_tokens < size:
             obstacles = [may_pad(plan, parameters.verdicts, step) for step in plan.capturable]
             if all(obstacle is not None for obstacle in obstacles):
                 return obstacles[0]
-        if warming_up:
-            return None
+        if (session := current_session()) is not None:
+            return None if session.captures else Obstacle("first-call", REASONS["first-call"])
         if not plan.settings.lazy:
             return Obstacle("not-warmed-up", REASONS["not-warmed-up"])
         seen = parameters.calls_seen.get(size, 0)
@@ -306,7 +298,7 @@ class Graphs:
     ) -> list[Any]:
         if not parameters.buckets:
             self._sets_captured += 1
-        self._spoil_given_out()
+        self._memory.spoil_given_out()
         if self.plan.listener is not None:
             self.plan.listener.results_are_written()
         refused_before = parameters.verdicts.refused
@@ -316,11 +308,14 @@ class Graphs:
             for other in parameters.buckets.values():  # their programs were made when padding seemed right
                 other.programs.clear()
         parameters.buckets[size] = bucket
-        self._memory.users.add(id(self))
+        self._memory.users.add(self)
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
-        results, copied = self._hand_over(args, results, bucket, None)
+        limit = self.plan.settings.memory_limit_bytes
+        is_over_limit = limit is not None and self._graph_bytes() > limit
+        # What the caller gets must not lie in graphs that are about to go.
+        results, copied = self._hand_over(args, results, bucket, None, may_be_static=not is_over_limit)
         if not warming_up:
             replayed = [s for s in bucket.graphs if num_tokens == size or
                         may_pad(self.plan, parameters.verdicts, s) is None]  # fmt: skip
@@ -342,26 +337,32 @@ class Graphs:
             tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
         )
         self._count_memory()
-        self._keep_within_limit(parameters, size)
+        if limit is not None and is_over_limit:
+            self._drop_largest_bucket(limit)
         return results
 
-    def _keep_within_limit(self, parameters: ParameterSet, size: int) -> None:
-        limit = self.plan.settings.memory_limit_bytes
-        if limit is None or self._graph_bytes() <= limit:
-            return
-        largest = max(parameters.buckets)
-        sentence = errors.bucket_dropped(self.name, largest, self._graph_bytes(), limit)
-        _LOG.warning("%s", sentence)
-        self._dropped[largest] = Obstacle("graph-memory", sentence)
-        if (session := current_session()) is not None:
-            session.must_repeat = True
-        # The pool shrinks only as a whole; the smaller buckets are captured again when they are needed.
-        for other in self._sets.values():
-            for tokens in list(other.buckets):
-                self._release_bucket(other, tokens)
-                other.calls_seen[tokens] = 1
+    def _drop_largest_bucket(self, limit_bytes: int) -> None:
+        """Make room: capture the largest bucket of all programs that share the memory no more."""
+        held_bytes, users = self._graph_bytes(), list(self._memory.users)
+        largest = max(bucket.tokens for user in users for bucket, _ in user.buckets)
+        for user in users:
+            if any(bucket.tokens == largest for bucket, _ in user.buckets):
+                sentence = errors.bucket_dropped(user.name, largest, held_bytes, limit_bytes)
+                _LOG.warning("%s", sentence)
+                user._dropped[largest] = Obstacle("graph-memory", sentence)
+            # Pools shrink only as a whole; the smaller buckets are captured again when they are needed.
+            user._release_buckets()
         self._memory.pools.clear()
         self._count_memory()
+        if (session := current_session()) is not None:
+            session.must_repeat = True
+
+    def _release_buckets(self) -> None:
+        """Give back all graphs; the next call of a bucket captures it again."""
+        for parameters in self._sets.values():
+            for size in list(parameters.buckets):
+                self._release_bucket(parameters, size)
+                parameters.calls_seen[size] = 1
 
     def _moved(self, bucket: Bucket, here: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[int, str]:
         moved: dict[int, str] = {}
@@ -467,14 +468,12 @@ class Graphs:
 
     def release_unlocked(self) -> None:
         """The same for a program that is gone, which no call can be using."""
-        for parameters in self._sets.values():
-            for size in list(parameters.buckets):
-                self._release_bucket(parameters, size)
+        self._release_buckets()
         self._sets.clear()
         self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
-        self._memory.users.discard(id(self))
+        self._memory.users.discard(self)
         if not self._memory.users:
             self._memory.release()
         self._count_memory()

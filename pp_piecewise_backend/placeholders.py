@@ -83,41 +83,47 @@ class _Candidate:
     spec: TensorSpec | None
     in_module: bool = False
     """Whether it belongs to a module: a parameter, a buffer, or any other tensor that hangs on it."""
+    is_stage_input: bool = False
+    tail_rank: int | None = None
+    """Of a stage input: how many dimensions it was declared to have behind the token dimension, if it was."""
 
 
-def classify_inputs(facts: GraphFacts, stage_input_names: Sequence[str]) -> InputTable:
+def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> InputTable:
     """Find the kind of each placeholder of ``facts.graph_module``.
 
     Args:
-        stage_input_names: names of the proxies, matched on the last component of an input's source.
+        tail_ranks: names of the stage inputs, matched on the last component of an input's source -> how many
+            dimensions lie behind the token dimension; None where nobody declared it.
     """
     frame = _compat.frame_being_compiled()
     placeholders = [node for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
     candidates = _mark_module_members([_candidate(facts, node, frame) for node in placeholders])
+    candidates = [
+        replace(c, is_stage_input=True, tail_rank=tail_ranks[c.label])
+        if c.spec is not None and c.label in tail_ranks and not c.in_module
+        else c
+        for c in candidates
+    ]
     written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
-    stage = [c for c in candidates if c.spec is not None and c.label in stage_input_names and not c.in_module]
-    equal = _equal_symbols(facts, stage)
+    equal = _equal_symbols(facts, [c for c in candidates if c.is_stage_input])
     if equal:
         facts = facts.with_equal_symbols(equal)
-        stage = [replace(c, spec=facts.spec(c.node)) for c in stage]
         candidates = [replace(c, spec=facts.spec(c.node)) for c in candidates]
-    token_count, token_reason = _token_count(facts, candidates, stage, written)
-    inputs = tuple(_classify(facts, c, c in stage, token_count, written) for c in candidates)
-    found = {c.label for c in stage}
+    token_count, token_reason = _token_count(facts, candidates, written)
+    inputs = tuple(_classify(facts, c, token_count, written) for c in candidates)
+    found = {c.label for c in candidates if c.is_stage_input}
     rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.kind == "stage-input" and i.token_dim is not None]
     return InputTable(
         inputs,
         token_count,
         token_reason,
-        tuple(n for n in stage_input_names if n not in found),
+        tuple(n for n in tail_ranks if n not in found),
         equal,
         tuple(rows) if equal else (),
     )
 
 
-def _classify(
-    facts: GraphFacts, candidate: _Candidate, is_stage_input: bool, token_count: Dim | None, written: set[int]
-) -> GraphInput:
+def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None, written: set[int]) -> GraphInput:
     def result(kind: InputKind, reason: str, **more: Any) -> GraphInput:
         return GraphInput(candidate.node.name, candidate.source, candidate.label, kind, reason, candidate.spec, **more)
 
@@ -132,7 +138,7 @@ def _classify(
         return result("scalar", "a number that is no token count", expression=expression)
     token_dim = _dim_of(candidate, token_count)
     is_written = spec.storage in written
-    if is_stage_input:
+    if candidate.is_stage_input:
         also = " and written by the graph" if is_written else ""
         return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
     if _compat.is_python_float(candidate.node):
@@ -152,11 +158,9 @@ def _classify(
 # ------------------------------------------------------------------------------- token count
 
 
-def _token_count(
-    facts: GraphFacts, candidates: Sequence[_Candidate], stage: Sequence[_Candidate], written: set[int]
-) -> tuple[Dim | None, str]:
+def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate], written: set[int]) -> tuple[Dim | None, str]:
     """The size that counts tokens: of the stage inputs or, without any, of the per-token inputs."""
-    if stage:
+    if stage := [c for c in candidates if c.is_stage_input]:
         found = [(_token_dim_size(c), c) for c in stage]
         sizes = {size for size, _ in found}
         if len(sizes) > 1:
@@ -188,24 +192,28 @@ def _equal_symbols(facts: GraphFacts, stage: Sequence[_Candidate]) -> dict[sympy
 def _token_dim_size(candidate: _Candidate) -> Dim | None:
     """Size of the dimension that counts tokens in a proxy or per-token input; None if it is no bare symbol."""
     assert candidate.spec is not None
-    dim = _usual_token_dim(candidate.spec)
+    dim = _usual_token_dim(candidate, candidate.spec)
     size = None if dim is None else candidate.spec.shape[dim]
     return size if isinstance(size, (int, sympy.Symbol)) else None
 
 
-def _usual_token_dim(spec: TensorSpec) -> int | None:
-    """The dimension that usually counts tokens.
+def _usual_token_dim(candidate: _Candidate, spec: TensorSpec) -> int | None:
+    """The dimension that counts tokens, or usually does.
 
-    The last one that varies, as the sequence in ``[batch, tokens, hidden]``; if none does, the one before the hidden
-    size (floats) or the last one (ids and positions).
+    Where a ``Proxy`` declares what lies behind it, this tells. Else it is the last one that varies, as the sequence in
+    ``[batch, tokens, hidden]``; if none does, the one before the hidden size (stage inputs, floats) or the last one
+    (ids and positions).
     """
+    rank = len(spec.shape)
+    if candidate.tail_rank is not None and candidate.tail_rank < rank:
+        return rank - 1 - candidate.tail_rank
     varying = [dim for dim, size in enumerate(spec.shape) if not isinstance(size, int)]
     if varying:
         return varying[-1]
-    rank = len(spec.shape)
     if rank == 0:
         return None
-    return rank - 2 if spec.dtype.is_floating_point and rank > 1 else rank - 1
+    has_hidden_size = rank > 1 and (candidate.is_stage_input or spec.dtype.is_floating_point)
+    return rank - 2 if has_hidden_size else rank - 1
 
 
 def _dim_of(candidate: _Candidate, token_count: Dim | None) -> int | None:
@@ -213,7 +221,7 @@ def _dim_of(candidate: _Candidate, token_count: Dim | None) -> int | None:
     if candidate.spec is None or token_count is None:
         return None
     dims = [dim for dim, size in enumerate(candidate.spec.shape) if size == token_count]
-    usual = _usual_token_dim(candidate.spec)
+    usual = _usual_token_dim(candidate, candidate.spec)
     return usual if usual in dims else next(iter(dims), None)
 
 

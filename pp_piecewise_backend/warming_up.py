@@ -2,10 +2,11 @@
 
 Note [order of a warm-up]
 Plain ``torch.compile`` makes a program for the first size that it sees, another for all sizes from 2 up, and one for
-size 1. A call of one token and one of the largest number bring all of them into being; the larger one is also what
-Inductor tunes its kernels for. Then each bucket is captured, the largest first, since it fixes how much memory the
-pools hold, by a call inside the bucket and by one that fills it: a static program may take either. Second comes the
-smallest bucket in which calls are padded: buckets between two in which padding was tested (rule R3) need no test.
+size 1. A call of one token and one of the largest number bring all of them into being, and capture nothing yet; the
+larger one is also what Inductor tunes its kernels for. Then each bucket is captured, the largest first, since it fixes
+how much memory the pools hold, by a call inside the bucket and by one that fills it: a static program may take either.
+Second comes the smallest bucket in which calls are padded: buckets between two in which padding was tested (rule R3)
+need no test. Static programs have no ladder, so the sizes of the first two calls are among the others.
 """
 
 from __future__ import annotations
@@ -43,16 +44,20 @@ def current_session() -> Session | None:
 
 @dataclass
 class Session:
-    """One warm-up: calls made in it capture at once, are not counted, and have their writes undone."""
+    """One warm-up: calls made in it are not counted, and have their writes undone."""
 
     ladders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Program -> the buckets that it can be called in."""
     smallest: dict[str, int] = field(default_factory=dict)
     """Program -> the smallest number of tokens that it can be called with."""
+    has_static_programs: bool = False
+    """Whether a program serves one number of tokens only."""
     calls: int = 0
     """Calls of programs."""
     max_tokens: int = 1
     """The largest call that a program is meant for."""
+    captures: bool = False
+    """Whether calls capture at once; before that they only bring programs into being."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 
@@ -60,7 +65,11 @@ class Session:
         """Learn from a program that is called how large its calls are, and which buckets it has, if any."""
         self.calls += 1
         self.max_tokens = max(self.max_tokens, max_tokens)
-        if plan is not None and plan.token_symbol is not None:
+        if plan is None:
+            return
+        if plan.token_symbol is None:
+            self.has_static_programs = True
+        else:
             self.ladders[name] = plan.ladder.sizes_tokens
             self.smallest[name] = plan.smallest_tokens
 
@@ -116,6 +125,7 @@ def warm_up(
     with _keeping_generators(), _in_session(session):
         _call(compiled, make_inputs, 1 if sizes is None else min(sizes))
         _call(compiled, make_inputs, session.max_tokens if sizes is None else max(sizes))
+        session.captures = True
         passes = 0
         while passes == 0 or session.must_repeat:
             session.must_repeat = False
@@ -152,8 +162,11 @@ def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None
         groups.append(wanted)
     if len(padded) > 1:
         groups.insert(padded[0] + 1, groups.pop(padded[-1]))
-    too_large = sorted({size for size in sizes or () if not buckets or size > buckets[0]}, reverse=True)
-    return [*too_large, *(size for wanted in groups for size in wanted)]
+    calls = [size for wanted in groups for size in wanted]
+    first_two = {1, session.max_tokens} if session.has_static_programs else set()
+    others = sorted((first_two if sizes is None else set(sizes)).difference(calls), reverse=True)
+    largest = buckets[0] if buckets else 0
+    return [*(size for size in others if size > largest), *calls, *(size for size in others if size <= largest)]
 
 
 def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
-from pp_piecewise_backend import errors
+from pp_piecewise_backend import buffers, capture, errors
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -51,6 +52,10 @@ def forward(self: Any, x: Tensor) -> Tensor:
     for _ in range(2):
         x = torch.ops.graphstest.attention(x @ self.w)
     return x @ self.w
+
+
+def forward_of_stage(self: Any, hidden_states: Tensor) -> Tensor:
+    return forward(self, hidden_states)
 
 
 def call(program: Any, **values: Any) -> Tensor:
@@ -400,6 +405,47 @@ def test_graph_memory_is_kept_within_its_limit(device: str, caplog: pytest.LogCa
     assert device == "cuda" or ppb.stats().replays > 0  # the smaller buckets are kept
 
 
+def test_the_limit_holds_for_all_programs_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them must not keep what the other one counts no more: sizes of one token have a program of their own."""
+    blocks: list[weakref.ref[Tensor]] = []
+
+    def allocate(num_bytes: int, device: torch.device) -> Tensor:
+        block = buffers.allocate(num_bytes, device)
+        blocks.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(capture, "allocate", allocate)
+    calls = (64, 64, 1, 1, 4, 4, 1, 64, 2, 2, 1, 3)
+    sizes = {"capture_sizes": "1,2,4,64", "max_tokens": 64}
+
+    def held_bytes() -> int:
+        return sum(block.numel() for reference in blocks if (block := reference()) is not None)
+
+    pair = pair_of(net(forward_of_stage, "cpu"), "cpu", **sizes)
+    for num_tokens in calls:
+        pair(rows(num_tokens, "cpu"))
+    most = ppb.stats().graph_bytes
+    assert held_bytes() == most > 0
+    pair = pair_of(net(forward_of_stage, "cpu"), "cpu", graph_memory_bytes=most - 1, **sizes)
+    for num_tokens in (1, 1, *calls):
+        pair(rows(num_tokens, "cpu"))
+        assert held_bytes() == ppb.stats().graph_bytes < most
+    one, many = ppb.programs()
+    assert (set(one.graphs.dropped), set(many.graphs.dropped)) == (set(), {64})
+    with ppb.expect(captures=0, miss_reasons={"graph-memory": 3}, replays=4 * 3):
+        for num_tokens in (64, 4, 3, 2, 1):
+            pair(rows(num_tokens, "cpu"))
+
+
+@on_devices
+def test_static_outputs_outlive_graphs_that_the_limit_leaves_no_room_for(device: str) -> None:
+    pair = pair_of(net(forward, device), device, static_outputs=True, graph_memory_bytes=1)
+    pair(rows(8, device))
+    with ppb.expect(captures=3, output_copies=1):
+        pair(rows(8, device))
+    assert ppb.stats().graph_bytes == 0
+
+
 @on_devices
 def test_strict_makes_a_miss_an_error(device: str) -> None:
     def drop(self: Any, x: Tensor) -> Tensor:
@@ -469,6 +515,18 @@ def test_static_outputs_are_spoiled_under_strict_when_the_next_call_takes_their_
     assert positive.all()
     assert torch.isnan(result).all(), "its memory belongs to the later call"
     torch.testing.assert_close(again, pair.twin(rows(5, device, seed=2))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_static_outputs_are_spoiled_by_a_call_of_any_program_of_the_stage() -> None:
+    pair = pair_of(net(forward_of_stage, "cpu"), "cpu", static_outputs=True, strict=True)
+    for num_tokens in (8, 8, 1, 1, 2, 2):
+        pair(rows(num_tokens, "cpu"))
+    assert len(ppb.programs()) == 2
+    for num_tokens, other in ((8, 1), (1, 8), (2, 1)):
+        result = pair(rows(num_tokens, "cpu"))
+        later = pair(rows(other, "cpu"))
+        assert torch.isnan(result).all(), "its memory belongs to the later call"
+        torch.testing.assert_close(later, pair.twin(rows(other, "cpu")), rtol=1e-5, atol=1e-5)
 
 
 @on_devices

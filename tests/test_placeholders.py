@@ -355,6 +355,47 @@ def test_stage_inputs_that_disagree() -> None:
     assert set(kinds(program).values()) == {"stage-input"}
 
 
+PROXIES = {
+    "two tail dimensions": {"hidden_states": ppb.Proxy((2, HIDDEN), torch.float32)},
+    "no tail": {"hidden_states": ppb.Proxy((), torch.float32)},
+    "integers": {"hidden_states": ppb.Proxy((8,), torch.float32), "residual": ppb.Proxy((16,), torch.int64)},
+    "bools": {"hidden_states": ppb.Proxy((8,), torch.float32), "residual": ppb.Proxy((16,), torch.bool)},
+    "complex": {"hidden_states": ppb.Proxy((8,), torch.float32), "residual": ppb.Proxy((16,), torch.complex64)},
+}
+
+
+def summing(**stage_inputs: Tensor) -> Tensor:
+    hidden, *others = (t.flatten(1) if t.dim() > 1 else t[:, None] for t in stage_inputs.values())
+    for other in others:
+        hidden = hidden + (other.real if other.is_complex() else other).float().mean(-1, keepdim=True)
+    return torch.softmax(hidden @ hidden.new_ones(hidden.shape[1], 3), 0) * 2
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["stage", "no stage"])
+@pytest.mark.parametrize("kind", PROXIES)
+def test_proxies_of_every_shape_and_dtype_count_tokens_in_every_program(kind: str, declared: bool) -> None:
+    stage = ppb.Stage(PROXIES[kind], 8, "cpu")
+    given: dict[str, Any] = {"stage": stage} if declared else {"max_tokens": 8}
+    run = compiled(summing, graphs="emulate", split_ops="softmax", **given)
+    for tokens in (7, 6, 1, 8):
+        views = stage.views(tokens)
+        for name, view in views.items():
+            view.copy_(torch.randn(tokens, *PROXIES[kind][name].shape) > 0)
+        torch.testing.assert_close(run(**views), summing(**views), rtol=1e-5, atol=1e-5)
+    static, dynamic, one = ppb.programs()
+    if declared or kind != "two tail dimensions":  # there nothing tells which of the leading dimensions it is
+        assert (static.table.token_count, one.table.token_count) == (7, 1)
+    assert isinstance(dynamic.table.token_count, sympy.Symbol)
+    assert "no-token-count" not in ppb.stats().miss_reasons
+
+
+def test_a_stage_input_of_another_rank_than_declared_is_named() -> None:
+    stage = ppb.Stage({"hidden_states": ppb.Proxy((2, HIDDEN), torch.float32)}, 8, "cpu")
+    run = compiled(lambda hidden_states: hidden_states * 2, graphs="emulate", stage=stage)
+    with pytest.raises(Exception, match=r"float32\[2, 4\].*rows of shape \(2, 4\)"):
+        run(torch.randn(2, HIDDEN))
+
+
 def test_the_first_stage_counts_its_ids_and_a_named_input_comes_before_others() -> None:
     def forward(lengths: Tensor, table: Tensor, input_ids: Tensor) -> Tensor:
         return table[input_ids] + lengths.sum()

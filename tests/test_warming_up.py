@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import Proxy, Stage, poison
+from pp_piecewise_backend.bucket import BucketCapture
 from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewiseWarning
 from pp_piecewise_backend.warming_up import Session, _calls, current_session
 
@@ -345,12 +346,15 @@ def test_release_and_warmup_again_leave_no_memory_behind() -> None:
         assert tensors_alive() <= cold
 
 
-def test_a_limit_on_graph_memory_keeps_the_small_buckets() -> None:
+@pytest.mark.parametrize("sizes", ["1,2,64", "2,64"])
+def test_a_limit_on_graph_memory_keeps_the_small_buckets(sizes: str) -> None:
+    """Those of all programs: a single token has one of its own, whose graphs go and come back with the others."""
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
-    run = compiled_stage(stage, capture_sizes="1,2,64", max_tokens=64, graph_memory_bytes=8192)
+    run = compiled_stage(stage, capture_sizes=sizes, max_tokens=64, graph_memory_bytes=8192, capture="warmup")
     ppb.warmup(run, inputs_of(stage))
-    assert 0 < ppb.stats().graph_bytes <= 8192
-    with ppb.expect(captures=0, graph_misses=0):
+    assert len(ppb.programs()) == 2 and 0 < ppb.stats().graph_bytes <= 8192
+    with ppb.expect(captures=0, graph_misses=0, replays=2 * 2):
+        run(**stage.make_inputs(1))
         run(**stage.make_inputs(2))
     with ppb.expect(captures=0, miss_reasons={"graph-memory": 2}):
         run(**stage.make_inputs(60))
@@ -383,6 +387,54 @@ def test_sizes_asked_for_come_in_the_same_order() -> None:
     session = Session(smallest={"a": 1})
     assert _calls([16, 8, 4, 2, 1], session, [1, 2, 4, 8, 9, 16]) == [16, 9, 4, 8, 2, 1]
     assert _calls([], session, [1, 4]) == [4, 1]
+
+
+def test_static_programs_are_called_again_whatever_the_buckets() -> None:
+    session = Session(smallest={"a": 2}, max_tokens=9, has_static_programs=True)
+    assert _calls([8, 4], session, None) == [9, 7, 8, 3, 4, 1]
+    assert _calls([9, 4], session, None) == [8, 9, 3, 4, 1]
+    assert _calls([], session, None) == [9, 1]
+
+
+@pytest.mark.parametrize("mark", [None, torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+def test_buckets_are_captured_in_order_whatever_the_programs(
+    mark: Callable[[Tensor, int], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program may serve all sizes, or one all but a single token, or two."""
+    captured: list[int] = []
+    run_one = BucketCapture.run
+
+    def noting(self: BucketCapture, args: Any, real_tokens: int) -> Any:
+        captured.append(self.bucket.tokens)
+        return run_one(self, args, real_tokens)
+
+    monkeypatch.setattr(BucketCapture, "run", noting)
+    serves_all = mark is torch._dynamo.decorators.mark_unbacked
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.new_ones(8, 8), 0) @ x.new_ones(8, 8)
+
+    def make_inputs(num_tokens: int) -> tuple[tuple[Tensor], dict[str, Any]]:
+        x = torch.randn(num_tokens, 8)
+        if mark is not None and (num_tokens > 1 or serves_all):
+            mark(x, 0)
+        return (x,), {}
+
+    options = {**OPTIONS, "split_ops": "softmax", "capture_sizes": "1,2,4,8,16", "max_tokens": 16}
+    ppb.warmup(torch.compile(forward, backend="pp_piecewise", options=options), make_inputs)
+    assert captured == [16, 4, 8, 2, 1]
+    assert len(ppb.programs()) == (1 if serves_all else 2)
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_static_programs_are_captured_too(dynamic: bool | None) -> None:
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
+    options = {**OPTIONS, "capture_sizes": "4", "max_tokens": MAX_TOKENS, "capture": "warmup"}
+    run = torch.compile(stage, backend="pp_piecewise", options=options, dynamic=dynamic)
+    ppb.warmup(run, inputs_of(stage))
+    with ppb.expect(**NOTHING_NEW, replays=2 * 2):
+        for num_tokens in (1, MAX_TOKENS):
+            run(**stage.make_inputs(num_tokens))
 
 
 def test_padding_is_tested_in_the_largest_and_in_the_smallest_bucket_only(monkeypatch: pytest.MonkeyPatch) -> None:
