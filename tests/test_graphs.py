@@ -464,6 +464,41 @@ def test_strict_makes_a_miss_an_error(device: str) -> None:
     torch.testing.assert_close(pair.compiled(rows(8, device)), model(rows(8, device)), rtol=1e-5, atol=1e-5)
 
 
+@on_devices
+def test_padding_never_replays_exact_sizes_only(device: str) -> None:
+    pair = pair_of(net(forward, device), device, padding="never")
+    for num_tokens in (8, 8, 8, 7, 3, 4, 4, 4):
+        pair(rows(num_tokens, device))
+    assert ppb.stats().miss_reasons == {"first-call": 2 * 3, "padding-off": 2 * 3}
+    assert ppb.stats().replays == 4 * 3 and ppb.stats().padded_tokens == 0
+    assert "padding-off" in {miss["reason"] for miss in pair.program.describe_graphs()["misses"]}
+
+
+@torch.library.custom_op("graphstest::reading_on_the_host", mutates_args=())
+def reading_on_the_host(x: Tensor) -> Tensor:
+    return x * (2.0 if x[0, 0].item() > 1e9 else 1.0)
+
+
+@reading_on_the_host.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_a_piece_that_cannot_be_captured_runs_without_its_graph(device: str) -> None:
+    def reading(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.graphstest.attention(x @ self.w)
+        return torch.ops.graphstest.reading_on_the_host(x @ self.w) @ self.w
+
+    pair = pair_of(net(reading, device), device)
+    for num_tokens in SIZES:
+        pair(rows(num_tokens, device))
+    assert ppb.stats().miss_reasons == {"first-call": 2, "capture-failed": 4}
+    assert ppb.stats().replays == 4
+    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
+    assert "from the host" in reason
+
+
 # ------------------------------------------------------------------------------- other settings
 
 

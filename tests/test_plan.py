@@ -151,6 +151,27 @@ def test_an_integer_made_in_the_middle_of_a_call() -> None:
     assert codes(plan) == [None, "no-tensor"]
 
 
+def test_stage_inputs_that_disagree_on_the_tokens() -> None:
+    def function(hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.plantest.attention(hidden_states @ WEIGHT) @ WEIGHT, residual @ WEIGHT
+
+    plan = run_twice(function, (rows(4), rows(3)), mark=False)
+    assert set(codes(plan)) == {"no-token-count"} and not plan.capturable
+    assert ppb.stats().miss_reasons == {"no-token-count": 3 * len(plan.compute_steps)}
+    assert "the stage inputs disagree on the token dimension" in ppb.explain()
+
+
+def test_a_tensor_of_another_device() -> None:
+    """The meta device stands for it; only the shape of its tensor is used."""
+
+    def function(x: Tensor, template: Tensor) -> Tensor:
+        return torch.ops.plantest.attention(x @ WEIGHT + torch.zeros_like(template, device=x.device)) @ WEIGHT
+
+    plan = run_twice(function, (rows(), torch.empty(HIDDEN, device="meta")))
+    assert "mixed-devices" in codes(plan)
+    assert ppb.stats().miss_reasons["mixed-devices"] == 3 * codes(plan).count("mixed-devices")
+
+
 # ------------------------------------------------------------------------------------ arrivals
 
 

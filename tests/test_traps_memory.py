@@ -69,6 +69,13 @@ _LIBRARY.impl("nothing", lambda x: x, "CUDA")
 _LIBRARY.impl("nothing", lambda x: torch.empty_like(x), "Meta")
 
 
+# And one that writes its second argument without saying so.
+_LIBRARY.define("write_unseen(Tensor x, Tensor state) -> Tensor")
+_LIBRARY.impl("write_unseen", lambda x, state: x + state.add_(1.0), "CPU")
+_LIBRARY.impl("write_unseen", lambda x, state: x + state.add_(1.0), "CUDA")
+_LIBRARY.impl("write_unseen", lambda x, state: torch.empty_like(x), "Meta")
+
+
 class Add(nn.Module):
     """The usual start of a stage, out of place."""
 
@@ -271,6 +278,22 @@ def attention_that_returns_its_argument_unseen(device: str) -> None:
 
     pair = Pair(net(forward, device), device, split_ops="+traps::*,trapslib::*")
     pair.run_sizes(lambda n: (rows(n, device),))
+
+
+@trap("R2")
+def write_that_no_op_tells_of(device: str) -> None:
+    """Pieces read a copy of small state, so what a captured one wrote there would never reach the caller."""
+
+    def forward(self: Any, x: Tensor, state: Tensor) -> Tensor:
+        x = torch.ops.traps.mix(x @ self.w)
+        return torch.ops.trapslib.write_unseen(x @ self.w, state) @ self.w
+
+    pair = Pair(net(forward, device), device, dims=(0, None))
+    state = torch.zeros(HIDDEN, device=device)
+    for num_tokens in SIZES:
+        pair(rows(num_tokens, device), state)
+    assert ppb.stats().miss_reasons == {"first-call": 2, "writes-state": 4}
+    assert ppb.stats().replays == 4
 
 
 @trap("M1", "R2", "R3", "selection")

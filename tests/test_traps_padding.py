@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, misses_between, net, rows
 from pp_piecewise_backend.inductor import CompiledPiece
+from pp_piecewise_backend.plan import GraphPlan
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -443,6 +444,38 @@ def token_counts_around_every_bucket(device: str) -> None:
     assert ppb.stats().replays - before.replays == 2 * 2 * (len(around) - 1)
     assert ppb.stats().captures == before.captures
     assert ppb.stats().padded_tokens - before.padded_tokens == 2 * (1 + 3 + 1)  # 3 in 4; 5 and 7 in 8
+
+
+def squeeze_all_into_the_largest_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphPlan, "bucket", lambda plan, num_tokens: plan.ladder.bucket(min(num_tokens, 8)))
+
+
+@trap(breaks=squeeze_all_into_the_largest_bucket)
+def more_tokens_than_the_largest_bucket(device: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.traps.attention(x @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device)
+    for num_tokens in (8, 8, 9, 12, 7):
+        pair(rows(num_tokens, device))
+    assert ppb.stats().miss_reasons == {"first-call": 2, "over-max": 2 * 2}
+
+
+@trap("R2")
+def marks_that_the_test_cannot_see(device: str) -> None:
+    """Captured whole, it writes as many marks as there are rows; while it was tested, all were set already."""
+
+    def forward(self: Any, x: Tensor, marks: Tensor) -> Tensor:
+        marks.narrow(0, 0, x.shape[0]).fill_(1.0)
+        return torch.tanh(x @ self.w) @ self.w
+
+    marks = torch.ones(16, HIDDEN, device=device)
+    pair = Pair(net(forward, device), device, dims=(0, None), mode="full")
+    for num_tokens in (8, 8, 7):
+        pair(rows(num_tokens, device), marks)
+    marks.zero_()
+    pair(rows(5, device), marks)
+    assert "R2" in pair.padding[0]
 
 
 @trap("rows")

@@ -6,7 +6,8 @@ import copy
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count, repeat
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
+from captured import misses_between
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import Proxy, Stage, poison
 from pp_piecewise_backend.bucket import BucketCapture
@@ -459,19 +461,26 @@ def test_padding_is_tested_in_the_largest_and_in_the_smallest_bucket_only(monkey
 # ------------------------------------------------------------------------------ Hugging Face
 
 
-def test_the_hugging_face_llama_compiles_nothing_after_it() -> None:
+def hf_prompts(batch: int, num_tokens: int, seed: int) -> Tensor:
+    """Token ids ``[batch, num_tokens]`` (int64)."""
+    from models import hf
+
+    return torch.cat(hf.make_prompts([num_tokens] * batch, seed))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_hugging_face_llama_compiles_nothing_after_it(batch: int) -> None:
     from models import hf
 
     model = hf.make_model("llama")
     cache = hf.make_cache("static", model.config)
-    model(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)  # allocates it
+    model(input_ids=torch.ones(batch, 1, dtype=torch.int64), past_key_values=cache)  # allocates it
     options = {"compiler": "eager", "graphs": "emulate", "max_tokens": MAX_TOKENS, "capture_sizes": "1,4"}
     run = torch.compile(model, backend="pp_piecewise", options=options)
 
     def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
         cache.reset()
-        (prompt,) = hf.make_prompts([num_tokens], seed=num_tokens)
-        return (), {"input_ids": prompt, "past_key_values": cache, "use_cache": True}
+        return (), {"input_ids": hf_prompts(batch, num_tokens, num_tokens), "past_key_values": cache, "use_cache": True}
 
     ppb.warmup(run, make_inputs)
     assert graphs_held() > 0
@@ -480,10 +489,85 @@ def test_the_hugging_face_llama_compiles_nothing_after_it() -> None:
         for num_tokens in range(1, MAX_TOKENS + 1):
             cache.reset()
             reference.reset()
-            (ids,) = hf.make_prompts([num_tokens], seed=100 + num_tokens)
+            ids = hf_prompts(batch, num_tokens, 100 + num_tokens)
             for _ in range(3):  # a prefill and two decode steps
                 got = run(input_ids=ids, past_key_values=cache, use_cache=True).logits
                 expected = model(input_ids=ids, past_key_values=reference, use_cache=True).logits
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
                 ids = expected[:, -1:].argmax(-1)
     assert ppb.stats().replays > 0
+
+
+class GrowingCaches:
+    """A Llama with ``DynamicCache``, compiled; calls on caches of any length, compared with eager."""
+
+    def __init__(self, batch: int) -> None:
+        from models import hf
+
+        self.batch = batch
+        self.model = hf.make_model("llama")
+        options = {"compiler": "eager", "graphs": "emulate", "max_tokens": MAX_TOKENS, "capture_sizes": "1,4"}
+        self.run = torch.compile(self.model, backend="pp_piecewise", options=options)
+
+    def inputs(self, num_tokens: int, length: int) -> dict[str, Any]:
+        """Tokens for a call on a new cache that holds ``length`` tokens already."""
+        from models import hf
+
+        cache = hf.make_cache("dynamic", self.model.config)
+        if length:
+            self.model(input_ids=hf_prompts(self.batch, length, length), past_key_values=cache, use_cache=True)
+        return {"input_ids": hf_prompts(self.batch, num_tokens, 100), "past_key_values": cache, "use_cache": True}
+
+    def warm_up(self, lengths: Iterator[int]) -> None:
+        ppb.warmup(self.run, lambda num_tokens: ((), self.inputs(num_tokens, next(lengths))))
+
+    def call(self, num_tokens: int, length: int) -> dict[str, int]:
+        """What the call missed, by reason; its numbers of programs and of captures go by these names."""
+        before = ppb.stats()
+        got = self.run(**self.inputs(num_tokens, length)).logits
+        after = ppb.stats()
+        torch.testing.assert_close(got, self.model(**self.inputs(num_tokens, length)).logits, rtol=1e-4, atol=1e-4)
+        new = {name: after[name] - before[name] for name in ("programs", "captures") if after[name] > before[name]}
+        return {**misses_between(before, after), **new}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_hugging_face_llama_with_caches_that_grow(batch: int) -> None:
+    """Warmed up with empty caches, with caches of one token, and with longer ones of at least two lengths.
+
+    Dynamo makes programs of their own for sizes 0, 1 and more, of tokens as of the cache. Warmed up for each, no
+    number of tokens compiles or captures on a cache of any length. Longer caches vary in length next to the token
+    count: the pieces that append to them have two sizes that vary, so they are never captured and say so. The last
+    piece, behind the last attention, always replays.
+    """
+    caches = GrowingCaches(batch)
+    for lengths in (repeat(0), repeat(1), count(3)):
+        caches.warm_up(lengths)
+    assert ppb.stats().programs == 3 * 2  # for one token, and for more
+    calls = [(num_tokens, length) for length in (0, 1, 2, 7, 8) for num_tokens in range(1, MAX_TOKENS + 1)]
+    never = {"other-dynamic-dimension": 2}
+    with ppb.expect(programs=0, recompiles=0, pieces_compiled=0, captures=0, calls=len(calls)):
+        for num_tokens, length in calls:
+            missed = caches.call(num_tokens, length)
+            # Appended to one token, n are n + 1 in the middle of the call, which is not safely cut.
+            padded_behind_one = {"padding-unsafe": 2} if length == 1 and num_tokens in (2, 3, 5) else {}
+            assert missed == (never if length > 1 else padded_behind_one), (num_tokens, length)
+    replays = 3 * (MAX_TOKENS + 3) + 1 * (3 + 3 * MAX_TOKENS)
+    assert ppb.stats().replays == replays
+    report = ppb.explain()
+    assert report.count("missed      other-dynamic-dimension: ") == 2  # programs: one token, and more
+    assert "varies, next to the token count" in report
+
+
+def test_the_hugging_face_llama_warmed_up_with_empty_caches_only() -> None:
+    """Prefills compile nothing. Decoding does, for the first length, and for the second one, which makes it vary."""
+    caches = GrowingCaches(batch=1)
+    caches.warm_up(repeat(0))
+    with ppb.expect(programs=0, captures=0, graph_misses=0, replays=3 * MAX_TOKENS):
+        for num_tokens in range(1, MAX_TOKENS + 1):
+            caches.call(num_tokens, length=0)
+    assert caches.call(1, length=4) == {"programs": 1, "first-call": 3}
+    assert caches.call(1, length=5) == {"programs": 1, "first-call": 1, "other-dynamic-dimension": 2}
+    assert caches.call(1, length=6) == {"captures": 1, "other-dynamic-dimension": 2}
+    for length in (7, 8, 9):
+        assert caches.call(1, length) == {"other-dynamic-dimension": 2}
