@@ -521,7 +521,7 @@ def test_results_with_other_strides_are_copied_and_counted() -> None:
         ({"timeout_s": -1}, "silence_seconds=-1"),
         ({"options": {"stage": None}}, "option 'stage' is set by StageRunner itself"),
         ({"options": {"max_tokens": 4}}, "option 'max_tokens' is set by StageRunner itself"),
-        ({"transport": "tcp"}, "transport='tcp': expected 'auto', 'p2p', 'shared_memory' or a transport"),
+        ({"transport": "tcp"}, "transport='tcp': expected 'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"),
         ({"transport": "auto"}, "no initialised torch.distributed"),
         ({"inputs": PROXIES}, r"stage 0 of 1, the first one, got inputs \['hidden_states', 'residual'\]"),
         ({"feedback": FEEDBACK}, "only the first and the last stage have feedback"),
