@@ -531,7 +531,7 @@ class GrowingCaches:
         return {**misses_between(before, after), **new}
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_the_hugging_face_llama_with_caches_that_grow(batch: int) -> None:
     """Warmed up with empty caches, with caches of one token, and with longer ones of at least two lengths.
 
