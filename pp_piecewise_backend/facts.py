@@ -22,7 +22,7 @@ from . import _compat
 from .errors import SplitError
 from .regions import Regions, find_regions, is_autocast_enter, is_autocast_exit
 from .specs import SymbolSpec, TensorSpec, as_dim
-from .split_ops import attribute, is_custom_op, named_like_matmul, nested_graphs, op_name
+from .split_ops import attribute, is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
 
 RANDOM = -1
 """Stands for the state of the random generators, as if it were a storage that random ops write."""
@@ -312,7 +312,7 @@ class _Walk:
         recorder.clear()
         bodies = list(nested_graphs(node))
         value = self._call_or_adopt(node)
-        if op_name(node).rpartition("::")[2] in _ALWAYS_COPY:
+        if plain_op_name(node) in _ALWAYS_COPY:
             value = value.clone()
         example = node.meta.get("example_value")
         reads = {s for tensor in before if (s := self._known_storage(tensor)) is not None}

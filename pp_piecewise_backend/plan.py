@@ -223,9 +223,8 @@ class GraphPlan:
             if isinstance(source, int) and source < len(self.inputs) and isinstance(spec, TensorSpec)
         ]
         written = {storage for graph_input, storage in read if graph_input.name in instruction.piece.traits.writes}
-        holders = [graph_input.kind for graph_input, storage in read if storage in written]
-        storages = [storage for _, storage in read if storage in written]
-        return len(storages) > len(set(storages)) and "stage-input" in holders
+        kinds = [graph_input.kind for graph_input, storage in read if storage in written]
+        return len(kinds) > len(written) and "stage-input" in kinds
 
     @cached_property
     def device(self) -> torch.device:

@@ -137,6 +137,11 @@ def op_name(node: Node) -> str:
     return str(node.target) if node.op == "call_method" else names[0]
 
 
+def plain_op_name(node: Node) -> str:
+    """The name of the node's op without the library or module that it comes from."""
+    return op_name(node).rpartition("::")[2].rpartition(".")[2]
+
+
 def is_custom_op(node: Node) -> bool:
     """Whether the op comes from a library other than PyTorch's own."""
     name = _compat.schema_name(node.target) if callable(node.target) else None

@@ -20,7 +20,7 @@ from . import _compat
 from .cuts import is_allocation
 from .facts import GraphFacts
 from .specs import Dim, TensorSpec, symbols_of
-from .split_ops import is_custom_op, is_getitem, op_name
+from .split_ops import is_custom_op, is_getitem, op_name, plain_op_name
 
 # Ops that keep the dimension along which rows meet: (position of the dimension or dimensions, keyword, default).
 _ALONG: Mapping[str, tuple[int, str, Any]] = {
@@ -55,8 +55,8 @@ _PICKING: Mapping[str, tuple[int, int]] = {
 }
 """Ops that pick along one dimension: positions of that dimension and of what is picked."""
 _PICKED_KEYWORDS = ("index", "indices", "start")
-_PRODUCTS = frozenset({"mm", "bmm", "matmul", "__matmul__", "mv", "dot", "vdot", "inner", "linear", "addmm", "baddbmm"})
-_SUMMANDS = frozenset({"addmm", "baddbmm", "addmv", "addbmm"})
+_PRODUCTS = frozenset({"mm", "bmm", "matmul", "mv", "dot", "vdot", "inner", "linear", "addmm", "baddbmm"})
+_SUMMANDS = frozenset({"addmm", "baddbmm"})
 """Products whose first argument is added."""
 _CASTS = frozenset(
     {"to", "type", "long", "int", "short", "char", "byte", "type_as", "_to_copy", "convert_element_type"}
@@ -78,7 +78,7 @@ def tokens_that_meet(facts: GraphFacts, nodes: Iterable[Node], token_count: Dim 
 def _meet(facts: GraphFacts, node: Node, token_count: sympy.Symbol) -> bool:
     if node.op not in ("call_function", "call_method") or is_custom_op(node) or is_allocation(node):
         return False
-    name = op_name(node).rpartition("::")[2].rpartition(".")[2].rstrip("_")
+    name = plain_op_name(node).rstrip("_")
     operands = [s for n in node.all_input_nodes if n in facts.nodes and (s := facts.spec(n)) is not None]
     counting = [spec for spec in operands if _token_dims(spec, token_count)]
     results = [leaf for leaf in _compat.tree_leaves(facts.nodes[node].value) if isinstance(leaf, TensorSpec)]
@@ -129,17 +129,17 @@ def _counts(spec: TensorSpec, dim: int, token_count: sympy.Symbol) -> bool:
 
 def _is_cut(size: Dim, token_count: sympy.Symbol) -> bool:
     """Whether a size is neither the token count nor a multiple of it: of a shifted, halved or extended dimension."""
-    if token_count not in symbols_of((size,)):
+    if size == token_count or token_count not in symbols_of((size,)):
         return False
     factor = sympy.cancel(size / token_count)
-    return token_count in getattr(factor, "free_symbols", ()) or not getattr(factor, "is_integer", True)
+    return token_count in factor.free_symbols or not factor.is_integer
 
 
 def _gives_up(operands: Sequence[TensorSpec], results: Sequence[TensorSpec], token_count: sympy.Symbol) -> bool:
     """Whether an operand has more dimensions that count tokens than the result, although no view took them together."""
     kept = max(len(_token_dims(spec, token_count)) for spec in results)
-    elements = {_elements(spec) for spec in results}
-    return any(len(_token_dims(spec, token_count)) > kept and _elements(spec) not in elements for spec in operands)
+    shrinking = [spec for spec in operands if len(_token_dims(spec, token_count)) > kept]
+    return any(_elements(spec) not in map(_elements, results) for spec in shrinking)
 
 
 def _elements(spec: TensorSpec) -> Any:
@@ -173,8 +173,10 @@ def _all_dims(spec: TensorSpec, dims: Any) -> Sequence[int]:
 def _picks(node: Node, name: str, spec: TensorSpec, token_count: sympy.Symbol) -> bool:
     at_dim, at_picked = _PICKING[name]
     dim = _argument(node, at_dim, "dim", 0)
-    if not isinstance(dim, int) or not _counts(spec, dim, token_count):
-        return not isinstance(dim, int)
+    if not isinstance(dim, int):
+        return True
+    if not _counts(spec, dim, token_count):
+        return False
     keyword = next((k for k in _PICKED_KEYWORDS if k in node.kwargs), "start")
     return not _is_from_the_front(_argument(node, at_picked, keyword, 0), name == "select")
 
@@ -253,7 +255,7 @@ def indices_from_floats(facts: GraphFacts, nodes: Sequence[Node]) -> tuple[str, 
     made: set[Node] = set()
     found = []
     for node in nodes:
-        name = op_name(node).rpartition("::")[2].rpartition(".")[2].rstrip("_")
+        name = plain_op_name(node).rstrip("_")
         if name in _INDEXING and any(argument in made for argument in node.all_input_nodes):
             found.append(op_name(node))
         spec = facts.spec(node) if node in facts.nodes else None

@@ -26,7 +26,7 @@ from .cuts import is_allocation
 from .facts import RANDOM, GraphFacts
 from .rules import is_on
 from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
-from .split_ops import is_getitem, op_name
+from .split_ops import is_getitem, op_name, plain_op_name
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ _SIZE_OPS: Mapping[str, tuple[tuple[int, str], ...]] = {
 
 def _size_arguments(node: Node) -> Iterator[Node]:
     """The numbers that a node takes as sizes: more of them only append rows at the end."""
-    name = op_name(node).rpartition("::")[2]
+    name = plain_op_name(node)
     if is_getitem(node):
         index = node.args[1]
         for part in index if isinstance(index, tuple) else (index,):
@@ -200,7 +200,7 @@ def selects_tokens(facts: GraphFacts, nodes: Iterable[Node], token_count: Dim | 
 
 
 def _selects(facts: GraphFacts, node: Node, token_count: sympy.Symbol) -> bool:
-    name = op_name(node).rpartition("::")[2]
+    name = plain_op_name(node)
     plain = name.rstrip("_")
     specs = [s for n in node.all_input_nodes if n in facts.nodes and (s := facts.spec(n)) is not None]
     if not specs:

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from .facts import GraphFacts
 from .placeholders import GraphInput
-from .split_ops import op_name
+from .split_ops import plain_op_name
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__"})
@@ -36,7 +36,7 @@ def find_written_out_attention(facts: GraphFacts, inputs: Sequence[GraphInput]) 
             users.setdefault(argument, []).append(node)
 
     def is_product(node: Node) -> bool:
-        if not facts.nodes[node].heavy or op_name(node).rpartition(".")[2].rpartition("::")[2] not in _PRODUCTS:
+        if not facts.nodes[node].heavy or plain_op_name(node) not in _PRODUCTS:
             return False
         return not any(facts.nodes[argument].storages & weights for argument in node.all_input_nodes)
 
@@ -48,7 +48,7 @@ def find_written_out_attention(facts: GraphFacts, inputs: Sequence[GraphInput]) 
 
     found: set[Node] = set()
     for node in facts.nodes:
-        if node.op.startswith("call_") and op_name(node).rpartition(".")[2].rpartition("::")[2] in _SOFTMAX:
+        if node.op.startswith("call_") and plain_op_name(node) in _SOFTMAX:
             before = _ways(node, sources, is_product, facts)
             after = _ways(node, targets, is_product, facts)
             if before and after:
