@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import errors
 from .config import Config
-from .stats import expect, stats
+from .utils.counters import expect, stats
 
 if TYPE_CHECKING:
     from .backend import explain, programs, reset, seal, unseal, warmup

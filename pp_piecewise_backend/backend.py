@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import _compat, dump, errors
+from . import dump, errors
 from .buckets import Ladder
 from .buffers import Proxy, Stage
 from .config import Config
@@ -27,7 +27,8 @@ from .plan import GraphSettings
 from .program import Program, UnsplitProgram
 from .split import Split, split_graph
 from .split_ops import SplitOpMatcher
-from .stats import TOTALS
+from .utils import torch_compat
+from .utils.counters import TOTALS
 from .warming_up import MakeInputs, warm_up
 
 _LOG = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class PiecewiseBackend:
             self._sealed = False
             self._compiler.reset()
             # Dynamo's own counters outlive its reset.
-            self._dynamo_before = (_compat.recompile_limit_hits(), _compat.graph_breaks())
+            self._dynamo_before = (torch_compat.recompile_limit_hits(), torch_compat.graph_breaks())
 
     def seal(self, sealed: bool) -> None:
         """Whether further graphs are refused."""
@@ -126,8 +127,8 @@ class PiecewiseBackend:
         given_up, breaks = self._dynamo_before
         return explain_all(
             [program.explain() for program in self.programs()],
-            frames_given_up=_compat.recompile_limit_hits() - given_up,
-            graph_breaks=_compat.graph_breaks() - breaks,
+            frames_given_up=torch_compat.recompile_limit_hits() - given_up,
+            graph_breaks=torch_compat.graph_breaks() - breaks,
         )
 
     # ------------------------------------------------------------------------ building
@@ -187,7 +188,7 @@ class PiecewiseBackend:
                 device = spec.device
         if not proxies:
             return None
-        frame = _compat.frame_being_compiled()
+        frame = torch_compat.frame_being_compiled()
         code, owner = (None, None) if frame is None else (frame[0], frame[1].get("self"))
         key = (code, id(owner), tuple(proxies.items()), max_tokens, device)
         with self._lock:
@@ -200,7 +201,7 @@ class PiecewiseBackend:
 
     def _refuse_after_seal(self, graph_module: GraphModule, config: Config) -> Callable[..., Any]:
         TOTALS.add("recompiles_after_seal")
-        frame = _compat.frame_being_compiled()
+        frame = torch_compat.frame_being_compiled()
         code = None if frame is None else frame[0]
         name = "a graph" if code is None else code.co_name
         sentence = errors.recompile_after_seal(name, self._graphs_of_code.get(code, 0) if code is not None else 0)
@@ -248,7 +249,7 @@ class PiecewiseBackend:
 
     def _count_graph(self) -> str:
         """Count a graph of the frame that Dynamo is compiling; the frame's name and the graph's number come back."""
-        frame = _compat.frame_being_compiled()
+        frame = torch_compat.frame_being_compiled()
         if frame is None:
             return "graph"
         code, values = frame

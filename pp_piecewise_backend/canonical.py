@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from . import _compat
 from .specs import SymbolSpec, TensorSpec
 from .split_ops import attribute
+from .utils import torch_compat
 
 
 def piece_text(graph_module: GraphModule, inputs: Sequence[TensorSpec | SymbolSpec]) -> str:
@@ -79,9 +79,9 @@ def _attribute_text(value: object) -> str:
 
 
 def _function_text(function: Any) -> str:
-    if isinstance(function, (_compat.OpOverload, _compat.OpOverloadPacket)):
+    if isinstance(function, (torch_compat.OpOverload, torch_compat.OpOverloadPacket)):
         return str(function)
-    if isinstance(function, _compat.HigherOrderOperator):
+    if isinstance(function, torch_compat.HigherOrderOperator):
         return f"higher_order::{function.name()}"
     name = getattr(function, "__name__", "")
     module = getattr(function, "__module__", None)

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import _compat
 from .buffers import allocate, assign, tensor_in
+from .utils import torch_compat
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
@@ -136,7 +136,7 @@ class CudaGraph:
         self._strong: list[Any] = [
             o if isinstance(o, torch.Tensor) and _storage_address(o) not in input_storages else None for o in outputs
         ]
-        self.outputs = [_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
+        self.outputs = [torch_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
 
     def release_output(self, index: int) -> None:
         if self._strong:
@@ -335,7 +335,7 @@ class EmulatedDevice:
         storages = _storages(captured)
         recorder = _Recorder()
         written = [value.clone() if isinstance(value, torch.Tensor) else None for value in captured]
-        versions = [_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
+        versions = [torch_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
             with torch.no_grad(), _NoHostReads(), recorder:
@@ -368,7 +368,7 @@ def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int 
         for tensor, copy, version in zip(tensors, copies, versions, strict=True):
             if copy is None:
                 continue
-            is_untouched = version is not None and _compat.version(tensor) == version
+            is_untouched = version is not None and torch_compat.version(tensor) == version
             if not is_untouched or not same_bits(tensor, copy):
                 assign(tensor, copy)
 
@@ -379,7 +379,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-class _Recorder(_compat.TorchDispatchMode):
+class _Recorder(torch_compat.TorchDispatchMode):
     """Notes every op of a capture, as the graph would, and refuses what a graph cannot hold."""
 
     supports_higher_order_operators = True
@@ -390,17 +390,20 @@ class _Recorder(_compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inside = _compat.kernel_in_python(func, _device_type((args, kwargs)))
-        if isinstance(func, _compat.HigherOrderOperator):
+        inside = torch_compat.kernel_in_python(func, _device_type((args, kwargs)))
+        if isinstance(func, torch_compat.HigherOrderOperator):
             if inside is None:
                 raise CaptureError(f"{func} has no kernel that can be followed")
             with self:
                 return inside(*args, **kwargs)
-        if _compat.schema_name(func) in _HOST_READS or torch.Tag.data_dependent_output in func.tags:
+        if torch_compat.schema_name(func) in _HOST_READS or torch.Tag.data_dependent_output in func.tags:
             raise CaptureError(f"{func} reads device memory from the host, which no graph can hold")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
             raise CaptureError(f"{func} gives a tensor whose size depends on values, which no graph can hold")
-        if torch.Tag.nondeterministic_seeded in func.tags and _compat.argument(func, "dropout_p", args, kwargs) != 0:
+        if (
+            torch.Tag.nondeterministic_seeded in func.tags
+            and torch_compat.argument(func, "dropout_p", args, kwargs) != 0
+        ):
             raise CaptureError(f"{func} draws random numbers; captured, it would draw other ones than eager")
         if inside is not None:
             # A graph holds what the op did, not the Python that chose it.
@@ -412,7 +415,7 @@ class _Recorder(_compat.TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
-        leaves = [leaf for leaf in _compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in torch_compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self._ops.append((func, args, kwargs, leaves))
         return result
 
@@ -421,7 +424,7 @@ class _Recorder(_compat.TorchDispatchMode):
         slots: dict[int, int] = {}
         steps = []
         for func, args, kwargs, leaves in self._ops:
-            taken = _compat.tree_map(lambda v: _Slot(slots[id(v)]) if id(v) in slots else v, (args, kwargs))
+            taken = torch_compat.tree_map(lambda v: _Slot(slots[id(v)]) if id(v) in slots else v, (args, kwargs))
             made = []
             for leaf in leaves:
                 made.append(slots.setdefault(id(leaf), len(slots)))
@@ -435,10 +438,10 @@ class _Recorder(_compat.TorchDispatchMode):
             def fill(value: Any) -> Any:
                 return values[value.index] if isinstance(value, _Slot) else value
 
-            with _compat.no_autocast():
+            with torch_compat.no_autocast():
                 for func, args, kwargs, made in steps:
-                    result = func(*_compat.tree_map(fill, args), **_compat.tree_map(fill, kwargs))
-                    leaves = [leaf for leaf in _compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+                    result = func(*torch_compat.tree_map(fill, args), **torch_compat.tree_map(fill, kwargs))
+                    leaves = [leaf for leaf in torch_compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
                     for slot, leaf in zip(made, leaves, strict=True):
                         values[slot] = leaf
             return [fill(value) for value in wanted]
@@ -476,7 +479,7 @@ def _indexes_by_numbers(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _device_type(values: Any) -> str:
-    for leaf in _compat.tree_leaves(values):
+    for leaf in torch_compat.tree_leaves(values):
         if isinstance(leaf, torch.Tensor):
             return leaf.device.type
     return "cpu"

@@ -21,13 +21,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.fx import Node
 
-from . import _compat
 from .errors import SplitError
 from .facts import EFFECT, GraphFacts
 from .placeholders import GraphInput
 from .rules import is_on
 from .specs import TensorSpec
 from .split_ops import SplitOpMatcher, is_getitem, looks_like_attention, op_name
+from .utils import torch_compat
 from .written_out_attention import find_written_out_attention
 
 Kind = Literal["compute", "eager"]
@@ -86,7 +86,7 @@ class Scalars:
         facts = self._facts.nodes.get(node)
         if facts is None or facts.writes or facts.region is not None or facts.value is None or node.op == "get_attr":
             return False
-        if not all(_is_plain(leaf) for leaf in _compat.tree_leaves(facts.value)):
+        if not all(_is_plain(leaf) for leaf in torch_compat.tree_leaves(facts.value)):
             return False
         if node.op == "placeholder" or self.reads_input(node):
             return True
@@ -127,9 +127,9 @@ def is_allocation(node: Node) -> bool:
 
 def plain_numbers(value: Any) -> Any:
     """Symbolic numbers without symbols, as Python's own."""
-    return _compat.tree_map(
+    return torch_compat.tree_map(
         lambda leaf: (
-            _compat.build_expression(leaf.node.expr, {})
+            torch_compat.build_expression(leaf.node.expr, {})
             if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat))
             else leaf
         ),
@@ -288,7 +288,7 @@ class _Cutter:
             if EFFECT in node_facts.writes:
                 self._reasons[node] = f"{op_name(node)} acts on something other than tensors"
             elif not all(
-                _is_plain(leaf) or isinstance(leaf, TensorSpec) for leaf in _compat.tree_leaves(node_facts.value)
+                _is_plain(leaf) or isinstance(leaf, TensorSpec) for leaf in torch_compat.tree_leaves(node_facts.value)
             ):
                 self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
         for group, why in enumerate(facts.regions.bound_reasons):

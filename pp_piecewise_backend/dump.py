@@ -31,7 +31,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch.fx import GraphModule
 
-from . import _compat, errors
+from . import errors
 from .config import Config, rank_in_environment
 from .events import NO_EVENTS, Events
 from .explanation import short_source
@@ -43,7 +43,6 @@ from .program import Program, UnsplitProgram
 from .report import report_page
 from .specs import TensorSpec
 from .split import Piece, ResultValue, Split
-from .stats import Stats
 from .summary import (
     EVENTS,
     REPORT,
@@ -58,6 +57,8 @@ from .summary import (
     Progress,
     Summary,
 )
+from .utils import torch_compat
+from .utils.counters import Stats
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,11 +124,11 @@ def finish() -> None:
 def trace_program(program: AnyProgram) -> None:
     """Show a program in torch's structured trace (``TORCH_TRACE``), if there is one."""
     try:
-        _compat.trace_artifact("pp_piecewise_explain", program.explain)
-        _compat.trace_artifact("pp_piecewise_summary", lambda: describe(program).model_dump_json(indent=1))
+        torch_compat.trace_artifact("pp_piecewise_explain", program.explain)
+        torch_compat.trace_artifact("pp_piecewise_summary", lambda: describe(program).model_dump_json(indent=1))
         if isinstance(program, Program):
             split, table = program.split, program.table
-            _compat.trace_artifact("pp_piecewise_split", lambda: _parent(program.name, split, table))
+            torch_compat.trace_artifact("pp_piecewise_split", lambda: _parent(program.name, split, table))
     except Exception:
         _LOG.warning("%s: torch's structured trace does not get it", program.name, exc_info=True)
 
@@ -573,12 +574,12 @@ class _FrameWriter:
         self._folder = folder
         self._files: list[str] = []
         self._problems: list[str] = []
-        frame = _compat.frame_being_compiled()
+        frame = torch_compat.frame_being_compiled()
         self._code: CodeType | None = None if frame is None else frame[0]
         # Dynamo lets go of a program once nobody holds the code that calls it.
         self._transformed: weakref.ref[CodeType] | None = None
         if self._code is not None:
-            _compat.when_bytecode_is_ready(self._code, self._write_bytecode)
+            torch_compat.when_bytecode_is_ready(self._code, self._write_bytecode)
 
     def outcome(self) -> Extras:
         return Extras(files=list(self._files), problems=list(self._problems))
@@ -588,7 +589,7 @@ class _FrameWriter:
         transformed = None if self._transformed is None else self._transformed()
         if self._code is None or transformed is None or GUARDS in self._files:
             return
-        guards = _compat.guards_of(self._code, transformed)
+        guards = torch_compat.guards_of(self._code, transformed)
         if guards is not None:
             write_whole(self._folder / GUARDS, _flat(guards))
             self._files.append(GUARDS)

@@ -18,11 +18,11 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from . import _compat
 from .errors import SplitError
 from .regions import Regions, find_regions, is_autocast_enter, is_autocast_exit
 from .specs import SymbolSpec, TensorSpec, as_dim
 from .split_ops import attribute, is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
+from .utils import torch_compat
 
 RANDOM = -1
 """Stands for the state of the random generators, as if it were a storage that random ops write."""
@@ -83,7 +83,7 @@ class NodeFacts:
 
     def storages_at(self, path: tuple[int, ...]) -> frozenset[int]:
         """Storages of the part at ``path``; of everything that the node returns for ``()``."""
-        leaves = _compat.tree_leaves(self.element(path))
+        leaves = torch_compat.tree_leaves(self.element(path))
         return frozenset(leaf.storage for leaf in leaves if isinstance(leaf, TensorSpec))
 
 
@@ -113,13 +113,13 @@ class GraphFacts:
 
     def symbols_of_value(self, value: Any) -> set[sympy.Symbol]:
         """The symbols in the numbers that a value consists of."""
-        leaves = _compat.tree_leaves(value)
+        leaves = torch_compat.tree_leaves(value)
         numbers = (leaf for leaf in leaves if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat)))
         return {self.equal_symbols.get(s, s) for number in numbers for s in number.node.expr.free_symbols}
 
     def expression(self, value: Any) -> Any:
         """The expression behind a symbolic number; a plain number comes back as it is."""
-        expression = _compat.symint_expression(value)
+        expression = torch_compat.symint_expression(value)
         return expression.xreplace(dict(self.equal_symbols)) if isinstance(expression, sympy.Basic) else expression
 
     def spec(self, node: Node) -> TensorSpec | None:
@@ -141,7 +141,7 @@ def collect_facts(graph_module: GraphModule, example_inputs: Sequence[object]) -
     return _Walk(graph_module, example_inputs).run()
 
 
-class _OpRecorder(_compat.TorchDispatchMode):
+class _OpRecorder(torch_compat.TorchDispatchMode):
     """Sees the ATen ops that one node runs: is one a matrix product, is one random, what do they write."""
 
     def __init__(self, storage_of: Callable[[torch.Tensor], int | None]) -> None:
@@ -156,14 +156,14 @@ class _OpRecorder(_compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _compat.schema_name(func)
+        name = torch_compat.schema_name(func)
         if name is not None:
             namespace, name = name.split("::", 1)
             self.heavy |= namespace == "aten" and name in _MATMUL_OPS
             draws = torch.Tag.nondeterministic_seeded in func.tags
-            self.random |= draws and _compat.argument(func, "dropout_p", args, kwargs) != 0
+            self.random |= draws and torch_compat.argument(func, "dropout_p", args, kwargs) != 0
             written: list[Any] = []
-            for where in _compat.schema_writes(func):
+            for where in torch_compat.schema_writes(func):
                 if isinstance(where, int):
                     written += args[where : where + 1]
                 elif where in kwargs:
@@ -185,7 +185,7 @@ class _Walk:
         self._module = graph_module
         self._example_inputs = example_inputs
         self._regions = find_regions(graph_module.graph)
-        self._fake_mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake_mode = torch_compat.FakeTensorMode(allow_non_fake_inputs=True)
         self._facts: dict[Node, NodeFacts] = {}
         self._values: dict[Node, Any] = {}
         """Fake tensors and plain numbers, as each node returns them."""
@@ -210,7 +210,7 @@ class _Walk:
             grad_mode = torch.is_grad_enabled()
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(grad_mode))
-            stack.callback(_leave_functorch, _compat.functorch_level())
+            stack.callback(_leave_functorch, torch_compat.functorch_level())
             stack.enter_context(self._fake_mode)
             self._read_inputs(placeholders)
             recorder = stack.enter_context(_OpRecorder(self._known_storage))
@@ -220,11 +220,11 @@ class _Walk:
                 if node.op == "get_attr":
                     self._read_attribute(node)
                 elif is_autocast_enter(node):
-                    open_autocast[node] = _compat.enter_autocast(*node.args)
+                    open_autocast[node] = torch_compat.enter_autocast(*node.args)
                 elif is_autocast_exit(node):
-                    _compat.exit_autocast(open_autocast.pop(node.args[0]))  # type: ignore[index]
-                elif node.target is _compat.set_grad_enabled and node in self._regions.dropped:
-                    _compat.set_grad_enabled(node.args[0])
+                    torch_compat.exit_autocast(open_autocast.pop(node.args[0]))  # type: ignore[index]
+                elif node.target is torch_compat.set_grad_enabled and node in self._regions.dropped:
+                    torch_compat.set_grad_enabled(node.args[0])
                 elif node.op.startswith("call_") and node not in self._regions.dropped:
                     self._run_node(node, recorder)
             needs_gradient = self._gradient_inputs(placeholders)
@@ -266,15 +266,15 @@ class _Walk:
             fake = self._fake_input(node, example)
             number = self._number(fake)
             # Two inputs over one storage must count as one memory, or a write through one would go unseen.
-            if isinstance(given, torch.Tensor) and not isinstance(given, _compat.FakeTensor):
+            if isinstance(given, torch.Tensor) and not isinstance(given, torch_compat.FakeTensor):
                 with contextlib.suppress(RuntimeError, NotImplementedError):
-                    number = real_storages.setdefault(_compat.storage_identity(given), number)
-                    self._storage_numbers[_compat.storage_identity(fake)] = number
+                    number = real_storages.setdefault(torch_compat.storage_identity(given), number)
+                    self._storage_numbers[torch_compat.storage_identity(fake)] = number
             self._values[node] = fake
             self._facts[node] = _given(TensorSpec.of(example, number))
 
     def _fake_input(self, node: Node, example: torch.Tensor) -> torch.Tensor:
-        if _compat.is_traceable_wrapper_subclass(example):
+        if torch_compat.is_traceable_wrapper_subclass(example):
             raise SplitError(
                 f"graph input {node.name} is a tensor subclass ({type(example).__name__}); the backend follows plain "
                 f"tensors only, so the whole graph goes to the stock backend"
@@ -320,7 +320,7 @@ class _Walk:
         for tensor, version in zip(before, versions, strict=True):
             if tensor._version != version and (storage := self._known_storage(tensor)) is not None:
                 writes.add(storage)
-        if isinstance(node.target, _compat.HigherOrderOperator) and "mutation" in op_name(node) and not bodies:
+        if isinstance(node.target, torch_compat.HigherOrderOperator) and "mutation" in op_name(node) and not bodies:
             writes |= reads  # user-written triton kernels: which argument is written is not told
         if recorder.random or _has_random_op(bodies):
             writes.add(RANDOM)
@@ -348,8 +348,8 @@ class _Walk:
         try:
             return self._call(node)
         except Exception as error:
-            depends_on_data = isinstance(error, _compat.DATA_DEPENDENT_ERRORS)
-            is_higher_order = isinstance(node.target, _compat.HigherOrderOperator)
+            depends_on_data = isinstance(error, torch_compat.DATA_DEPENDENT_ERRORS)
+            is_higher_order = isinstance(node.target, torch_compat.HigherOrderOperator)
             if "example_value" not in node.meta or not (depends_on_data or is_higher_order):
                 raise SplitError(
                     f"node {node.name} ({op_name(node)}) could not be followed on fake tensors: "
@@ -357,9 +357,9 @@ class _Walk:
                 ) from error
         # Dynamo forbids the bodies of higher-order ops to return their inputs or views of these.
         example = node.meta["example_value"]
-        for leaf in _compat.tree_leaves(example):
+        for leaf in torch_compat.tree_leaves(example):
             self._learn_sizes(leaf, None)
-        return _compat.tree_map(lambda leaf: self._adopt(leaf) if isinstance(leaf, torch.Tensor) else
+        return torch_compat.tree_map(lambda leaf: self._adopt(leaf) if isinstance(leaf, torch.Tensor) else
                                 self._concrete(leaf), example)  # fmt: skip
 
     def _call(self, node: Node) -> Any:
@@ -411,18 +411,18 @@ class _Walk:
             symbol = example.node.expr
             if not isinstance(symbol, sympy.Symbol) or symbol in self._sizes:
                 return
-            hint = _compat.symbolic_hint(example)
+            hint = torch_compat.symbolic_hint(example)
             if hint is None and isinstance(given, (int, float)) and not isinstance(given, bool):
                 hint = given
             if isinstance(example, torch.SymFloat):
                 self._sizes[symbol] = 1.5 if hint is None else hint  # type: ignore[assignment]
                 return
-            lower, upper = _compat.symbol_range(example)
-            if hint is None or (_compat.symbolic_hint(example) is None and hint < 2):
+            lower, upper = torch_compat.symbol_range(example)
+            if hint is None or (torch_compat.symbolic_hint(example) is None and hint < 2):
                 # Without a hint, a size at which no dimension degenerates, as far as its range allows.
                 hint = max(lower or 0, min(7, 7 if upper is None else upper))
             self._sizes[symbol] = int(hint)
-            is_backed = _compat.symbolic_hint(example) is not None
+            is_backed = torch_compat.symbolic_hint(example) is not None
             self._symbols[symbol] = SymbolSpec(symbol, int(hint) if is_backed else None, lower, upper)
 
     def _concrete(self, value: Any) -> Any:
@@ -436,7 +436,7 @@ class _Walk:
                 f"the size {expression} depends on {', '.join(sorted(map(str, unknown)))}, which no input of the graph "
                 f"gives; the whole graph goes to the stock backend"
             )
-        return _compat.build_expression(expression, self._sizes)
+        return torch_compat.build_expression(expression, self._sizes)
 
     def _note_symbols(self, node: Node, example: Any) -> None:
         """Remember where symbols get their value: inputs, or nodes in whose results they are born."""
@@ -452,10 +452,10 @@ class _Walk:
 
     def _number(self, tensor: torch.Tensor) -> int:
         self._keep_alive.append(tensor)
-        return self._storage_numbers.setdefault(_compat.storage_identity(tensor), len(self._storage_numbers))
+        return self._storage_numbers.setdefault(torch_compat.storage_identity(tensor), len(self._storage_numbers))
 
     def _known_storage(self, tensor: torch.Tensor) -> int | None:
-        return self._storage_numbers.get(_compat.storage_identity(tensor))
+        return self._storage_numbers.get(torch_compat.storage_identity(tensor))
 
     def _gradient_inputs(self, placeholders: Sequence[Node]) -> tuple[str, ...]:
         (output,) = (node for node in self._module.graph.nodes if node.op == "output")
@@ -487,7 +487,7 @@ def _given(spec: TensorSpec) -> NodeFacts:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in _compat.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in torch_compat.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _named_heavy(node: Node) -> bool:
@@ -514,10 +514,10 @@ def _has_random_op(bodies: Sequence[GraphModule]) -> bool:
 
 
 def _leave_functorch(level: int) -> None:
-    while _compat.functorch_level() > level:
-        _compat.pop_functorch_level()
+    while torch_compat.functorch_level() > level:
+        torch_compat.pop_functorch_level()
 
 
 def _leave_autocast(open_autocast: dict[Node, object]) -> None:
     while open_autocast:
-        _compat.exit_autocast(open_autocast.popitem()[1])
+        torch_compat.exit_autocast(open_autocast.popitem()[1])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _compat, errors
+from . import errors
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
 from .buffers import StaticMemory
 from .capture import Device, make_device
@@ -28,8 +28,9 @@ from .plan import REASONS, GraphPlan, Obstacle
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
 from .rules import is_on
-from .stats import Stats
 from .steps import address
+from .utils import torch_compat
+from .utils.counters import Stats
 from .warming_up import current_session
 
 _LOG = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ class Graphs:
         else:
             parameters = tuple(args[position] for position in self.plan.parameter_positions)
         found = tuple(map(torch.Tensor.data_ptr, parameters))
-        return found if _compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
+        return found if torch_compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
 
     def _flat_program(
         self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]

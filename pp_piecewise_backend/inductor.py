@@ -22,10 +22,10 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
-from . import _compat
 from .config import Config
 from .specs import SymbolSpec, TensorSpec
 from .split import Piece
+from .utils import torch_compat
 
 _OWN_GRAPHS_OFF = {"triton.cudagraphs": False, "triton.cudagraph_trees": False}
 
@@ -85,7 +85,7 @@ def compile_whole(graph_module: GraphModule, example_inputs: Sequence[Any], comp
         from torch._inductor.compile_fx import compile_fx
 
         return compile_fx(graph_module, list(example_inputs))  # type: ignore[return-value, arg-type]
-    return _compat.stock_backend(compiler)(graph_module, list(example_inputs))
+    return torch_compat.stock_backend(compiler)(graph_module, list(example_inputs))
 
 
 def generated_files() -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def ambient_state() -> tuple[object, ...]:
         inductor_config.get_hash(),
         torch.get_default_dtype(),
         str(torch.get_default_device()),
-        _compat.autocast_state(),
+        torch_compat.autocast_state(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.backends.cuda.matmul.allow_tf32,
@@ -123,14 +123,14 @@ def _compile(piece: Piece, key: tuple[object, ...], compiler: str) -> CompiledPi
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_compat.private_tracing(shapes.fake_mode))
+            stack.enter_context(torch_compat.private_tracing(shapes.fake_mode))
             graph_module = copy.deepcopy(piece.graph_module)
             if compiler == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
                 compiled: Any = compile_fx(graph_module, shapes.inputs, config_patches=dict(_OWN_GRAPHS_OFF))
             else:
-                compiled = _compat.stock_backend(compiler)(graph_module, shapes.inputs)
+                compiled = torch_compat.stock_backend(compiler)(graph_module, shapes.inputs)
     except Exception as error:
         reason = f"{compiler} could not compile this piece: {type(error).__name__}: {error}"
         return CompiledPiece(key, piece.graph_module.forward, (), time.perf_counter() - started, failure=reason)
@@ -141,8 +141,8 @@ class _PrivateShapes:
     """Fake inputs for one piece in a shape environment of its own; see Note [private shapes]."""
 
     def __init__(self, specs: Sequence[TensorSpec | SymbolSpec | None]) -> None:
-        self._env = _compat.new_shape_env()
-        self.fake_mode = _compat.FakeTensorMode(shape_env=self._env)
+        self._env = torch_compat.new_shape_env()
+        self.fake_mode = torch_compat.FakeTensorMode(shape_env=self._env)
         self._hints: dict[sympy.Symbol, int | None] = {}
         self._private: dict[sympy.Symbol, sympy.Expr] = {}
         self._canonical: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -150,7 +150,7 @@ class _PrivateShapes:
         symints: dict[sympy.Symbol, torch.SymInt] = {}
         for spec in specs:
             if isinstance(spec, SymbolSpec):
-                symint = _compat.new_symbol(self._env, f"s{len(symints)}", spec.hint, spec.lower, spec.upper)
+                symint = torch_compat.new_symbol(self._env, f"s{len(symints)}", spec.hint, spec.lower, spec.upper)
                 private = symint.node.expr
                 self._canonical[private] = sympy.Symbol(f"s{len(symints)}")
                 self._private[spec.symbol] = private
@@ -174,13 +174,13 @@ class _PrivateShapes:
             return dim
         expression = dim.xreplace(self._private)
         known = all(self._hints[symbol] is not None for symbol in expression.free_symbols)
-        hint = int(_compat.build_expression(expression, self._hints)) if known else None
-        return _compat.symint_from_expression(self._env, expression, hint)
+        hint = int(torch_compat.build_expression(expression, self._hints)) if known else None
+        return torch_compat.symint_from_expression(self._env, expression, hint)
 
     def conditions(self) -> tuple[sympy.Basic, ...]:
         """What the compiler relied on beyond the ranges that it was given."""
-        found = list(_compat.shape_env_conditions(self._env))
-        for symbol, bounds in _compat.shape_env_ranges(self._env).items():
+        found = list(torch_compat.shape_env_conditions(self._env))
+        for symbol, bounds in torch_compat.shape_env_ranges(self._env).items():
             given = self._given.get(symbol)
             if given is None:
                 continue

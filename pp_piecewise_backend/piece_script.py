@@ -15,12 +15,12 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from . import _compat
 from .canonical import look_up
 from .cuts import is_allocation
 from .specs import SymbolSpec, TensorSpec
 from .split import Piece, SizeOf
 from .split_ops import attribute, op_names
+from .utils import torch_compat
 
 _VIEWS = frozenset(
     {"view", "view_as", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "getitem", "chunk"}
@@ -182,7 +182,7 @@ class _Needs:
 
     def _add_function(self, node: Node) -> None:
         target = node.target
-        schema = _compat.schema_name(target)  # type: ignore[arg-type]
+        schema = torch_compat.schema_name(target)  # type: ignore[arg-type]
         if schema is not None:
             if schema.partition("::")[0] not in ("aten", "prim", "prims"):
                 self.custom_ops.add(schema)
@@ -252,9 +252,9 @@ def _size(spec: SymbolSpec) -> int:
 
 def _tensor_text(spec: TensorSpec, integers: tuple[int, int] | None) -> str:
     shape, stride = (
-        f"({''.join(f'{_compat.expression_text(d)}, ' for d in dims)})" for dims in (spec.shape, spec.stride)
+        f"({''.join(f'{torch_compat.expression_text(d)}, ' for d in dims)})" for dims in (spec.shape, spec.stride)
     )
-    offset = _compat.expression_text(spec.storage_offset)
+    offset = torch_compat.expression_text(spec.storage_offset)
     known = "" if integers is None else f", integers={integers}"
     return f"tensor({shape}, {stride}, {offset}, {spec.dtype}, {str(spec.device)!r}, memory={spec.storage}{known})"
 

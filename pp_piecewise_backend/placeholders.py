@@ -13,9 +13,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from . import _compat
 from .facts import GraphFacts
 from .specs import Dim, TensorSpec, as_dim
+from .utils import torch_compat
 
 InputKind = Literal[
     "token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"
@@ -95,7 +95,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         tail_ranks: names of the stage inputs, matched on the last component of an input's source -> how many
             dimensions lie behind the token dimension; None where nobody declared it.
     """
-    frame = _compat.frame_being_compiled()
+    frame = torch_compat.frame_being_compiled()
     placeholders = [node for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
     candidates = _mark_module_members([_candidate(facts, node, frame) for node in placeholders])
     candidates = [
@@ -141,7 +141,7 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None,
     if candidate.is_stage_input:
         also = " and written by the graph" if is_written else ""
         return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
-    if _compat.is_python_float(candidate.node):
+    if torch_compat.is_python_float(candidate.node):
         return result("scalar", "a Python float, which Dynamo passes as a 0-d tensor")
     if candidate.in_module:
         what = _member_kind(candidate)
@@ -170,8 +170,8 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate], written: s
         return size, _token_reason(facts, size, stage[0])
     plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in written]
     named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
-    passed = [c for c in plain if len(c.path) == 1 and c not in named and not _compat.is_python_float(c.node)]
-    nested = [c for c in plain if c not in named and c not in passed and not _compat.is_python_float(c.node)]
+    passed = [c for c in plain if len(c.path) == 1 and c not in named and not torch_compat.is_python_float(c.node)]
+    nested = [c for c in plain if c not in named and c not in passed and not torch_compat.is_python_float(c.node)]
     for group in (passed, nested):
         group.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies comes first
     for candidate in (*named, *passed, *nested):
@@ -245,7 +245,7 @@ def _may_be_per_token(candidate: _Candidate, token_count: Dim | None) -> bool:
 
 
 def _candidate(facts: GraphFacts, node: Node, frame: tuple[CodeType, Mapping[str, object]] | None) -> _Candidate:
-    source = _compat.placeholder_source(node) or ""
+    source = torch_compat.placeholder_source(node) or ""
     path: tuple[str | int, ...] = tuple(
         int(index) if index else (key or quoted or attribute)
         for key, quoted, attribute, index in _COMPONENT.findall(source)
@@ -321,7 +321,7 @@ def _positional_name(function: object, position: int, depth: int) -> str | None:
         return _positional_name(function.forward, position, depth - 1) or (
             _positional_name(inner[0], position, depth - 1) if len(inner) == 1 else None
         )
-    signature = _compat.unwrapped_signature(function)
+    signature = torch_compat.unwrapped_signature(function)
     parameters = [] if signature is None else list(signature.parameters.values())
     if position < len(parameters) and parameters[position].kind in (
         inspect.Parameter.POSITIONAL_ONLY,

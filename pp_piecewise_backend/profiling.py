@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from . import _compat
 from .split import Piece
+from .utils import torch_compat
 
 Result = TypeVar("Result")
 
@@ -35,7 +35,7 @@ def eager_label(ops: Sequence[str]) -> str:
 
 def profiler_is_running() -> bool:
     """Whether someone would see the names: ``torch.profiler``, the autograd profiler or ``emit_nvtx``."""
-    return _compat.profiler_is_enabled()
+    return torch_compat.profiler_is_enabled()
 
 
 def named(call: Callable[..., Result], name: str) -> Callable[..., Result]:

@@ -18,8 +18,8 @@ from .placeholders import GraphInput, InputTable
 from .plan import REASONS, GraphPlan, GraphSettings
 from .results import merged_results
 from .split import Piece, Split
-from .stats import TOTALS, Stats
 from .steps import address, lay_out
+from .utils.counters import TOTALS, Stats
 from .warming_up import current_session
 
 if TYPE_CHECKING:

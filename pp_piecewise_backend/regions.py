@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from . import _compat
 from .split_ops import op_names
+from .utils import torch_compat
 
 _DROPPED_FUNCTIONS: tuple[object, ...] = (
-    _compat.log_api_usage_once,
-    _compat.lazy_load_decompositions,
-    _compat.enter_inference_mode,
-    _compat.exit_inference_mode,
+    torch_compat.log_api_usage_once,
+    torch_compat.lazy_load_decompositions,
+    torch_compat.enter_inference_mode,
+    torch_compat.exit_inference_mode,
 )
 _DROPPED_NAMES = ("profiler::_record_function_enter_new", "profiler::_record_function_exit")
 
@@ -72,7 +72,7 @@ def find_regions(graph: Graph) -> Regions:
         elif is_autocast_exit(node):
             open_autocast.remove(node.args[0])  # type: ignore[arg-type]
             dropped.add(node)
-        elif _is_dropped(node) or (node.target is _compat.set_grad_enabled and node not in inside):
+        elif _is_dropped(node) or (node.target is torch_compat.set_grad_enabled and node not in inside):
             dropped.add(node)
         elif open_autocast:
             contexts[node] = tuple(open_autocast)
@@ -135,18 +135,18 @@ def _function_name(node: Node) -> str:
 
 
 def is_autocast_enter(node: Node) -> bool:
-    return node.op == "call_function" and node.target is _compat.enter_autocast
+    return node.op == "call_function" and node.target is torch_compat.enter_autocast
 
 
 def is_autocast_exit(node: Node) -> bool:
-    return node.op == "call_function" and node.target is _compat.exit_autocast
+    return node.op == "call_function" and node.target is torch_compat.exit_autocast
 
 
 def sets_state(node: Node) -> bool:
     """Whether the node changes a setting of the process or thread; grad mode has rules of its own."""
-    if node.op != "call_function" or node.target is _compat.set_grad_enabled:
+    if node.op != "call_function" or node.target is torch_compat.set_grad_enabled:
         return False
-    if isinstance(node.target, _compat.OpOverload):
+    if isinstance(node.target, torch_compat.OpOverload):
         return False
     name, module = _function_name(node), getattr(node.target, "__module__", None) or ""
     is_setter = name.startswith(("_set_", "set_")) and not node.all_input_nodes

@@ -18,8 +18,8 @@ from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name,
 from .buffers import StaticTensor, without_repeats
 from .plan import GraphPlan
 from .profiling import named, profiler_is_running, step_name
-from .stats import Amounts
 from .steps import Instruction, Register, address, gather
+from .utils.counters import Amounts
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 

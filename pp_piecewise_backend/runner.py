@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from . import _compat, errors
+from . import errors
 from .backend import warmup
 from .buckets import Ladder
 from .buffers import Proxy, Stage
@@ -37,9 +37,10 @@ from .handoff import MAX_TAG_BYTES, Header, Patience, Schema, StagePlan, TensorP
 from .handoff.feedback import FeedbackReader
 from .handoff.inbox import Inbox, Views
 from .profiling import named, profiler_is_running
-from .stats import TOTALS, Amounts, Snapshot, Stats
 from .steps import address
 from .timeline import Timeline, chrome_trace
+from .utils import torch_compat
+from .utils.counters import TOTALS, Amounts, Snapshot, Stats
 
 _LOG = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class StageRunner:
             self._compile(whole=True)
             try:
                 warmup(self._compiled, self._warmup_inputs, progress=progress)
-            except _compat.GRAPH_BREAK_ERRORS as error:
+            except torch_compat.GRAPH_BREAK_ERRORS as error:
                 _LOG.warning("%s", errors.graph_breaks_in_stage(self.stage, str(error).strip().partition("\n")[0]))
                 self._compile(whole=False)
                 warmup(self._compiled, self._warmup_inputs, progress=progress)

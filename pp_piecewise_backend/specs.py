@@ -13,7 +13,7 @@ from typing import TypeAlias
 import sympy
 import torch
 
-from . import _compat
+from .utils import torch_compat
 
 Dim: TypeAlias = int | sympy.Expr
 """One size, stride or offset: a number, or an expression over the program's symbols."""
@@ -79,7 +79,7 @@ class SymbolSpec:
 
 def as_dim(value: int | torch.SymInt) -> Dim:
     """``value`` as a ``Dim``: symbolic integers with a known value become plain ones."""
-    expression = _compat.symint_expression(value)
+    expression = torch_compat.symint_expression(value)
     if isinstance(expression, int):
         return expression
     return int(expression) if expression.is_number else expression
@@ -96,7 +96,7 @@ def symbols_of(dims: Iterable[object]) -> frozenset[sympy.Symbol]:
 
 def evaluate(dim: Dim, values: Mapping[sympy.Symbol, int]) -> int:
     """The number that a dimension stands for once its symbols have these values."""
-    return dim if isinstance(dim, int) else int(_compat.build_expression(dim, values))
+    return dim if isinstance(dim, int) else int(torch_compat.build_expression(dim, values))
 
 
 def _dims(values: Iterable[int | torch.SymInt]) -> tuple[Dim, ...]:

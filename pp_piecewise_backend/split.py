@@ -20,7 +20,6 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from . import _compat
 from .canonical import digest, piece_text
 from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
 from .errors import SplitError
@@ -39,6 +38,7 @@ from .traits import (
     selects_tokens,
     token_values,
 )
+from .utils import torch_compat
 
 
 class SizeOf(NamedTuple):
@@ -443,13 +443,13 @@ class _StepBuilder:
         if not isinstance(expression, sympy.Basic):
             return value
         if not expression.free_symbols:
-            return _compat.build_expression(expression, {})
+            return torch_compat.build_expression(expression, {})
         if isinstance(expression, sympy.Symbol):
             return self._symbol(expression)
         if expression not in self._expressions:
             symbols = {s: fx.Proxy(self._symbol(s), self._tracer) for s in sorted(expression.free_symbols, key=str)}
             try:
-                self._expressions[expression] = _compat.build_expression(expression, symbols).node
+                self._expressions[expression] = torch_compat.build_expression(expression, symbols).node
             except Exception as error:
                 raise SplitError(
                     f"the size {expression} cannot be computed outside its piece: {error}; the whole graph goes to the "
@@ -485,9 +485,9 @@ class _StepBuilder:
             common += 1
         while len(self._open_autocast) > common:
             _, opened = self._open_autocast.pop()
-            self._acting.add(self._graph.call_function(_compat.exit_autocast, (opened,)))
+            self._acting.add(self._graph.call_function(torch_compat.exit_autocast, (opened,)))
         for enter in wanted[common:]:
-            opened = self._graph.call_function(_compat.enter_autocast, enter.args)
+            opened = self._graph.call_function(torch_compat.enter_autocast, enter.args)
             self._acting.add(opened)
             self._open_autocast.append((enter, opened))
 

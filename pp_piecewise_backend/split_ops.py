@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch.fx import GraphModule, Node
 
-from . import _compat
 from .config import SplitOps
+from .utils import torch_compat
 
 BUILTIN_SPLIT_OPS: tuple[str, ...] = (
     # PyTorch. Dynamo writes the same op as a function, as a builtin of torch._C._nn and as an ATen overload.
@@ -115,12 +115,12 @@ def op_names(node: Node) -> tuple[str, ...]:
         return (str(target),)
     if node.op != "call_function":
         return ()
-    if isinstance(target, _compat.HigherOrderOperator):
+    if isinstance(target, torch_compat.HigherOrderOperator):
         return (target.name(), f"higher_order::{target.name()}", f"torch.ops.higher_order.{target.name()}")
-    if (schema_name := _compat.schema_name(target)) is not None:  # type: ignore[arg-type]
+    if (schema_name := torch_compat.schema_name(target)) is not None:  # type: ignore[arg-type]
         namespace, name = schema_name.split("::", 1)
         names: tuple[str, ...] = (schema_name, name, f"{namespace}.{name}", f"torch.ops.{namespace}.{name}")
-        if (overload := _compat.overload_name(target)) is not None:  # type: ignore[arg-type]
+        if (overload := torch_compat.overload_name(target)) is not None:  # type: ignore[arg-type]
             names += tuple(f"{spelling}.{overload}" for spelling in names if spelling != name)
         return names
     name = getattr(target, "__name__", None) or type(target).__name__
@@ -144,7 +144,7 @@ def plain_op_name(node: Node) -> str:
 
 def is_custom_op(node: Node) -> bool:
     """Whether the op comes from a library other than PyTorch's own."""
-    name = _compat.schema_name(node.target) if callable(node.target) else None
+    name = torch_compat.schema_name(node.target) if callable(node.target) else None
     return name is not None and name.split("::", 1)[0] not in ("aten", "prim", "prims")
 
 

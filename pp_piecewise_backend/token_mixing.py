@@ -16,11 +16,11 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from . import _compat
 from .cuts import is_allocation
 from .facts import GraphFacts
 from .specs import Dim, TensorSpec, symbols_of
 from .split_ops import is_custom_op, is_getitem, op_name, plain_op_name
+from .utils import torch_compat
 
 # Ops that keep the dimension along which rows meet: (position of the dimension or dimensions, keyword, default).
 _ALONG: Mapping[str, tuple[int, str, Any]] = {
@@ -81,7 +81,7 @@ def _meet(facts: GraphFacts, node: Node, token_count: sympy.Symbol) -> bool:
     name = plain_op_name(node).rstrip("_")
     operands = [s for n in node.all_input_nodes if n in facts.nodes and (s := facts.spec(n)) is not None]
     counting = [spec for spec in operands if _token_dims(spec, token_count)]
-    results = [leaf for leaf in _compat.tree_leaves(facts.nodes[node].value) if isinstance(leaf, TensorSpec)]
+    results = [leaf for leaf in torch_compat.tree_leaves(facts.nodes[node].value) if isinstance(leaf, TensorSpec)]
     if not counting or not results or name in _READS_NO_VALUES:
         return False
     if any(_is_cut(size, token_count) for spec in results for size in spec.shape):

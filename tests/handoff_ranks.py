@@ -42,7 +42,7 @@ from pp_piecewise_backend.handoff.header import HEADER_BYTES
 from pp_piecewise_backend.handoff.local import LocalHub
 from pp_piecewise_backend.handoff.schema import Field
 from pp_piecewise_backend.handoff.transport import Transport
-from pp_piecewise_backend.stats import Stats
+from pp_piecewise_backend.utils.counters import Stats
 from rank_processes import LONGEST_SECONDS, run_ranks
 
 MAX_TOKENS = 16

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from pp_piecewise_backend import _compat
+from pp_piecewise_backend.utils import torch_compat
 
 pytestmark = pytest.mark.compat
 
@@ -46,7 +46,7 @@ def during_compilation(function: Callable[..., Any], *args: Any, look: Callable[
 
 
 def _sources(graph_module: torch.fx.GraphModule) -> list[str | None]:
-    return [_compat.placeholder_source(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return [torch_compat.placeholder_source(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
 
 
 def test_placeholder_source() -> None:
@@ -86,15 +86,15 @@ def test_frame_being_compiled() -> None:
         return x + 1
 
     code, values = during_compilation(
-        outer, torch.zeros(2), torch.ones(2), look=lambda graph: _compat.frame_being_compiled()
+        outer, torch.zeros(2), torch.ones(2), look=lambda graph: torch_compat.frame_being_compiled()
     )
     assert code is outer.__code__  # the frame that the user called, not the one that was inlined last
     assert values["scale"] is scale and len(values["args"]) == 1 and "x" in values
-    assert _compat.frame_being_compiled() is None
+    assert torch_compat.frame_being_compiled() is None
 
 
 def test_recompile_limit_hits_and_graph_breaks() -> None:
-    before = _compat.recompile_limit_hits(), _compat.graph_breaks()
+    before = torch_compat.recompile_limit_hits(), torch_compat.graph_breaks()
 
     def function(x: Tensor, kind: str) -> Tensor:
         x = x + len(kind)
@@ -105,118 +105,118 @@ def test_recompile_limit_hits_and_graph_breaks() -> None:
         run = torch.compile(function, backend="eager")
         for kind in ("a", "bb", "ccc"):
             run(torch.zeros(2), kind)
-    assert _compat.graph_breaks() > before[1]
-    assert _compat.recompile_limit_hits() > before[0]
+    assert torch_compat.graph_breaks() > before[1]
+    assert torch_compat.recompile_limit_hits() > before[0]
 
 
 # ------------------------------------------------------------------------------ shapes
 
 
 def test_symbols_of_our_own() -> None:
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
-    other = _compat.new_symbol(env, "s1", 5, None, None)
-    assert isinstance(_compat.symint_expression(tokens), sympy.Symbol)
-    assert _compat.symint_expression(tokens) != _compat.symint_expression(other)  # no duck shaping
-    assert _compat.symbol_range(tokens) == (2, 64)
-    assert _compat.symbol_range(other)[1] is None
-    assert _compat.symbolic_hint(tokens) == 5 and _compat.symbolic_hint(tokens * 2 + 1) == 11
-    assert _compat.symint_expression(7) == 7
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", 5, 2, 64)
+    other = torch_compat.new_symbol(env, "s1", 5, None, None)
+    assert isinstance(torch_compat.symint_expression(tokens), sympy.Symbol)
+    assert torch_compat.symint_expression(tokens) != torch_compat.symint_expression(other)  # no duck shaping
+    assert torch_compat.symbol_range(tokens) == (2, 64)
+    assert torch_compat.symbol_range(other)[1] is None
+    assert torch_compat.symbolic_hint(tokens) == 5 and torch_compat.symbolic_hint(tokens * 2 + 1) == 11
+    assert torch_compat.symint_expression(7) == 7
 
 
 @pytest.mark.parametrize("hint", [0, 1])
 def test_symbols_are_not_specialised_at_zero_and_one(hint: int) -> None:
-    env = _compat.new_shape_env()
-    symint = _compat.new_symbol(env, "s0", hint, 0, None)
-    assert isinstance(symint, torch.SymInt) and isinstance(_compat.symint_expression(symint), sympy.Symbol)
-    assert _compat.shape_env_conditions(env) == ()
+    env = torch_compat.new_shape_env()
+    symint = torch_compat.new_symbol(env, "s0", hint, 0, None)
+    assert isinstance(symint, torch.SymInt) and isinstance(torch_compat.symint_expression(symint), sympy.Symbol)
+    assert torch_compat.shape_env_conditions(env) == ()
 
 
 def test_unbacked_symbols() -> None:
-    env = _compat.new_shape_env()
-    symint = _compat.new_symbol(env, "s0", None, 1, 8)
-    assert _compat.symbolic_hint(symint) is None
-    assert _compat.symbol_range(symint) == (1, 8)
+    env = torch_compat.new_shape_env()
+    symint = torch_compat.new_symbol(env, "s0", None, 1, 8)
+    assert torch_compat.symbolic_hint(symint) is None
+    assert torch_compat.symbol_range(symint) == (1, 8)
 
 
 def test_symint_from_expression() -> None:
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
-    symbol = _compat.symint_expression(tokens)
-    assert _compat.symint_from_expression(env, sympy.Integer(3), 3) == 3
-    doubled = _compat.symint_from_expression(env, symbol * 2, 10)
-    assert _compat.symint_expression(doubled) == symbol * 2 and _compat.symbolic_hint(doubled) == 10
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", 5, 2, 64)
+    symbol = torch_compat.symint_expression(tokens)
+    assert torch_compat.symint_from_expression(env, sympy.Integer(3), 3) == 3
+    doubled = torch_compat.symint_from_expression(env, symbol * 2, 10)
+    assert torch_compat.symint_expression(doubled) == symbol * 2 and torch_compat.symbolic_hint(doubled) == 10
 
 
 def test_conditions_are_what_was_asked_about() -> None:
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
-    symbol = _compat.symint_expression(tokens)
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", 5, 2, 64)
+    symbol = torch_compat.symint_expression(tokens)
     assert bool(tokens <= 64)  # follows from the range: nothing new is relied on
-    assert _compat.shape_env_conditions(env) == ()
+    assert torch_compat.shape_env_conditions(env) == ()
     assert not bool(tokens > 32)
-    conditions = _compat.shape_env_conditions(env)
+    conditions = torch_compat.shape_env_conditions(env)
     assert conditions
     assert all(condition.subs(symbol, 20) == sympy.true for condition in conditions)
     assert any(condition.subs(symbol, 40) == sympy.false for condition in conditions)
 
 
 def test_an_equality_is_a_condition() -> None:
-    env = _compat.new_shape_env()
-    first, second = (_compat.new_symbol(env, name, 5, 2, 64) for name in ("s0", "s1"))
-    symbols = _compat.symint_expression(first), _compat.symint_expression(second)
+    env = torch_compat.new_shape_env()
+    first, second = (torch_compat.new_symbol(env, name, 5, 2, 64) for name in ("s0", "s1"))
+    symbols = torch_compat.symint_expression(first), torch_compat.symint_expression(second)
     assert bool(first == second)
-    conditions = _compat.shape_env_conditions(env)
+    conditions = torch_compat.shape_env_conditions(env)
     equal, different = ({symbols[0]: 5, symbols[1]: value} for value in (5, 6))
     assert all(condition.subs(equal) == sympy.true for condition in conditions)
     assert any(condition.subs(different) == sympy.false for condition in conditions)
 
 
 def test_a_deferred_assert_is_a_condition() -> None:
-    env = _compat.new_shape_env()
-    first = _compat.new_symbol(env, "s0", None, 0, None)
-    second = _compat.new_symbol(env, "s1", None, 0, None)
-    symbols = _compat.symint_expression(first), _compat.symint_expression(second)
+    env = torch_compat.new_shape_env()
+    first = torch_compat.new_symbol(env, "s0", None, 0, None)
+    second = torch_compat.new_symbol(env, "s1", None, 0, None)
+    symbols = torch_compat.symint_expression(first), torch_compat.symint_expression(second)
     torch._check(first * 2 <= second + 7)
-    conditions = _compat.shape_env_conditions(env)
+    conditions = torch_compat.shape_env_conditions(env)
     assert any(c.subs({symbols[0]: 100, symbols[1]: 1}) == sympy.false for c in conditions)
 
 
 def test_ranges_narrow_with_what_is_learned() -> None:
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", None, 0, 100)
-    symbol = _compat.symint_expression(tokens)
-    assert int(_compat.shape_env_ranges(env)[symbol].upper) == 100
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", None, 0, 100)
+    symbol = torch_compat.symint_expression(tokens)
+    assert int(torch_compat.shape_env_ranges(env)[symbol].upper) == 100
     torch._check(tokens <= 10)
-    bounds = int(_compat.shape_env_ranges(env)[symbol].upper)
-    conditions = _compat.shape_env_conditions(env)
+    bounds = int(torch_compat.shape_env_ranges(env)[symbol].upper)
+    conditions = torch_compat.shape_env_conditions(env)
     assert bounds == 10 or any(c.subs(symbol, 11) == sympy.false for c in conditions)
 
 
 def test_build_expression_on_numbers_and_proxies() -> None:
     s0, s1 = sympy.symbols("s0 s1", integer=True, positive=True)
     expression = (s0 * 3 + s1) * s1
-    assert _compat.build_expression(expression, {s0: 2, s1: 5}) == 55
-    assert _compat.build_expression(sympy.Integer(4), {}) == 4
+    assert torch_compat.build_expression(expression, {s0: 2, s1: 5}) == 55
+    assert torch_compat.build_expression(sympy.Integer(4), {}) == 4
     graph = torch.fx.Graph()
     proxies = {symbol: torch.fx.Proxy(graph.placeholder(str(symbol))) for symbol in (s0, s1)}
-    graph.output(_compat.build_expression(expression, proxies).node)
+    graph.output(torch_compat.build_expression(expression, proxies).node)
     assert torch.fx.GraphModule({}, graph)(2, 5) == 55
 
 
 def test_build_expression_of_floor_division_and_remainder() -> None:
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
-    symbol = _compat.symint_expression(tokens)
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", 5, 2, 64)
+    symbol = torch_compat.symint_expression(tokens)
     for made, wanted in ((tokens // 4, 17 // 4), (tokens % 4, 17 % 4), (-(-tokens // 4), -(-17 // 4))):
-        assert _compat.build_expression(_compat.symint_expression(made), {symbol: 17}) == wanted
+        assert torch_compat.build_expression(torch_compat.symint_expression(made), {symbol: 17}) == wanted
 
 
 def test_private_tracing_keeps_guards_out_of_the_outer_environment() -> None:
-    env = _compat.new_shape_env()
-    fake_mode = _compat.FakeTensorMode(shape_env=env)
+    env = torch_compat.new_shape_env()
+    fake_mode = torch_compat.FakeTensorMode(shape_env=env)
     before = torch._guards.TracingContext.try_get()
-    with _compat.private_tracing(fake_mode):
+    with torch_compat.private_tracing(fake_mode):
         context = torch._guards.TracingContext.try_get()
         assert context is not None and context.fake_mode is fake_mode
     assert torch._guards.TracingContext.try_get() is before
@@ -227,48 +227,52 @@ def test_private_tracing_keeps_guards_out_of_the_outer_environment() -> None:
 
 def test_storage_identity() -> None:
     base = torch.zeros(4)
-    assert _compat.storage_identity(base) == _compat.storage_identity(base[1:]) == _compat.storage_identity(base.t())
-    assert _compat.storage_identity(base) != _compat.storage_identity(base.clone())
+    assert (
+        torch_compat.storage_identity(base)
+        == torch_compat.storage_identity(base[1:])
+        == torch_compat.storage_identity(base.t())
+    )
+    assert torch_compat.storage_identity(base) != torch_compat.storage_identity(base.clone())
     reference = weakref.ref(base)
     del base
     assert reference() is None  # asking keeps nothing alive
 
 
 def test_storage_identity_of_fake_tensors() -> None:
-    with _compat.FakeTensorMode():
+    with torch_compat.FakeTensorMode():
         base = torch.zeros(4)
-        assert isinstance(base, _compat.FakeTensor)
-        assert _compat.storage_identity(base) == _compat.storage_identity(base.view(2, 2))
-        assert _compat.storage_identity(base) != _compat.storage_identity(torch.zeros(4))
+        assert isinstance(base, torch_compat.FakeTensor)
+        assert torch_compat.storage_identity(base) == torch_compat.storage_identity(base.view(2, 2))
+        assert torch_compat.storage_identity(base) != torch_compat.storage_identity(torch.zeros(4))
 
 
 def test_storage_identity_and_level_inside_a_transform() -> None:
     seen: list[Any] = []
 
     def body(row: Tensor) -> Tensor:
-        seen.append((_compat.storage_identity(row), _compat.functorch_level()))
+        seen.append((torch_compat.storage_identity(row), torch_compat.functorch_level()))
         return row * 2
 
     rows = torch.zeros(3, 4)
-    assert _compat.functorch_level() == 0
+    assert torch_compat.functorch_level() == 0
     torch.vmap(body)(rows)
-    assert seen == [(_compat.storage_identity(rows), 1)]
-    assert _compat.functorch_level() == 0
+    assert seen == [(torch_compat.storage_identity(rows), 1)]
+    assert torch_compat.functorch_level() == 0
 
 
 def test_pop_functorch_level() -> None:
     torch._C._functorch._vmap_increment_nesting(3, "error")
-    assert _compat.functorch_level() == 1
-    _compat.pop_functorch_level()
-    assert _compat.functorch_level() == 0
+    assert torch_compat.functorch_level() == 1
+    torch_compat.pop_functorch_level()
+    assert torch_compat.functorch_level() == 0
 
 
 def test_wrapper_subclasses() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
-    assert _compat.is_traceable_wrapper_subclass(TwoTensor(torch.zeros(2), torch.zeros(2)))
-    assert not _compat.is_traceable_wrapper_subclass(torch.zeros(2))
-    assert not _compat.is_traceable_wrapper_subclass(nn.Parameter(torch.zeros(2)))
+    assert torch_compat.is_traceable_wrapper_subclass(TwoTensor(torch.zeros(2), torch.zeros(2)))
+    assert not torch_compat.is_traceable_wrapper_subclass(torch.zeros(2))
+    assert not torch_compat.is_traceable_wrapper_subclass(nn.Parameter(torch.zeros(2)))
 
 
 # ---------------------------------------------------------------------------------- ops
@@ -290,15 +294,17 @@ def write(x: Tensor, out: Tensor, scale: float = 1.0) -> None:
     ],
 )
 def test_schema_writes(op: Any, written: tuple[int | str, ...]) -> None:
-    assert _compat.schema_writes(op) == written
+    assert torch_compat.schema_writes(op) == written
 
 
 def test_schema_and_overload_names() -> None:
-    assert _compat.schema_name(torch.ops.aten.add_.Tensor) == "aten::add_"
-    assert _compat.overload_name(torch.ops.aten.add_.Tensor) == "Tensor"
-    assert _compat.schema_name(torch.ops.compattest.write) == _compat.schema_name(write) == "compattest::write"
-    assert _compat.schema_name(torch.nn.functional.softmax) is None
-    assert _compat.overload_name(torch.ops.aten.add_) is None
+    assert torch_compat.schema_name(torch.ops.aten.add_.Tensor) == "aten::add_"
+    assert torch_compat.overload_name(torch.ops.aten.add_.Tensor) == "Tensor"
+    assert (
+        torch_compat.schema_name(torch.ops.compattest.write) == torch_compat.schema_name(write) == "compattest::write"
+    )
+    assert torch_compat.schema_name(torch.nn.functional.softmax) is None
+    assert torch_compat.overload_name(torch.ops.aten.add_) is None
 
 
 def test_unwrapped_signature() -> None:
@@ -309,40 +315,40 @@ def test_unwrapped_signature() -> None:
     def wrapper(*args: Any) -> Any:
         return wrapped(*args)
 
-    signature = _compat.unwrapped_signature(wrapper)
+    signature = torch_compat.unwrapped_signature(wrapper)
     assert isinstance(signature, inspect.Signature) and list(signature.parameters) == ["a", "b"]
-    assert _compat.unwrapped_signature(torch.add) is None  # a builtin without a text signature
+    assert torch_compat.unwrapped_signature(torch.add) is None  # a builtin without a text signature
 
 
 # -------------------------------------------------------------------------------- state
 
 
 def test_autocast_state() -> None:
-    outside = _compat.autocast_state()
+    outside = torch_compat.autocast_state()
     assert outside == ()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = _compat.autocast_state()
+        inside = torch_compat.autocast_state()
     with torch.autocast("cpu", dtype=torch.float16):
-        other = _compat.autocast_state()
+        other = torch_compat.autocast_state()
     assert len({outside, inside, other}) == 3
-    assert _compat.autocast_state() == outside
+    assert torch_compat.autocast_state() == outside
 
 
 def test_entering_and_leaving_autocast_by_hand() -> None:
-    entered = _compat.enter_autocast("cpu", torch.bfloat16, True, None)
+    entered = torch_compat.enter_autocast("cpu", torch.bfloat16, True, None)
     try:
         assert torch.is_autocast_enabled("cpu")
     finally:
-        _compat.exit_autocast(entered)
+        torch_compat.exit_autocast(entered)
     assert not torch.is_autocast_enabled("cpu")
 
 
 def test_entering_and_leaving_inference_mode_by_hand() -> None:
-    entered = _compat.enter_inference_mode(True)
+    entered = torch_compat.enter_inference_mode(True)
     try:
         assert torch.is_inference_mode_enabled()
     finally:
-        _compat.exit_inference_mode(entered)
+        torch_compat.exit_inference_mode(entered)
     assert not torch.is_inference_mode_enabled()
 
 
@@ -350,18 +356,18 @@ def test_entering_and_leaving_inference_mode_by_hand() -> None:
 
 
 def test_profiler_is_enabled() -> None:
-    assert not _compat.profiler_is_enabled()
+    assert not torch_compat.profiler_is_enabled()
     with torch.profiler.profile():
-        assert _compat.profiler_is_enabled()
-    assert not _compat.profiler_is_enabled()
+        assert torch_compat.profiler_is_enabled()
+    assert not torch_compat.profiler_is_enabled()
 
 
 def test_a_trace_artifact_is_not_made_without_a_trace() -> None:
     # In a process of its own: the test runner's log handlers count as a trace.
     code = (
-        "import torch\nfrom pp_piecewise_backend import _compat\n"
+        "import torch\nfrom pp_piecewise_backend.utils import torch_compat\n"
         "def text():\n    raise SystemExit('made')\n"
-        "def backend(graph, inputs):\n    _compat.trace_artifact('name', text)\n    return graph.forward\n"
+        "def backend(graph, inputs):\n    torch_compat.trace_artifact('name', text)\n    return graph.forward\n"
         "torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_TRACE"}
@@ -374,7 +380,7 @@ def test_expression_text_is_python() -> None:
     from torch.utils._sympy.functions import FloorDiv, Mod
 
     for expression, wanted in ((s0 * 4 + 1, 41), (FloorDiv(s0, 3), 3), (Mod(s0, 4), 2), (sympy.Integer(7), 7), (5, 5)):
-        assert eval(_compat.expression_text(expression), {"s0": 10}) == wanted
+        assert eval(torch_compat.expression_text(expression), {"s0": 10}) == wanted
 
 
 def test_the_bytecode_and_guards_of_a_frame() -> None:
@@ -384,19 +390,19 @@ def test_the_bytecode_and_guards_of_a_frame() -> None:
         return x + 1
 
     def look(graph: object) -> None:
-        frame = _compat.frame_being_compiled()
+        frame = torch_compat.frame_being_compiled()
         assert frame is not None
-        _compat.when_bytecode_is_ready(frame[0], told.append)
-        assert _compat.guards_of(frame[0], frame[0]) is None  # not there yet
+        torch_compat.when_bytecode_is_ready(frame[0], told.append)
+        assert torch_compat.guards_of(frame[0], frame[0]) is None  # not there yet
 
     during_compilation(function, torch.zeros(2), look=look)
     (transformed,) = told
-    guards = _compat.guards_of(function.__code__, transformed)
+    guards = torch_compat.guards_of(function.__code__, transformed)
     assert guards is not None and "TENSOR_MATCH" in guards and "L['x']" in guards
     torch.compile(lambda y: y * 2, backend="eager")(torch.zeros(2))
     assert len(told) == 1  # told once, of this frame only
     torch._dynamo.reset()
-    assert _compat.guards_of(function.__code__, transformed) is None
+    assert torch_compat.guards_of(function.__code__, transformed) is None
 
 
 # ------------------------------------------------------------------------ graphs, emulated and real
@@ -419,7 +425,7 @@ _LIBRARY.define("composite(Tensor x) -> Tensor")
 _LIBRARY.impl("composite", lambda x: x.neg(), "CompositeExplicitAutograd")
 
 
-class _Noting(_compat.TorchDispatchMode):
+class _Noting(torch_compat.TorchDispatchMode):
     """Notes the ops that it sees, and takes custom ops apart."""
 
     def __init__(self) -> None:
@@ -427,11 +433,11 @@ class _Noting(_compat.TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kernel = _compat.kernel_in_python(func, "cpu")
+        kernel = torch_compat.kernel_in_python(func, "cpu")
         if kernel is not None:
             with self:
                 return kernel(*args, **(kwargs or {}))
-        self.seen.append(str(_compat.schema_name(func)))
+        self.seen.append(str(torch_compat.schema_name(func)))
         return func(*args, **(kwargs or {}))
 
 
@@ -470,27 +476,27 @@ def test_kernel_in_python_of_an_op_that_writes() -> None:
     ],
 )
 def test_kernel_in_python_of_what_has_none(op: Any) -> None:
-    assert _compat.kernel_in_python(op, "cpu") is None
+    assert torch_compat.kernel_in_python(op, "cpu") is None
 
 
 def test_argument_of_a_call() -> None:
     op = torch.ops.compattest.write.default
-    assert _compat.argument(op, "scale", ("x", "out", 2.0), {}) == 2.0
-    assert _compat.argument(op, "scale", ("x", "out"), {"scale": 3.0}) == 3.0
-    assert _compat.argument(op, "scale", ("x", "out"), {}) == 1.0
-    assert _compat.argument(op, "dropout_p", ("x", "out"), {}) is None
+    assert torch_compat.argument(op, "scale", ("x", "out", 2.0), {}) == 2.0
+    assert torch_compat.argument(op, "scale", ("x", "out"), {"scale": 3.0}) == 3.0
+    assert torch_compat.argument(op, "scale", ("x", "out"), {}) == 1.0
+    assert torch_compat.argument(op, "dropout_p", ("x", "out"), {}) is None
 
 
 def test_tensor_without_ownership() -> None:
     base = torch.arange(12.0).view(3, 4)
     for tensor in (base, base.t(), base[1:, 2:], base[:0]):
-        alias = _compat.tensor_without_ownership(tensor)
+        alias = torch_compat.tensor_without_ownership(tensor)
         assert (alias.shape, alias.stride(), alias.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
         assert alias.storage_offset() == tensor.storage_offset()
         assert torch.equal(alias, tensor)
         if tensor.numel():
             assert alias.data_ptr() == tensor.data_ptr()
-    alias = _compat.tensor_without_ownership(base)
+    alias = torch_compat.tensor_without_ownership(base)
     alias.fill_(7.0)
     assert base.eq(7.0).all()
     reference = weakref.ref(base.untyped_storage())
@@ -502,7 +508,7 @@ def test_tensor_without_ownership() -> None:
 def test_tensor_without_ownership_in_inference_mode() -> None:
     with torch.inference_mode():
         base = torch.zeros(3)
-        alias = _compat.tensor_without_ownership(base)
+        alias = torch_compat.tensor_without_ownership(base)
     assert not alias.is_inference()
     alias.fill_(1.0)
     assert base.sum() == 3.0
@@ -512,7 +518,7 @@ def test_tensor_without_ownership_in_inference_mode() -> None:
 def test_no_autocast(enabled: bool) -> None:
     x = torch.randn(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-        with pytest.raises(KeyError), _compat.no_autocast():
+        with pytest.raises(KeyError), torch_compat.no_autocast():
             assert (x @ x).dtype == torch.float32
             raise KeyError
         assert torch.is_autocast_enabled("cpu") is enabled
@@ -521,8 +527,8 @@ def test_no_autocast(enabled: bool) -> None:
 
 def test_version() -> None:
     x = torch.zeros(3)
-    before = _compat.version(x)
+    before = torch_compat.version(x)
     x.add_(1)
-    assert before is not None and _compat.version(x) == before + 1
+    assert before is not None and torch_compat.version(x) == before + 1
     with torch.inference_mode():
-        assert _compat.version(torch.zeros(3)) is None
+        assert torch_compat.version(torch.zeros(3)) is None

@@ -327,7 +327,7 @@ def test_integers_of_subclasses_and_fakes_are_not_read() -> None:
         torch.zeros(2, dtype=torch.int64, device="meta"),
     ):
         assert not dump._is_readable(other)
-    with dump._compat.FakeTensorMode():
+    with dump.torch_compat.FakeTensorMode():
         assert not dump._is_readable(torch.zeros(2, dtype=torch.int64))
 
 
@@ -454,7 +454,7 @@ def test_a_trace_that_fails_is_said_and_the_run_goes_on(
     def wrong(*args: object) -> None:
         raise OSError("no trace")
 
-    monkeypatch.setattr(dump._compat, "trace_artifact", wrong)
+    monkeypatch.setattr(dump.torch_compat, "trace_artifact", wrong)
     torch.compile(Small(), backend="pp_piecewise", options=EAGER)(torch.randn(3, 4))
     assert isinstance(ppb.programs()[0], Program)
     (message,) = messages(caplog)

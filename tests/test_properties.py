@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.capture import EmulatedGraph, same_bits
 from pp_piecewise_backend.program import Program
-from pp_piecewise_backend.stats import Snapshot
+from pp_piecewise_backend.utils.counters import Snapshot
 
 # A program may leave out the result of its only split op; then nothing matches, and the backend says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pp_piecewise_backend as ppb
 from against_eager import assert_same, check, compute_ops, eager_ops, steps, tokens
-from pp_piecewise_backend import _compat
+from pp_piecewise_backend.utils import torch_compat
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 SIZES = (5, 9, 1)
@@ -36,8 +36,8 @@ def ambient() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        _compat.autocast_state(),
-        _compat.functorch_level(),
+        torch_compat.autocast_state(),
+        torch_compat.functorch_level(),
         torch.get_default_dtype(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),

@@ -8,17 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend import _compat
 from pp_piecewise_backend.specs import SymbolSpec, TensorSpec, as_dim, evaluate, symbols_of
+from pp_piecewise_backend.utils import torch_compat
 
 pytestmark = pytest.mark.compat
 
 
 def symbol_and_tensor() -> tuple[sympy.Symbol, torch.SymInt, torch.Tensor]:
     """A symbol for 5 tokens and a fake float32 tensor `[tokens, 3, 8]`, of which the middle one is a slice."""
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
-    with _compat.FakeTensorMode(shape_env=env):
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", 5, 2, 64)
+    with torch_compat.FakeTensorMode(shape_env=env):
         base = torch.empty_strided((tokens, 4, 8), (32, 8, 1))
         return as_dim(tokens), tokens, base[:, 1:]  # type: ignore[return-value]
 
@@ -46,9 +46,9 @@ def test_specs_with_other_storages_differ() -> None:
 
 
 def test_symbols_in_strides_count() -> None:
-    env = _compat.new_shape_env()
-    tokens = _compat.new_symbol(env, "s0", 5, 2, 64)
-    with _compat.FakeTensorMode(shape_env=env):
+    env = torch_compat.new_shape_env()
+    tokens = torch_compat.new_symbol(env, "s0", 5, 2, 64)
+    with torch_compat.FakeTensorMode(shape_env=env):
         tensor = torch.empty_strided((3, 4), (tokens, 1))
     spec = TensorSpec.of(tensor, 0)
     assert spec.shape == (3, 4) and spec.symbols == {as_dim(tokens)}

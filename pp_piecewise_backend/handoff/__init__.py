@@ -8,11 +8,11 @@
 Start reading in ``link.py``; ``transport.py`` says what a transport must do.
 """
 
-from ..handoff.header import MAX_TAG_BYTES, Header, Kind
-from ..handoff.link import Links, Receiver, Sender, Transfer, connect
-from ..handoff.schema import Field, Plan, Schema, StagePlan
-from ..handoff.tensor_parallel import TensorParallel
-from ..handoff.transport import Patience, Pending, Transport, Wire
+from .header import MAX_TAG_BYTES, Header, Kind
+from .link import Links, Receiver, Sender, Transfer, connect
+from .schema import Field, Plan, Schema, StagePlan
+from .tensor_parallel import TensorParallel
+from .transport import Patience, Pending, Transport, Wire
 
 __all__ = [
     "MAX_TAG_BYTES",

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from .. import _compat
-from ..handoff.one_machine import SharedBlock, machine
-from ..handoff.shared_memory import HostSharing
-from ..handoff.sockets import receive_exactly
+from ..utils import torch_compat
+from .one_machine import SharedBlock, machine
+from .shared_memory import HostSharing
+from .sockets import receive_exactly
 
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT_BYTES = 256
@@ -114,11 +114,11 @@ class DeviceSharing:
         with torch.inference_mode(False), torch.no_grad():
             tensor = torch.zeros(padded, dtype=torch.uint8, device=self._device)
         torch.accelerator.synchronize(self._device)
-        _send(self._line, json.dumps(_compat.shared_cuda_memory(tensor)).encode())
+        _send(self._line, json.dumps(torch_compat.shared_cuda_memory(tensor)).encode())
         return SharedBlock(tensor, tensor.data_ptr(), padded)
 
     def take(self) -> SharedBlock:
-        tensor = _compat.opened_cuda_memory(json.loads(_received(self._line)), self._peer_device)
+        tensor = torch_compat.opened_cuda_memory(json.loads(_received(self._line)), self._peer_device)
         return SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
 
     def free(self) -> None:

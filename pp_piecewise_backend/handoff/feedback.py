@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..handoff.inbox import Behind
-from ..handoff.link import Receiver, Transfer
-from ..handoff.schema import Field
-from ..stats import Stats
+from ..utils.counters import Stats
+from .inbox import Behind
+from .link import Receiver, Transfer
+from .schema import Field
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from .. import errors
-from ..handoff.schema import Plan
+from .schema import Plan
 
 MAGIC = b"PPH1"
 MAX_TAG_BYTES = 24

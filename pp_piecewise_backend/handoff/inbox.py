@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..handoff.header import Header
-from ..handoff.link import Receiver, Transfer
 from ..timeline import Timeline
+from .header import Header
+from .link import Receiver, Transfer
 
 Views = Mapping[str, torch.Tensor]
 

@@ -33,11 +33,11 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .. import errors
-from ..handoff.header import MAX_TAG_BYTES, Header, Kind
-from ..handoff.schema import Plan, Schema, StagePlan, agree
-from ..handoff.tensor_parallel import Gathering, TensorParallel
-from ..handoff.transport import Patience, Pending, Transport, Wire
-from ..stats import TOTALS, Amounts, Stats
+from ..utils.counters import TOTALS, Amounts, Stats
+from .header import MAX_TAG_BYTES, Header, Kind
+from .schema import Plan, Schema, StagePlan, agree
+from .tensor_parallel import Gathering, TensorParallel
+from .transport import Patience, Pending, Transport, Wire
 
 _TELLING_SECONDS = 0.3
 """How long a failing rank tries to tell one neighbour."""

@@ -32,9 +32,9 @@ from typing import Any, Protocol
 import torch
 
 from .. import errors
-from ..handoff.header import HEADER_BYTES
-from ..handoff.p2p import P2P, P2PWire
-from ..handoff.sockets import Line, Listener, connected
+from .header import HEADER_BYTES
+from .p2p import P2P, P2PWire
+from .sockets import Line, Listener, connected
 
 _PLACE = struct.Struct("<QQQ")
 """Number of the landing memory, offset in it, bytes."""

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from .. import errors
-from ..handoff.header import HEADER_BYTES
+from .header import HEADER_BYTES
 
 _DOWN, _UP, _BREAK = 0, 1, 2
 """Tags of messages with the data, against it, and of the receive that nobody answers."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..handoff.one_machine import SharedBlock, machine
-from ..handoff.sockets import connection_error
+from .one_machine import SharedBlock, machine
+from .sockets import connection_error
 
 _SIZE = struct.Struct("<Q")
 

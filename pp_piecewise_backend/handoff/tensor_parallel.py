@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ..handoff.p2p import P2P, break_pair, connection_errors
-from ..handoff.transport import Pending
+from .p2p import P2P, break_pair, connection_errors
+from .transport import Pending
 
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """Its name in this torch; looked up at each call, so that an observer can count it."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from .errors import nearest
+from ..errors import nearest
 
 
 class Counter(NamedTuple):
