@@ -175,7 +175,7 @@ def piecewise_backend(compiler: str, split_ops: str) -> Backend:
 
 def unshared_backend(compiler: str, split_ops: str) -> Backend:
     from pp_piecewise_backend.backend import PiecewiseBackend
-    from pp_piecewise_backend.inductor import PieceCompiler
+    from pp_piecewise_backend.compilation.inductor import PieceCompiler
 
     backend = PiecewiseBackend()
     backend._compiler = PieceCompiler(share=False)  # no option turns sharing off: nobody else wants that

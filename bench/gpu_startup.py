@@ -148,7 +148,7 @@ def start_ours(stage: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
     import pp_piecewise_backend as ppb
     from pp_piecewise_backend.backend import backend
-    from pp_piecewise_backend.inductor import PieceCompiler
+    from pp_piecewise_backend.compilation.inductor import PieceCompiler
 
     if request["method"] == "unshared":
         backend._compiler = PieceCompiler(share=False)  # no option turns sharing off: nobody else wants that

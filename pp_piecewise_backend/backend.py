@@ -17,16 +17,16 @@ from torch.fx import GraphModule
 from . import dump, errors
 from .buckets import Ladder
 from .buffers import Proxy, Stage
+from .compilation.analysis import collect_facts
+from .compilation.inductor import CompiledPiece, PieceCompiler, compile_whole
+from .compilation.placeholders import InputTable, classify_inputs
+from .compilation.split import Split, split_graph
+from .compilation.split_ops import SplitOpMatcher
 from .config import Config
 from .events import Events
 from .explanation import explain_all
-from .facts import collect_facts
-from .inductor import CompiledPiece, PieceCompiler, compile_whole
-from .placeholders import InputTable, classify_inputs
 from .plan import GraphSettings
 from .program import Program, UnsplitProgram
-from .split import Split, split_graph
-from .split_ops import SplitOpMatcher
 from .utils import torch_compat
 from .utils.counters import TOTALS
 from .warming_up import MakeInputs, warm_up

@@ -18,11 +18,11 @@ import torch
 from . import poison
 from .buffers import StaticMemory, StaticTensor, assign, extent_bytes, geometry, tensor_in, without_repeats
 from .capture import CapturedGraph, CaptureError, Device, same_bits
+from .compilation.padding_rules import token_dims
+from .compilation.specs import SymbolSpec, TensorSpec
 from .plan import GraphPlan, Obstacle
 from .rules import is_on
-from .specs import SymbolSpec, TensorSpec
 from .steps import Instruction, address
-from .traits import token_dims
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what

@@ -20,7 +20,7 @@ import sympy
 import torch
 
 from . import errors
-from .specs import TensorSpec, evaluate
+from .compilation.specs import TensorSpec, evaluate
 from .timeline import Timeline
 
 ALIGNMENT_BYTES = 256

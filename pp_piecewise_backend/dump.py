@@ -32,17 +32,17 @@ import torch
 from torch.fx import GraphModule
 
 from . import errors
+from .compilation.inductor import CompiledPiece, generated_files
+from .compilation.placeholders import GraphInput, InputTable
+from .compilation.specs import TensorSpec
+from .compilation.split import Piece, ResultValue, Split
 from .config import Config, rank_in_environment
 from .events import NO_EVENTS, Events
 from .explanation import short_source
-from .inductor import CompiledPiece, generated_files
 from .liveness import find_boundary
 from .piece_script import parent_text, piece_script, source_text, step_text
-from .placeholders import GraphInput, InputTable
 from .program import Program, UnsplitProgram
 from .report import report_page
-from .specs import TensorSpec
-from .split import Piece, ResultValue, Split
 from .summary import (
     EVENTS,
     REPORT,

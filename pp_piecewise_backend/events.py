@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from .inductor import CompiledPiece
-    from .placeholders import InputTable
+    from .compilation.inductor import CompiledPiece
+    from .compilation.placeholders import InputTable
+    from .compilation.split import Piece, Split
     from .program import Program, UnsplitProgram
-    from .split import Piece, Split
 
 
 class Events:

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .placeholders import GraphInput, InputKind
+from .compilation.placeholders import GraphInput, InputKind
+from .compilation.split import Piece
 from .plan import REASONS
-from .split import Piece
 
 if TYPE_CHECKING:
     from .program import Program

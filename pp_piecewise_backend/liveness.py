@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .placeholders import InputTable
-from .split import Split
+from .compilation.placeholders import InputTable
+from .compilation.split import Split
 from .steps import address
 
 

@@ -15,11 +15,11 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .canonical import look_up
-from .cuts import is_allocation
-from .specs import SymbolSpec, TensorSpec
-from .split import Piece, SizeOf
-from .split_ops import attribute, op_names
+from .compilation.cache_key import look_up
+from .compilation.partition import is_allocation
+from .compilation.specs import SymbolSpec, TensorSpec
+from .compilation.split import Piece, SizeOf
+from .compilation.split_ops import attribute, op_names
 from .utils import torch_compat
 
 _VIEWS = frozenset(

@@ -18,13 +18,13 @@ from torch import fx
 
 from .buckets import Ladder
 from .buffers import Stage, StageListener, extent_bytes, geometry
+from .compilation.padding_rules import token_dims
+from .compilation.placeholders import GraphInput, InputTable
+from .compilation.specs import SymbolSpec, TensorSpec
+from .compilation.split import Split
 from .liveness import Boundary, find_boundary
-from .placeholders import GraphInput, InputTable
 from .rules import is_on
-from .specs import SymbolSpec, TensorSpec
-from .split import Split
 from .steps import Instruction, Layout, Register, address
-from .traits import token_dims
 
 SMALL_TENSOR_BYTES = 64 * 1024
 """Inputs up to this size are copied into static memory in each call; larger ones are read where they are."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from .split import Piece
+from .compilation.split import Piece
 from .utils import torch_compat
 
 Result = TypeVar("Result")

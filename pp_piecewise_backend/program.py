@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .buffers import Stage, StageListener, StaticMemory
+from .compilation.placeholders import GraphInput, InputTable
+from .compilation.split import Piece, Split
 from .events import NO_EVENTS, Events
 from .graphs import Graphs
 from .liveness import find_boundary, lies_in
-from .placeholders import GraphInput, InputTable
 from .plan import REASONS, GraphPlan, GraphSettings
 from .results import merged_results
-from .split import Piece, Split
 from .steps import address, lay_out
 from .utils.counters import TOTALS, Stats
 from .warming_up import current_session
 
 if TYPE_CHECKING:
+    from .compilation.inductor import CompiledPiece
     from .config import Config
-    from .inductor import CompiledPiece
 
 
 class Program:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .placeholders import GraphInput
+from .compilation.placeholders import GraphInput
 from .steps import address
 
 

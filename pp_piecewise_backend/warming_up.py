@@ -27,7 +27,7 @@ from . import errors
 
 if TYPE_CHECKING:
     from .buffers import Stage
-    from .placeholders import GraphInput
+    from .compilation.placeholders import GraphInput
     from .plan import GraphPlan
 
 _LOG = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from pp_piecewise_backend.buffers import (
     geometry,
     tensor_in,
 )
+from pp_piecewise_backend.compilation.specs import TensorSpec
 from pp_piecewise_backend.errors import ConfigError
-from pp_piecewise_backend.specs import TensorSpec
 
 CPU = torch.device("cpu")
 TOKENS = sympy.Symbol("s0", integer=True, positive=True)

@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 
 import pp_piecewise_backend as ppb
 from against_eager import check, steps, tokens
+from pp_piecewise_backend.compilation.analysis import RANDOM, GraphFacts, collect_facts
 from pp_piecewise_backend.errors import SplitError
-from pp_piecewise_backend.facts import RANDOM, GraphFacts, collect_facts
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 

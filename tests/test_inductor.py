@@ -15,8 +15,8 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from against_eager import check, steps, tokens
-from pp_piecewise_backend import inductor
-from pp_piecewise_backend.inductor import CompiledPiece, PieceCompiler
+from pp_piecewise_backend.compilation import inductor
+from pp_piecewise_backend.compilation.inductor import CompiledPiece, PieceCompiler
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 

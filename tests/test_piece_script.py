@@ -20,8 +20,8 @@ import pp_piecewise_backend as ppb
 from dumping import EAGER
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
+from pp_piecewise_backend.compilation.split import Piece
 from pp_piecewise_backend.piece_script import piece_script, step_text, uninitialised_outputs
-from pp_piecewise_backend.split import Piece
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

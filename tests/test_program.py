@@ -399,7 +399,7 @@ def test_two_compiled_instances_of_one_class() -> None:
 
 
 def test_a_piece_runs_plain_where_its_compiled_code_does_not_hold() -> None:
-    from pp_piecewise_backend.inductor import CompiledPiece
+    from pp_piecewise_backend.compilation.inductor import CompiledPiece
 
     run = compiled(Layers(1))
     for tokens in (4, 5):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pp_piecewise_backend.placeholders import GraphInput
+from pp_piecewise_backend.compilation.placeholders import GraphInput
+from pp_piecewise_backend.compilation.specs import TensorSpec
 from pp_piecewise_backend.results import hand_over, merged_results
-from pp_piecewise_backend.specs import TensorSpec
 from pp_piecewise_backend.steps import address
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.specs import SymbolSpec, TensorSpec, as_dim, evaluate, symbols_of
+from pp_piecewise_backend.compilation.specs import SymbolSpec, TensorSpec, as_dim, evaluate, symbols_of
 from pp_piecewise_backend.utils import torch_compat
 
 pytestmark = pytest.mark.compat

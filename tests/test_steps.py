@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend.inductor import CompiledPiece
+from pp_piecewise_backend.compilation.inductor import CompiledPiece
 from pp_piecewise_backend.program import Program
 from pp_piecewise_backend.steps import Layout, Register, address, lay_out
 

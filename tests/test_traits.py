@@ -12,9 +12,9 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend import rules
+from pp_piecewise_backend.compilation.padding_rules import Traits, padding_reason, token_dims
+from pp_piecewise_backend.compilation.specs import TensorSpec
 from pp_piecewise_backend.program import Program
-from pp_piecewise_backend.specs import TensorSpec
-from pp_piecewise_backend.traits import Traits, padding_reason, token_dims
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, misses_between, net, rows
-from pp_piecewise_backend.inductor import CompiledPiece
+from pp_piecewise_backend.compilation.inductor import CompiledPiece
 from pp_piecewise_backend.plan import GraphPlan
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")

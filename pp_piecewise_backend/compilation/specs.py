@@ -13,7 +13,7 @@ from typing import TypeAlias
 import sympy
 import torch
 
-from .utils import torch_compat
+from ..utils import torch_compat
 
 Dim: TypeAlias = int | sympy.Expr
 """One size, stride or offset: a number, or an expression over the program's symbols."""

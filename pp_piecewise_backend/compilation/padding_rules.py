@@ -22,9 +22,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .cuts import is_allocation
-from .facts import RANDOM, GraphFacts
-from .rules import is_on
+from ..rules import is_on
+from .analysis import RANDOM, GraphFacts
+from .partition import is_allocation
 from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
 from .split_ops import is_getitem, op_name, plain_op_name
 

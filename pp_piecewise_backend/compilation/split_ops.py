@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch.fx import GraphModule, Node
 
-from .config import SplitOps
-from .utils import torch_compat
+from ..config import SplitOps
+from ..utils import torch_compat
 
 BUILTIN_SPLIT_OPS: tuple[str, ...] = (
     # PyTorch. Dynamo writes the same op as a function, as a builtin of torch._C._nn and as an ATen overload.

@@ -21,13 +21,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.fx import Node
 
-from .errors import SplitError
-from .facts import EFFECT, GraphFacts
+from ..errors import SplitError
+from ..rules import is_on
+from ..utils import torch_compat
+from .analysis import EFFECT, GraphFacts
 from .placeholders import GraphInput
-from .rules import is_on
 from .specs import TensorSpec
 from .split_ops import SplitOpMatcher, is_getitem, looks_like_attention, op_name
-from .utils import torch_compat
 from .written_out_attention import find_written_out_attention
 
 Kind = Literal["compute", "eager"]

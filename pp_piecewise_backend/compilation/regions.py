@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from ..utils import torch_compat
 from .split_ops import op_names
-from .utils import torch_compat
 
 _DROPPED_FUNCTIONS: tuple[object, ...] = (
     torch_compat.log_api_usage_once,

@@ -20,16 +20,12 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from .canonical import digest, piece_text
-from .cuts import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
-from .errors import SplitError
-from .facts import GraphFacts
-from .placeholders import InputTable
-from .rules import is_on
-from .specs import SymbolSpec, TensorSpec
-from .split_ops import SplitOpMatcher, attribute, op_name
-from .token_mixing import indices_from_floats, tokens_that_meet
-from .traits import (
+from ..errors import SplitError
+from ..rules import is_on
+from ..utils import torch_compat
+from .analysis import GraphFacts
+from .cache_key import digest, piece_text
+from .padding_rules import (
     Traits,
     handed_on_allocations,
     is_meaningless,
@@ -38,7 +34,11 @@ from .traits import (
     selects_tokens,
     token_values,
 )
-from .utils import torch_compat
+from .partition import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
+from .placeholders import InputTable
+from .specs import SymbolSpec, TensorSpec
+from .split_ops import SplitOpMatcher, attribute, op_name
+from .token_mixing import indices_from_floats, tokens_that_meet
 
 
 class SizeOf(NamedTuple):

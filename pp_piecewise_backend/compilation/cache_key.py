@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from ..utils import torch_compat
 from .specs import SymbolSpec, TensorSpec
 from .split_ops import attribute
-from .utils import torch_compat
 
 
 def piece_text(graph_module: GraphModule, inputs: Sequence[TensorSpec | SymbolSpec]) -> str:

@@ -22,10 +22,10 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
-from .config import Config
+from ..config import Config
+from ..utils import torch_compat
 from .specs import SymbolSpec, TensorSpec
 from .split import Piece
-from .utils import torch_compat
 
 _OWN_GRAPHS_OFF = {"triton.cudagraphs": False, "triton.cudagraph_trees": False}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch.fx import Node
 
-from .facts import GraphFacts
+from .analysis import GraphFacts
 from .placeholders import GraphInput
 from .split_ops import plain_op_name
 

@@ -13,9 +13,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .facts import GraphFacts
+from ..utils import torch_compat
+from .analysis import GraphFacts
 from .specs import Dim, TensorSpec, as_dim
-from .utils import torch_compat
 
 InputKind = Literal[
     "token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"
