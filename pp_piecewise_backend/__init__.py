@@ -14,8 +14,8 @@ from .utils.counters import expect, stats
 
 if TYPE_CHECKING:
     from .backend import explain, programs, reset, seal, unseal, warmup
-    from .buffers import Proxy, Stage
     from .runner import MicroBatch, StageRunner
+    from .runtime.cudagraphs.memory import Proxy, Stage
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ __all__ = [
 
 _LOADED_AT_FIRST_USE = {
     **dict.fromkeys(("explain", "programs", "reset", "seal", "unseal", "warmup"), ".backend"),
-    **dict.fromkeys(("Proxy", "Stage"), ".buffers"),
+    **dict.fromkeys(("Proxy", "Stage"), ".runtime.cudagraphs.memory"),
     **dict.fromkeys(("MicroBatch", "StageRunner"), ".runner"),
 }
 

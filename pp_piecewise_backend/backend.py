@@ -15,21 +15,21 @@ import torch
 from torch.fx import GraphModule
 
 from . import dump, errors
-from .buckets import Ladder
-from .buffers import Proxy, Stage
 from .compilation.analysis import collect_facts
 from .compilation.inductor import CompiledPiece, PieceCompiler, compile_whole
 from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.split import Split, split_graph
 from .compilation.split_ops import SplitOpMatcher
 from .config import Config
-from .events import Events
 from .explanation import explain_all
-from .plan import GraphSettings
-from .program import Program, UnsplitProgram
+from .runtime.capture_plan import GraphSettings
+from .runtime.cudagraphs.ladder import Ladder
+from .runtime.cudagraphs.memory import Proxy, Stage
+from .runtime.hooks import Events
+from .runtime.program import Program, UnsplitProgram
+from .runtime.warmup import MakeInputs, warm_up
 from .utils import torch_compat
 from .utils.counters import TOTALS
-from .warming_up import MakeInputs, warm_up
 
 _LOG = logging.getLogger(__name__)
 

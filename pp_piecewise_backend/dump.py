@@ -37,12 +37,12 @@ from .compilation.placeholders import GraphInput, InputTable
 from .compilation.specs import TensorSpec
 from .compilation.split import Piece, ResultValue, Split
 from .config import Config, rank_in_environment
-from .events import NO_EVENTS, Events
 from .explanation import short_source
-from .liveness import find_boundary
 from .piece_script import parent_text, piece_script, source_text, step_text
-from .program import Program, UnsplitProgram
 from .report import report_page
+from .runtime.hooks import NO_EVENTS, Events
+from .runtime.liveness import find_boundary
+from .runtime.program import Program, UnsplitProgram
 from .summary import (
     EVENTS,
     REPORT,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .compilation.placeholders import GraphInput, InputKind
 from .compilation.split import Piece
-from .plan import REASONS
+from .runtime.capture_plan import REASONS
 
 if TYPE_CHECKING:
-    from .program import Program
+    from .runtime.program import Program
 
 WIDTH = 120
 _LONGEST_REPEAT = 12

@@ -29,15 +29,15 @@ from torch import nn
 
 from . import errors
 from .backend import warmup
-from .buckets import Ladder
-from .buffers import Proxy, Stage
 from .config import Config
 from .dump import versions
 from .handoff import MAX_TAG_BYTES, Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
 from .handoff.feedback import FeedbackReader
 from .handoff.inbox import Inbox, Views
-from .profiling import named, profiler_is_running
-from .steps import address
+from .runtime.cudagraphs.ladder import Ladder
+from .runtime.cudagraphs.memory import Proxy, Stage
+from .runtime.instructions import address
+from .runtime.profiling import named, profiler_is_running
 from .timeline import Timeline, chrome_trace
 from .utils import torch_compat
 from .utils.counters import TOTALS, Amounts, Snapshot, Stats

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from against_eager import aliasing, assert_same, tensors
 from pp_piecewise_backend import rules
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.program import Program
 
 DEVICES = [pytest.param("cpu", id="emulate"), pytest.param("cuda", id="cuda", marks=pytest.mark.cuda)]
 HIDDEN = 8

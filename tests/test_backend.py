@@ -19,7 +19,7 @@ import pp_piecewise_backend as ppb
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.backend import backend
-from pp_piecewise_backend.program import Program, UnsplitProgram
+from pp_piecewise_backend.runtime.program import Program, UnsplitProgram
 
 HIDDEN = 8
 EAGER = {"compiler": "eager"}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.buckets import Ladder
 from pp_piecewise_backend.config import Config, SizeRange
+from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
 
 DEFAULT_RANGES = Config.resolve().capture_sizes
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pp_piecewise_backend import Proxy, Stage
-from pp_piecewise_backend.buffers import (
+from pp_piecewise_backend.compilation.specs import TensorSpec
+from pp_piecewise_backend.errors import ConfigError
+from pp_piecewise_backend.runtime.cudagraphs.memory import (
     ALIGNMENT_BYTES,
     StaticMemory,
     StaticTensor,
@@ -22,8 +24,6 @@ from pp_piecewise_backend.buffers import (
     geometry,
     tensor_in,
 )
-from pp_piecewise_backend.compilation.specs import TensorSpec
-from pp_piecewise_backend.errors import ConfigError
 
 CPU = torch.device("cpu")
 TOKENS = sympy.Symbol("s0", integer=True, positive=True)

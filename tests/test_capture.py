@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pp_piecewise_backend.capture import CaptureError, EmulatedDevice, make_device, same_bits
+from pp_piecewise_backend.runtime.cudagraphs.capture import CaptureError, EmulatedDevice, make_device, same_bits
 
 PYTHON: dict[str, Any] = {"scale": 2.0, "calls": 0}
 """What the custom op below reads on the host."""

@@ -12,7 +12,7 @@ from torch import Tensor
 import pp_piecewise_backend as ppb
 from captured import DEVICES, SIZES, Pair, Wrong, misses_between, net, rows
 from pp_piecewise_backend import errors
-from pp_piecewise_backend.replay import _Copy
+from pp_piecewise_backend.runtime.replay import _Copy
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 on_devices = pytest.mark.parametrize("device", DEVICES)

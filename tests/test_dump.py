@@ -23,8 +23,8 @@ from dumping import EAGER, Small, events_of, program_folders, run_small, run_toy
 from pp_piecewise_backend import dump
 from pp_piecewise_backend.compilation.inductor import PieceCompiler
 from pp_piecewise_backend.config import Config
-from pp_piecewise_backend.events import NO_EVENTS, Events
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.hooks import NO_EVENTS, Events
+from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 

@@ -17,7 +17,7 @@ from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import explanation
 from pp_piecewise_backend.backend import backend
-from pp_piecewise_backend.program import Program, UnsplitProgram
+from pp_piecewise_backend.runtime.program import Program, UnsplitProgram
 
 WIDTH, MOST_LINES = 120, 60
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
-from pp_piecewise_backend import buffers, capture, errors
+from pp_piecewise_backend import errors
+from pp_piecewise_backend.runtime.cudagraphs import capture, memory
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -333,7 +334,7 @@ def test_a_new_large_cache_for_each_conversation(device: str) -> None:
 
 @on_devices
 def test_parameters_that_move_too_often(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pp_piecewise_backend.graphs.MAX_CAPTURED_SETS", 2)
+    monkeypatch.setattr("pp_piecewise_backend.runtime.dispatch.MAX_CAPTURED_SETS", 2)
     pair = pair_of(net(forward, device), device)
     pair.run_sizes(lambda n: (rows(n, device),))
     kept = []
@@ -410,7 +411,7 @@ def test_the_limit_holds_for_all_programs_of_a_stage(monkeypatch: pytest.MonkeyP
     blocks: list[weakref.ref[Tensor]] = []
 
     def allocate(num_bytes: int, device: torch.device) -> Tensor:
-        block = buffers.allocate(num_bytes, device)
+        block = memory.allocate(num_bytes, device)
         blocks.append(weakref.ref(block))
         return block
 

@@ -10,7 +10,7 @@ import torch
 
 import pp_piecewise_backend as ppb
 from models import hf
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.program import Program
 
 LAYERS = 2
 STEPS = 16

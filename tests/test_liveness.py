@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from captured import HIDDEN, net
-from pp_piecewise_backend.liveness import Boundary, find_boundary
 from pp_piecewise_backend.runner import _cloning
+from pp_piecewise_backend.runtime.liveness import Boundary, find_boundary
 from pp_piecewise_backend.timeline import Timeline
 
 MAX_TOKENS = 8

@@ -17,7 +17,7 @@ import pp_piecewise_backend as ppb
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.compilation.placeholders import GraphInput
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.program import Program
 
 TOKENS, HIDDEN = 5, 4
 

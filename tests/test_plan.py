@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend.buckets import Ladder
-from pp_piecewise_backend.plan import REASONS, SMALL_TENSOR_BYTES, GraphPlan
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.capture_plan import REASONS, SMALL_TENSOR_BYTES, GraphPlan
+from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
+from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

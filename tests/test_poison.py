@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pp_piecewise_backend import poison
-from pp_piecewise_backend.poison import Trial, agree, examine, first_differing_row, like
+from pp_piecewise_backend.runtime import padding_test
+from pp_piecewise_backend.runtime.padding_test import Trial, agree, examine, first_differing_row, like
 
 BUCKET, REAL = 6, 4
 ROWS = (0,)
@@ -223,9 +223,9 @@ def test_agreement_up_to_rounding(one: Tensor, other: Tensor, expected: bool) ->
     assert agree(one, other) is expected
 
 
-@pytest.mark.parametrize("dtype", poison.TOLERANCES)
+@pytest.mark.parametrize("dtype", padding_test.TOLERANCES)
 def test_each_dtype_has_its_tolerance(dtype: torch.dtype) -> None:
-    tolerance = poison.TOLERANCES[dtype]
+    tolerance = padding_test.TOLERANCES[dtype]
     one = torch.ones(2, dtype=dtype)
     assert agree(one, (one.double() * (1 + tolerance / 4)).to(dtype))
     assert not agree(one, (one.double() * (1 + tolerance * 4)).to(dtype))

@@ -9,7 +9,7 @@ import torch
 
 import pp_piecewise_backend as ppb
 from dumping import EAGER, Small
-from pp_piecewise_backend import profiling
+from pp_piecewise_backend.runtime import profiling
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_gradients")]
 

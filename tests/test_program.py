@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pp_piecewise_backend as ppb
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.program import Program
 
 HIDDEN = 8
 

@@ -22,7 +22,7 @@ from captured import DEVICES
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.handoff.local import LocalHub, LocalTransport
-from pp_piecewise_backend.liveness import Boundary, find_boundary
+from pp_piecewise_backend.runtime.liveness import Boundary, find_boundary
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend"), pytest.mark.timeout(300)]
 
@@ -243,7 +243,7 @@ def too_early(*args: Any) -> Boundary:
 
 
 def test_a_release_one_step_too_early_gives_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pp_piecewise_backend.plan.find_boundary", too_early)
+    monkeypatch.setattr("pp_piecewise_backend.runtime.capture_plan.find_boundary", too_early)
     with pytest.raises(AssertionError):
         test_results_are_those_of_one_thread_bit_for_bit(2, None, "cpu")
 

@@ -14,7 +14,7 @@ import pp_piecewise_backend as ppb
 from pp_piecewise_backend import rules
 from pp_piecewise_backend.compilation.padding_rules import Traits, padding_reason, token_dims
 from pp_piecewise_backend.compilation.specs import TensorSpec
-from pp_piecewise_backend.program import Program
+from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

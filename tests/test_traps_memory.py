@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend import graphs, poison, replay
-from pp_piecewise_backend.buffers import StaticMemory
+from pp_piecewise_backend.runtime import dispatch, padding_test, replay
+from pp_piecewise_backend.runtime.cudagraphs.memory import StaticMemory
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -113,7 +113,7 @@ def copy_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def warm_up_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poison, "like", lambda tensor: tensor)
+    monkeypatch.setattr(padding_test, "like", lambda tensor: tensor)
 
 
 def take_all_for_landed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def output_that_is_a_view_of_a_proxy(device: str) -> None:
 
 
 def hand_over_static_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "hand_over", lambda *arguments: 0)
+    monkeypatch.setattr(dispatch, "hand_over", lambda *arguments: 0)
 
 
 @trap(breaks=hand_over_static_memory)

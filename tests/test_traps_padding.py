@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, misses_between, net, rows
 from pp_piecewise_backend.compilation.inductor import CompiledPiece
-from pp_piecewise_backend.plan import GraphPlan
+from pp_piecewise_backend.runtime.capture_plan import GraphPlan
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from captured import misses_between
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend import Proxy, Stage, poison
-from pp_piecewise_backend.bucket import BucketCapture
+from pp_piecewise_backend import Proxy, Stage
 from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewiseWarning
-from pp_piecewise_backend.warming_up import Session, _calls, current_session
+from pp_piecewise_backend.runtime import padding_test
+from pp_piecewise_backend.runtime.bucket import BucketCapture
+from pp_piecewise_backend.runtime.warmup import Session, _calls, current_session
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -441,13 +442,13 @@ def test_static_programs_are_captured_too(dynamic: bool | None) -> None:
 
 def test_padding_is_tested_in_the_largest_and_in_the_smallest_bucket_only(monkeypatch: pytest.MonkeyPatch) -> None:
     tested: list[int] = []
-    examine = poison.examine
+    examine = padding_test.examine
 
-    def counting(trial: poison.Trial, inputs: Any, real_tokens: int) -> str | None:
+    def counting(trial: padding_test.Trial, inputs: Any, real_tokens: int) -> str | None:
         tested.append(real_tokens)
         return examine(trial, inputs, real_tokens)
 
-    monkeypatch.setattr(poison, "examine", counting)
+    monkeypatch.setattr(padding_test, "examine", counting)
     stage = ToyStage(2, hidden=16, heads=2, kv_heads=1, max_tokens=256)
     run = compiled_stage(stage, capture_sizes="32:256:32", max_tokens=256)
     with ppb.expect(captures=3 * (8 + 1)):  # those of one token are a program of their own

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..buffers import Proxy
+from ..runtime.cudagraphs.memory import Proxy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, StaticCache

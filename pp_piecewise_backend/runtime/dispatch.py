@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import errors
+from .. import errors
+from ..rules import is_on
+from ..utils import torch_compat
+from ..utils.counters import Stats
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
-from .buffers import StaticMemory
-from .capture import Device, make_device
-from .events import NO_EVENTS, Events
-from .plan import REASONS, GraphPlan, Obstacle
+from .capture_plan import REASONS, GraphPlan, Obstacle
+from .cudagraphs.capture import Device, make_device
+from .cudagraphs.memory import StaticMemory
+from .hooks import NO_EVENTS, Events
+from .instructions import address
 from .replay import Call, FlatProgram
 from .results import hand_over, merged_results
-from .rules import is_on
-from .steps import address
-from .utils import torch_compat
-from .utils.counters import Stats
-from .warming_up import current_session
+from .warmup import current_session
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from . import poison
-from .buffers import StaticMemory, StaticTensor, assign, extent_bytes, geometry, tensor_in, without_repeats
-from .capture import CapturedGraph, CaptureError, Device, same_bits
-from .compilation.padding_rules import token_dims
-from .compilation.specs import SymbolSpec, TensorSpec
-from .plan import GraphPlan, Obstacle
-from .rules import is_on
-from .steps import Instruction, address
+from ..compilation.padding_rules import token_dims
+from ..compilation.specs import SymbolSpec, TensorSpec
+from ..rules import is_on
+from . import padding_test
+from .capture_plan import GraphPlan, Obstacle
+from .cudagraphs.capture import CapturedGraph, CaptureError, Device, same_bits
+from .cudagraphs.memory import StaticMemory, StaticTensor, assign, extent_bytes, geometry, tensor_in, without_repeats
+from .instructions import Instruction, address
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
@@ -294,7 +294,7 @@ class BucketCapture:
     def _warm_up(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> None:
         """Run the piece once outside of a capture, leaving no trace, and see that it leaves alone what it should."""
         written = self._written_positions(step, instruction)
-        given = [poison.like(value) if at in written else value for at, value in enumerate(inputs)]
+        given = [padding_test.like(value) if at in written else value for at, value in enumerate(inputs)]
         checked = step in self._verdicts.mutations_checked
         before = [] if checked else [
             (value, value.clone()) for at, value in enumerate(given) if isinstance(value, torch.Tensor) and
@@ -331,7 +331,7 @@ class BucketCapture:
                     found.append(rows if isinstance(spec, SymbolSpec) and spec.symbol == symbol else value)
             return found
 
-        trial = poison.Trial(
+        trial = padding_test.Trial(
             call=instruction.run,
             call_unpadded=lambda values: instruction.run_where_valid(values)[0],
             input_token_dims=dims,
@@ -340,7 +340,7 @@ class BucketCapture:
             written=self._written_positions(step, instruction),
             unpadded_inputs=unpadded,
         )
-        return self._device.warm_up(lambda: poison.examine(trial, inputs, rows))
+        return self._device.warm_up(lambda: padding_test.examine(trial, inputs, rows))
 
     # ----------------------------------------------------------------------------- running
 
@@ -409,7 +409,7 @@ class BucketCapture:
         if any(self._plan.specs[other].storage == spec.storage for other in lease.registers):
             lease.registers.add(register)
             return output
-        return poison.like(output)
+        return padding_test.like(output)
 
     def _admit(self, step: int, register: int) -> None:
         """Bring a value that was made on the real rows to where captured pieces read it."""

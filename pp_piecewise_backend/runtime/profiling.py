@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from .compilation.split import Piece
-from .utils import torch_compat
+from ..compilation.split import Piece
+from ..utils import torch_compat
 
 Result = TypeVar("Result")
 

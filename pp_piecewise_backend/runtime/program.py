@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .buffers import Stage, StageListener, StaticMemory
-from .compilation.placeholders import GraphInput, InputTable
-from .compilation.split import Piece, Split
-from .events import NO_EVENTS, Events
-from .graphs import Graphs
+from ..compilation.placeholders import GraphInput, InputTable
+from ..compilation.split import Piece, Split
+from ..utils.counters import TOTALS, Stats
+from .capture_plan import REASONS, GraphPlan, GraphSettings
+from .cudagraphs.memory import Stage, StageListener, StaticMemory
+from .dispatch import Graphs
+from .hooks import NO_EVENTS, Events
+from .instructions import address, lay_out
 from .liveness import find_boundary, lies_in
-from .plan import REASONS, GraphPlan, GraphSettings
 from .results import merged_results
-from .steps import address, lay_out
-from .utils.counters import TOTALS, Stats
-from .warming_up import current_session
+from .warmup import current_session
 
 if TYPE_CHECKING:
-    from .compilation.inductor import CompiledPiece
-    from .config import Config
+    from ..compilation.inductor import CompiledPiece
+    from ..config import Config
 
 
 class Program:
@@ -124,7 +124,7 @@ class Program:
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
-        from .explanation import explain_program
+        from ..explanation import explain_program
 
         return explain_program(self)
 
@@ -283,6 +283,6 @@ class UnsplitProgram:
 
     def explain(self) -> str:
         """Why the graph is not split."""
-        from .explanation import explain_unsplit
+        from ..explanation import explain_unsplit
 
         return explain_unsplit(self.name, self.config.compiler, self.reason)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .compilation.placeholders import GraphInput
-from .steps import address
+from ..compilation.placeholders import GraphInput
+from .instructions import address
 
 
 def merged_results(

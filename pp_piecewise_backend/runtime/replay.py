@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from . import poison
+from ..utils.counters import Amounts
+from . import padding_test
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
-from .buffers import StaticTensor, without_repeats
-from .plan import GraphPlan
+from .capture_plan import GraphPlan
+from .cudagraphs.memory import StaticTensor, without_repeats
+from .instructions import Instruction, Register, address, gather
 from .profiling import named, profiler_is_running, step_name
-from .steps import Instruction, Register, address, gather
-from .utils.counters import Amounts
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -243,7 +243,7 @@ class _OnRealRows(_Step):
             self.copied_outputs = self._hidden_aliases(outputs)
         outputs = list(outputs)
         for index in self.copied_outputs:
-            outputs[index] = poison.like(outputs[index])
+            outputs[index] = padding_test.like(outputs[index])
         return outputs
 
     def _hidden_aliases(self, outputs: Sequence[Any]) -> tuple[int, ...]:
@@ -549,7 +549,7 @@ class _Verified(_Step):
         written = plan.written_registers[self.step]
         positions = [at for at, source in enumerate(instruction.arguments) if source in written]
         for at in positions:
-            inputs[at] = poison.like(inputs[at])
+            inputs[at] = padding_test.like(inputs[at])
         expected = list(instruction.run(inputs)) + [inputs[at] for at in positions]
         # A copy, since a piece may give back one of its inputs, which the replay may write.
         expected = [value.clone() if isinstance(value, torch.Tensor) else value for value in expected]
@@ -567,7 +567,7 @@ class _Verified(_Step):
                 got = static.rows(program.num_tokens)
                 wanted = StaticTensor(value, static.spec, static.token_dims, static.symbols).rows(program.num_tokens)
                 token_dim = next(iter(static.token_dims), None)
-            row = poison.first_differing_row(got, wanted, token_dim)
+            row = padding_test.first_differing_row(got, wanted, token_dim)
             if row is not None:
                 self.report(f"piece[{self.step}], tensor {plan_name(plan, register)}, row {row}")
                 got.copy_(wanted)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .buffers import assign, without_repeats
-from .capture import same_bits
+from .cudagraphs.capture import same_bits
+from .cudagraphs.memory import assign, without_repeats
 
 # How far the same rows may differ between two numbers of rows, relative to the largest of them. Matrix products of
 # other sizes add up in another order, and float32 may go through TF32 (10 bits of mantissa).

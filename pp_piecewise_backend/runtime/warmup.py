@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import errors
+from .. import errors
 
 if TYPE_CHECKING:
-    from .buffers import Stage
-    from .compilation.placeholders import GraphInput
-    from .plan import GraphPlan
+    from ..compilation.placeholders import GraphInput
+    from .capture_plan import GraphPlan
+    from .cudagraphs.memory import Stage
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .compilation.placeholders import InputTable
-from .compilation.specs import SymbolSpec
-from .compilation.split import Piece, ResultValue, SizeOf, Split
+from ..compilation.placeholders import InputTable
+from ..compilation.specs import SymbolSpec
+from ..compilation.split import Piece, ResultValue, SizeOf, Split
 from .profiling import named, profiler_is_running, step_name
 
 if TYPE_CHECKING:
-    from .compilation.inductor import CompiledPiece
+    from ..compilation.inductor import CompiledPiece
 
 
 @dataclass(frozen=True)

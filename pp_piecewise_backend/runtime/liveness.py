@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .compilation.placeholders import InputTable
-from .compilation.split import Split
-from .steps import address
+from ..compilation.placeholders import InputTable
+from ..compilation.split import Split
+from .instructions import address
 
 
 @dataclass(frozen=True)

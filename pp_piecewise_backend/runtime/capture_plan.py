@@ -16,15 +16,15 @@ import sympy
 import torch
 from torch import fx
 
-from .buckets import Ladder
-from .buffers import Stage, StageListener, extent_bytes, geometry
-from .compilation.padding_rules import token_dims
-from .compilation.placeholders import GraphInput, InputTable
-from .compilation.specs import SymbolSpec, TensorSpec
-from .compilation.split import Split
+from ..compilation.padding_rules import token_dims
+from ..compilation.placeholders import GraphInput, InputTable
+from ..compilation.specs import SymbolSpec, TensorSpec
+from ..compilation.split import Split
+from ..rules import is_on
+from .cudagraphs.ladder import Ladder
+from .cudagraphs.memory import Stage, StageListener, extent_bytes, geometry
+from .instructions import Instruction, Layout, Register, address
 from .liveness import Boundary, find_boundary
-from .rules import is_on
-from .steps import Instruction, Layout, Register, address
 
 SMALL_TENSOR_BYTES = 64 * 1024
 """Inputs up to this size are copied into static memory in each call; larger ones are read where they are."""

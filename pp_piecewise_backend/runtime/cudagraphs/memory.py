@@ -19,9 +19,9 @@ from typing import Any, Literal, Protocol
 import sympy
 import torch
 
-from . import errors
-from .compilation.specs import TensorSpec, evaluate
-from .timeline import Timeline
+from ... import errors
+from ...compilation.specs import TensorSpec, evaluate
+from ...timeline import Timeline
 
 ALIGNMENT_BYTES = 256
 

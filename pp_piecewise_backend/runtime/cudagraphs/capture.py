@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .buffers import allocate, assign, tensor_in
-from .utils import torch_compat
+from ...utils import torch_compat
+from .memory import allocate, assign, tensor_in
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from .compilation.inductor import CompiledPiece
-    from .compilation.placeholders import InputTable
-    from .compilation.split import Piece, Split
+    from ..compilation.inductor import CompiledPiece
+    from ..compilation.placeholders import InputTable
+    from ..compilation.split import Piece, Split
     from .program import Program, UnsplitProgram
 
 

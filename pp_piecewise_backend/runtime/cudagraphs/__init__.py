@@ -1,0 +1,1 @@
+"""Capture a callable, replay it. Knows no pieces, FX or programs."""
