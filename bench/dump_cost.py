@@ -25,7 +25,7 @@ sys.path.insert(0, str(TEST_MODELS))
 import torch
 
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend import dump
+from pp_piecewise_backend.debug import dump
 
 
 def main() -> None:

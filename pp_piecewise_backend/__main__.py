@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import errors, inspection
+from . import errors
 from .config import Config
+from .debug import inspect_dump
 from .demo import command as demo
 
 
@@ -29,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="show a dump, or what differs between two",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspection.add_arguments(inspect_parser)
-    inspect_parser.set_defaults(run=inspection.run)
+    inspect_dump.add_arguments(inspect_parser)
+    inspect_parser.set_defaults(run=inspect_dump.run)
     env_parser = commands.add_parser("env", help="every option: environment variable, value in effect, source")
     env_parser.set_defaults(run=show_options)
     return parser

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import dump, errors
+from . import errors
 from .compilation.analysis import collect_facts
 from .compilation.inductor import CompiledPiece, PieceCompiler, compile_whole
 from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.split import Split, split_graph
 from .compilation.split_ops import SplitOpMatcher
 from .config import Config
-from .explanation import explain_all
+from .debug import dump
+from .debug.explain import explain_all
 from .runtime.capture_plan import GraphSettings
 from .runtime.cudagraphs.ladder import Ladder
 from .runtime.cudagraphs.memory import Proxy, Stage

@@ -30,7 +30,7 @@ from torch import nn
 from . import errors
 from .backend import warmup
 from .config import Config
-from .dump import versions
+from .debug.dump import versions
 from .handoff import MAX_TAG_BYTES, Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
 from .handoff.feedback import FeedbackReader
 from .handoff.inbox import Inbox, Views

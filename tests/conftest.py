@@ -58,7 +58,7 @@ def fresh_backend() -> Iterator[None]:
 def fresh_dumps() -> Iterator[None]:
     """Afterwards nothing is dumped any more, and the folders of the test are forgotten."""
     yield
-    from pp_piecewise_backend import dump
+    from pp_piecewise_backend.debug import dump
 
     dump._RANK_FOLDERS.clear()
     dump._DUMPS.clear()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend import dump
-from pp_piecewise_backend.summary import Summary
+from pp_piecewise_backend.debug import dump
+from pp_piecewise_backend.debug.summary import Summary
 
 EAGER = {"compiler": "eager"}
 

@@ -20,9 +20,9 @@ from torch import nn
 
 import pp_piecewise_backend as ppb
 from dumping import EAGER, Small, events_of, program_folders, run_small, run_toy_stage, summary_of
-from pp_piecewise_backend import dump
 from pp_piecewise_backend.compilation.inductor import PieceCompiler
 from pp_piecewise_backend.config import Config
+from pp_piecewise_backend.debug import dump
 from pp_piecewise_backend.runtime.hooks import NO_EVENTS, Events
 from pp_piecewise_backend.runtime.program import Program
 
@@ -464,4 +464,4 @@ def test_a_trace_that_fails_is_said_and_the_run_goes_on(
 def test_the_logger_says_where_the_dump_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="pp_piecewise_backend")
     run_small(tmp_path)
-    assert any(r.name == "pp_piecewise_backend.dump" and str(tmp_path) in r.message for r in caplog.records)
+    assert any(r.name == "pp_piecewise_backend.debug.dump" and str(tmp_path) in r.message for r in caplog.records)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend import explanation
 from pp_piecewise_backend.backend import backend
+from pp_piecewise_backend.debug import explain
 from pp_piecewise_backend.runtime.program import Program, UnsplitProgram
 
 WIDTH, MOST_LINES = 120, 60
@@ -245,8 +245,8 @@ def test_the_report_on_all_programs() -> None:
 @pytest.mark.compat
 @pytest.mark.parametrize("reason", ["short", "word " * 500, "x" * 1000])
 def test_explain_unsplit(reason: str) -> None:
-    assert_fits(explanation.explain_unsplit("Model#0", "inductor", reason), lines=10)
-    assert flat(explanation.explain_unsplit("Model#0", "eager", "a reason")) == (
+    assert_fits(explain.explain_unsplit("Model#0", "inductor", reason), lines=10)
+    assert flat(explain.explain_unsplit("Model#0", "eager", "a reason")) == (
         "Model#0: not split, given whole to eager: a reason"
     )
 
@@ -259,7 +259,7 @@ def test_explain_unsplit(reason: str) -> None:
 def test_unfolding_gives_back_the_sequence(letters: list[str]) -> None:
     signatures = [(letter,) for letter in letters]
     unfolded: list[tuple[object, ...]] = []
-    for start, period, repeats in explanation.fold(signatures):
+    for start, period, repeats in explain.fold(signatures):
         assert start == len(unfolded) and period >= 1 and repeats >= 1
         unfolded += signatures[start : start + period] * repeats
     assert unfolded == signatures
@@ -269,7 +269,7 @@ def test_unfolding_gives_back_the_sequence(letters: list[str]) -> None:
 @given(st.text("ab", min_size=1, max_size=5), st.integers(3, 40), st.text("cd", max_size=3))
 def test_a_repeated_block_folds_into_few_lines(block: str, repeats: int, tail: str) -> None:
     signatures = [(letter,) for letter in block * repeats + tail]
-    folded = explanation.fold(signatures)
+    folded = explain.fold(signatures)
     assert folded[0][0] == 0 and folded[0][1] * folded[0][2] >= len(block) * (repeats - 1)
     assert len(folded) <= 1 + len(block) + len(tail)
 
@@ -278,7 +278,7 @@ def test_a_repeated_block_folds_into_few_lines(block: str, repeats: int, tail: s
 @given(st.sets(st.integers(0, 99), min_size=1, max_size=30))
 def test_ranges_say_exactly_which_numbers(numbers: set[int]) -> None:
     found: set[int] = set()
-    parts = explanation._ranges(numbers).split(", ")
+    parts = explain._ranges(numbers).split(", ")
     previous: int | None = None
     for part in parts:
         if ".." not in part:
@@ -296,10 +296,10 @@ def test_ranges_say_exactly_which_numbers(numbers: set[int]) -> None:
 
 @pytest.mark.compat
 def test_ranges() -> None:
-    assert explanation._ranges([0, 1, 2, 3, 5, 8, 9]) == "0..3, 5, 8..9"
-    assert explanation._ranges([0, 2, 4, 6]) == "0, 2..6"
-    assert explanation._ranges([7]) == "7"
-    assert explanation._ranges([0, 2]) == "0, 2"
+    assert explain._ranges([0, 1, 2, 3, 5, 8, 9]) == "0..3, 5, 8..9"
+    assert explain._ranges([0, 2, 4, 6]) == "0, 2..6"
+    assert explain._ranges([7]) == "7"
+    assert explain._ranges([0, 2]) == "0, 2"
 
 
 @pytest.mark.compat
@@ -314,4 +314,4 @@ def test_ranges() -> None:
     ],
 )
 def test_short_source(source: str, short: str) -> None:
-    assert explanation.short_source(source) == short
+    assert explain.short_source(source) == short

@@ -15,8 +15,8 @@ import torch
 
 import pp_piecewise_backend as ppb
 from dumping import Small, program_folders, run_small, run_toy_stage
-from pp_piecewise_backend import inspection
 from pp_piecewise_backend.__main__ import main
+from pp_piecewise_backend.debug import inspect_dump
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 
@@ -102,7 +102,7 @@ def test_only_the_newest_run_of_each_rank(tmp_path: Path, capsys: pytest.Capture
         (folder,) = program_folders(tmp_path / "made" / rank)
         (tmp_path / "dump").mkdir(exist_ok=True)
         folder.parent.rename(tmp_path / "dump" / rank)
-    found = inspection.find_programs(tmp_path / "dump")
+    found = inspect_dump.find_programs(tmp_path / "dump")
     assert [path.parent.name for path in found] == ["rank_0.10", "rank_1"]
 
 

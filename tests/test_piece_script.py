@@ -21,7 +21,7 @@ from dumping import EAGER
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.compilation.split import Piece
-from pp_piecewise_backend.piece_script import piece_script, step_text, uninitialised_outputs
+from pp_piecewise_backend.debug.piece_script import piece_script, step_text, uninitialised_outputs
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

@@ -15,8 +15,8 @@ import torch
 
 import pp_piecewise_backend as ppb
 from dumping import program_folders, run_small, run_toy_stage, summary_of
-from pp_piecewise_backend.report import report_page
-from pp_piecewise_backend.summary import BucketEntry, Graphs, MissEntry, Summary
+from pp_piecewise_backend.debug.report import report_page
+from pp_piecewise_backend.debug.summary import BucketEntry, Graphs, MissEntry, Summary
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 

@@ -15,8 +15,8 @@ import torch
 import pp_piecewise_backend as ppb
 from dumping import EAGER, Small, program_folders, run_small, run_toy_stage
 from models.hf import greedy_decode, make_model, make_prompts
-from pp_piecewise_backend import dump
-from pp_piecewise_backend.summary import SCHEMA_VERSION, Summary
+from pp_piecewise_backend.debug import dump
+from pp_piecewise_backend.debug.summary import SCHEMA_VERSION, Summary
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 

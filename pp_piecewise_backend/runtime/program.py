@@ -124,7 +124,7 @@ class Program:
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
-        from ..explanation import explain_program
+        from ..debug.explain import explain_program
 
         return explain_program(self)
 
@@ -283,6 +283,6 @@ class UnsplitProgram:
 
     def explain(self) -> str:
         """Why the graph is not split."""
-        from ..explanation import explain_unsplit
+        from ..debug.explain import explain_unsplit
 
         return explain_unsplit(self.name, self.config.compiler, self.reason)

@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .compilation.placeholders import GraphInput, InputKind
-from .compilation.split import Piece
-from .runtime.capture_plan import REASONS
+from ..compilation.placeholders import GraphInput, InputKind
+from ..compilation.split import Piece
+from ..runtime.capture_plan import REASONS
 
 if TYPE_CHECKING:
-    from .runtime.program import Program
+    from ..runtime.program import Program
 
 WIDTH = 120
 _LONGEST_REPEAT = 12

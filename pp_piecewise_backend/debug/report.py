@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from .explanation import fold, folded_name, without_numbers
+from ..runtime.profiling import eager_label
+from .explain import fold, folded_name, without_numbers
 from .piece_script import HARNESS_MARK
-from .runtime.profiling import eager_label
 from .summary import InputEntry, PieceEntry, Summary
 
 _KINDS = ("token-count", "stage-input", "per-token", "state", "scalar", "other-tensor", "parameter")

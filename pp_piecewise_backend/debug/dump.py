@@ -31,18 +31,20 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch.fx import GraphModule
 
-from . import errors
-from .compilation.inductor import CompiledPiece, generated_files
-from .compilation.placeholders import GraphInput, InputTable
-from .compilation.specs import TensorSpec
-from .compilation.split import Piece, ResultValue, Split
-from .config import Config, rank_in_environment
-from .explanation import short_source
+from .. import errors
+from ..compilation.inductor import CompiledPiece, generated_files
+from ..compilation.placeholders import GraphInput, InputTable
+from ..compilation.specs import TensorSpec
+from ..compilation.split import Piece, ResultValue, Split
+from ..config import Config, rank_in_environment
+from ..runtime.hooks import NO_EVENTS, Events
+from ..runtime.liveness import find_boundary
+from ..runtime.program import Program, UnsplitProgram
+from ..utils import torch_compat
+from ..utils.counters import Stats
+from .explain import short_source
 from .piece_script import parent_text, piece_script, source_text, step_text
 from .report import report_page
-from .runtime.hooks import NO_EVENTS, Events
-from .runtime.liveness import find_boundary
-from .runtime.program import Program, UnsplitProgram
 from .summary import (
     EVENTS,
     REPORT,
@@ -57,8 +59,6 @@ from .summary import (
     Progress,
     Summary,
 )
-from .utils import torch_compat
-from .utils.counters import Stats
 
 _LOG = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import errors
+from .. import errors
 from .summary import EVENTS, REPORT, SCHEMA_VERSION, SUMMARY, PieceEntry, Summary
 
 DESCRIPTION = """\

@@ -1,0 +1,1 @@
+"""What people read about programs. Never changes what runs."""
