@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pp_piecewise_backend.handoff.transport import Pending, Transport, Wire
+from pp_piecewise_backend.pipeline.transports.base import Pending, Transport, Wire
 
 
 class DelayedTransport:

@@ -366,7 +366,7 @@ def two_threads(pair: Pair, phases: Sequence[tuple[int, int]], profiler: Any = N
     from torch import nn
 
     import pp_piecewise_backend as ppb
-    from pp_piecewise_backend.handoff.local import LocalHub
+    from pp_piecewise_backend.pipeline.transports.local import LocalHub
 
     options, skipped = pair.options, 5
     counts = [skipped + fewer(options.micro_batches, tokens) for tokens, _ in phases]

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend.handoff.header import HEADER_BYTES
-from pp_piecewise_backend.handoff.one_machine import OneMachine
-from pp_piecewise_backend.handoff.p2p import P2P
-from pp_piecewise_backend.handoff.shared_memory import HostMemory
+from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES
+from pp_piecewise_backend.pipeline.transports.one_machine import OneMachine
+from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory
+from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P
 
 TOKENS, HIDDEN = 8, 64
 PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
@@ -228,7 +228,7 @@ class PickledMessages:
 class HeaderMessages:
     """Metadata in a message of fixed size, which the next stage waits for."""
 
-    _LAYOUT = struct.Struct(f"<II{HEADER_BYTES - 8}s")
+    _LAYOUT = struct.Struct(f"<II{MESSAGE_BYTES - 8}s")
 
     def __init__(self, incoming: Any, outgoing: Any) -> None:
         self._incoming, self._outgoing = incoming, outgoing

@@ -14,7 +14,7 @@ from .utils.counters import expect, stats
 
 if TYPE_CHECKING:
     from .backend import explain, programs, reset, seal, unseal, warmup
-    from .runner import MicroBatch, StageRunner
+    from .pipeline.runner import MicroBatch, StageRunner
     from .runtime.cudagraphs.memory import Proxy, Stage
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ __all__ = [
 _LOADED_AT_FIRST_USE = {
     **dict.fromkeys(("explain", "programs", "reset", "seal", "unseal", "warmup"), ".backend"),
     **dict.fromkeys(("Proxy", "Stage"), ".runtime.cudagraphs.memory"),
-    **dict.fromkeys(("MicroBatch", "StageRunner"), ".runner"),
+    **dict.fromkeys(("MicroBatch", "StageRunner"), ".pipeline.runner"),
 }
 
 

@@ -26,22 +26,12 @@ from typing import Any
 import pytest
 import torch
 
-from pp_piecewise_backend.handoff import (
-    Header,
-    Kind,
-    Links,
-    Patience,
-    Receiver,
-    Schema,
-    Sender,
-    StagePlan,
-    TensorParallel,
-    connect,
-)
-from pp_piecewise_backend.handoff.header import HEADER_BYTES
-from pp_piecewise_backend.handoff.local import LocalHub
-from pp_piecewise_backend.handoff.schema import Field
-from pp_piecewise_backend.handoff.transport import Transport
+from pp_piecewise_backend.pipeline.header import Header, Kind
+from pp_piecewise_backend.pipeline.link import Links, Receiver, Sender, connect
+from pp_piecewise_backend.pipeline.plan import Field, Schema, StagePlan
+from pp_piecewise_backend.pipeline.tensor_parallel import TensorParallel
+from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES, Patience, Transport
+from pp_piecewise_backend.pipeline.transports.local import LocalHub
 from pp_piecewise_backend.utils.counters import Stats
 from rank_processes import LONGEST_SECONDS, run_ranks
 
@@ -277,7 +267,7 @@ class Observer:
 
     def _seeing_receives(self, original: Any) -> Any:
         def seen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if tensor.dtype == torch.uint8 and tensor.numel() == HEADER_BYTES:
+            if tensor.dtype == torch.uint8 and tensor.numel() == MESSAGE_BYTES:
                 self.counts["header_receives"] += 1
             else:
                 self.counts["receives"] += 1
@@ -736,10 +726,10 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     """What each process runs."""
     import torch.distributed as dist
 
-    from pp_piecewise_backend.handoff.cuda_ipc import DeviceMemory
-    from pp_piecewise_backend.handoff.one_machine import OneMachine
-    from pp_piecewise_backend.handoff.p2p import P2P
-    from pp_piecewise_backend.handoff.shared_memory import HostMemory
+    from pp_piecewise_backend.pipeline.transports.cuda_ipc import DeviceMemory
+    from pp_piecewise_backend.pipeline.transports.one_machine import OneMachine
+    from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory
+    from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P
 
     def of_several(groups: list[list[int]]) -> Any:
         """Every rank makes all groups, and takes the one that it is in."""

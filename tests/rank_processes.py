@@ -97,7 +97,7 @@ class _Server:
 def _serve() -> None:
     import torch.distributed
 
-    import pp_piecewise_backend.handoff.p2p  # noqa: F401
+    import pp_piecewise_backend.pipeline.transports.torch_distributed  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

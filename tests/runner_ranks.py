@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import pp_piecewise_backend as ppb
 from handoff_ranks import Observer, shared_landing_memory
 from models.pipeline_stage import SPLIT_OPS, EngineStage, ForwardContext, set_forward_context
-from pp_piecewise_backend import runner
+from pp_piecewise_backend.pipeline import runner
 from pp_piecewise_backend.runtime.cudagraphs import capture
 from pp_piecewise_backend.runtime.program import Program
 from rank_processes import LONGEST_SECONDS, Ended, run_ranks

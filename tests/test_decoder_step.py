@@ -12,8 +12,8 @@ from transformers import StaticCache
 
 import pp_piecewise_backend as ppb
 from models import hf
-from pp_piecewise_backend.handoff.local import LocalHub
 from pp_piecewise_backend.integrations.huggingface import DecoderStage, DecoderStep, cut_decoder
+from pp_piecewise_backend.pipeline.transports.local import LocalHub
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 

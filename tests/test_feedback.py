@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend.handoff.local import LocalHub
+from pp_piecewise_backend.pipeline.transports.local import LocalHub
 
 pytestmark = pytest.mark.usefixtures("fresh_backend")
 

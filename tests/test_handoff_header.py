@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.handoff.header import HEADER_BYTES, Header, Kind
+from pp_piecewise_backend.pipeline.header import Header, Kind
+from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES
 
 headers = st.builds(
     Header,
@@ -22,7 +23,7 @@ headers = st.builds(
 
 @given(headers)
 def test_what_goes_in_comes_out(header: Header) -> None:
-    assert len(header.pack()) == HEADER_BYTES == 64
+    assert len(header.pack()) == MESSAGE_BYTES == 64
     assert Header.unpack(header.pack()) == header
 
 

@@ -9,7 +9,7 @@ import torch
 
 from handoff_ranks import FEEDBACK, PROXIES, plan_of
 from pp_piecewise_backend.errors import PlanMismatch
-from pp_piecewise_backend.handoff.schema import Field, Plan, Schema, StagePlan, agree
+from pp_piecewise_backend.pipeline.plan import Field, Plan, Schema, StagePlan, agree
 
 
 def agreed(*plans: StagePlan) -> Plan:

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from pp_piecewise_backend import errors
-from pp_piecewise_backend.handoff import one_machine, shared_memory, sockets
-from pp_piecewise_backend.handoff.header import HEADER_BYTES
-from pp_piecewise_backend.handoff.one_machine import OneMachine, OneMachineWire
-from pp_piecewise_backend.handoff.shared_memory import HostMemory, HostSharing
+from pp_piecewise_backend.pipeline.transports import one_machine, shared_memory, sockets
+from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES
+from pp_piecewise_backend.pipeline.transports.one_machine import OneMachine, OneMachineWire
+from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory, HostSharing
 
 pytestmark = [
     pytest.mark.compat,
@@ -103,8 +103,8 @@ def test_breaking_off_ends_what_waits_on_both_ends(
     with pytest.raises(ConnectionError):
         sender.send([memory])
         pytest.fail("nothing may be sent any more")
-    sender.tell(bytes(HEADER_BYTES))
-    assert receiver.hear(SECONDS) == bytes(HEADER_BYTES), "messages still pass"
+    sender.tell(bytes(MESSAGE_BYTES))
+    assert receiver.hear(SECONDS) == bytes(MESSAGE_BYTES), "messages still pass"
 
 
 def test_waiting_takes_no_longer_than_allowed(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
@@ -119,10 +119,10 @@ def test_what_was_told_can_be_heard_when_the_other_end_is_gone(
     wires: tuple[OneMachineWire, OneMachineWire],
 ) -> None:
     sender, receiver = wires
-    receiver.tell(b"u" * HEADER_BYTES)  # never heard, which a socket may take for a reset
-    sender.tell(b"d" * HEADER_BYTES)
+    receiver.tell(b"u" * MESSAGE_BYTES)  # never heard, which a socket may take for a reset
+    sender.tell(b"d" * MESSAGE_BYTES)
     sender.close()
-    assert receiver.hear(SECONDS) == b"d" * HEADER_BYTES
+    assert receiver.hear(SECONDS) == b"d" * MESSAGE_BYTES
     with pytest.raises(ConnectionError):
         receiver.hear(SECONDS)
 
@@ -133,7 +133,7 @@ def test_a_full_line_is_waited_for_no_longer_than_allowed(wires: tuple[OneMachin
     with pytest.raises(TimeoutError):
         for told in range(10**6):
             sender.flush(0.05)
-            sender.tell(told.to_bytes(HEADER_BYTES, "little"))
+            sender.tell(told.to_bytes(MESSAGE_BYTES, "little"))
     assert told > 20
     assert [int.from_bytes(receiver.hear(SECONDS), "little") for _ in range(told)] == [*range(told)]
     sender.flush(SECONDS)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from captured import HIDDEN, net
-from pp_piecewise_backend.runner import _cloning
+from pp_piecewise_backend.pipeline.runner import _cloning
 from pp_piecewise_backend.runtime.liveness import Boundary, find_boundary
-from pp_piecewise_backend.timeline import Timeline
+from pp_piecewise_backend.runtime.timeline import Timeline
 
 MAX_TOKENS = 8
 

@@ -21,7 +21,7 @@ from against_eager import assert_same
 from captured import DEVICES
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import errors
-from pp_piecewise_backend.handoff.local import LocalHub, LocalTransport
+from pp_piecewise_backend.pipeline.transports.local import LocalHub, LocalTransport
 from pp_piecewise_backend.runtime.liveness import Boundary, find_boundary
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend"), pytest.mark.timeout(300)]

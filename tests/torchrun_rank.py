@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from handoff_ranks import play
-from pp_piecewise_backend.handoff.p2p import P2P, join_world
+from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P, join_world
 
 LONGEST_SECONDS = 100.0
 

@@ -21,7 +21,7 @@ import torch
 
 from ... import errors
 from ...compilation.specs import TensorSpec, evaluate
-from ...timeline import Timeline
+from ..timeline import Timeline
 
 ALIGNMENT_BYTES = 256
 

@@ -35,9 +35,9 @@ import torch
 from .. import errors
 from ..utils.counters import TOTALS, Amounts, Stats
 from .header import MAX_TAG_BYTES, Header, Kind
-from .schema import Plan, Schema, StagePlan, agree
+from .plan import Plan, Schema, StagePlan, agree
 from .tensor_parallel import Gathering, TensorParallel
-from .transport import Patience, Pending, Transport, Wire
+from .transports.base import Patience, Pending, Transport, Wire
 
 _TELLING_SECONDS = 0.3
 """How long a failing rank tries to tell one neighbour."""

@@ -31,10 +31,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import errors
-from .header import HEADER_BYTES
-from .p2p import P2P, P2PWire
+from ... import errors
+from .base import MESSAGE_BYTES
 from .sockets import Line, Listener, connected
+from .torch_distributed import P2P, P2PWire
 
 _PLACE = struct.Struct("<QQQ")
 """Number of the landing memory, offset in it, bytes."""
@@ -223,7 +223,7 @@ class OneMachineWire:
         self._messages.wait_for_room(timeout_seconds)
 
     def hear(self, timeout_seconds: float) -> bytes:
-        return self._messages.receive(HEADER_BYTES, timeout_seconds)
+        return self._messages.receive(MESSAGE_BYTES, timeout_seconds)
 
     # ----------------------------------------------------------------------------- receiving end
 

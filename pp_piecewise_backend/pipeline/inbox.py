@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..timeline import Timeline
+from ..runtime.timeline import Timeline
 from .header import Header
 from .link import Receiver, Transfer
 

@@ -13,7 +13,10 @@ from typing import Protocol
 
 import torch
 
-from .. import errors
+from ... import errors
+
+MESSAGE_BYTES = 64
+"""Length of a control message, whatever it says."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from ..utils.counters import Stats
 from .inbox import Behind
 from .link import Receiver, Transfer
-from .schema import Field
+from .plan import Field
 
 Tensors = Mapping[str, torch.Tensor]
 

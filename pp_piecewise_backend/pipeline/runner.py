@@ -27,20 +27,24 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from . import errors
-from .backend import warmup
-from .config import Config
-from .debug.dump import versions
-from .handoff import MAX_TAG_BYTES, Header, Patience, Schema, StagePlan, TensorParallel, Transfer, Transport, connect
-from .handoff.feedback import FeedbackReader
-from .handoff.inbox import Inbox, Views
-from .runtime.cudagraphs.ladder import Ladder
-from .runtime.cudagraphs.memory import Proxy, Stage
-from .runtime.instructions import address
-from .runtime.profiling import named, profiler_is_running
-from .timeline import Timeline, chrome_trace
-from .utils import torch_compat
-from .utils.counters import TOTALS, Amounts, Snapshot, Stats
+from .. import errors
+from ..backend import warmup
+from ..config import Config
+from ..debug.dump import versions
+from ..runtime.cudagraphs.ladder import Ladder
+from ..runtime.cudagraphs.memory import Proxy, Stage
+from ..runtime.instructions import address
+from ..runtime.profiling import named, profiler_is_running
+from ..runtime.timeline import Timeline, chrome_trace
+from ..utils import torch_compat
+from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
+from .feedback import FeedbackReader
+from .header import MAX_TAG_BYTES, Header
+from .inbox import Inbox, Views
+from .link import Transfer, connect
+from .plan import Schema, StagePlan
+from .tensor_parallel import TensorParallel
+from .transports.base import Patience, Transport
 
 _LOG = logging.getLogger(__name__)
 
@@ -546,9 +550,9 @@ def _transport(
     """The way to the other stages, and the ranks with which this one holds its stage."""
     if not isinstance(asked, str):
         return asked, None
-    from .handoff import cuda_ipc, shared_memory
-    from .handoff.one_machine import KindOfSharing, OneMachine
-    from .handoff.p2p import P2P
+    from .transports import cuda_ipc, shared_memory
+    from .transports.one_machine import KindOfSharing, OneMachine
+    from .transports.torch_distributed import P2P
 
     if asked not in ("auto", "p2p", "shared_memory", "cuda_ipc"):
         expected = "'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"

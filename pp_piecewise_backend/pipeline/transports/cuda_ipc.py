@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..utils import torch_compat
+from ...utils import torch_compat
 from .one_machine import SharedBlock, machine
 from .shared_memory import HostSharing
 from .sockets import receive_exactly

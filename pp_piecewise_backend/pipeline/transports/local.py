@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import errors
+from ... import errors
 
 
 class LocalHub:

@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from .. import errors
-from .schema import Plan
+from .plan import Plan
+from .transports.base import MESSAGE_BYTES
 
 MAGIC = b"PPH1"
 MAX_TAG_BYTES = 24
 
 _LAYOUT = struct.Struct("<4sBBHQQIII24s")
 _CHECKSUM = struct.Struct("<I")
-HEADER_BYTES = _LAYOUT.size + _CHECKSUM.size
 
 
 class Kind(IntEnum):
@@ -97,8 +97,8 @@ class Header:
         Raises:
             ValueError: it is none, with what was got and expected.
         """
-        if len(message) != HEADER_BYTES:
-            raise ValueError(errors.header_differs("length in bytes", len(message), HEADER_BYTES))
+        if len(message) != MESSAGE_BYTES:
+            raise ValueError(errors.header_differs("length in bytes", len(message), MESSAGE_BYTES))
         body, (got_checksum,) = message[: _LAYOUT.size], _CHECKSUM.unpack_from(message, _LAYOUT.size)
         checksum = zlib.crc32(body)
         magic, kind, tag_bytes, _, fingerprint, sequence, num_tokens, bucket_tokens, rank, tag = _LAYOUT.unpack(body)

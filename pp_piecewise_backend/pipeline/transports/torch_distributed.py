@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import errors
-from .header import HEADER_BYTES
+from ... import errors
+from .base import MESSAGE_BYTES
 
 _DOWN, _UP, _BREAK = 0, 1, 2
 """Tags of messages with the data, against it, and of the receive that nobody answers."""
@@ -167,9 +167,9 @@ class P2PWire:
         self._longest = longest
         self._longest_transfer = longest if _is_gloo(data) else None
         self._tell_tag, self._hear_tag = (_DOWN, _UP) if is_source else (_UP, _DOWN)
-        self._outgoing_bytes = bytearray(HEADER_BYTES)
+        self._outgoing_bytes = bytearray(MESSAGE_BYTES)
         self._outgoing = torch.frombuffer(self._outgoing_bytes, dtype=torch.uint8)
-        self._incoming_bytes = bytearray(HEADER_BYTES)
+        self._incoming_bytes = bytearray(MESSAGE_BYTES)
         self._incoming = torch.frombuffer(self._incoming_bytes, dtype=torch.uint8)
         self._leaving: Any = None
 
@@ -180,7 +180,7 @@ class P2PWire:
         _wait(_posted(move(probe, self._peer, group=self._data)), self._longest)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        self.tell(bytes(HEADER_BYTES))
+        self.tell(bytes(MESSAGE_BYTES))
         self.hear(self._longest.total_seconds())
         self.flush(self._longest.total_seconds())
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .p2p import P2P, break_pair, connection_errors
-from .transport import Pending
+from .transports.base import Pending
+from .transports.torch_distributed import P2P, break_pair, connection_errors
 
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """Its name in this torch; looked up at each call, so that an observer can count it."""
