@@ -15,7 +15,7 @@ from .utils.counters import expect, stats
 if TYPE_CHECKING:
     from .backend import explain, programs, reset, seal, unseal, warmup
     from .pipeline.runner import MicroBatch, StageRunner
-    from .runtime.cudagraphs.memory import Proxy, Stage
+    from .runtime.stage import Proxy, Stage
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ __all__ = [
 
 _LOADED_AT_FIRST_USE = {
     **dict.fromkeys(("explain", "programs", "reset", "seal", "unseal", "warmup"), ".backend"),
-    **dict.fromkeys(("Proxy", "Stage"), ".runtime.cudagraphs.memory"),
+    **dict.fromkeys(("Proxy", "Stage"), ".runtime.stage"),
     **dict.fromkeys(("MicroBatch", "StageRunner"), ".pipeline.runner"),
 }
 

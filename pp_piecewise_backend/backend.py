@@ -25,9 +25,9 @@ from .debug import dump
 from .debug.explain import explain_all
 from .runtime.capture_plan import GraphSettings
 from .runtime.cudagraphs.ladder import Ladder
-from .runtime.cudagraphs.memory import Proxy, Stage
 from .runtime.hooks import Events
 from .runtime.program import Program, UnsplitProgram
+from .runtime.stage import Proxy, Stage
 from .runtime.warmup import MakeInputs, warm_up
 from .utils import torch_compat
 from .utils.counters import TOTALS

@@ -27,7 +27,7 @@ import pp_piecewise_backend as ppb
 from handoff_ranks import Observer, shared_landing_memory
 from models.pipeline_stage import SPLIT_OPS, EngineStage, ForwardContext, set_forward_context
 from pp_piecewise_backend.pipeline import runner
-from pp_piecewise_backend.runtime.cudagraphs import capture
+from pp_piecewise_backend.runtime.cudagraphs import emulated
 from pp_piecewise_backend.runtime.program import Program
 from rank_processes import LONGEST_SECONDS, Ended, run_ranks
 
@@ -140,7 +140,7 @@ def in_one_process(count: int, num_layers: int) -> Callable[[OwnInputs], Mapping
 def steady(rank: Rank) -> dict[str, Any]:
     """Micro-batches of random sizes with feedback, watched by those who do not use our counters."""
     looking = LooksAway()
-    capture.EmulatedGraph._replay = looking.away(capture.EmulatedGraph._replay)
+    emulated.EmulatedGraph._replay = looking.away(emulated.EmulatedGraph._replay)
     chosen = sizes(rank.arguments["microbatches"])
     told: list[list[Any]] = []
     logits: list[Tensor] = []

@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pp_piecewise_backend.runtime.cudagraphs.capture import CaptureError, EmulatedDevice, make_device, same_bits
+from pp_piecewise_backend.runtime.cudagraphs.device import CaptureError
+from pp_piecewise_backend.runtime.cudagraphs.emulated import EmulatedDevice
+from pp_piecewise_backend.runtime.cudagraphs.memory import same_bits
+from pp_piecewise_backend.runtime.dispatch import make_device
 
 PYTHON: dict[str, Any] = {"scale": 2.0, "calls": 0}
 """What the custom op below reads on the host."""

@@ -19,7 +19,7 @@ from torch import Tensor
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
 from pp_piecewise_backend import errors
-from pp_piecewise_backend.runtime.cudagraphs import capture, memory
+from pp_piecewise_backend.runtime.cudagraphs import emulated, memory
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -415,7 +415,7 @@ def test_the_limit_holds_for_all_programs_of_a_stage(monkeypatch: pytest.MonkeyP
         blocks.append(weakref.ref(block))
         return block
 
-    monkeypatch.setattr(capture, "allocate", allocate)
+    monkeypatch.setattr(emulated, "allocate", allocate)
     calls = (64, 64, 1, 1, 4, 4, 1, 64, 2, 2, 1, 3)
     sizes = {"capture_sizes": "1,2,4,64", "max_tokens": 64}
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from captured import HIDDEN, net
 from pp_piecewise_backend.pipeline.runner import _cloning
-from pp_piecewise_backend.runtime.liveness import Boundary, find_boundary
-from pp_piecewise_backend.runtime.timeline import Timeline
+from pp_piecewise_backend.runtime.ownership import Boundary, find_boundary
+from pp_piecewise_backend.runtime.tracing import Timeline
 
 MAX_TOKENS = 8
 
@@ -214,8 +214,8 @@ def test_a_release_one_step_too_early_is_noticed(
         assert found.last_reader is not None
         return Boundary(found.last_reader - 1, found.first_writer, found.landing_storages)
 
-    for module in ("plan", "program"):
-        monkeypatch.setattr(f"pp_piecewise_backend.{module}.find_boundary", too_early)
+    for module in ("capture_plan", "program"):
+        monkeypatch.setattr(f"pp_piecewise_backend.runtime.{module}.find_boundary", too_early)
     with pytest.raises(AssertionError):
         check(forward, "eager", graphs)
 

@@ -9,7 +9,7 @@ import torch
 
 import pp_piecewise_backend as ppb
 from dumping import EAGER, Small
-from pp_piecewise_backend.runtime import profiling
+from pp_piecewise_backend.runtime import tracing
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_gradients")]
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_g
 def test_names_of_the_steps_of_a_program() -> None:
     torch.compile(Small(), backend="pp_piecewise", options=EAGER)(torch.randn(3, 4))
     (program,) = ppb.programs()
-    assert [profiling.step_name(piece) for piece in program.pieces] == [
+    assert [tracing.step_name(piece) for piece in program.pieces] == [
         "ppb.piece[0]", "ppb.eager[attention]", "ppb.piece[2]",
     ]  # fmt: skip
 
@@ -33,24 +33,24 @@ def test_names_of_the_steps_of_a_program() -> None:
     ],
 )
 def test_labels_of_eager_steps(ops: tuple[str, ...], label: str) -> None:
-    assert profiling.eager_label(ops) == label
+    assert tracing.eager_label(ops) == label
 
 
 def test_a_profiler_sees_the_names_and_is_noticed() -> None:
-    double = profiling.named(lambda x: x * 2, "ppb.piece[3]")
-    assert not profiling.profiler_is_running()
+    double = tracing.named(lambda x: x * 2, "ppb.piece[3]")
+    assert not tracing.profiler_is_running()
     with torch.profiler.profile() as profile:
-        assert profiling.profiler_is_running()
+        assert tracing.profiler_is_running()
         assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
-    assert not profiling.profiler_is_running()
+    assert not tracing.profiler_is_running()
     assert "ppb.piece[3]" in {event.key for event in profile.key_averages()}
 
 
 def test_the_older_profiler_is_noticed_too() -> None:
     with torch.autograd.profiler.profile():
-        assert profiling.profiler_is_running()
+        assert tracing.profiler_is_running()
 
 
 def test_it_is_a_function_of_the_piece_alone() -> None:
     piece = types.SimpleNamespace(kind="compute", index=7, ops=())
-    assert profiling.step_name(piece) == "ppb.piece[7]"  # type: ignore[arg-type]
+    assert tracing.step_name(piece) == "ppb.piece[7]"  # type: ignore[arg-type]

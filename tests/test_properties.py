@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend.runtime.cudagraphs.capture import EmulatedGraph, same_bits
+from pp_piecewise_backend.runtime.cudagraphs.emulated import EmulatedGraph
+from pp_piecewise_backend.runtime.cudagraphs.memory import same_bits
 from pp_piecewise_backend.runtime.program import Program
 from pp_piecewise_backend.utils.counters import Snapshot
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pp_piecewise_backend.compilation.placeholders import GraphInput
 from pp_piecewise_backend.compilation.specs import TensorSpec
-from pp_piecewise_backend.runtime.instructions import address
-from pp_piecewise_backend.runtime.results import hand_over, merged_results
+from pp_piecewise_backend.runtime.cudagraphs.memory import address
+from pp_piecewise_backend.runtime.ownership import hand_over, merged_results
 
 
 def graph_input(tensor: Tensor, storage: int) -> GraphInput:

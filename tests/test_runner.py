@@ -22,7 +22,7 @@ from captured import DEVICES
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.transports.local import LocalHub, LocalTransport
-from pp_piecewise_backend.runtime.liveness import Boundary, find_boundary
+from pp_piecewise_backend.runtime.ownership import Boundary, find_boundary
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend"), pytest.mark.timeout(300)]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.compilation.inductor import CompiledPiece
-from pp_piecewise_backend.runtime.instructions import Layout, Register, address, lay_out
+from pp_piecewise_backend.runtime.cudagraphs.memory import address
+from pp_piecewise_backend.runtime.instructions import Layout, Register, lay_out
 from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")

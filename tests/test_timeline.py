@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pp_piecewise_backend.runtime.timeline import LANES, Span, Timeline, chrome_trace
+from pp_piecewise_backend.runtime.tracing import LANES, Span, Timeline, chrome_trace
 
 
 def test_spans_belong_to_the_micro_batch_that_runs_unless_they_say_otherwise() -> None:

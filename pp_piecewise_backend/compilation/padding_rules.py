@@ -9,7 +9,7 @@ R4  it uses the token count as a size only, never as a value: not in ``x / n``, 
 
 Ops that choose rows by their values (sort, top-k or scatter along the tokens), ops in which tokens meet (see
 ``token_mixing.py``), and indices that are made from floats are refused too. All else is put to the test with poisoned
-padded rows (rule R3, see ``poison.py``). A test is no proof, hence these rules before it.
+padded rows (rule R3, see ``padding_test.py``). A test is no proof, hence these rules before it.
 """
 
 from __future__ import annotations

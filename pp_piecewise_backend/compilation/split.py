@@ -121,7 +121,7 @@ def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher, w
 
 
 class _Key(NamedTuple):
-    """A value at one moment: an in-place op that was renamed (see ``cuts.py``) gives its target a new version."""
+    """A value at one moment: an in-place op that was renamed (see ``partition.py``) gives its target a new version."""
 
     value: Value
     version: Node | None = None

@@ -38,7 +38,7 @@ from ..compilation.specs import TensorSpec
 from ..compilation.split import Piece, ResultValue, Split
 from ..config import Config, rank_in_environment
 from ..runtime.hooks import NO_EVENTS, Events
-from ..runtime.liveness import find_boundary
+from ..runtime.ownership import find_boundary
 from ..runtime.program import Program, UnsplitProgram
 from ..utils import torch_compat
 from ..utils.counters import Stats

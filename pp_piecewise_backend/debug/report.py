@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from ..runtime.profiling import eager_label
+from ..runtime.tracing import eager_label
 from .explain import fold, folded_name, without_numbers
 from .piece_script import HARNESS_MARK
 from .summary import InputEntry, PieceEntry, Summary

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..runtime.cudagraphs.memory import Proxy
+from ..runtime.stage import Proxy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, StaticCache

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.timeline import Timeline
+from ..runtime.tracing import Timeline
 from .header import Header
 from .link import Receiver, Transfer
 

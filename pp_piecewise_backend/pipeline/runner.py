@@ -32,10 +32,9 @@ from ..backend import warmup
 from ..config import Config
 from ..debug.dump import versions
 from ..runtime.cudagraphs.ladder import Ladder
-from ..runtime.cudagraphs.memory import Proxy, Stage
-from ..runtime.instructions import address
-from ..runtime.profiling import named, profiler_is_running
-from ..runtime.timeline import Timeline, chrome_trace
+from ..runtime.cudagraphs.memory import address
+from ..runtime.stage import Proxy, Stage
+from ..runtime.tracing import Timeline, chrome_trace, named, profiler_is_running
 from ..utils import torch_compat
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from .feedback import FeedbackReader

@@ -20,9 +20,19 @@ from ..compilation.specs import SymbolSpec, TensorSpec
 from ..rules import is_on
 from . import padding_test
 from .capture_plan import GraphPlan, Obstacle
-from .cudagraphs.capture import CapturedGraph, CaptureError, Device, same_bits
-from .cudagraphs.memory import StaticMemory, StaticTensor, assign, extent_bytes, geometry, tensor_in, without_repeats
-from .instructions import Instruction, address
+from .cudagraphs.device import CapturedGraph, CaptureError, Device
+from .cudagraphs.memory import (
+    StaticMemory,
+    StaticTensor,
+    address,
+    assign,
+    extent_bytes,
+    geometry,
+    same_bits,
+    tensor_in,
+    without_repeats,
+)
+from .instructions import Instruction
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what

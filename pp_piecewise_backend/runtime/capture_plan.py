@@ -22,9 +22,11 @@ from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Split
 from ..rules import is_on
 from .cudagraphs.ladder import Ladder
-from .cudagraphs.memory import Stage, StageListener, extent_bytes, geometry
-from .instructions import Instruction, Layout, Register, address
-from .liveness import Boundary, find_boundary
+from .cudagraphs.memory import address, extent_bytes, geometry
+from .hooks import StageListener
+from .instructions import Instruction, Layout, Register
+from .ownership import Boundary, find_boundary
+from .stage import Stage
 
 SMALL_TENSOR_BYTES = 64 * 1024
 """Inputs up to this size are copied into static memory in each call; larger ones are read where they are."""

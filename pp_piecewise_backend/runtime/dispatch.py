@@ -25,12 +25,13 @@ from ..utils import torch_compat
 from ..utils.counters import Stats
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
 from .capture_plan import REASONS, GraphPlan, Obstacle
-from .cudagraphs.capture import Device, make_device
-from .cudagraphs.memory import StaticMemory
+from .cudagraphs.cuda import CudaDevice
+from .cudagraphs.device import Device
+from .cudagraphs.emulated import EmulatedDevice
+from .cudagraphs.memory import StaticMemory, address
 from .hooks import NO_EVENTS, Events
-from .instructions import address
+from .ownership import hand_over, merged_results
 from .replay import Call, FlatProgram
-from .results import hand_over, merged_results
 from .warmup import current_session
 
 _LOG = logging.getLogger(__name__)
@@ -501,3 +502,12 @@ class Graphs:
             if (reason := verdict.by_step[step]) is not None:
                 return reason
         return "safe" if verdicts else "not tested yet"
+
+
+def make_device(kind: str, compiler_runs_ops: bool) -> Device:
+    """The device for ``graphs="cuda"`` or ``"emulate"``.
+
+    Args:
+        compiler_runs_ops: whether compiled pieces consist of PyTorch ops, which emulation can record one by one.
+    """
+    return CudaDevice() if kind == "cuda" else EmulatedDevice(compiler_runs_ops)

@@ -7,7 +7,9 @@ them may raise or change what it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .tracing import Timeline
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
     from ..compilation.placeholders import InputTable
     from ..compilation.split import Piece, Split
-    from .program import Program, UnsplitProgram
 
 
 class Events:
@@ -33,7 +34,7 @@ class Events:
     def reused(self, piece: Piece, compiled: CompiledPiece) -> None:
         """A compute piece was served by an earlier equal one."""
 
-    def built(self, program: Program | UnsplitProgram) -> None:
+    def built(self, program: Any) -> None:
         """The program is complete, or the graph went to a stock backend whole."""
 
     def captured(self, tokens: int, pieces: int, graph_bytes: int, seconds: float) -> None:
@@ -51,3 +52,16 @@ class Events:
 
 NO_EVENTS = Events()
 """Writes nothing down."""
+
+
+class StageListener(Protocol):
+    """Who hands a stage's memory over, and so wants to know, within a call, when steps are done with it."""
+
+    timeline: Timeline | None
+    """Where the steps of calls are noted, if anywhere."""
+
+    def landing_was_read(self) -> None:
+        """Every step that reads landing memory was run (on a GPU: enqueued), and steps follow that do not."""
+
+    def results_are_written(self) -> None:
+        """The next step writes memory in which results of earlier calls lie."""

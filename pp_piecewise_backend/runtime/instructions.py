@@ -11,7 +11,8 @@ import torch
 from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
-from .profiling import named, profiler_is_running, step_name
+from .cudagraphs.memory import address
+from .tracing import named, profiler_is_running, step_name
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
@@ -158,11 +159,6 @@ def lay_out(
 def gather(sources: Sequence[int | tuple[int, int]], registers: Sequence[Any]) -> list[Any]:
     """What is in these registers, or the sizes that are meant."""
     return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in sources]
-
-
-def address(tensor: torch.Tensor) -> int:
-    """Where the tensor's storage begins."""
-    return tensor.untyped_storage().data_ptr()
 
 
 def _merged_outputs(piece: Piece, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[int, ...]:

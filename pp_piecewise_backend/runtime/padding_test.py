@@ -2,7 +2,7 @@
 
 The real rows of all runs must agree bit for bit, whatever the padded rows hold, and the same rows run without padding
 must give the same up to rounding. Every instance of a piece is tested: a gate that is zero in one layer hides what
-another one leaks. See Note [padding rules] in ``traits.py``.
+another one leaks. See Note [padding rules] in ``padding_rules.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from .cudagraphs.capture import same_bits
-from .cudagraphs.memory import assign, without_repeats
+from .cudagraphs.memory import assign, same_bits, without_repeats
 
 # How far the same rows may differ between two numbers of rows, relative to the largest of them. Matrix products of
 # other sizes add up in another order, and float32 may go through TF32 (10 bits of mantissa).

@@ -14,12 +14,12 @@ from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
 from ..utils.counters import TOTALS, Stats
 from .capture_plan import REASONS, GraphPlan, GraphSettings
-from .cudagraphs.memory import Stage, StageListener, StaticMemory
+from .cudagraphs.memory import StaticMemory, address
 from .dispatch import Graphs
-from .hooks import NO_EVENTS, Events
-from .instructions import address, lay_out
-from .liveness import find_boundary, lies_in
-from .results import merged_results
+from .hooks import NO_EVENTS, Events, StageListener
+from .instructions import lay_out
+from .ownership import find_boundary, lies_in, merged_results
+from .stage import Stage
 from .warmup import current_session
 
 if TYPE_CHECKING:

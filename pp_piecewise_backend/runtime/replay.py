@@ -17,9 +17,9 @@ from ..utils.counters import Amounts
 from . import padding_test
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
-from .cudagraphs.memory import StaticTensor, without_repeats
-from .instructions import Instruction, Register, address, gather
-from .profiling import named, profiler_is_running, step_name
+from .cudagraphs.memory import StaticTensor, address, without_repeats
+from .instructions import Instruction, Register, gather
+from .tracing import named, profiler_is_running, step_name
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 

@@ -28,7 +28,7 @@ from .. import errors
 if TYPE_CHECKING:
     from ..compilation.placeholders import GraphInput
     from .capture_plan import GraphPlan
-    from .cudagraphs.memory import Stage
+    from .stage import Stage
 
 _LOG = logging.getLogger(__name__)
 

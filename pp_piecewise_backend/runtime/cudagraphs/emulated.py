@@ -1,231 +1,20 @@
-"""Capturing one piece into a graph and replaying it: on CUDA, and emulated on any device.
-
-Both devices follow one protocol, so that what is tested on a CPU is what runs on a GPU. A captured graph reads and
-writes fixed addresses only. Memory that it allocates comes from a pool; whoever captures says which outputs are still
-to be read (``CapturedGraph.release_output``), and memory of the others serves later captures of the same pool.
-
-Note [release order]
-Graphs first, then the pools that they allocate from, then static buffers that they read, then process groups whose
-collectives they hold. The reverse order leaves a graph with addresses of freed memory.
-"""
+"""Graphs without a GPU: recorded ops are repeated on captured addresses, in memory reused as a real pool's is."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ...utils import torch_compat
-from .memory import allocate, assign, tensor_in
+from .device import CaptureError, PieceCall, released
+from .memory import address, allocate, assign, same_bits, storage_addresses, tensor_in
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
-
-PieceCall = Callable[[Sequence[Any]], Sequence[Any]]
-
-
-class CaptureError(Exception):
-    """A piece cannot be captured; the message says why."""
-
-
-class CapturedGraph(Protocol):
-    """A captured piece. Its outputs have fixed addresses; who reads them is the capturer's to know."""
-
-    outputs: list[Any]
-    """Output tensors, which own no memory: valid from one replay until a later graph of the pool reuses the memory."""
-    replay: Callable[[], None]
-
-    def release_output(self, index: int) -> None:
-        """Say that nothing captured from now on may find this output's memory in use."""
-
-    def release(self) -> None:
-        """Forget the graph; see Note [release order]."""
-
-
-class Pool(Protocol):
-    """Memory of a set of graphs that are replayed in the order of their capture, one at a time."""
-
-    @property
-    def held_bytes(self) -> int: ...
-
-
-class Device(Protocol):
-    """Where graphs live."""
-
-    name: str
-
-    def new_pool(self) -> Pool: ...
-
-    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: Any) -> CapturedGraph:
-        """Record what ``call`` does to ``inputs``. The outputs hold no values until the first replay.
-
-        Raises:
-            CaptureError: the piece does what no graph can hold.
-        """
-
-    def warm_up(self, call: Callable[[], Any]) -> Any:
-        """Run what is about to be captured once, where it may still load kernels and allocate."""
-
-    def is_capturing(self) -> bool:
-        """Whether a capture is under way in this thread, by whomever."""
-
-    def synchronize(self) -> None:
-        """Return when all that was enqueued has run."""
-
-
-def make_device(kind: str, compiler_runs_ops: bool) -> Device:
-    """The device for ``graphs="cuda"`` or ``"emulate"``.
-
-    Args:
-        compiler_runs_ops: whether compiled pieces consist of PyTorch ops, which emulation can record one by one.
-    """
-    return CudaDevice() if kind == "cuda" else EmulatedDevice(compiler_runs_ops)
-
-
-# ------------------------------------------------------------------------------------------ CUDA
-
-
-class CudaPool:
-    """A private pool of the CUDA caching allocator; its memory goes back when its last graph is released.
-
-    The allocator forgets a pool then, and refuses its id from there on [ran, 2.11], so the next graph begins another.
-    """
-
-    def __init__(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
-        self._graphs = 0
-
-    def begin(self) -> Any:
-        """The id to capture with."""
-        if self._graphs == 0:
-            self.handle = torch.cuda.graph_pool_handle()
-        return self.handle
-
-    def hold(self) -> None:
-        self._graphs += 1
-
-    def let_go(self) -> None:
-        self._graphs -= 1
-
-    @property
-    def held_bytes(self) -> int:
-        if self._graphs == 0:
-            return 0
-        return sum(
-            segment["total_size"]
-            for segment in torch.cuda.memory_snapshot()
-            if tuple(segment["segment_pool_id"]) == tuple(self.handle)
-        )
-
-
-class CudaGraph:
-    """One captured piece on CUDA."""
-
-    def __init__(
-        self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], input_storages: set[int], pool: CudaPool
-    ) -> None:
-        self._graph = graph
-        self._pool: CudaPool | None = pool
-        pool.hold()
-        self.replay = graph.replay
-        self._strong: list[Any] = [
-            o if isinstance(o, torch.Tensor) and _storage_address(o) not in input_storages else None for o in outputs
-        ]
-        self.outputs = [torch_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
-
-    def release_output(self, index: int) -> None:
-        if self._strong:
-            self._strong[index] = None
-
-    def release(self) -> None:
-        self._strong = []
-        self.outputs = []
-        self.replay = _released
-        self._graph.reset()
-        if self._pool is not None:
-            self._pool.let_go()
-            self._pool = None
-
-
-class CudaDevice:
-    """Real CUDA graphs on the current device."""
-
-    name = "cuda"
-
-    def new_pool(self) -> CudaPool:
-        return CudaPool()
-
-    def warm_up(self, call: Callable[[], Any]) -> Any:
-        with self._on_side_stream():
-            return call()
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: CudaPool) -> CudaGraph:
-        graph = torch.cuda.CUDAGraph()
-        outputs: Sequence[Any] | None = None
-        try:
-            with self._on_side_stream(), _no_garbage_collection():
-                graph.capture_begin(pool=pool.begin(), capture_error_mode="thread_local")
-                try:
-                    outputs = call(inputs)
-                finally:
-                    graph.capture_end()
-        except Exception as error:
-            outputs = None
-            with contextlib.suppress(Exception):
-                graph.reset()
-            # An error inside a capture stays pending in CUDA until somebody asks for it.
-            with contextlib.suppress(Exception):
-                torch.cuda.synchronize()
-            raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return CudaGraph(graph, outputs, _storages(inputs), pool)
-
-    def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    @contextlib.contextmanager
-    def _on_side_stream(self) -> Iterator[None]:
-        side, current = _side_stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        try:
-            with torch.cuda.stream(side):
-                yield
-        finally:
-            current.wait_stream(side)
-
-
-_SIDE_STREAMS = threading.local()
-
-
-def _side_stream() -> torch.cuda.Stream:
-    """The stream on which this thread captures; one for all, since cuBLAS keeps a workspace for each stream [ran]."""
-    streams: dict[str, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
-    device = f"cuda:{torch.cuda.current_device()}"
-    if device not in streams:
-        streams[device] = torch.cuda.Stream()
-    return streams[device]
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # A collection in the middle of a capture may free CUDA memory, which a capture forbids.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-# --------------------------------------------------------------------------------------- emulated
 
 
 class EmulatedPool:
@@ -271,7 +60,7 @@ class EmulatedGraph:
         self.outputs: list[Any] = []
         placed: dict[int, list[Any]] = {}
         for index, result in enumerate(results):
-            if not isinstance(result, torch.Tensor) or _storage_address(result) in input_storages:
+            if not isinstance(result, torch.Tensor) or address(result) in input_storages:
                 self.outputs.append(result)
                 continue
             storage = result.untyped_storage()
@@ -308,7 +97,7 @@ class EmulatedGraph:
         for index in range(len(self._entries)):
             self.release_output(index)
         self.outputs, self._entries, self._free = [], [], []
-        self.replay, self._run = _released, _nothing
+        self.replay, self._run = released, _nothing
 
 
 class EmulatedDevice:
@@ -332,7 +121,7 @@ class EmulatedDevice:
         # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.
         with torch.no_grad():
             captured = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
-        storages = _storages(captured)
+        storages = storage_addresses(captured)
         recorder = _Recorder()
         written = [value.clone() if isinstance(value, torch.Tensor) else None for value in captured]
         versions = [torch_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
@@ -371,12 +160,6 @@ def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int 
             is_untouched = version is not None and torch_compat.version(tensor) == version
             if not is_untouched or not same_bits(tensor, copy):
                 assign(tensor, copy)
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal bit for bit, NaN included."""
-    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(a, b)
 
 
 class _Recorder(torch_compat.TorchDispatchMode):
@@ -485,23 +268,11 @@ def _device_type(values: Any) -> str:
     return "cpu"
 
 
-def _storage_address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _storages(values: Sequence[Any]) -> set[int]:
-    return {_storage_address(v) for v in values if isinstance(v, torch.Tensor) and v.untyped_storage().nbytes()}
-
-
 def _placed(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     tensor = tensor_in(block, like.shape, like.stride(), like.dtype)
     if like.storage_offset():
         tensor = tensor.as_strided(like.shape, like.stride(), like.storage_offset())
     return tensor
-
-
-def _released() -> None:
-    raise CaptureError("this graph was released; whoever replays it kept it too long")
 
 
 def _nothing() -> Sequence[Any]:

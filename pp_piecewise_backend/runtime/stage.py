@@ -1,0 +1,158 @@
+"""What a pipeline stage keeps at fixed addresses: the memory in which the proxies of the previous rank land."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from .. import errors
+from ..compilation.specs import TensorSpec
+from .cudagraphs.memory import (
+    StaticMemory,
+    allocate,
+    contiguous_stride,
+    tensor_in,
+)
+from .hooks import StageListener
+
+Layout = Literal["replicated", "scattered"]
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """One tensor that travels from stage to stage, without its token dimension.
+
+    Args:
+        shape: sizes behind the token dimension: ``(hidden,)`` for hidden states ``[tokens, hidden]``.
+        dtype: of every element.
+        layout: ``replicated`` or ``scattered`` over tensor parallel ranks.
+
+    Raises:
+        ConfigError: a size below 1, something that is no dtype, or an unknown layout.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout = "replicated"
+
+    def __post_init__(self) -> None:
+        sizes = tuple(self.shape) if isinstance(self.shape, Iterable) else (self.shape,)
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            raise errors.ConfigError(errors.bad_proxy("shape", self.shape, "sizes of at least 1, such as (4096,)"))
+        if not isinstance(self.dtype, torch.dtype):
+            raise errors.ConfigError(errors.bad_proxy("dtype", self.dtype, "a torch.dtype such as torch.bfloat16"))
+        if self.layout not in ("replicated", "scattered"):
+            raise errors.ConfigError(errors.bad_proxy("layout", self.layout, "'replicated' or 'scattered'"))
+        object.__setattr__(self, "shape", sizes)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Stage:
+    """The landing memory of one pipeline stage, shared by all programs that are compiled for it.
+
+    ``torch.compile(module, backend="pp_piecewise", options={"stage": stage})`` makes every program of ``module`` read
+    its stage inputs from this memory. A caller (or a transport) that writes into ``views(n)`` and passes these views
+    to the module pays no copy; any other tensor is copied and counted. Compared by identity: give each module instance
+    a stage of its own.
+
+    Args:
+        inputs: name of each stage input -> its ``Proxy``.
+        max_tokens: rows of the landing memory, and the largest call that runs with graphs.
+        device: where the memory lies; the current accelerator, or the CPU without one.
+
+    Raises:
+        ConfigError: a name or size that cannot be used.
+    """
+
+    def __init__(self, inputs: Mapping[str, Proxy], max_tokens: int, device: torch.device | str | None = None) -> None:
+        if not isinstance(inputs, Mapping) or not all(
+            isinstance(name, str) and name.isidentifier() and isinstance(proxy, Proxy) for name, proxy in inputs.items()
+        ):
+            raise errors.ConfigError(errors.bad_stage_inputs(inputs))
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+            raise errors.ConfigError(errors.bad_stage_tokens(max_tokens))
+        self.inputs: Mapping[str, Proxy] = dict(inputs)
+        self.max_tokens = max_tokens
+        self.device = torch.empty(0, device=_default_device() if device is None else device).device
+        self.memory = StaticMemory()
+        self._landing = {
+            name: allocate(max_tokens * proxy.bytes_per_token, self.device) for name, proxy in self.inputs.items()
+        }
+        self._views: dict[int, dict[str, torch.Tensor]] = {}
+        self.is_shown = False
+        """Whether anybody was given views of it, so that arguments may lie in it."""
+        self.listener: StageListener | None = None
+        """Set, if at all, before anything is compiled for the stage."""
+        self.programs_share_memory = True
+        """Whether the results of one program may be overwritten by another one."""
+
+    def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """``{name: [num_tokens, *shape]}``: the first rows of the landing memory.
+
+        The tensors belong to the stage and are valid as long as it lives. Their contents are read by the next call of
+        the module; what is written later, or by a later call that was given other tensors, replaces them.
+
+        Raises:
+            ValueError: ``num_tokens`` is not in 1 to ``max_tokens``.
+        """
+        self.is_shown = True
+        if num_tokens not in self._views:
+            if not 1 <= num_tokens <= self.max_tokens:
+                raise ValueError(errors.rows_out_of_range(num_tokens, self.max_tokens))
+            if len(self._views) >= 4096:
+                self._views.clear()
+            self._views[num_tokens] = {
+                name: tensor_in(block, (num_tokens, *p.shape), contiguous_stride((num_tokens, *p.shape)), p.dtype)
+                for (name, block), p in zip(self._landing.items(), self.inputs.values(), strict=True)
+            }
+        return dict(self._views[num_tokens])
+
+    def land_in(self, blocks: Mapping[str, torch.Tensor]) -> None:
+        """Use these flat uint8 blocks for the stage inputs named, before anybody was given views of the old ones."""
+        assert not self.is_shown and not self._views
+        for name, block in blocks.items():
+            assert block.numel() >= self.max_tokens * self.inputs[name].bytes_per_token
+            self._landing[name] = block
+
+    def landing(self, name: str) -> torch.Tensor:
+        """The flat uint8 memory in which the stage input ``name`` lands."""
+        return self._landing[name]
+
+    @cached_property
+    def landing_addresses(self) -> frozenset[int]:
+        """Where the landing memory of each stage input begins."""
+        return frozenset(block.data_ptr() for block in self._landing.values())
+
+    @property
+    def landing_bytes(self) -> int:
+        return sum(block.numel() for block in self._landing.values())
+
+    def check(self, name: str, spec: TensorSpec, token_dim: int | None) -> str | None:
+        """Why the graph input ``name`` cannot land in this memory; None if it can."""
+        proxy = self.inputs.get(name)
+        if proxy is None:
+            return errors.stage_lacks_input(name, list(self.inputs))
+        if token_dim is None:
+            return errors.stage_input_without_tokens(name, str(spec))
+        tail = tuple(spec.shape[token_dim + 1 :])
+        if spec.dtype != proxy.dtype or tail != proxy.shape or any(size != 1 for size in spec.shape[:token_dim]):
+            return errors.stage_input_differs(name, str(spec), proxy.shape, proxy.dtype)
+        if spec.device != self.device:
+            return errors.stage_on_other_device(name, spec.device, self.device)
+        return None
+
+    def __repr__(self) -> str:
+        return f"Stage({dict(self.inputs)!r}, max_tokens={self.max_tokens}, device={str(self.device)!r})"
+
+
+def _default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
