@@ -16,10 +16,10 @@ from torch.fx import GraphModule
 
 from . import errors
 from .compilation.analysis import collect_facts
+from .compilation.attention import SplitOpMatcher
 from .compilation.inductor import CompiledPiece, PieceCompiler, compile_whole
 from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.split import Split, split_graph
-from .compilation.split_ops import SplitOpMatcher
 from .config import Config
 from .debug import dump
 from .debug.explain import explain_all

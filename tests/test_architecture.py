@@ -22,11 +22,11 @@ ORDER = (
     "rules",
     # FX graph -> GraphInput -> Piece -> CompiledPiece
     "compilation.specs",
-    "compilation.split_ops",
+    "compilation.fx_utils",
     "compilation.regions",
     "compilation.analysis",
     "compilation.placeholders",
-    "compilation.written_out_attention",
+    "compilation.attention",
     "compilation.partition",
     "compilation.token_mixing",
     "compilation.padding_rules",

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import pp_piecewise_backend as ppb
 from against_eager import check, compute_ops, eager_ops, steps, tokens
-from pp_piecewise_backend.compilation.split_ops import SplitOpMatcher, looks_like_attention
+from pp_piecewise_backend.compilation.attention import SplitOpMatcher, looks_like_attention
 from pp_piecewise_backend.config import SplitOps
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))

@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 
 from ..errors import SplitError
 from ..utils import torch_compat
+from .fx_utils import attribute, is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
 from .regions import Regions, find_regions, is_autocast_enter, is_autocast_exit
 from .specs import SymbolSpec, TensorSpec, as_dim
-from .split_ops import attribute, is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
 
 RANDOM = -1
 """Stands for the state of the random generators, as if it were a storage that random ops write."""

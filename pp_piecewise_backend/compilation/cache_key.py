@@ -19,8 +19,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..utils import torch_compat
+from .fx_utils import attribute
 from .specs import SymbolSpec, TensorSpec
-from .split_ops import attribute
 
 
 def piece_text(graph_module: GraphModule, inputs: Sequence[TensorSpec | SymbolSpec]) -> str:

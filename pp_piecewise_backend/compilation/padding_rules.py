@@ -24,9 +24,9 @@ from torch.fx import Node
 
 from ..rules import is_on
 from .analysis import RANDOM, GraphFacts
+from .fx_utils import is_getitem, op_name, plain_op_name
 from .partition import is_allocation
 from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
-from .split_ops import is_getitem, op_name, plain_op_name
 
 
 @dataclass(frozen=True)

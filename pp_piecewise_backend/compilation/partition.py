@@ -25,10 +25,10 @@ from ..errors import SplitError
 from ..rules import is_on
 from ..utils import torch_compat
 from .analysis import EFFECT, GraphFacts
+from .attention import SplitOpMatcher, find_written_out_attention, looks_like_attention
+from .fx_utils import is_getitem, op_name
 from .placeholders import GraphInput
 from .specs import TensorSpec
-from .split_ops import SplitOpMatcher, is_getitem, looks_like_attention, op_name
-from .written_out_attention import find_written_out_attention
 
 Kind = Literal["compute", "eager"]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from ..utils import torch_compat
-from .split_ops import op_names
+from .fx_utils import op_names
 
 _DROPPED_FUNCTIONS: tuple[object, ...] = (
     torch_compat.log_api_usage_once,

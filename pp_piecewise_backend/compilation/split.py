@@ -24,7 +24,9 @@ from ..errors import SplitError
 from ..rules import is_on
 from ..utils import torch_compat
 from .analysis import GraphFacts
+from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
+from .fx_utils import attribute, op_name
 from .padding_rules import (
     Traits,
     handed_on_allocations,
@@ -37,7 +39,6 @@ from .padding_rules import (
 from .partition import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
 from .placeholders import InputTable
 from .specs import SymbolSpec, TensorSpec
-from .split_ops import SplitOpMatcher, attribute, op_name
 from .token_mixing import indices_from_floats, tokens_that_meet
 
 

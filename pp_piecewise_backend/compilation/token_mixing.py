@@ -18,9 +18,9 @@ from torch.fx import Node
 
 from ..utils import torch_compat
 from .analysis import GraphFacts
+from .fx_utils import is_custom_op, is_getitem, op_name, plain_op_name
 from .partition import is_allocation
 from .specs import Dim, TensorSpec, symbols_of
-from .split_ops import is_custom_op, is_getitem, op_name, plain_op_name
 
 # Ops that keep the dimension along which rows meet: (position of the dimension or dimensions, keyword, default).
 _ALONG: Mapping[str, tuple[int, str, Any]] = {

@@ -16,10 +16,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..compilation.cache_key import look_up
+from ..compilation.fx_utils import attribute, op_names
 from ..compilation.partition import is_allocation
 from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Piece, SizeOf
-from ..compilation.split_ops import attribute, op_names
 from ..utils import torch_compat
 
 _VIEWS = frozenset(

@@ -12,12 +12,7 @@ import torch
 
 from .. import errors
 from ..compilation.specs import TensorSpec
-from .cudagraphs.memory import (
-    StaticMemory,
-    allocate,
-    contiguous_stride,
-    tensor_in,
-)
+from .cudagraphs.memory import StaticMemory, allocate, contiguous_stride, tensor_in
 from .hooks import StageListener
 
 Layout = Literal["replicated", "scattered"]

@@ -1,105 +1,16 @@
-"""Which ops the graph is cut at, and which are worth compiling: decided by name, for every spelling of an op."""
+"""Nodes of FX graphs: every name of an op, what class of op it is by name, and the graphs inside an op."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..config import SplitOps
 from ..utils import torch_compat
 
-BUILTIN_SPLIT_OPS: tuple[str, ...] = (
-    # PyTorch. Dynamo writes the same op as a function, as a builtin of torch._C._nn and as an ATen overload.
-    "scaled_dot_product_attention",
-    "_scaled_dot_product_*",
-    "_native_multi_head_attention",
-    "multi_head_attention_forward",
-    "_transformer_encoder_layer_fwd",
-    "flex_attention",
-    "flex_attention_backward",
-    "torch_attn::*",
-    "varlen_attn",
-    "varlen_attn_out",
-    "_varlen_attn",
-    "_flash_attention_forward",
-    "_efficient_attention_forward",
-    "_cudnn_attention_forward",
-    # flash-attn
-    "flash_attn::*",
-    "flash_attn_*::*",
-    "flash_attn_func",
-    "flash_attn_varlen_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
-    "flash_attn_gpu.*",
-    # xFormers
-    "xformers*::*attention*",
-    "xformers*::*fmha*",
-    "xformers_flash*::*",
-    "memory_efficient_attention*",
-    # FlashInfer
-    "flashinfer*::*attention*",
-    "flashinfer*::*prefill*",
-    "flashinfer*::*decode*",
-    "flashinfer*::*mla*",
-    "single_prefill_with_kv_cache*",
-    "single_decode_with_kv_cache*",
-    "batch_prefill_with_*kv_cache*",
-    "batch_decode_with_*kv_cache*",
-    "trtllm_batch_*_with_kv_cache*",
-    # The engines' own
-    "vllm::unified_attention*",
-    "vllm::unified_mla*",
-    "vllm::unified_kv_cache_update*",
-    "sglang::unified_attention_with_output",
-    "sglang::unified_attention*",
-)
-"""Names or globs, matched against every spelling in ``op_names``; see the README for how to add to them."""
-
-_LOOKS_LIKE_ATTENTION = ("*attention*", "*attn*", "*sdpa*", "*mla*", "*fmha*")
-
 _MATMUL_CLASS = ("mm", "matmul", "linear", "gemm", "conv", "moe", "expert", "mlp", "lstm", "gru", "einsum")
-
-
-@dataclass(frozen=True)
-class SplitOpMatcher:
-    """Decides whether a node is an op to cut at."""
-
-    patterns: tuple[str, ...]
-    required: tuple[str, ...]
-    """The patterns that the user gave: one that matches nothing is reported."""
-    written_out: bool
-    """Whether attention written out in plain ops counts too."""
-
-    @classmethod
-    def from_config(cls, split_ops: SplitOps) -> SplitOpMatcher:
-        builtin = BUILTIN_SPLIT_OPS if split_ops.extends_builtin else ()
-        return cls((*builtin, *split_ops.patterns), split_ops.patterns, written_out=split_ops.extends_builtin)
-
-    def match(self, node: Node) -> str | None:
-        """The pattern that matches this node, or an op inside a graph that it takes as an argument."""
-        names = op_names(node)
-        for pattern in self.patterns:
-            if any(fnmatchcase(name, pattern) for name in names):
-                return pattern
-        for body in nested_graphs(node):
-            for inner in body.graph.nodes:
-                if (pattern_inside := self.match(inner)) is not None:
-                    return pattern_inside
-        return None
-
-
-def looks_like_attention(node: Node) -> bool:
-    """Whether the op's name suggests attention, for the report on split ops that matched nothing."""
-    return any(fnmatchcase(name.lower(), p) for name in op_names(node) for p in _LOOKS_LIKE_ATTENTION)
 
 
 def op_names(node: Node) -> tuple[str, ...]:

@@ -1,0 +1,180 @@
+"""What the graph is cut at: attention ops, by name, and attention that a model writes out in plain ops.
+
+Models without a fused attention op write it out (Gemma2 in transformers, many of one's own): a matrix product, a
+softmax, a second matrix product. The scores grow with the KV cache, so they have to stay out of the pieces like any
+attention op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch.fx import Node
+
+from ..config import SplitOps
+from .analysis import GraphFacts
+from .fx_utils import nested_graphs, op_names, plain_op_name
+from .placeholders import GraphInput
+
+BUILTIN_SPLIT_OPS: tuple[str, ...] = (
+    # PyTorch. Dynamo writes the same op as a function, as a builtin of torch._C._nn and as an ATen overload.
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_*",
+    "_native_multi_head_attention",
+    "multi_head_attention_forward",
+    "_transformer_encoder_layer_fwd",
+    "flex_attention",
+    "flex_attention_backward",
+    "torch_attn::*",
+    "varlen_attn",
+    "varlen_attn_out",
+    "_varlen_attn",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+    "_cudnn_attention_forward",
+    # flash-attn
+    "flash_attn::*",
+    "flash_attn_*::*",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "flash_attn_gpu.*",
+    # xFormers
+    "xformers*::*attention*",
+    "xformers*::*fmha*",
+    "xformers_flash*::*",
+    "memory_efficient_attention*",
+    # FlashInfer
+    "flashinfer*::*attention*",
+    "flashinfer*::*prefill*",
+    "flashinfer*::*decode*",
+    "flashinfer*::*mla*",
+    "single_prefill_with_kv_cache*",
+    "single_decode_with_kv_cache*",
+    "batch_prefill_with_*kv_cache*",
+    "batch_decode_with_*kv_cache*",
+    "trtllm_batch_*_with_kv_cache*",
+    # The engines' own
+    "vllm::unified_attention*",
+    "vllm::unified_mla*",
+    "vllm::unified_kv_cache_update*",
+    "sglang::unified_attention_with_output",
+    "sglang::unified_attention*",
+)
+"""Names or globs, matched against every spelling in ``op_names``; see the README for how to add to them."""
+
+
+_LOOKS_LIKE_ATTENTION = ("*attention*", "*attn*", "*sdpa*", "*mla*", "*fmha*")
+
+
+@dataclass(frozen=True)
+class SplitOpMatcher:
+    """Decides whether a node is an op to cut at."""
+
+    patterns: tuple[str, ...]
+    required: tuple[str, ...]
+    """The patterns that the user gave: one that matches nothing is reported."""
+    written_out: bool
+    """Whether attention written out in plain ops counts too."""
+
+    @classmethod
+    def from_config(cls, split_ops: SplitOps) -> SplitOpMatcher:
+        builtin = BUILTIN_SPLIT_OPS if split_ops.extends_builtin else ()
+        return cls((*builtin, *split_ops.patterns), split_ops.patterns, written_out=split_ops.extends_builtin)
+
+    def match(self, node: Node) -> str | None:
+        """The pattern that matches this node, or an op inside a graph that it takes as an argument."""
+        names = op_names(node)
+        for pattern in self.patterns:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return pattern
+        for body in nested_graphs(node):
+            for inner in body.graph.nodes:
+                if (pattern_inside := self.match(inner)) is not None:
+                    return pattern_inside
+        return None
+
+
+def looks_like_attention(node: Node) -> bool:
+    """Whether the op's name suggests attention, for the report on split ops that matched nothing."""
+    return any(fnmatchcase(name.lower(), p) for name in op_names(node) for p in _LOOKS_LIKE_ATTENTION)
+
+
+_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+
+
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__"})
+
+
+_LONGEST_WAY = 64
+
+
+def find_written_out_attention(facts: GraphFacts, inputs: Sequence[GraphInput]) -> frozenset[Node]:
+    """The nodes of every written-out attention, from the product that gives the scores to the one that uses them.
+
+    A softmax counts when its input comes from a product of two activations, through ops that are no products, and its
+    result reaches another such product in the same way. The softmax of a router, whose input comes from a weight,
+    does not.
+    """
+    # A KV cache that is used as it comes has heads and batch in front; what has two dimensions or fewer is a weight.
+    weights = {
+        i.spec.storage for i in inputs if i.spec is not None and (i.kind == "parameter" or len(i.spec.shape) <= 2)
+    }
+    users: dict[Node, list[Node]] = {}
+    for node in facts.nodes:
+        for argument in node.all_input_nodes:
+            users.setdefault(argument, []).append(node)
+
+    def is_product(node: Node) -> bool:
+        if not facts.nodes[node].heavy or plain_op_name(node) not in _PRODUCTS:
+            return False
+        return not any(facts.nodes[argument].storages & weights for argument in node.all_input_nodes)
+
+    def sources(node: Node) -> Iterable[Node]:
+        return (argument for argument in node.all_input_nodes if argument.op.startswith("call_"))
+
+    def targets(node: Node) -> Iterable[Node]:
+        return (user for user in users.get(node, ()) if user.op.startswith("call_"))
+
+    found: set[Node] = set()
+    for node in facts.nodes:
+        if node.op.startswith("call_") and plain_op_name(node) in _SOFTMAX:
+            before = _ways(node, sources, is_product, facts)
+            after = _ways(node, targets, is_product, facts)
+            if before and after:
+                found |= before | after
+    return frozenset(found)
+
+
+def _ways(
+    start: Node, neighbours: Callable[[Node], Iterable[Node]], is_end: Callable[[Node], bool], facts: GraphFacts
+) -> set[Node]:
+    """All nodes on ways from ``start`` to the nearest ends, over nodes that are no matrix products; {} without any."""
+    came_from: dict[Node, set[Node]] = {start: set()}
+    waiting = [start]
+    ends: set[Node] = set()
+    while waiting and len(came_from) < _LONGEST_WAY:
+        node = waiting.pop(0)
+        for neighbour in neighbours(node):
+            if neighbour not in facts.nodes:
+                continue
+            known = neighbour in came_from
+            came_from.setdefault(neighbour, set()).add(node)
+            if is_end(neighbour):
+                ends.add(neighbour)
+            elif not known and not facts.nodes[neighbour].heavy:
+                waiting.append(neighbour)
+    found: set[Node] = set()
+    back = list(ends)
+    while back:
+        node = back.pop()
+        if node not in found:
+            found.add(node)
+            back += came_from[node]
+    return found
