@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import pp_piecewise_backend as ppb
+from models.small_pipeline import FEEDBACK, MAX_TOKENS, OPTIONS, PROXIES, PipelineStage, own_inputs, sizes
 from rank_processes import LONGEST_SECONDS
-from test_runner import FEEDBACK, MAX_TOKENS, OPTIONS, PROXIES, PipelineStage, own_inputs, sizes
 
 FAULTY_STEP = 5
 HANGS_AFTER_SECONDS = LONGEST_SECONDS - 10

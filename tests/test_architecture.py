@@ -328,11 +328,11 @@ def test_what_a_door_lets_through(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from ..program import Program",
-        "from .. import program",
+        "from ..runtime.program import Program",
+        "from ..runtime import program",
         "from .inductor import x",
-        f"import {PACKAGE}.program",
-        f"from {PACKAGE}.program import Program",
+        f"import {PACKAGE}.runtime.program",
+        f"from {PACKAGE}.runtime.program import Program",
         "from ..demo import questions",
         f"import {PACKAGE}",
     ],

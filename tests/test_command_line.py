@@ -10,11 +10,10 @@ import pytest
 import torch
 import transformers
 
+from checkout import CHECKOUT
 from pp_piecewise_backend.__main__ import main
 from pp_piecewise_backend.demo import command
 from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_help_without_the_demo_dependencies() -> None:
@@ -23,7 +22,7 @@ def test_help_without_the_demo_dependencies() -> None:
         "import runpy; sys.argv[1:] = ['demo', '--help']\n"
         "runpy.run_module('pp_piecewise_backend', run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
     for option in ("--ranks", "--model", "--prompt", "--questions", "--device", "--compiler", "--graphs"):

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 import pp_piecewise_backend as ppb
-
-CHECKOUT = Path(__file__).parent.parent
-PACKAGE = CHECKOUT / "pp_piecewise_backend"
+from checkout import CHECKOUT, PACKAGE
 
 PUBLIC_NAMES = [
     "Config", "MicroBatch", "Proxy", "Stage", "StageRunner", "errors", "expect", "explain", "programs", "reset", "seal",

@@ -25,8 +25,6 @@ from pp_piecewise_backend.debug.piece_script import piece_script, step_text, uni
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
-TESTS = Path(__file__).parent
-
 
 @pytest.fixture
 def run_script(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from checkout import CHECKOUT
 from pp_piecewise_backend.utils import torch_compat
 
 pytestmark = pytest.mark.compat
@@ -372,7 +372,7 @@ def test_a_trace_artifact_is_not_made_without_a_trace() -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_TRACE"}
     command = [sys.executable, "-c", code]
-    subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True, timeout=60)
+    subprocess.run(command, cwd=CHECKOUT, env=environment, check=True, timeout=60)
 
 
 def test_expression_text_is_python() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from checkout import CHECKOUT
 from pp_piecewise_backend.demo import questions, train, verdict
 from pp_piecewise_backend.demo.job import HANDOFF_COUNTERS, Job, RankReport, cut_at_end
 from pp_piecewise_backend.demo.load import load_decoder
@@ -21,7 +22,6 @@ from pp_piecewise_backend.demo.questions import Question
 from pp_piecewise_backend.demo.schedule import Schedule, Turn
 from pp_piecewise_backend.demo.verdict import Difference
 
-ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 280
 HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9f3a"
 
@@ -29,7 +29,7 @@ HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pp_piecewise_backend", "demo", "--device", "cpu", *arguments],
-        cwd=ROOT,
+        cwd=CHECKOUT,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+from checkout import BENCH
+
 PHASES = {"toolchain", "dynamo", "split", "compile", "first_run", "total"}
 
 

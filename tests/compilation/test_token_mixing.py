@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from test_traits import HIDDEN, UNDECIDED, WEIGHT, paddings
+from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_gradients")]
 

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RANK = Path(__file__).parent / "torchrun_rank.py"
+from checkout import TESTS
+
+RANK = TESTS / "torchrun_rank.py"
 LONGEST_SECONDS = 200.0
 """Three times torch is imported, one after the other; that takes long where many tests run at once."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import pp_piecewise_backend as ppb
+from checkout import TESTS
 from dumping import EAGER, Small, events_of, program_folders, run_small, run_toy_stage, summary_of
 from pp_piecewise_backend.compilation.inductor import PieceCompiler
 from pp_piecewise_backend.config import Config
@@ -28,7 +29,6 @@ from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
 
-TESTS = Path(__file__).parent
 
 WHOLE_FILES = {"dynamo_graph.py", "split_parent.py", "explain.txt", "events.jsonl", "summary.json", "report.html"}
 FRAME_FILES = {"guards.txt", "transformed_code.py"}

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
+from checkout import CHECKOUT, TESTS
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.runtime.cudagraphs import emulated, memory
 
@@ -619,23 +619,22 @@ def test_release_leaves_no_memory_behind(device: str) -> None:
 
 _SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/runtime"]
 import torch
-import test_graphs
+import test_dispatch
 from captured import SIZES, Pair, net, rows
 torch.set_grad_enabled(False)
-pair = test_graphs.pair_of(net(test_graphs.forward, {device!r}), {device!r})
+pair = test_dispatch.pair_of(net(test_dispatch.forward, {device!r}), {device!r})
 for n in SIZES:
     kept = pair(rows(n, {device!r}))
-print(test_graphs.ppb.stats().replays)
+print(test_dispatch.ppb.stats().replays)
 """
 
 
 @on_devices
 def test_the_interpreter_exits_cleanly_with_graphs_alive(device: str) -> None:
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
-    script = _SCRIPT.format(tests=str(here), device=device)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
+    script = _SCRIPT.format(tests=str(TESTS), device=device)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=240
     )

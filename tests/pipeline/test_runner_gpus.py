@@ -11,8 +11,8 @@ import torch
 
 from against_eager import assert_same
 from gpu_ranks import one_rank  # noqa: F401
+from models.small_pipeline import OPTIONS, one_after_the_other, sizes
 from rank_processes import Ended, run_ranks
-from test_runner import OPTIONS, one_after_the_other, sizes
 
 pytestmark = [
     pytest.mark.cuda,

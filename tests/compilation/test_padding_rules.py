@@ -11,45 +11,19 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
+from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings
 from pp_piecewise_backend import rules
 from pp_piecewise_backend.compilation.padding_rules import Traits, padding_reason, token_dims
 from pp_piecewise_backend.compilation.specs import TensorSpec
-from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
-HIDDEN = 4
-WEIGHT = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
 TOKENS = sympy.Symbol("s0", integer=True, positive=True)
-
-
-@torch.library.custom_op("traitstest::attention", mutates_args=())
-def attention(x: Tensor) -> Tensor:
-    return x.softmax(-1)
-
-
-@attention.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def paddings(function: Callable[..., Any], *inputs: Tensor, split_ops: str = "+traitstest::*") -> list[str]:
-    """What the graph says of padding each compute piece of a function; all sizes of dimension 0 are one symbol."""
-    for tensor in inputs:
-        torch._dynamo.mark_dynamic(tensor, 0)
-    options = {"compiler": "eager", "graphs": "emulate", "split_ops": split_ops}
-    torch.compile(function, backend="pp_piecewise", options=options, fullgraph=True)(*inputs)
-    (program,) = ppb.programs()
-    assert isinstance(program, Program), ppb.explain()
-    return [piece.padding for piece in program.split.pieces if piece.kind == "compute"]
 
 
 def padding(body: Callable[[Tensor], Tensor]) -> str:
     """The same for one piece, ``body`` on ``[tokens, hidden]``, in front of an attention."""
     return paddings(lambda x: torch.ops.traitstest.attention(body(x @ WEIGHT)), torch.randn(5, HIDDEN))[0]
-
-
-UNDECIDED = "not tested yet"
 
 
 @pytest.mark.parametrize(
