@@ -22,7 +22,7 @@ from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.split import Split, split_graph
 from .config import Config
 from .debug import dump
-from .debug.explain import explain_all
+from .debug.explain import explain_all, short_source
 from .runtime.capture_plan import GraphSettings
 from .runtime.cudagraphs.ladder import Ladder
 from .runtime.hooks import Events
@@ -92,7 +92,8 @@ class PiecewiseBackend:
             reason = errors.internal_error(error)
             return _told(events, self._unsplit(name, graph_module, example_inputs, config, reason))
         if split is None:
-            needs = facts.needs_gradient
+            sources = {i.name: short_source(i.source) or i.label for i in table.inputs}
+            needs = [sources[name] for name in facts.needs_gradient]
             return _told(events, self._fall_back_for_gradients(name, graph_module, example_inputs, config, needs))
         events.split(split, table)
         self._report_unmatched(config, matcher, table, split)
@@ -173,6 +174,7 @@ class PiecewiseBackend:
                 "compile_seconds": time.perf_counter() - started,
             }
         )
+        _log_program(program)
         return program
 
     def _stage_for(self, table: InputTable, max_tokens: int) -> Stage | None:
@@ -335,6 +337,24 @@ def _checked(stage: Stage, table: InputTable) -> Stage:
         if (why := stage.check(graph_input.label, graph_input.spec, graph_input.token_dim)) is not None:
             raise errors.ConfigError(why)
     return stage
+
+
+def _log_program(program: Program) -> None:
+    """One line about a program that was just built, so that a first call of many seconds does not look hung."""
+    stats = program.stats.snapshot()
+    graphs = "no graphs: " + program.graphs_off_reason
+    if program.graphs is not None:
+        graphs = f"graphs for buckets of {program.graphs.plan.ladder} tokens"
+    _LOG.info(
+        "%s: %d compute pieces (%d distinct), %d compiled in %.2f s, %d reused; %s",
+        program.name,
+        stats.pieces,
+        len({piece.key for piece in program.split.pieces if piece.kind == "compute"}),
+        stats.pieces_compiled,
+        stats.compile_seconds,
+        stats.pieces_reused,
+        graphs,
+    )
 
 
 def _told(events: Events, program: Any) -> Any:

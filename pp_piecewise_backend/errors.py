@@ -124,12 +124,12 @@ def internal_error(error: Exception) -> str:
 
 
 def gradient_fallback(names: Sequence[str], compiler: str) -> str:
-    """``names``: the graph inputs that require gradients (may be empty when none could be named)."""
-    which = f" ({_listed(names)} require them)" if names else ""
+    """``names``: the inputs that require gradients, as a reader knows them (may be empty when none could be named)."""
+    shown = _listed(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     return (
-        f"gradients are required{which}, so this graph was given to the stock backend {compiler!r}: it is not split "
-        f"and its proxies do not land in static memory. To serve, call the model under torch.inference_mode() "
-        f"or torch.no_grad(), or call requires_grad_(False) on it."
+        f"to serve, call the model under torch.inference_mode() or torch.no_grad(), or call requires_grad_(False) on "
+        f"it: gradients are required{f' by {shown}' if names else ''}, so this graph went whole to the stock backend "
+        f"{compiler!r}. It is not split, and its proxies do not land in static memory."
     )
 
 

@@ -245,6 +245,8 @@ def test_every_message_is_tested() -> None:
 
 def test_messages_when_there_is_nothing_to_list() -> None:
     assert "gradients are required, so" in errors.gradient_fallback([], "eager")
+    assert "required by 'a', 'b', so" in errors.gradient_fallback(["a", "b"], "eager")
+    assert "required by 'a', 'b' and 14 more, so" in errors.gradient_fallback(["a", "b", *"0" * 14], "eager")
     assert "No op in this graph looks like attention" in errors.unmatched_split_ops(["mine"], [])
     assert errors.nothing_captured([]) == "warmup() captured nothing: graphs are off."
     assert "It has no tensor inputs" in errors.unmatched_stage_inputs(["hidden"], [])

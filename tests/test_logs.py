@@ -1,0 +1,66 @@
+"""What is logged at INFO: one line per program and one per warm-up, also with ``TORCH_LOGS``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pp_piecewise_backend as ppb
+from checkout import CHECKOUT
+
+PROGRAM = r"Layers#0: 3 compute pieces \(3 distinct\), 3 compiled in \d+\.\d\d s, 0 reused; "
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(hidden_states)[None]
+            hidden_states = hidden_states + nn.functional.scaled_dot_product_attention(x, x, x)[0]
+        return hidden_states
+
+
+def run(graphs: str) -> None:
+    options = {"compiler": "eager", "graphs": graphs, "max_tokens": 4}
+    hidden_states = torch.ones(3, 8)
+    torch._dynamo.mark_dynamic(hidden_states, 0)
+    with torch.no_grad():
+        torch.compile(Layers(), backend="pp_piecewise", options=options)(hidden_states=hidden_states)
+
+
+@pytest.mark.usefixtures("fresh_backend")
+@pytest.mark.parametrize(
+    ("graphs", "end"),
+    [("emulate", "graphs for buckets of 1, 2, 4 tokens"), ("off", "no graphs: graphs='off'")],
+)
+def test_one_line_per_program(graphs: str, end: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pp_piecewise_backend"):
+        run(graphs)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("pp_piecewise_backend")]
+    assert re.fullmatch(PROGRAM + re.escape(end), line)
+    (program,) = ppb.programs()
+    assert program.name == "Layers#0"
+
+
+@pytest.mark.compat
+def test_torch_logs_shows_it_once() -> None:
+    """torch takes the name of a package for a logger: nothing has to be registered."""
+    environment = {**os.environ, "TORCH_LOGS": "+pp_piecewise_backend", "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    lines = [line for line in done.stderr.splitlines() if "pp_piecewise_backend" in line]
+    assert len(lines) == 1 and re.search(PROGRAM, lines[0]), done.stderr
+
+
+if __name__ == "__main__":
+    run(graphs="off")
