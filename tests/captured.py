@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from against_eager import aliasing, assert_same, tensors
-from pp_piecewise_backend import rules
 from pp_piecewise_backend.runtime.program import Program
+from switches import RULES, switch_off
 
 DEVICES = [pytest.param("cpu", id="emulate"), pytest.param("cuda", id="cuda", marks=pytest.mark.cuda)]
 HIDDEN = 8
@@ -192,10 +192,10 @@ class Trap:
         return self.body.__name__
 
     def must_close(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert set(self.rules) <= rules.RULES, "no such rule"
+        assert set(self.rules) <= RULES, "no such rule"
         if self.ends_cuda and device == "cuda":
             pytest.skip("an assertion in a CUDA kernel would end CUDA for all later tests")
-        monkeypatch.setattr(rules, "SWITCHED_OFF", frozenset(self.rules))
+        switch_off(self.rules, monkeypatch)
         if self.breaks is not None:
             self.breaks(monkeypatch)
         with pytest.raises(AssertionError if self.counters_only else Wrong):

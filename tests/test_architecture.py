@@ -19,7 +19,6 @@ ORDER = (
     "utils.counters",
     "utils.torch_compat",
     "config",
-    "rules",
     # FX graph -> GraphInput -> Piece -> CompiledPiece
     "compilation.specs",
     "compilation.fx_utils",

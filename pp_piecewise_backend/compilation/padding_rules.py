@@ -14,15 +14,14 @@ padded rows (rule R3, see ``padding_test.py``). A test is no proof, hence these 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch.fx import Node
 
-from ..rules import is_on
 from .analysis import RANDOM, GraphFacts
 from .fx_utils import is_getitem, op_name, plain_op_name
 from .partition import is_allocation
@@ -68,24 +67,60 @@ def padding_reason(
     """Why a step must not run on padded rows, as far as the graph shows; None if nothing speaks against it."""
     if not isinstance(token_count, sympy.Symbol):
         return "the token count is static, so no call is padded"
-    if traits.random and is_on("random"):
-        return "it draws random numbers, as many as there are rows"
-    outliving = [name for name in traits.writes if name not in stage_inputs]
-    if outliving and is_on("R2"):
-        return f"R2: it writes {', '.join(outliving)}, which outlives the call"
-    if is_on("R1"):
-        for spec in (*input_specs, *output_specs):
-            if isinstance(spec, TensorSpec) and (why := _uncuttable(spec, token_count)):
-                return f"R1: {spec} crosses its border, {why}"
-    if traits.token_values and is_on("R4"):
-        return f"R4: the token count is used as a value by {', '.join(dict.fromkeys(traits.token_values))}"
-    if traits.selects_tokens and is_on("selection"):
-        return f"rows are chosen by their values by {', '.join(dict.fromkeys(traits.selects_tokens))}"
-    if traits.meeting_tokens and is_on("meeting"):
-        return f"tokens meet in {', '.join(dict.fromkeys(traits.meeting_tokens))}"
-    if traits.float_indices and is_on("float indices"):
-        return f"padded rows may hold any float, and {', '.join(dict.fromkeys(traits.float_indices))} index by them"
+    step = _Padded(traits, (*input_specs, *output_specs), token_count, stage_inputs)
+    return next((reason for _, check in PADDING_RULES if (reason := check(step)) is not None), None)
+
+
+class _Padded(NamedTuple):
+    """A step as the padding rules look at it."""
+
+    traits: Traits
+    border_specs: Sequence[TensorSpec | SymbolSpec | None]
+    token_count: sympy.Symbol
+    stage_inputs: Sequence[str]
+
+
+def outliving_writes(traits: Traits, stage_inputs: Iterable[str]) -> list[str]:
+    """Names of the inputs that a step writes and that outlive the call (R2)."""
+    return [name for name in traits.writes if name not in stage_inputs]
+
+
+def _randomness(step: _Padded) -> str | None:
+    return "it draws random numbers, as many as there are rows" if step.traits.random else None
+
+
+def _outliving_writes(step: _Padded) -> str | None:
+    names = outliving_writes(step.traits, step.stage_inputs)
+    return f"R2: it writes {', '.join(names)}, which outlives the call" if names else None
+
+
+def _uncuttable_border(step: _Padded) -> str | None:
+    for spec in step.border_specs:
+        if isinstance(spec, TensorSpec) and (why := _uncuttable(spec, step.token_count)):
+            return f"R1: {spec} crosses its border, {why}"
     return None
+
+
+def _ops(trait: str, sentence: str) -> Callable[[_Padded], str | None]:
+    """A rule that refuses every step with ops of this trait; ``sentence`` names them."""
+
+    def check(step: _Padded) -> str | None:
+        ops = dict.fromkeys(getattr(step.traits, trait))
+        return sentence.format(", ".join(ops)) if ops else None
+
+    return check
+
+
+PADDING_RULES: tuple[tuple[str, Callable[[_Padded], str | None]], ...] = (
+    ("random", _randomness),
+    ("R2", _outliving_writes),
+    ("R1", _uncuttable_border),
+    ("R4", _ops("token_values", "R4: the token count is used as a value by {}")),
+    ("selection", _ops("selects_tokens", "rows are chosen by their values by {}")),
+    ("meeting", _ops("meeting_tokens", "tokens meet in {}")),
+    ("float indices", _ops("float_indices", "padded rows may hold any float, and {} index by them")),
+)
+"""Name and check of each rule, in the order in which they are asked; the first that refuses gives the reason."""
 
 
 def _uncuttable(spec: TensorSpec, token_count: sympy.Symbol) -> str | None:

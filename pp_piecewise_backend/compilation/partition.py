@@ -22,7 +22,6 @@ import torch
 from torch.fx import Node
 
 from ..errors import SplitError
-from ..rules import is_on
 from ..utils import torch_compat
 from .analysis import EFFECT, GraphFacts
 from .attention import SplitOpMatcher, find_written_out_attention, looks_like_attention
@@ -300,8 +299,6 @@ class _Cutter:
 
     def _cut_at_visible_writes(self, steps: Sequence[Step]) -> bool:
         """M1: rename each write to memory born in another step, or make it eager. True if a new cut is needed."""
-        if not is_on("M1"):
-            return False
         born_in = {
             storage: index
             for index, step in enumerate(steps)

@@ -21,7 +21,6 @@ from torch import fx
 from torch.fx import GraphModule, Node
 
 from ..errors import SplitError
-from ..rules import is_on
 from ..utils import torch_compat
 from .analysis import GraphFacts
 from .attention import SplitOpMatcher
@@ -268,7 +267,7 @@ class _Splitter:
 
     def is_remade(self, value: Value) -> bool:
         """Whether the value is a view that is made anew in each step that uses it."""
-        if value.node.op in ("placeholder", "get_attr") or not is_on("M2"):
+        if value.node.op in ("placeholder", "get_attr"):
             return False
         storages = self.storages_of(_Key(value)) & self.shared
         return bool(storages) and not storages & self.facts.nodes[value.node].born

@@ -17,7 +17,6 @@ import torch
 
 from ..compilation.padding_rules import token_dims
 from ..compilation.specs import SymbolSpec, TensorSpec
-from ..rules import is_on
 from . import padding_test
 from .capture_plan import GraphPlan, Obstacle
 from .cudagraphs.device import CapturedGraph, CaptureError, Device
@@ -254,7 +253,7 @@ class BucketCapture:
         outputs: list[Any] = []
         try:
             inputs = self._inputs(step, instruction)
-            if not instruction.holds(inputs) and is_on("R6"):
+            if not instruction.holds(inputs):
                 sizes = [inputs[at] for at in instruction.symbol_positions]
                 raise _NotHere("guard", f"the compiled code does not hold for sizes {sizes}")
             self._warm_up(step, instruction, inputs)
@@ -311,10 +310,7 @@ class BucketCapture:
             at not in written
         ]  # fmt: skip
         self._device.warm_up(lambda: instruction.run(given))
-        changed = [(value, copy) for value, copy in before if not same_bits(value, copy)]
-        for value, copy in changed:
-            value.copy_(copy)
-        if changed and is_on("R2"):
+        if _undo_writes(before):
             raise _NotHere("writes-state", "it writes an input although no op of it says so")
         self._verdicts.mutations_checked.add(step)
 
@@ -324,7 +320,7 @@ class BucketCapture:
 
     def _examine(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> str | None:
         rows = self._test_rows()
-        if rows is None or not is_on("R3"):
+        if rows is None:
             return None
         plan = self._plan
         symbol, specs = plan.token_symbol, instruction.piece.input_specs
@@ -471,14 +467,10 @@ def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Obstacle | None:
 
 def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
     """The real rows with the strides that were traced: a view where it can have them, else a copy."""
-    if not is_on("rows"):
-        return static.tensor
     view = static.exact(num_tokens)
-    if view is not None and is_on("R5"):
+    if view is not None:
         return view
     rows = static.rows(num_tokens)
-    if not is_on("R5"):
-        return rows
     shape, stride = geometry(static.spec, static.symbols(num_tokens))
     return assign(torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device), rows)
 
@@ -486,7 +478,7 @@ def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
 def fills_tail(static: StaticTensor) -> bool:
     """Whether padded rows must hold values of the same batch: integers may index something."""
     dtype = static.tensor.dtype
-    return not (dtype.is_floating_point or dtype.is_complex) and is_on("tail")
+    return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -510,6 +502,14 @@ def address_is_new(graph: CapturedGraph, index: int, inputs: Sequence[Any]) -> b
     """Whether an output of a graph lies in memory that the graph allocated."""
     where = address(graph.outputs[index])
     return all(not isinstance(value, torch.Tensor) or address(value) != where for value in inputs)
+
+
+def _undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether any of these tensors is no more like its copy; then it is restored."""
+    changed = [(value, copy) for value, copy in before if not same_bits(value, copy)]
+    for value, copy in changed:
+        value.copy_(copy)
+    return bool(changed)
 
 
 class _NotHere(Exception):

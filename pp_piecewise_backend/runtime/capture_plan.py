@@ -16,11 +16,10 @@ import sympy
 import torch
 from torch import fx
 
-from ..compilation.padding_rules import token_dims
+from ..compilation.padding_rules import outliving_writes, token_dims
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Split
-from ..rules import is_on
 from .cudagraphs.ladder import Ladder
 from .cudagraphs.memory import address, extent_bytes, geometry
 from .hooks import StageListener
@@ -190,7 +189,7 @@ class GraphPlan:
         piece = instruction.piece
         if self.table.token_count is None or (self.token_symbol is not None and self.token_source is None):
             return Obstacle("no-token-count", self.table.token_reason)
-        if piece.traits.random and is_on("random"):
+        if piece.traits.random:
             return Obstacle("random", REASONS["random"])
         specs = (*piece.input_specs, *piece.output_specs)
         if any(spec is None for spec in specs):
@@ -210,15 +209,12 @@ class GraphPlan:
             return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         if self.settings.mode == "piecewise":
             stage_inputs = {i.name for i in self.inputs if i.kind == "stage-input"}
-            outliving = [name for name in piece.traits.writes if name not in stage_inputs]
-            if outliving and is_on("R2"):
+            if outliving := outliving_writes(piece.traits, stage_inputs):
                 return Obstacle("writes-state", f"it writes {', '.join(outliving)}")
         return None
 
     def _writes_what_two_inputs_hold(self, instruction: Instruction) -> bool:
         """Whether it writes a stage input that shares memory with another of its inputs: each is read from a copy."""
-        if not is_on("aliases"):
-            return False
         read = [
             (self.inputs[source], spec.storage)
             for source, spec in zip(instruction.arguments, instruction.piece.input_specs, strict=True)
@@ -331,11 +327,14 @@ class GraphPlan:
         found: dict[int, tuple[int, ...]] = {}
         for index, instruction in enumerate(self.instructions):
             written = [registers[name] for name in instruction.piece.traits.writes]
-            if instruction.piece.kind == "eager" and is_on("aliases"):
-                storages = {self.specs[register].storage for register in written}
-                written += [at for at, i in enumerate(self.inputs) if i.spec is not None and i.spec.storage in storages]
+            if instruction.piece.kind == "eager":
+                written += self._inputs_in_memory_of(written)
             found[index] = tuple(dict.fromkeys(written))
         return found
+
+    def _inputs_in_memory_of(self, registers: Sequence[int]) -> list[int]:
+        storages = {self.specs[register].storage for register in registers}
+        return [at for at, i in enumerate(self.inputs) if i.spec is not None and i.spec.storage in storages]
 
     def _written_storages(self, kind: str) -> set[int]:
         """Numbers of the storages that steps of this kind write."""
@@ -389,7 +388,7 @@ class GraphPlan:
     def lands_elsewhere(self, args: Sequence[Any], num_tokens: int) -> bool:
         """Whether an argument lies in landing memory that this call is about to overwrite with another argument."""
         stage = self.stage
-        if stage is None or not stage.is_shown or not is_on("landing"):
+        if stage is None or not stage.is_shown:
             return False
         elsewhere = []
         for register, pointer, fixed_stride in self._landing_places:
@@ -436,7 +435,7 @@ class GraphPlan:
             }
             names = [name for name, spec in allocations.items() if spec.storage in wanted]
             names = [name for name in names if allocations[name].symbols <= {self.token_symbol}]
-            if names and is_on("uninitialised"):
+            if names:
                 found[index] = (_with_given_buffers(instruction.piece.graph_module, names),
                                 tuple(allocations[name] for name in names))  # fmt: skip
         return found

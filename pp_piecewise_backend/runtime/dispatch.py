@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import errors
-from ..rules import is_on
 from ..utils import torch_compat
 from ..utils.counters import Stats
 from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
@@ -150,12 +149,12 @@ class Graphs:
         key = self._parameter_addresses(args)
         last_key, parameters = self._last_set
         if key != last_key:
-            parameters = self._sets.get(key) if is_on("R7") else next(iter(self._sets.values()), None)
+            parameters = self._sets.get(key)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
                 return Obstacle("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
             parameters = self._new_set(key)
-        elif len(self._sets) > 1 and is_on("R7"):
+        elif len(self._sets) > 1:
             self._sets.move_to_end(key)
         self._last_set = key, parameters
         if size in self._dropped:
@@ -164,7 +163,7 @@ class Graphs:
         moved: dict[int, str] = {}
         if bucket is not None:
             here = (addresses(plan, args), scalars(plan, args)) if self._more_to_check else _NOTHING_CHECKED
-            if here != (bucket.addresses, bucket.scalars) and is_on("R7"):
+            if here != (bucket.addresses, bucket.scalars):
                 if self._shall_recapture(parameters, size, here):
                     self._release_bucket(parameters, size)
                     bucket = None
@@ -197,7 +196,7 @@ class Graphs:
 
     def _meets_written_memory(self, args: Sequence[Any]) -> bool:
         """Whether pieces would read a copy of what an eager step of this very call writes."""
-        if self._written is None or not is_on("aliases"):
+        if self._written is None:
             return False
         smallest = self.plan.smallest_written_bytes
         if all(args[position].untyped_storage().nbytes() < smallest for position in self._copied):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings
-from pp_piecewise_backend import rules
-from pp_piecewise_backend.compilation.padding_rules import Traits, padding_reason, token_dims
+from pp_piecewise_backend.compilation.padding_rules import PADDING_RULES, Traits, padding_reason, token_dims
 from pp_piecewise_backend.compilation.specs import TensorSpec
+from switches import RULES, switch_off
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -159,18 +159,20 @@ BROKEN: dict[str, tuple[Traits, list[TensorSpec | None]]] = {
     "R2": (Traits(writes=("cache",)), []),
     "R4": (Traits(token_values=("div", "div")), []),
     "selection": (Traits(selects_tokens=("sort",)), []),
+    "meeting": (Traits(meeting_tokens=("cumsum",)), []),
+    "float indices": (Traits(float_indices=("index_select",)), []),
 }
 
 
-@pytest.mark.parametrize("rule", BROKEN)
+@pytest.mark.parametrize("rule", [name for name, _ in PADDING_RULES])
 def test_each_rule_can_be_switched_off_alone(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, specs = BROKEN[rule]
     assert padding_reason(broken, [], specs, TOKENS, []) is not None
-    monkeypatch.setattr(rules, "SWITCHED_OFF", rules.RULES - {rule})
-    assert padding_reason(broken, [], specs, TOKENS, []) is not None
-    monkeypatch.setattr(rules, "SWITCHED_OFF", frozenset({rule}))
+    with monkeypatch.context() as patches:
+        switch_off(RULES - {rule}, patches)
+        assert padding_reason(broken, [], specs, TOKENS, []) is not None
+    switch_off({rule}, monkeypatch)
     assert padding_reason(broken, [], specs, TOKENS, []) is None
-    assert rule in rules.RULES
 
 
 def test_an_op_is_named_once() -> None:

@@ -1,0 +1,60 @@
+"""How each rule that keeps results right is switched off: by patching away the function or table entry that applies it.
+
+What a rule is worth is shown by its absence: without it, a test that holds must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+
+from pp_piecewise_backend.compilation import padding_rules, partition, split
+from pp_piecewise_backend.runtime import bucket, capture_plan, dispatch, instructions, replay
+
+_random_or_written = split.random_or_written
+
+# Rule -> (owner, name, what stands there instead). Rules of the table in ``padding_rules.py`` also leave the table.
+_PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
+    "M1": [(partition._Cutter, "_cut_at_visible_writes", lambda self, steps: False)],
+    "M2": [(split._Splitter, "is_remade", lambda self, value: False)],
+    "R1": [],
+    "R2": [
+        (capture_plan, "outliving_writes", lambda traits, stage_inputs: []),
+        (bucket, "_undo_writes", lambda before: False),
+    ],
+    "R3": [(bucket.BucketCapture, "_examine", lambda self, step, instruction, inputs: None)],
+    "R4": [],
+    "R5": [(module, "real_rows", lambda static, num_tokens: static.rows(num_tokens)) for module in (bucket, replay)],
+    "R6": [(instructions.Instruction, "holds", lambda self, arguments: True)],
+    "R7": [
+        (dispatch.Graphs, "_parameter_addresses", lambda self, args: ()),
+        *((module, "addresses", lambda plan, args: ()) for module in (bucket, dispatch)),
+    ],
+    "aliases": [
+        (dispatch.Graphs, "_meets_written_memory", lambda self, args: False),
+        (capture_plan.GraphPlan, "_writes_what_two_inputs_hold", lambda self, instruction: False),
+        (capture_plan.GraphPlan, "_inputs_in_memory_of", lambda self, registers: []),
+    ],
+    "landing": [(capture_plan.GraphPlan, "lands_elsewhere", lambda self, args, num_tokens: False)],
+    "rows": [(module, "real_rows", lambda static, num_tokens: static.tensor) for module in (bucket, replay)],
+    "selection": [],
+    "meeting": [],
+    "float indices": [],
+    "random": [(split, "random_or_written", lambda *args: (False, _random_or_written(*args)[1]))],
+    "tail": [(module, "fills_tail", lambda static: False) for module in (bucket, replay)],
+    "uninitialised": [(capture_plan.GraphPlan, "hoisted", {})],
+}
+
+RULES = frozenset(_PATCHES)
+"""M1 to R7 as the notes in the package number them."""
+
+
+def switch_off(rules: Collection[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package run without these rules for the rest of the test."""
+    in_table = tuple((name, check) for name, check in padding_rules.PADDING_RULES if name not in rules)
+    monkeypatch.setattr(padding_rules, "PADDING_RULES", in_table)
+    for rule in rules:
+        for owner, name, value in _PATCHES[rule]:
+            monkeypatch.setattr(owner, name, value)
