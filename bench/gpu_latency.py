@@ -5,7 +5,7 @@
 The stages are those of `gpu_stage.py`. The methods:
 
 - `eager`: the module as it is. `default`: `torch.compile`. `reduce_overhead`: the same with `mode="reduce-overhead"`.
-- `piecewise_cuda_graphs`: the PyPI package of that name on the eager module, with the breaks set by hand at attention.
+- `breakable_cuda_graphs`: the PyPI package of that name on the eager module, with the breaks set by hand at attention.
 - `ours_eager`: this backend with `compiler=eager`, what the line above is to be compared with.
 - `ours`: this backend, pieces by Inductor, stage inputs in landing memory. `ours_copied`: the same program called with
   stage inputs that lie elsewhere and are copied in. `ours_full`: this backend with `mode=full`.
@@ -45,23 +45,23 @@ METHODS = (
     "eager",
     "default",
     "reduce_overhead",
-    "piecewise_cuda_graphs",
+    "breakable_cuda_graphs",
     "ours_eager",
     "ours",
     "ours_copied",
     "ours_full",
     "limit",
 )
-NEEDS_CUDA = ("reduce_overhead", "piecewise_cuda_graphs", "limit")
+NEEDS_CUDA = ("reduce_overhead", "breakable_cuda_graphs", "limit")
 FIGURES = ("latency_us", "steady_us", "host_us")
-BASELINES = ("limit", "eager", "reduce_overhead", "piecewise_cuda_graphs")
+BASELINES = ("limit", "eager", "reduce_overhead", "breakable_cuda_graphs")
 ADAPTATIONS = {
     "static outputs": "the graph methods return memory that their next call overwrites: ours with static_outputs=1, "
     "as between stages; reduce_overhead does so by itself",
     "reduce_overhead": "copies its inputs into memory of its own in each call, ours_copied copies the stage inputs, "
     "the others read them where they are",
     "buckets": "ours captures exactly the sizes measured: padding is not measured here",
-    "attention": "see gpu_stage.py; outside of the graphs in ours*, piecewise_cuda_graphs; inside in the others",
+    "attention": "see gpu_stage.py; outside of the graphs in ours*, breakable_cuda_graphs; inside in the others",
 }
 TOLERANCES = {"torch.bfloat16": 5e-2, "torch.float16": 1e-2, "torch.float32": 1e-4}
 """Most that a row may differ from eager's: norm of the difference over norm of the row."""
@@ -181,7 +181,7 @@ def prepare(method: str, bench: Bench) -> Method:
     if method in NEEDS_CUDA and not bench.is_cuda:
         raise Skipped("needs CUDA")
     stage, compiler = bench.stage, bench.options.compiler
-    if method == "piecewise_cuda_graphs":
+    if method == "breakable_cuda_graphs":
         return Method(stage, lambda arguments: captured_with_breaks(stage, arguments))
     if method == "eager":
         return Method(stage)
@@ -243,7 +243,7 @@ def captured_whole(function: Callable[..., Any], arguments: Mapping[str, Any]) -
 def captured_with_breaks(stage: GPUStage, arguments: Mapping[str, Any]) -> Call:
     """The eager stage in the package's graphs, with a break at each attention."""
     import torch
-    from piecewise_cuda_graphs import CUDAGraphSequence, no_graph, piecewise_graph
+    from breakable_cuda_graphs import BreakableCUDAGraph, breakable_graph, no_graph
 
     op = torch.ops.gpu_stage.attention.default
 
@@ -253,8 +253,8 @@ def captured_with_breaks(stage: GPUStage, arguments: Mapping[str, Any]) -> Call:
 
     with stage.attending_with(attend):
         warm_up_on_side_stream(lambda: stage(**arguments))
-        sequence = CUDAGraphSequence()
-        with piecewise_graph(sequence, capture_error_mode="thread_local"):
+        sequence = BreakableCUDAGraph()
+        with breakable_graph(sequence, capture_error_mode="thread_local"):
             outputs = stage(**arguments)
 
     def call() -> Sequence[Any]:

@@ -8,7 +8,7 @@ gives back what the body gave once. What is left is the host's part of a call. T
 but for `foreign`. The variants:
 
 - `bare_loop`: a loop over these very callables, called with nothing.
-- `piecewise_cuda_graphs`: `CUDAGraphSequence.replay` of the PyPI package of that name with as many segments.
+- `breakable_cuda_graphs`: `BreakableCUDAGraph.replay` of the PyPI package of that name with as many segments.
 - `dispatch`: a call of the program with its address checks, but no input staged and no output copied.
 - `unchecked`, `staging`, `outputs`: the same without address checks; with inputs staged; with outputs copied.
 - `program`: a whole call. `foreign`: the same, where stage inputs come from elsewhere and are copied. `dumping`: the
@@ -37,7 +37,7 @@ from common import RESULTS, TEST_MODELS, spread, write_result
 NAME = "host_overhead"
 VARIANTS = (
     "bare_loop",
-    "piecewise_cuda_graphs",
+    "breakable_cuda_graphs",
     "unchecked",
     "dispatch",
     "staging",
@@ -50,7 +50,7 @@ VARIANTS = (
 )
 CLOCKS = {"wall": time.perf_counter, "processor": time.thread_time}
 ADAPTATIONS = {
-    "piecewise_cuda_graphs": "its segments are put into CUDAGraphSequence._segments without a capture, which needs a "
+    "breakable_cuda_graphs": "its segments are put into BreakableCUDAGraph._segments without a capture, which needs a "
     "GPU: objects whose replay() does nothing for graphs, its own _EagerSegment around a no-op with the arguments of "
     "our eager step for the rest; replay() is the package's own",
     "dispatch": "FlatProgram._stage_inputs and Graphs._hand_over are no-ops; in `unchecked` the addresses come from "
@@ -154,9 +154,9 @@ class Bench:
 
     def _without_work(self) -> Any:
         """Replace the work of the flat program by no-ops; the sequence of the other package with as many."""
-        from piecewise_cuda_graphs import CUDAGraphSequence, _EagerSegment
+        from breakable_cuda_graphs import BreakableCUDAGraph, _EagerSegment
 
-        sequence = CUDAGraphSequence(pool=())
+        sequence = BreakableCUDAGraph(pool=())
         registers = [*self.args, *self.flat.template[len(self.args) :]]
         for at, (_, step) in enumerate(self.flat.steps):
             if step is None:
@@ -192,7 +192,7 @@ class Bench:
     def _call(self, name: str) -> Callable[[], Any]:
         if name == "bare_loop":
             return self._bare_loop
-        if name == "piecewise_cuda_graphs":
+        if name == "breakable_cuda_graphs":
             return self.sequence.replay
         if name.startswith("dynamo"):
             compiled, inputs = self.compiled, self.inputs
@@ -319,7 +319,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> Path:
         for (label, height), color in zip(stack.items(), ("#3b6ea5", "#e0a458", "#7fb069", "#b85c5c"), strict=True):
             panel.bar("program", height, bottom=bottom, color=color, label=label)
             bottom += height
-        for name in ("bare_loop", "piecewise_cuda_graphs", "foreign", "dynamo_unguarded", "dynamo"):
+        for name in ("bare_loop", "breakable_cuda_graphs", "foreign", "dynamo_unguarded", "dynamo"):
             panel.bar(name.replace("_", "\n"), medians[name], color="#9aa5b1")
         panel.axhline(target(run)["processor"]["allowed"], color="black", linestyle=":", label="allowed for dispatch")
         panel.set_title(f"{run['layers']} layers, {run['counts']['addresses_checked']} addresses")

@@ -66,7 +66,7 @@ def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
 
     result = json.loads((tmp_path / "host_overhead.json").read_text())
     assert result["benchmark"] == "host_overhead"
-    assert set(result["adaptations"]) == {"piecewise_cuda_graphs", "dispatch"}
+    assert set(result["adaptations"]) == {"breakable_cuda_graphs", "dispatch"}
     assert (tmp_path / "host_overhead.png").read_bytes().startswith(b"\x89PNG")
     assert [run["layers"] for run in result["runs"]] == [2, 3]
     for run in result["runs"]:
@@ -110,7 +110,7 @@ def test_gpu_latency_runs_without_a_gpu(tmp_path: Path) -> None:
     cells = {(cell["method"], cell["tokens"]): cell for cell in result["cells"]}
     assert {tokens for _, tokens in cells} == {1, 8, 96} and len(cells) == 9 * 3
     for (method, _), cell in cells.items():
-        if method in ("reduce_overhead", "piecewise_cuda_graphs", "limit"):
+        if method in ("reduce_overhead", "breakable_cuda_graphs", "limit"):
             assert (cell["status"], cell["reason"]) == ("skipped", "needs CUDA")
             continue
         assert cell["status"] == "ok", cell
