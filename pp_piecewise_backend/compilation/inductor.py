@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -45,8 +47,16 @@ class CompiledPiece:
 
     def accepts(self, sizes: Sequence[int]) -> bool:
         """Whether the compiled code may run for these values of the piece's symbols."""
-        values = {sympy.Symbol(f"s{index}"): sympy.Integer(size) for index, size in enumerate(sizes)}
-        return all(condition.xreplace(values) == sympy.true for condition in self.conditions)
+        return self._holds(sizes)
+
+    @cached_property
+    def _holds(self) -> Callable[[Sequence[int]], bool]:
+        """The conditions as Python: each un-captured run asks, and sympy would take a hundred times as long."""
+        symbols = {symbol for condition in self.conditions for symbol in condition.free_symbols}
+        sizes = {symbol: sympy.Symbol(f"sizes[{symbol.name.removeprefix('s')}]") for symbol in symbols}
+        texts = [f"({torch_compat.expression_text(condition.xreplace(sizes))})" for condition in self.conditions]
+        holds: Callable[[Sequence[int]], bool] = eval(f"lambda sizes: {' and '.join(texts) or True}", {"math": math})
+        return holds
 
 
 class PieceCompiler:
@@ -180,13 +190,13 @@ class _PrivateShapes:
     def conditions(self) -> tuple[sympy.Basic, ...]:
         """What the compiler relied on beyond the ranges that it was given."""
         found = list(torch_compat.shape_env_conditions(self._env))
-        for symbol, bounds in torch_compat.shape_env_ranges(self._env).items():
+        for symbol, (lower, upper) in torch_compat.shape_env_ranges(self._env).items():
             given = self._given.get(symbol)
             if given is None:
                 continue
-            if bounds.lower.is_finite and (given.lower is None or bounds.lower > given.lower):
-                found.append(sympy.Ge(symbol, bounds.lower, evaluate=False))
-            if bounds.upper.is_finite and (given.upper is None or bounds.upper < given.upper):
-                found.append(sympy.Le(symbol, bounds.upper, evaluate=False))
+            if lower is not None and (given.lower is None or lower > given.lower):
+                found.append(sympy.Ge(symbol, lower, evaluate=False))
+            if upper is not None and (given.upper is None or upper < given.upper):
+                found.append(sympy.Le(symbol, upper, evaluate=False))
         renamed = dict.fromkeys(condition.xreplace(self._canonical) for condition in found)
         return tuple(condition for condition in renamed if condition != sympy.true)

@@ -112,12 +112,7 @@ def symbolic_hint(value: torch.SymInt | torch.SymFloat) -> int | float | None:
 
 def symbol_range(value: torch.SymInt) -> tuple[int | None, int | None]:
     """Smallest and largest value that the tracer allows for a symbolic integer; None where unbounded."""
-    bounds = value.node.shape_env.bound_sympy(value.node.expr)
-    lower, upper = bounds.lower, bounds.upper
-    return (
-        int(lower) if lower.is_finite and lower != -int_oo else None,
-        int(upper) if upper.is_finite and upper != int_oo else None,
-    )
+    return _bounds(value.node.shape_env.bound_sympy(value.node.expr))
 
 
 def new_shape_env() -> ShapeEnv:
@@ -165,9 +160,18 @@ def shape_env_conditions(env: ShapeEnv) -> tuple[sympy.Basic, ...]:
     return tuple(conditions)
 
 
-def shape_env_ranges(env: ShapeEnv) -> dict[sympy.Symbol, ValueRanges]:
-    """The current value range of each symbol of ``env``."""
-    return dict(env.var_to_range)
+def shape_env_ranges(env: ShapeEnv) -> dict[sympy.Symbol, tuple[int | None, int | None]]:
+    """The smallest and largest value of each symbol of ``env``, as far as is known now; None where unbounded."""
+    return {symbol: _bounds(values) for symbol, values in env.var_to_range.items()}
+
+
+def _bounds(values: ValueRanges) -> tuple[int | None, int | None]:
+    # torch's int_oo says that it is finite [ran].
+    lower, upper = values.lower, values.upper
+    return (
+        int(lower) if lower.is_finite and lower != -int_oo else None,
+        int(upper) if upper.is_finite and upper != int_oo else None,
+    )
 
 
 def build_expression(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Any]) -> Any:

@@ -12,11 +12,13 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 import pp_piecewise_backend as ppb
 from against_eager import check, steps, tokens
 from pp_piecewise_backend.compilation import inductor
 from pp_piecewise_backend.compilation.inductor import CompiledPiece, PieceCompiler
+from pp_piecewise_backend.compilation.specs import SymbolSpec
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -82,6 +84,31 @@ def test_conditions_are_evaluated_on_the_pieces_symbols() -> None:
     assert piece.accepts([4, 8])
     assert not piece.accepts([4, 9])
     assert not piece.accepts([17, 34])
+
+
+def test_conditions_that_compilers_write() -> None:
+    """Guards come with torch's own functions, and with symbols that Python must not confuse: s1 and s10."""
+    s = [sympy.Symbol(f"s{index}") for index in range(11)]
+    conditions = (
+        sympy.Eq(Mod(s[0], 4), 0),
+        sympy.Ne(FloorDiv(s[1], 2), 3),
+        sympy.Or(sympy.Not(sympy.Eq(s[10], 1)), s[2] > 8),
+    )
+    sizes = [8, 9, 5, 0, 0, 0, 0, 0, 0, 0, 2]
+    piece = CompiledPiece((), lambda: (), conditions, 0.0)
+    assert piece.accepts(sizes)
+    for at, size in ((0, 9), (1, 7), (10, 1)):
+        assert not piece.accepts([*sizes[:at], size, *sizes[at + 1 :]])
+    assert piece.accepts([8, 9, 9, *sizes[3:10], 1])
+
+
+def test_a_piece_for_all_sizes_has_no_conditions() -> None:
+    """No bound is no condition: torch's infinite integer says that it is finite."""
+    program = check(plain_layer, *tokens(5, 9, 2), split_ops="softmax", compiler="inductor", tolerance=1e-5)
+    compiled = [one for one in program.compiled if one is not None]
+    assert len(compiled) == 2
+    assert all(any(isinstance(spec, SymbolSpec) for spec in piece.input_specs) for piece in program.pieces[::2])
+    assert [(one.failure, one.conditions) for one in compiled] == [(None, ())] * 2
 
 
 # ------------------------------------------------------------------------------------- memory that was merged
