@@ -73,6 +73,7 @@ def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
         assert run["counts"]["replays"] == run["layers"] + 1
         assert run["counts"]["eager_steps"] == run["layers"]
         assert run["counts"]["stage_inputs"] == 2
+        assert run["counts"]["uncaptured_pieces"] == run["layers"] + 1
         for clocks in run["microseconds"].values():
             for spread in clocks.values():
                 assert spread["count"] == 2
@@ -80,6 +81,10 @@ def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
         assert set(run["parts"]["wall"]) == set(run["parts"]["processor"])
     assert [target["layers"] for target in result["targets"]] == [2, 3]
     assert not any(target["is_the_target"] for target in result["targets"])
+    for target, run in zip(result["targets"], result["runs"], strict=True):
+        for clock in ("wall", "processor"):
+            call = run["microseconds"]["uncaptured"][clock]["median"]
+            assert target[clock]["uncaptured_piece"] == pytest.approx(call / run["counts"]["uncaptured_pieces"])
 
 
 @pytest.mark.timeout(240)
