@@ -26,8 +26,9 @@ from typing import Any
 import pytest
 import torch
 
+from pp_piecewise_backend.pipeline.connect import Links, make_links
 from pp_piecewise_backend.pipeline.header import Header, Kind
-from pp_piecewise_backend.pipeline.link import Links, Receiver, Sender, connect
+from pp_piecewise_backend.pipeline.link import Receiver, Sender
 from pp_piecewise_backend.pipeline.plan import Field, Schema, StagePlan
 from pp_piecewise_backend.pipeline.tensor_parallel import TensorParallel
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES, Patience, Transport
@@ -652,7 +653,7 @@ def play(
     number, count = transport.stage, transport.stage_count
 
     def connect_stage(tensor_parallel: TensorParallel | None = tensor_parallel, **changes: Any) -> Links:
-        return connect(transport, plan_of(number, count, **changes), patience, stats, tensor_parallel)
+        return make_links(transport, plan_of(number, count, **changes), patience, stats, tensor_parallel)
 
     rank = transport.ranks[number]
     stage = Stage(number, count, rank, connect_stage, transport, patience, stats, is_process, arguments)

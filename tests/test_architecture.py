@@ -67,9 +67,11 @@ ORDER = (
     "pipeline.plan",
     "pipeline.header",
     "pipeline.tensor_parallel",
+    "pipeline.fault",
     "pipeline.link",
     "pipeline.inbox",
     "pipeline.feedback",
+    "pipeline.connect",
     "pipeline.runner",
 )
 
@@ -79,10 +81,15 @@ DEBUG = {module for module in ORDER if module.startswith("debug.")}
 PIPELINE = {module for module in ORDER if module.startswith("pipeline.")}
 TRANSPORTS = {module for module in PIPELINE if module.startswith("pipeline.transports.")}
 
+# What of a program's runtime the rooms of the pipeline know: leaves, of torch and integers.
+KNOWN_TO_PIPELINE = {"runtime.stage", "runtime.cudagraphs.ladder", "runtime.tracing", "runtime.hooks"}
+
 # Beyond the order: what a module must not know although it comes earlier.
 MUST_NOT_KNOW = {
     "utils.counters": {"config"},
-    **dict.fromkeys(PIPELINE - {"pipeline.runner"}, COMPILATION | RUNTIME - {"runtime.tracing"} | DEBUG | {"backend"}),
+    **dict.fromkeys(
+        PIPELINE - {"pipeline.runner"}, COMPILATION | RUNTIME - KNOWN_TO_PIPELINE | DEBUG | {"backend", "config"}
+    ),
     "pipeline.runner": COMPILATION,
     **dict.fromkeys(TRANSPORTS, COMPILATION | RUNTIME | DEBUG | {"backend", "config"}),
 }
@@ -109,7 +116,7 @@ DOORS = (
         ("torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.graphs", "torch.cuda.graph_pool_handle"),
         "runtime.cudagraphs.cuda",
     ),
-    Door(("torch.distributed",), "pipeline.*"),
+    Door(("torch.distributed",), "pipeline.transports.torch_distributed"),
     Door(("depyf",), "debug.dump"),
 )
 PRIVATE_TORCH_DOOR = "utils.torch_compat"

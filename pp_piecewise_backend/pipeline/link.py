@@ -1,4 +1,4 @@
-"""Order, liveness and failure on top of any transport: what a stage holds to hand over micro-batches.
+"""Both ends of a link, on top of any transport: the order of micro-batches, signs of life, and how a link stops.
 
 Note [liveness]
 Both ends of a link tell one another a keep-alive every ``silence_seconds / 3``, from a thread of its own, and listen in
@@ -23,86 +23,25 @@ links between stages still listen for FAILED. A rank that is gone by then went i
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .. import errors
-from ..utils.counters import TOTALS, Amounts, Stats
+from ..utils.counters import Amounts, Stats
+from .fault import Fault, Loss
 from .header import MAX_TAG_BYTES, Header, Kind
-from .plan import Plan, Schema, StagePlan, agree
+from .plan import Plan, Schema
 from .tensor_parallel import Gathering, TensorParallel
-from .transports.base import Patience, Pending, Transport, Wire
+from .transports.base import Patience, Pending, Wire
 
 _TELLING_SECONDS = 0.3
 """How long a failing rank tries to tell one neighbour."""
-_TOLD_SECONDS = 1.0
-"""How long an error waits until the neighbours have been told."""
 _BUSY = b"busy"
 """What a keep-alive says while its rank compiles and captures, which may hold up the thread that sends them."""
-_VERDICT_SECONDS = 0.5
-"""How long a broken transfer waits for the listener to say why."""
-
-
-class Loss(NamedTuple):
-    """Why the pipeline is broken."""
-
-    rank: int
-    """The one that failed, as far as this rank knows."""
-    reason: str
-    """In at most 24 bytes, for the neighbours."""
-    sentence: str
-
-
-class Fault:
-    """The first failure that one rank learns of; it breaks all its links."""
-
-    def __init__(self) -> None:
-        self.loss: Loss | None = None
-        self._ends: list[_End] = []
-        self._lock = threading.Lock()
-        self._recorded = threading.Event()
-        self._told = threading.Event()
-
-    def add(self, end: _End) -> None:
-        self._ends.append(end)
-
-    def forget_ends(self) -> None:
-        """What fails after the links were closed concerns nobody."""
-        self._ends = []
-
-    def record(self, loss: Loss, found_by: _End | None = None) -> None:
-        """Keep the first loss, tell all neighbours but the one that ``found_by`` lost, and break all transfers."""
-        with self._lock:
-            if self.loss is not None:
-                return
-            self.loss = loss
-        self._recorded.set()
-        for end in self._ends:
-            if end is not found_by:
-                end.tell_failure(loss)
-        for end in self._ends:
-            end.break_off()
-        self._told.set()
-
-    def check(self, doing: str) -> None:
-        """Raises `PeerLost` once something is recorded, and the neighbours know."""
-        if self.loss is not None:
-            self._told.wait(_TOLD_SECONDS)
-            raise errors.PeerLost(errors.lost_while(self.loss.sentence, doing))
-
-    def verdict(self, doing: str, otherwise: Loss, found_by: _End) -> errors.PeerLost:
-        """The error of a transfer that broke: its listener knows more, if it finds a loss soon."""
-        if not self._recorded.wait(_VERDICT_SECONDS):
-            self.record(otherwise, found_by)
-        assert self.loss is not None
-        self._told.wait(_TOLD_SECONDS)
-        return errors.PeerLost(errors.lost_while(self.loss.sentence, doing))
 
 
 @dataclass(frozen=True)
@@ -122,7 +61,7 @@ class Transfer:
 
     __slots__ = ("_doing", "_end", "_pending")
 
-    def __init__(self, end: _End, pending: Pending, doing: Callable[[], str]) -> None:
+    def __init__(self, end: End, pending: Pending, doing: Callable[[], str]) -> None:
         self._end = end
         self._pending = pending
         self._doing = doing
@@ -147,7 +86,7 @@ class _Raising:
 
     __slots__ = ("_doing", "_end")
 
-    def __init__(self, end: _End, doing: Callable[[], str]) -> None:
+    def __init__(self, end: End, doing: Callable[[], str]) -> None:
         self._end = end
         self._doing = doing
 
@@ -160,7 +99,7 @@ class _Raising:
             raise self._end.lost_in_transfer(error, self._doing()) from error
 
 
-class _End:
+class End:
     """What both ends of a link do: tell, listen, keep alive and stop."""
 
     def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
@@ -183,8 +122,7 @@ class _End:
         self._heard_stop = threading.Event()
         self._state = b""
         self._peer_is_busy = False
-        self.closes_in_turn = False
-        """Whether the link listens on when both ends have stopped: see Note [closing]. Set before ``start``."""
+        self._closes_in_turn = False
         self._stopped = threading.Event()
         """Both ends have said STOP, or the link is lost."""
         self._silent = threading.Event()
@@ -197,7 +135,9 @@ class _End:
             threading.Thread(target=self._keep_alive, name=f"{name} keep-alive", daemon=True),
         ]
 
-    def start(self) -> None:
+    def start(self, closes_in_turn: bool = False) -> None:
+        """Listen from now on; ``closes_in_turn``: also after both ends have stopped, see Note [closing]."""
+        self._closes_in_turn = closes_in_turn
         self._fault.add(self)
         for thread in self._threads:
             thread.start()
@@ -269,7 +209,7 @@ class _End:
                 if self._has_both_stops() and not self._stopped.is_set():
                     self._tell(Kind.STOP)
                     self._stopped.set()
-                    if not self.closes_in_turn:
+                    if not self._closes_in_turn:
                         self._gone.set()
                         return
         except _Lost as lost:
@@ -391,7 +331,7 @@ class _Lost(Exception):
         """Whether it hung up, which it may do when it has stopped."""
 
 
-class Sender(_End):
+class Sender(End):
     """The end of a link that announces micro-batches and sends their tensors."""
 
     _sent = 0
@@ -438,7 +378,7 @@ class Sender(_End):
         return self._heard_stop.is_set()
 
 
-class Receiver(_End):
+class Receiver(End):
     """The end of a link that hears of micro-batches and receives their tensors into memory of the caller."""
 
     def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
@@ -531,7 +471,7 @@ class Receiver(_End):
             self.on_news()
 
 
-class Sibling(_End):
+class Sibling(End):
     """The end of a link between two ranks of one stage, which only tell one another that they live, fail or stop."""
 
     def break_off(self) -> None:
@@ -548,179 +488,3 @@ def _what(header: Header, slot: int) -> str:
         f"micro-batch {header.sequence} (slot {slot}, {header.num_tokens} tokens, bucket {header.bucket_tokens}, "
         f"tag {header.tag!r})"
     )
-
-
-@dataclass(frozen=True)
-class Links:
-    """All that one rank holds of the hand-off."""
-
-    stage: int
-    plan: Plan
-    incoming: Receiver | None
-    """From the previous stage; None on the first."""
-    outgoing: Sender | None
-    """To the next stage; None on the last."""
-    feedback_in: Receiver | None
-    """From the last stage, on the first."""
-    feedback_out: Sender | None
-    """To the first stage, on the last."""
-    _siblings: Sequence[Sibling] = field(repr=False)
-    _fault: Fault = field(repr=False)
-    _transports: Sequence[Transport] = field(repr=False)
-
-    @property
-    def _ends(self) -> list[_End]:
-        ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in, *self._siblings)
-        return [end for end in ends if end is not None]
-
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """While the body runs, the neighbours wait for signs of life as long as at set-up.
-
-        Raises:
-            PeerLost: the pipeline is broken.
-        """
-        for end in self._ends:
-            end.say_busy(True)
-        try:
-            yield
-        finally:
-            if not self.is_broken:
-                for end in self._ends:
-                    end.say_busy(False)
-
-    @property
-    def is_broken(self) -> bool:
-        return self._fault.loss is not None
-
-    def check(self) -> None:
-        """Raises `PeerLost` if the pipeline is broken."""
-        self._fault.check(errors.on_rank(self.stage, "closing its links"))
-
-    def fail(self, error: BaseException) -> None:
-        """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
-        reason = type(error).__name__
-        rank = self._transports[0].ranks[self.stage]
-        self._fault.record(Loss(rank, reason, errors.own_failure(rank, reason)))
-
-    def close(self) -> None:
-        """Say STOP on all links, wait until the neighbours said it and all close, and give back the transport.
-
-        Raises:
-            PeerLost: the pipeline broke before; everything is given back nevertheless.
-        """
-        with contextlib.ExitStack() as stack:
-            for transport in self._transports:
-                stack.callback(transport.close)
-            stack.callback(self._fault.forget_ends)
-            for end in reversed(self._ends):
-                stack.callback(end.close)
-            if self._fault.loss is None:
-                for end in self._ends:
-                    end.say_stop()
-                for end in self._ends:
-                    end.wait_for_stop()
-                self._close_in_turn()
-
-    def _close_in_turn(self) -> None:
-        """See Note [closing]."""
-        if self.incoming is not None:
-            self.incoming.wait_for_closed()
-        if self.outgoing is not None:
-            self.outgoing.say_closed()
-            self.outgoing.wait_for_closed()
-        if self.incoming is not None:
-            self.incoming.say_closed()
-
-
-def connect(
-    transport: Transport,
-    own: StagePlan,
-    patience: Patience | None = None,
-    stats: Stats | None = None,
-    tensor_parallel: TensorParallel | None = None,
-) -> Links:
-    """Compare the plans of all ranks, then make this rank's links; every rank of the pipeline calls it.
-
-    Args:
-        transport: to the other stages; closed with the links, or when this raises.
-        own: what this rank was set up with.
-        patience: how long ranks wait for one another.
-        stats: counts headers, tensors and bytes; the process totals by default.
-        tensor_parallel: the ranks that hold this stage together with this one; then all ranks of the world take part.
-
-    Raises:
-        PlanMismatch: on every rank, with every difference.
-        PeerLost: a rank did not come within ``setup_seconds``.
-    """
-    fault = Fault()
-    transports: list[Transport] = [transport]
-    if tensor_parallel is not None:
-        transports.append(tensor_parallel.transport)
-    try:
-        plan = _agreed(transport, own, tensor_parallel)
-        counted = TOTALS if stats is None else stats
-        settings = LinkSettings(plan, patience or Patience(), fault, counted, tensor_parallel)
-        ranks = transport.ranks
-        incoming = outgoing = feedback_in = feedback_out = None
-        for hop in range(plan.stage_count - 1):
-            wire = transport.wire(hop, hop + 1, "proxies")
-            source, target = ranks[hop], ranks[hop + 1]
-            if wire is not None and transport.stage == hop:
-                outgoing = _started(Sender(wire, _known(own.outputs), source, target, settings), closes_in_turn=True)
-            elif wire is not None:
-                incoming = _started(Receiver(wire, _known(own.inputs), target, source, settings), closes_in_turn=True)
-        if plan.has_feedback:
-            last = plan.stage_count - 1
-            wire = transport.wire(last, 0, "feedback")
-            if wire is not None and transport.stage == last:
-                feedback_out = _started(Sender(wire, _known(own.feedback), ranks[last], ranks[0], settings))
-            elif wire is not None:
-                feedback_in = _started(Receiver(wire, _known(own.feedback), ranks[0], ranks[last], settings))
-        siblings = [] if tensor_parallel is None else _siblings(tensor_parallel, settings)
-    except BaseException:
-        fault.forget_ends()
-        for opened in transports:
-            opened.close()
-        raise
-    return Links(transport.stage, plan, incoming, outgoing, feedback_in, feedback_out, siblings, fault, transports)
-
-
-def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:
-    rank = transport.ranks[transport.stage]
-    own = replace(own, transport=transport.name)
-    if tensor_parallel is None:
-        return agree([transport.exchange(own.to_text(rank))])
-    size = tensor_parallel.size
-    pipeline = transport.exchange(own.to_text(rank, tensor_parallel.rank, size))
-    if any(json.loads(text).get("tensor_parallel_size") != size for text in pipeline):
-        return agree([pipeline])  # raises; a stage that is no group has nobody to exchange pipelines with
-    return agree([json.loads(one) for one in tensor_parallel.transport.exchange(json.dumps(pipeline))])
-
-
-def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[Sibling]:
-    """A chain of links is enough: whoever hears of a failure tells all neighbours."""
-    transport = tensor_parallel.transport
-    siblings = []
-    for lower in range(transport.stage_count - 1):
-        wire = transport.wire(lower, lower + 1, "siblings")
-        if wire is not None:
-            peer = lower + 1 if transport.stage == lower else lower
-            ranks = transport.ranks[transport.stage], transport.ranks[peer]
-            siblings.append(_started(Sibling(wire, Schema(()), *ranks, settings)))
-    return siblings
-
-
-End = TypeVar("End", bound=_End)
-
-
-def _started(end: End, closes_in_turn: bool = False) -> End:
-    end.closes_in_turn = closes_in_turn
-    # At once: the other end listens from now on, while this rank may have to wait for those of further links.
-    end.start()
-    return end
-
-
-def _known(schema: Schema | None) -> Schema:
-    assert schema is not None, "agree() has seen to it"
-    return schema

@@ -37,12 +37,11 @@ from ..runtime.stage import Proxy, Stage
 from ..runtime.tracing import Timeline, chrome_trace, named, profiler_is_running
 from ..utils import torch_compat
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
-from .feedback import FeedbackReader
+from .connect import connect, pick_transport
 from .header import MAX_TAG_BYTES, Header
-from .inbox import Inbox, Views
-from .link import Transfer, connect
+from .inbox import Views
+from .link import Transfer
 from .plan import Schema, StagePlan
-from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Transport
 
 _LOG = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ class StageRunner:
         transport: "p2p" (``torch.distributed``: gloo for tensors on the CPU, NCCL on GPUs); "shared_memory" for ranks
             of one Linux machine whose tensors lie on the CPU, "cuda_ipc" for those whose tensors lie on one GPU or on
             peers: each writes into the landing memory of the next one itself; "auto": that where it is possible, hop by
-            hop, else "p2p"; or a transport of ``handoff``.
+            hop, else "p2p"; or a transport of ``pipeline.transports``.
         receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
@@ -127,66 +126,55 @@ class StageRunner:
         setup_timeout_s: float = 1800,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if receive not in ("early", "step"):
-            raise errors.ConfigError(errors.runner_argument("receive", receive, "'early' or 'step'"))
-        if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
-            raise errors.ConfigError(errors.runner_argument("max_in_flight", max_in_flight, "None or at least 1"))
-        for name in ("stage", "static_outputs", "max_tokens"):
-            if name in (options or {}):
-                raise errors.ConfigError(errors.runner_sets_option(name))
+        _check(receive, max_in_flight, options or {})
         patience = Patience(timeout_s, setup_timeout_s)
-        first_tensor = next((t for ts in (module.parameters(), module.buffers()) for t in ts), None)
-        self._stage = Stage(inputs or {}, max_tokens, None if first_tensor is None else first_tensor.device)
+        self._stage = Stage(inputs or {}, max_tokens, _device_of(module))
         self._stage.listener = self
-        config = Config.resolve(options)
-        way, siblings = _transport(transport, group, mesh, self._stage.device, setup_timeout_s)
+        capture_sizes = Config.resolve(options).capture_sizes
+        way, siblings = pick_transport(transport, group, mesh, self._stage.device, setup_timeout_s)
         self.stage, self.stage_count = way.stage, way.stage_count
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
         self._check_ends(inputs, outputs, feedback)
         if feedback is None and max_in_flight is not None and self.stage_count > 1 and (self.is_first or self.is_last):
             feedback = {}  # carries no tensors: only the news that a micro-batch has ended
-        self._stats = Stats(parent=TOTALS)
         plan = StagePlan(
             package_version=versions().get("pp_piecewise_backend", "not installed"),
             stage_count=self.stage_count,
-            buckets_tokens=Ladder.from_ranges(config.capture_sizes, max_tokens).sizes_tokens,
+            buckets_tokens=Ladder.from_ranges(capture_sizes, max_tokens).sizes_tokens,
             max_tokens=max_tokens,
             inputs=None if self.is_first else Schema.of(inputs or {}),
             outputs=None if self.is_last else Schema.of(outputs or {}),
             feedback=None if feedback is None else Schema.of(feedback),
         )
-        self._siblings = siblings
-        self._links = connect(way, plan, patience, self._stats, siblings)
+        self._stats = Stats(parent=TOTALS)
+        self.timeline: Timeline | None = None
+        self._links, self._inbox, self._feedback = connect(
+            way,
+            plan,
+            self._stage,
+            patience=patience,
+            stats=self._stats,
+            tensor_parallel=siblings,
+            receives_early=receive == "early",
+            max_in_flight=max_in_flight,
+            timeline=lambda: self.timeline,
+        )
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
-        self._output_names = tuple(outputs or ())
-        self._feedback_names = tuple(feedback or ())
-        self.timeline: Timeline | None = None
-        self._trace_path: str | None = None
-        self._transport = way
-        self._inbox: Inbox | None = None
-        if self._links.incoming is not None:
-            known = self._links.incoming.landing_memory(max_tokens)
-            self._stage.land_in({name: block for name, block in known.items() if block is not None})
-            early = receive == "early"
-            views = self._stage.views
-            self._inbox = Inbox(self._links.incoming, views, self._stage.device, early, lambda: self.timeline)
-        self._feedback: FeedbackReader | None = None
-        if self._links.feedback_in is not None:
-            slots = 1 + (max_in_flight or 2 * self.stage_count)  # one is lent to the caller of ``feedback``
-            self._feedback = FeedbackReader(self._links.feedback_in, max_tokens, self._stage.device, slots, self._stats)
-        self._options = {**(options or {}), "stage": self._stage}
+        self._output_names, self._feedback_names = tuple(outputs or ()), tuple(feedback or ())
+        # Results of a last stage are the caller's; those of the others are sent from where pieces write them.
+        self._options = {**(options or {}), "stage": self._stage, "static_outputs": not self.is_last}
         self._module = _cloning(module, tuple(inputs or ()))
         self._compiled: Any = None
-        self._is_whole_graph = True
+        self._trace_path: Path | None = None
         self._sent: _Sent | None = None
         self._sent_feedback: Transfer | None = None
+        self._is_whole_graph = True
         self._in_forward = False
         self._is_released = self._inbox is None
-        self._has_run = False
+        self._has_run = self._is_closed = False
         self._has_failed = False
         """Whether this rank has raised, so that ``close`` has nothing more to say."""
-        self._is_closed = False
 
     def _check_ends(self, inputs: Proxies | None, outputs: Proxies | None, feedback: Proxies | None) -> None:
         alone = self.stage_count == 1
@@ -221,21 +209,22 @@ class StageRunner:
                 warmup(self._compiled, self._warmup_inputs, progress=progress)
 
     def _warmup_inputs(self, num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
-        return (), self._arguments(num_tokens, b"", None)
+        proxies = self._stage.views(num_tokens) if self._stage.inputs else {}
+        return (), self._arguments(num_tokens, b"", None, proxies)
 
-    def _arguments(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _arguments(
+        self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views
+    ) -> dict[str, Any]:
         own = self._make_inputs(num_tokens, tag) if given is None else given
-        if clash := own.keys() & self._stage.inputs.keys():
+        if clash := own.keys() & proxies.keys():
             raise ValueError(errors.stage_inputs_clash(clash))
-        return {**own, **self._stage.views(num_tokens)} if self._stage.inputs else dict(own)
+        return {**own, **proxies}
 
     def _compile(self, whole: bool) -> None:
-        # Results of a last stage are the caller's; those of the others are sent from where pieces write them. The
-        # results of the graphs between two breaks must outlive the captures of each other.
         self._is_whole_graph = whole
+        # The results of the graphs between two breaks must outlive the captures of each other.
         self._stage.programs_share_memory = whole
-        options = {**self._options, "static_outputs": not self.is_last}
-        self._compiled = torch.compile(self._module, backend="pp_piecewise", options=options, fullgraph=whole)
+        self._compiled = torch.compile(self._module, backend="pp_piecewise", options=self._options, fullgraph=whole)
 
     # --------------------------------------------------------------------------------- run
 
@@ -268,7 +257,7 @@ class StageRunner:
             try:
                 yield from steps
             except GeneratorExit as left:
-                if self._siblings is not None and not self.is_first:
+                if self._links.siblings and not self.is_first:
                     # The ranks of the first stage would hear of it at different micro-batches, and hang apart.
                     self._has_failed = True
                     self._links.fail(left)
@@ -284,15 +273,15 @@ class StageRunner:
             if self._max_in_flight is not None and self._feedback is not None:
                 with self._spanning("steps", "wait for room"):
                     self._feedback.wait_for(sequence + 1 - self._max_in_flight)
-            yield self._step(sequence, microbatch.num_tokens, microbatch.tag, microbatch.inputs)
+            yield self._step(sequence, microbatch.num_tokens, microbatch.tag, microbatch.inputs, {})
 
     def _following_steps(self) -> Iterator[Any]:
         assert self._inbox is not None
         if not self._is_released:  # warm-up has used the memory until now
             self._release()
         while (taken := self._take()) is not None:
-            header, _ = taken
-            yield self._step(header.sequence, header.num_tokens, header.tag, None)
+            header, proxies = taken
+            yield self._step(header.sequence, header.num_tokens, header.tag, None, proxies)
             outgoing = self._links.outgoing
             if outgoing is not None and outgoing.stop_requested and self._links.incoming is not None:
                 self._links.incoming.say_stop()
@@ -302,7 +291,7 @@ class StageRunner:
         take = named(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
         return take()
 
-    def _step(self, sequence: int, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> Any:
+    def _step(self, sequence: int, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views) -> Any:
         """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
         outgoing, feedback_out = self._links.outgoing, self._links.feedback_out
         if self.timeline is not None:
@@ -310,7 +299,7 @@ class StageRunner:
         header = None if outgoing is None else outgoing.announce(num_tokens, tag)
         announced_at = time.perf_counter()
         with _serving():
-            output, began_at = self._forward(num_tokens, tag, given)
+            output, began_at = self._forward(num_tokens, tag, given, proxies)
         if outgoing is not None and header is not None:
             if announced_at > began_at:
                 self._stats.add("blocking_metadata")
@@ -320,10 +309,12 @@ class StageRunner:
         _ONE_MICRO_BATCH.add_to(self._stats)
         return output if self.is_last else None
 
-    def _forward(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None) -> tuple[Any, float]:
+    def _forward(
+        self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views
+    ) -> tuple[Any, float]:
         """The module's output, and when the work for it began."""
         began_at = time.perf_counter()
-        arguments = self._arguments(num_tokens, tag, given)
+        arguments = self._arguments(num_tokens, tag, given, proxies)
         if not self._is_whole_graph:
             self._wait_for_send()
         self._is_released = self._inbox is None
@@ -341,7 +332,7 @@ class StageRunner:
         landing = self._stage.landing_addresses
         return any(isinstance(tensor, torch.Tensor) and address(tensor) in landing for tensor in tensors)
 
-    # What programs of the stage tell, within a call: see ``buffers.StageListener``.
+    # What programs of the stage tell, within a call: see ``hooks.StageListener``.
 
     def landing_was_read(self) -> None:
         if self._in_forward and not self._is_released:
@@ -440,18 +431,18 @@ class StageRunner:
         """
         if self._has_run:
             raise errors.PPPiecewiseError(errors.trace_after_run())
-        self._trace_path = str(path)
+        self._trace_path = Path(path)
         self.timeline = Timeline()
 
     def _write_trace(self) -> None:
         if self.timeline is None or self._trace_path is None:
             return
-        path, own = Path(self._trace_path), self.timeline.to_text()
+        path, own = self._trace_path, self.timeline.to_text()
         if self._links.is_broken:
             path = path.with_suffix(f".rank{self.stage}{path.suffix}")
             path.write_text(json.dumps(chrome_trace([Timeline.spans_of(own)])))
             return
-        texts = self._transport.exchange(own)
+        texts = self._links.exchange(own)
         if self.is_first:
             path.write_text(json.dumps(chrome_trace([Timeline.spans_of(text) for text in texts])))
 
@@ -543,39 +534,18 @@ def _not_in_inference_mode() -> Iterator[None]:
         yield
 
 
-def _transport(
-    asked: Transport | str, group: Any, mesh: Any, device: torch.device, setup_seconds: float
-) -> tuple[Transport, TensorParallel | None]:
-    """The way to the other stages, and the ranks with which this one holds its stage."""
-    if not isinstance(asked, str):
-        return asked, None
-    from .transports import cuda_ipc, shared_memory
-    from .transports.one_machine import KindOfSharing, OneMachine
-    from .transports.torch_distributed import P2P
+def _check(receive: str, max_in_flight: int | None, options: Mapping[str, Any]) -> None:
+    if receive not in ("early", "step"):
+        raise errors.ConfigError(errors.runner_argument("receive", receive, "'early' or 'step'"))
+    if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
+        raise errors.ConfigError(errors.runner_argument("max_in_flight", max_in_flight, "None or at least 1"))
+    for name in ("stage", "static_outputs", "max_tokens"):
+        if name in options:
+            raise errors.ConfigError(errors.runner_sets_option(name))
 
-    if asked not in ("auto", "p2p", "shared_memory", "cuda_ipc"):
-        expected = "'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"
-        raise errors.ConfigError(errors.runner_argument("transport", asked, expected))
-    if group is not None and mesh is not None:
-        raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
-    if not P2P.is_possible():
-        raise errors.ConfigError(errors.no_transport())
-    if mesh is not None:
-        names = mesh.mesh_dim_names or ()
-        if "pp" not in names:
-            raise errors.ConfigError(errors.runner_argument("mesh", mesh, 'a mesh with a dimension named "pp"'))
-        group = (mesh.get_group("pp"), mesh.get_group("tp")) if "tp" in names else mesh.get_group("pp")
-    pipeline, siblings = group if isinstance(group, tuple) else (group, None)
-    p2p = P2P(device, pipeline, setup_seconds)
-    kind: KindOfSharing | None = None
-    if device.type == "cpu":
-        kind = shared_memory.HostMemory()
-    elif cuda_ipc.is_possible(device):
-        kind = cuda_ipc.DeviceMemory(device)
-    if asked in ("shared_memory", "cuda_ipc") and (kind is None or kind.name != asked):
-        raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
-    way: Transport = p2p if asked == "p2p" or kind is None else OneMachine(p2p, kind, is_required=asked != "auto")
-    return way, siblings and TensorParallel(siblings, setup_seconds)
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
 
 
 _stage_numbers = itertools.count()

@@ -9,29 +9,27 @@ are faster than those between stages, without further memory and without a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .transports.base import Pending
-from .transports.torch_distributed import P2P, break_pair, connection_errors
-
-_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-"""Its name in this torch; looked up at each call, so that an observer can count it."""
+from .transports.torch_distributed import P2P, break_group, gather
 
 
 class TensorParallel:
     """One rank's place among the ranks of its stage.
 
     Args:
-        group: the ranks of this stage, those of equal number in all stages forming one pipeline; with gloo where the
-            tensors of the links lie on the CPU, else with NCCL. It stays the caller's, who may use it too: waiting for
-            a scattered tensor is a collective, to be called in the same order on all ranks of the stage. Once the
-            pipeline is broken, so is the group, since nothing else ends a collective that waits for a stopped rank.
+        group: process group of the ranks of this stage, those of equal number in all stages forming one pipeline; with
+            gloo where the tensors of the links lie on the CPU, else with NCCL. It stays the caller's, who may use it
+            too: waiting for a scattered tensor is a collective, to be called in the same order on all ranks of the
+            stage. Once the pipeline is broken, so is the group, since nothing else ends a collective that waits for a
+            stopped rank.
         setup_seconds: how long ranks wait for one another at set-up.
     """
 
-    def __init__(self, group: dist.ProcessGroup, setup_seconds: float = 1800.0) -> None:
+    def __init__(self, group: Any, setup_seconds: float = 1800.0) -> None:
         self.group = group
         self.transport = P2P("cpu", group, setup_seconds)
         """Between the ranks of the stage, for their plans and their failures."""
@@ -50,14 +48,11 @@ class TensorParallel:
             ConnectionError, TimeoutError: a rank of the stage was lost.
         """
         whole = tensor.view(-1).view(torch.uint8)  # for the dtypes that a backend has no name for
-        with connection_errors():
-            getattr(dist, _ALL_GATHER)(whole, self.share(whole), group=self.group)
+        gather(whole, self.share(whole), self.group)
 
     def break_off(self) -> None:
         """End all collectives of the group, from any thread."""
-        for peer in self.transport.ranks:
-            if peer != dist.get_rank():
-                break_pair(self.group, peer)
+        break_group(self.group)
 
 
 class Gathering:

@@ -10,7 +10,8 @@ Note [NCCL waits]
 ``wait()`` of NCCL lets the current stream wait. Given a time it blocks the host too, looking every 10 ms [read], so
 tensors on a GPU are waited for without one; aborting the group ends what the stream waits for.
 
-``isend`` and ``irecv`` are looked up in ``torch.distributed`` at each call, so that an observer can count them.
+``isend``, ``irecv`` and the gathering are looked up in ``torch.distributed`` at each call, so that an observer can
+count them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from ... import errors
 from .base import MESSAGE_BYTES
 
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""Its name in this torch."""
 _DOWN, _UP, _BREAK = 0, 1, 2
 """Tags of messages with the data, against it, and of the receive that nobody answers."""
 
@@ -258,6 +261,23 @@ def connection_errors() -> Iterator[None]:
     except RuntimeError as error:
         kind = TimeoutError if "Timed out waiting" in str(error) else ConnectionError
         raise kind(str(error)) from error
+
+
+def gather(whole: torch.Tensor, share: torch.Tensor, group: Any) -> None:
+    """Fill a flat tensor with the shares of all ranks of a group, in their order.
+
+    Raises:
+        ConnectionError, TimeoutError: a rank was lost.
+    """
+    with connection_errors():
+        getattr(dist, _ALL_GATHER)(whole, share, group=group)
+
+
+def break_group(group: Any) -> None:
+    """End everything that this rank waits for within a group, from any thread."""
+    for peer in dist.get_process_group_ranks(group):
+        if peer != dist.get_rank():
+            break_pair(group, peer)
 
 
 def break_pair(group: Any, peer: int) -> None:

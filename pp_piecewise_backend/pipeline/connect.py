@@ -1,0 +1,270 @@
+"""Set-up of one rank: which transport it takes, the plan that all ranks agree on, its links and what waits at them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .. import errors
+from ..runtime.stage import Stage
+from ..runtime.tracing import Timeline
+from ..utils.counters import TOTALS, Stats
+from .fault import Fault, Loss
+from .feedback import FeedbackReader
+from .inbox import Inbox
+from .link import End, LinkSettings, Receiver, Sender, Sibling
+from .plan import Plan, Schema, StagePlan, agree
+from .tensor_parallel import TensorParallel
+from .transports.base import Patience, Transport
+
+
+def pick_transport(
+    asked: Transport | str, group: Any, mesh: Any, device: torch.device, setup_seconds: float
+) -> tuple[Transport, TensorParallel | None]:
+    """The way to the other stages, and the ranks with which this one holds its stage; see ``StageRunner``.
+
+    Raises:
+        ConfigError: the ranks, or tensors on ``device``, cannot go that way.
+    """
+    if not isinstance(asked, str):
+        return asked, None
+    from .transports import cuda_ipc, shared_memory
+    from .transports.one_machine import KindOfSharing, OneMachine
+    from .transports.torch_distributed import P2P
+
+    if asked not in ("auto", "p2p", "shared_memory", "cuda_ipc"):
+        expected = "'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"
+        raise errors.ConfigError(errors.runner_argument("transport", asked, expected))
+    if group is not None and mesh is not None:
+        raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
+    if not P2P.is_possible():
+        raise errors.ConfigError(errors.no_transport())
+    if mesh is not None:
+        names = mesh.mesh_dim_names or ()
+        if "pp" not in names:
+            raise errors.ConfigError(errors.runner_argument("mesh", mesh, 'a mesh with a dimension named "pp"'))
+        group = (mesh.get_group("pp"), mesh.get_group("tp")) if "tp" in names else mesh.get_group("pp")
+    pipeline, siblings = group if isinstance(group, tuple) else (group, None)
+    p2p = P2P(device, pipeline, setup_seconds)
+    kind: KindOfSharing | None = None
+    if device.type == "cpu":
+        kind = shared_memory.HostMemory()
+    elif cuda_ipc.is_possible(device):
+        kind = cuda_ipc.DeviceMemory(device)
+    if asked in ("shared_memory", "cuda_ipc") and (kind is None or kind.name != asked):
+        raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
+    way: Transport = p2p if asked == "p2p" or kind is None else OneMachine(p2p, kind, is_required=asked != "auto")
+    return way, siblings and TensorParallel(siblings, setup_seconds)
+
+
+@dataclass(frozen=True)
+class Links:
+    """All that one rank holds of the hand-off."""
+
+    stage: int
+    plan: Plan
+    incoming: Receiver | None
+    """From the previous stage; None on the first."""
+    outgoing: Sender | None
+    """To the next stage; None on the last."""
+    feedback_in: Receiver | None
+    """From the last stage, on the first."""
+    feedback_out: Sender | None
+    """To the first stage, on the last."""
+    siblings: Sequence[Sibling] = field(repr=False)
+    """To ranks that hold the stage together with this one."""
+    _fault: Fault = field(repr=False)
+    _transports: Sequence[Transport] = field(repr=False)
+
+    @property
+    def _ends(self) -> list[End]:
+        ends = (self.outgoing, self.incoming, self.feedback_out, self.feedback_in, *self.siblings)
+        return [end for end in ends if end is not None]
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """While the body runs, the neighbours wait for signs of life as long as at set-up.
+
+        Raises:
+            PeerLost: the pipeline is broken.
+        """
+        for end in self._ends:
+            end.say_busy(True)
+        try:
+            yield
+        finally:
+            if not self.is_broken:
+                for end in self._ends:
+                    end.say_busy(False)
+
+    @property
+    def is_broken(self) -> bool:
+        return self._fault.loss is not None
+
+    def check(self) -> None:
+        """Raises `PeerLost` if the pipeline is broken."""
+        self._fault.check(errors.on_rank(self.stage, "closing its links"))
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
+        reason = type(error).__name__
+        rank = self._transports[0].ranks[self.stage]
+        self._fault.record(Loss(rank, reason, errors.own_failure(rank, reason)))
+
+    def exchange(self, text: str) -> list[str]:
+        """The texts of all ranks, in stage order; see ``Transport.exchange``."""
+        return self._transports[0].exchange(text)
+
+    def close(self) -> None:
+        """Say STOP on all links, wait until the neighbours said it and all close, and close the transport.
+
+        Raises:
+            PeerLost: the pipeline broke before; everything is closed nevertheless.
+        """
+        with contextlib.ExitStack() as stack:
+            for transport in self._transports:
+                stack.callback(transport.close)
+            stack.callback(self._fault.forget_ends)
+            for end in reversed(self._ends):
+                stack.callback(end.close)
+            if self._fault.loss is None:
+                for end in self._ends:
+                    end.say_stop()
+                for end in self._ends:
+                    end.wait_for_stop()
+                self._close_in_turn()
+
+    def _close_in_turn(self) -> None:
+        """See Note [closing]."""
+        if self.incoming is not None:
+            self.incoming.wait_for_closed()
+        if self.outgoing is not None:
+            self.outgoing.say_closed()
+            self.outgoing.wait_for_closed()
+        if self.incoming is not None:
+            self.incoming.say_closed()
+
+
+def make_links(
+    transport: Transport,
+    own: StagePlan,
+    patience: Patience | None = None,
+    stats: Stats = TOTALS,
+    tensor_parallel: TensorParallel | None = None,
+) -> Links:
+    """Compare the plans of all ranks, then make this rank's links; every rank of the pipeline calls it.
+
+    Args:
+        transport: to the other stages; closed with the links, or when this raises.
+        own: what this rank was set up with.
+        patience: how long ranks wait for one another.
+        stats: counts headers, tensors and bytes.
+        tensor_parallel: the ranks that hold this stage together with this one; then all ranks of the world take part.
+
+    Raises:
+        PlanMismatch: on every rank, with every difference.
+        PeerLost: a rank did not come within ``setup_seconds``.
+    """
+    fault = Fault()
+    transports: list[Transport] = [transport]
+    if tensor_parallel is not None:
+        transports.append(tensor_parallel.transport)
+    try:
+        plan = _agreed(transport, own, tensor_parallel)
+        settings = LinkSettings(plan, patience or Patience(), fault, stats, tensor_parallel)
+        ranks = transport.ranks
+        incoming = outgoing = feedback_in = feedback_out = None
+        # Each end starts at once: the other one listens from now on, while this rank may have to wait for further ones.
+        for hop in range(plan.stage_count - 1):
+            wire = transport.wire(hop, hop + 1, "proxies")
+            source, target = ranks[hop], ranks[hop + 1]
+            if wire is not None and transport.stage == hop:
+                outgoing = Sender(wire, _known(own.outputs), source, target, settings)
+                outgoing.start(closes_in_turn=True)
+            elif wire is not None:
+                incoming = Receiver(wire, _known(own.inputs), target, source, settings)
+                incoming.start(closes_in_turn=True)
+        if plan.has_feedback:
+            last = plan.stage_count - 1
+            wire = transport.wire(last, 0, "feedback")
+            if wire is not None and transport.stage == last:
+                feedback_out = Sender(wire, _known(own.feedback), ranks[last], ranks[0], settings)
+                feedback_out.start()
+            elif wire is not None:
+                feedback_in = Receiver(wire, _known(own.feedback), ranks[0], ranks[last], settings)
+                feedback_in.start()
+        siblings = [] if tensor_parallel is None else _siblings(tensor_parallel, settings)
+    except BaseException:
+        fault.forget_ends()
+        for opened in transports:
+            opened.close()
+        raise
+    return Links(transport.stage, plan, incoming, outgoing, feedback_in, feedback_out, siblings, fault, transports)
+
+
+def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:
+    rank = transport.ranks[transport.stage]
+    own = replace(own, transport=transport.name)
+    if tensor_parallel is None:
+        return agree([transport.exchange(own.to_text(rank))])
+    size = tensor_parallel.size
+    pipeline = transport.exchange(own.to_text(rank, tensor_parallel.rank, size))
+    if any(json.loads(text).get("tensor_parallel_size") != size for text in pipeline):
+        return agree([pipeline])  # raises; a stage that is no group has nobody to exchange pipelines with
+    return agree([json.loads(one) for one in tensor_parallel.transport.exchange(json.dumps(pipeline))])
+
+
+def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[Sibling]:
+    """A chain of links is enough: whoever hears of a failure tells all neighbours."""
+    transport = tensor_parallel.transport
+    siblings = []
+    for lower in range(transport.stage_count - 1):
+        wire = transport.wire(lower, lower + 1, "siblings")
+        if wire is not None:
+            peer = lower + 1 if transport.stage == lower else lower
+            ranks = transport.ranks[transport.stage], transport.ranks[peer]
+            sibling = Sibling(wire, Schema(()), *ranks, settings)
+            sibling.start()
+            siblings.append(sibling)
+    return siblings
+
+
+def _known(schema: Schema | None) -> Schema:
+    assert schema is not None, "agree() has seen to it"
+    return schema
+
+
+def connect(
+    transport: Transport,
+    own: StagePlan,
+    stage: Stage,
+    *,
+    patience: Patience,
+    stats: Stats,
+    tensor_parallel: TensorParallel | None,
+    receives_early: bool,
+    max_in_flight: int | None,
+    timeline: Callable[[], Timeline | None],
+) -> tuple[Links, Inbox | None, FeedbackReader | None]:
+    """``make_links``, what fills the landing memory of ``stage`` (None on the first), and the reader of feedback.
+
+    Args:
+        stage: its memory is replaced by that of the transport where that has some; nobody has views of it yet.
+        receives_early, timeline: see ``Inbox``.
+        max_in_flight: feedback that may wait to be read; as much as the stages hold by default.
+    """
+    links = make_links(transport, own, patience, stats, tensor_parallel)
+    inbox = feedback = None
+    if links.incoming is not None:
+        known = links.incoming.landing_memory(stage.max_tokens)
+        stage.land_in({name: block for name, block in known.items() if block is not None})
+        inbox = Inbox(links.incoming, stage.views, stage.device, receives_early, timeline)
+    if links.feedback_in is not None:
+        slots = 1 + (max_in_flight or 2 * own.stage_count)  # one is lent to the caller of ``feedback``
+        feedback = FeedbackReader(links.feedback_in, stage.max_tokens, stage.device, slots, stats)
+    return links, inbox, feedback

@@ -1,0 +1,84 @@
+"""The first loss that a rank learns of: recorded once, told to all its neighbours, and raised wherever the rank waits.
+
+See Note [liveness] in ``link.py`` for who finds losses.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple, Protocol
+
+from .. import errors
+
+_TOLD_SECONDS = 1.0
+"""How long an error waits until the neighbours have been told."""
+_VERDICT_SECONDS = 0.5
+"""How long a broken transfer waits for the listener to say why."""
+
+
+class Loss(NamedTuple):
+    """Why the pipeline is broken."""
+
+    rank: int
+    """The one that failed, as far as this rank knows."""
+    reason: str
+    """In at most 24 bytes, for the neighbours."""
+    sentence: str
+
+
+class Breakable(Protocol):
+    """One end of a link, as far as a loss concerns it."""
+
+    def tell_failure(self, loss: Loss) -> None:
+        """Tell the neighbour, if it can be told soon."""
+
+    def break_off(self) -> None:
+        """End all transfers of tensors, and the wait for a header."""
+
+
+class Fault:
+    """The first failure that one rank learns of; it breaks all its links."""
+
+    def __init__(self) -> None:
+        self.loss: Loss | None = None
+        self._ends: list[Breakable] = []
+        self._lock = threading.Lock()
+        self._recorded = threading.Event()
+        self._told = threading.Event()
+
+    def add(self, end: Breakable) -> None:
+        self._ends.append(end)
+
+    def forget_ends(self) -> None:
+        """What fails after the links were closed concerns nobody."""
+        self._ends = []
+
+    def record(self, loss: Loss, found_by: Breakable | None = None) -> None:
+        """Keep the first loss, tell all neighbours but the one that ``found_by`` lost, and break all transfers."""
+        with self._lock:
+            if self.loss is not None:
+                return
+            self.loss = loss
+        self._recorded.set()
+        for end in self._ends:
+            if end is not found_by:
+                end.tell_failure(loss)
+        for end in self._ends:
+            end.break_off()
+        self._told.set()
+
+    def check(self, doing: str) -> None:
+        """Raises `PeerLost` once something is recorded, and the neighbours know."""
+        if self.loss is not None:
+            raise self._error(self.loss, doing)
+
+    def verdict(self, doing: str, otherwise: Loss, found_by: Breakable) -> errors.PeerLost:
+        """The error of a transfer that broke: its listener knows more, if it finds a loss soon."""
+        if not self._recorded.wait(_VERDICT_SECONDS):
+            self.record(otherwise, found_by)
+        assert self.loss is not None
+        return self._error(self.loss, doing)
+
+    def _error(self, loss: Loss, doing: str) -> errors.PeerLost:
+        self._told.wait(_TOLD_SECONDS)
+        return errors.PeerLost(errors.lost_while(loss.sentence, doing))
