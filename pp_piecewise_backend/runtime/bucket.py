@@ -21,7 +21,6 @@ from . import padding_test
 from .capture_plan import GraphPlan, Obstacle
 from .cudagraphs.device import CapturedGraph, CaptureError, Device
 from .cudagraphs.memory import (
-    StaticMemory,
     StaticTensor,
     address,
     assign,
@@ -32,6 +31,7 @@ from .cudagraphs.memory import (
     without_repeats,
 )
 from .instructions import Instruction
+from .stage import StageMemory
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
@@ -110,7 +110,7 @@ class _Lease:
 class BucketCapture:
     """Runs one call and captures a bucket on the way. The call's results are right whatever is captured."""
 
-    def __init__(self, plan: GraphPlan, device: Device, memory: StaticMemory, verdicts: Verdicts, tokens: int) -> None:
+    def __init__(self, plan: GraphPlan, device: Device, memory: StageMemory, verdicts: Verdicts, tokens: int) -> None:
         self._plan = plan
         self._device = device
         self._memory = memory
@@ -181,10 +181,10 @@ class BucketCapture:
     def _take(self, register: int, spec: TensorSpec) -> StaticTensor:
         """Static memory for a value, until its last reader has run."""
         shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
-        block = self._memory.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
+        block = self._memory.blocks.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
         static = self._static_tensor(register, spec, block)
         self.bucket.static[register] = static
-        self._leases[address(block)] = _Lease({register}, lambda: self._memory.give_back(block))
+        self._leases[address(block)] = _Lease({register}, lambda: self._memory.blocks.give_back(block))
         return static
 
     def _end(self, register: int) -> None:

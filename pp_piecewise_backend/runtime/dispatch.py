@@ -22,15 +22,16 @@ import torch
 from .. import errors
 from ..utils import torch_compat
 from ..utils.counters import Stats
-from .bucket import GRAPH_POOL, OUTPUT_POOL, Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
+from .bucket import Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
 from .capture_plan import REASONS, GraphPlan, Obstacle
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
-from .cudagraphs.memory import StaticMemory, address
+from .cudagraphs.memory import address
 from .hooks import NO_EVENTS, Events
 from .ownership import hand_over, merged_results
 from .replay import Call, FlatProgram
+from .stage import StageMemory
 from .warmup import current_session
 
 _LOG = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Graphs:
     """The captured side of a program. One call at a time uses it; others run without graphs meanwhile."""
 
     def __init__(
-        self, plan: GraphPlan, memory: StaticMemory, stats: Stats, name: str, events: Events = NO_EVENTS
+        self, plan: GraphPlan, memory: StageMemory, stats: Stats, name: str, events: Events = NO_EVENTS
     ) -> None:
         self.plan = plan
         self._events = events
@@ -309,12 +310,12 @@ class Graphs:
             for other in parameters.buckets.values():  # their programs were made when padding seemed right
                 other.programs.clear()
         parameters.buckets[size] = bucket
-        self._memory.users.add(self)
+        self._memory.add_user(self)
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
         limit = self.plan.settings.memory_limit_bytes
-        is_over_limit = limit is not None and self._graph_bytes() > limit
+        is_over_limit = limit is not None and self._memory.graph_bytes > limit
         # What the caller gets must not lie in graphs that are about to go.
         results, copied = self._hand_over(args, results, bucket, None, may_be_static=not is_over_limit)
         if not warming_up:
@@ -337,26 +338,24 @@ class Graphs:
         self._events.captured(
             tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
         )
-        self._count_memory()
         if limit is not None and is_over_limit:
-            self._drop_largest_bucket(limit)
+            self._memory.drop_largest(limit)
+            if (session := current_session()) is not None:
+                session.must_repeat = True
+        self._memory.update_gauges(self._stats)
         return results
 
-    def _drop_largest_bucket(self, limit_bytes: int) -> None:
-        """Make room: capture the largest bucket of all programs that share the memory no more."""
-        held_bytes, users = self._graph_bytes(), list(self._memory.users)
-        largest = max(bucket.tokens for user in users for bucket, _ in user.buckets)
-        for user in users:
-            if any(bucket.tokens == largest for bucket, _ in user.buckets):
-                sentence = errors.bucket_dropped(user.name, largest, held_bytes, limit_bytes)
-                _LOG.warning("%s", sentence)
-                user._dropped[largest] = Obstacle("graph-memory", sentence)
-            # Pools shrink only as a whole; the smaller buckets are captured again when they are needed.
-            user._release_buckets()
-        self._memory.pools.clear()
-        self._count_memory()
-        if (session := current_session()) is not None:
-            session.must_repeat = True
+    @property
+    def largest_tokens(self) -> int:
+        return max((bucket.tokens for bucket, _ in self.buckets), default=0)
+
+    def drop(self, tokens: int, held_bytes: int, limit_bytes: int) -> None:
+        """See ``Captures``."""
+        if any(bucket.tokens == tokens for bucket, _ in self.buckets):
+            sentence = errors.bucket_dropped(self.name, tokens, held_bytes, limit_bytes)
+            _LOG.warning("%s", sentence)
+            self._dropped[tokens] = Obstacle("graph-memory", sentence)
+        self._release_buckets()
 
     def _release_buckets(self) -> None:
         """Give back all graphs; the next call of a bucket captures it again."""
@@ -439,16 +438,6 @@ class Graphs:
             self.miss_log.popitem(last=False)
         self._events.missed(code, REASONS[code], pieces=pieces, tokens=num_tokens, call=call)
 
-    def _graph_bytes(self) -> int:
-        return sum(p.held_bytes for name, p in self._memory.pools.items() if name in (GRAPH_POOL, OUTPUT_POOL))
-
-    def _count_memory(self) -> None:
-        """Bring the gauges up to date; programs of one stage share its memory, which counts once."""
-        memory = self._memory
-        now = self._graph_bytes(), memory.held_bytes
-        before, memory.counted_bytes = memory.counted_bytes, now
-        self._stats.add_many({"graph_bytes": now[0] - before[0], "static_bytes": now[1] - before[1]})
-
     # ------------------------------------------------------------------------------ release
 
     def _release_bucket(self, parameters: ParameterSet, size: int) -> None:
@@ -474,10 +463,8 @@ class Graphs:
         self._last_set = None, None
         self._dropped.clear()
         self._sets_captured = 0
-        self._memory.users.discard(self)
-        if not self._memory.users:
-            self._memory.release()
-        self._count_memory()
+        self._memory.remove_user(self)
+        self._memory.update_gauges(self._stats)
 
     # ------------------------------------------------------------------------------ report
 

@@ -14,12 +14,12 @@ from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
 from ..utils.counters import TOTALS, Stats
 from .capture_plan import REASONS, GraphPlan, GraphSettings
-from .cudagraphs.memory import StaticMemory, address
+from .cudagraphs.memory import address
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import lay_out
 from .ownership import find_boundary, lies_in, merged_results
-from .stage import Stage
+from .stage import Stage, StageMemory
 from .warmup import current_session
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Program:
         self.graphs: Graphs | None = None
         if graph_settings is not None:
             plan = GraphPlan(self.layout, split, table, graph_settings, stage)
-            memory = stage.memory if stage is not None and stage.programs_share_memory else StaticMemory()
+            memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)

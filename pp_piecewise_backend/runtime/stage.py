@@ -1,18 +1,22 @@
-"""What a pipeline stage keeps at fixed addresses: the memory in which the proxies of the previous rank land."""
+"""What a pipeline stage keeps at fixed addresses: memory in which proxies land, and memory that its programs share."""
 
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from .. import errors
 from ..compilation.specs import TensorSpec
-from .cudagraphs.memory import StaticMemory, allocate, contiguous_stride, tensor_in
+from ..utils.counters import Stats
+from .cudagraphs.device import Pool
+from .cudagraphs.memory import StaticMemory, allocate, contiguous_stride, spoil, tensor_in
 from .hooks import StageListener
 
 Layout = Literal["replicated", "scattered"]
@@ -50,6 +54,71 @@ class Proxy:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Captures(Protocol):
+    """What one program has captured in the memory of its stage."""
+
+    @property
+    def largest_tokens(self) -> int:
+        """Its largest bucket; 0 without any."""
+
+    def drop(self, tokens: int, held_bytes: int, limit_bytes: int) -> None:
+        """Release all buckets, and capture the one of ``tokens`` tokens no more: too much graph memory is held."""
+
+
+class StageMemory:
+    """What the programs of a stage capture in, one call at a time: blocks of static memory, and pools of graphs."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held by the call that uses the memory."""
+        self.holder: int | None = None
+        """The thread of that call."""
+        self.blocks = StaticMemory()
+        self.pools: dict[str, Pool] = {}
+        """Pools of graph memory, by name."""
+        self._users: set[Captures] = set()
+        self.given_out: list[weakref.ref[torch.Tensor]] = []
+        """Results of the last call that the next one is to overwrite, to show that they are valid until then only."""
+        self._counted_bytes = (0, 0)
+
+    @property
+    def graph_bytes(self) -> int:
+        return sum(pool.held_bytes for pool in self.pools.values())
+
+    def add_user(self, user: Captures) -> None:
+        """``user`` captured something here."""
+        self._users.add(user)
+
+    def remove_user(self, user: Captures) -> None:
+        """``user`` has released its graphs. The last one releases pools and blocks, see Note [release order]."""
+        self._users.discard(user)
+        if not self._users:
+            self.pools.clear()
+            self.blocks.release()
+
+    def drop_largest(self, limit_bytes: int) -> None:
+        """Make room: the largest bucket of all programs is captured no more."""
+        held_bytes, users = self.graph_bytes, list(self._users)
+        largest = max(user.largest_tokens for user in users)
+        for user in users:
+            # Pools shrink only as a whole; the smaller buckets are captured again when they are needed.
+            user.drop(largest, held_bytes, limit_bytes)
+        self.pools.clear()
+
+    def spoil_given_out(self) -> None:
+        """Overwrite ``given_out``."""
+        for reference in self.given_out:
+            if (tensor := reference()) is not None:
+                spoil(tensor)
+        self.given_out = []
+
+    def update_gauges(self, stats: Stats) -> None:
+        """Count in ``stats`` what is held now. All programs of a stage share its memory, which counts once."""
+        now = self.graph_bytes, self.blocks.held_bytes
+        before, self._counted_bytes = self._counted_bytes, now
+        stats.add_many({"graph_bytes": now[0] - before[0], "static_bytes": now[1] - before[1]})
+
+
 class Stage:
     """The landing memory of one pipeline stage, shared by all programs that are compiled for it.
 
@@ -77,7 +146,7 @@ class Stage:
         self.inputs: Mapping[str, Proxy] = dict(inputs)
         self.max_tokens = max_tokens
         self.device = torch.empty(0, device=_default_device() if device is None else device).device
-        self.memory = StaticMemory()
+        self.memory = StageMemory()
         self._landing = {
             name: allocate(max_tokens * proxy.bytes_per_token, self.device) for name, proxy in self.inputs.items()
         }

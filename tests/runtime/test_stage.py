@@ -24,6 +24,8 @@ from pp_piecewise_backend.runtime.cudagraphs.memory import (
     geometry,
     tensor_in,
 )
+from pp_piecewise_backend.runtime.stage import StageMemory
+from pp_piecewise_backend.utils.counters import Stats
 
 CPU = torch.device("cpu")
 TOKENS = sympy.Symbol("s0", integer=True, positive=True)
@@ -248,15 +250,65 @@ def test_giving_back_twice_or_what_is_not_ours_changes_nothing() -> None:
 def test_released_memory_is_freed_and_does_not_come_back() -> None:
     memory = StaticMemory()
     kept, block = memory.take(10, CPU), memory.take(10, CPU)
-    memory.pools["graphs"] = object()
     reference = weakref.ref(block)
     memory.release()
-    assert memory.held_bytes == 0 and memory.pools == {}
+    assert memory.held_bytes == 0
     del block
     gc.collect()
     assert reference() is None
     memory.give_back(kept)
     assert memory.take(10, CPU) is not kept
+
+
+# ----------------------------------------------------------------------- memory of all programs
+
+
+class Captured:
+    """The captures of a program, all in one pool."""
+
+    def __init__(self, memory: StageMemory, *bucket_tokens: int) -> None:
+        self.buckets = list(bucket_tokens)
+        self.dropped: list[int] = []
+        memory.add_user(self)
+
+    @property
+    def largest_tokens(self) -> int:
+        return max(self.buckets, default=0)
+
+    def drop(self, tokens: int, held_bytes: int, limit_bytes: int) -> None:
+        assert (held_bytes, limit_bytes) == (HELD_BYTES, 5)
+        self.dropped.append(tokens)
+        self.buckets.clear()
+
+
+HELD_BYTES = 7
+
+
+class Pool:
+    held_bytes = HELD_BYTES
+
+
+def test_the_last_program_to_go_releases_the_memory_of_its_stage() -> None:
+    memory, stats = StageMemory(), Stats()
+    memory.pools["graphs"] = Pool()
+    memory.blocks.take(10, CPU)
+    one, other = Captured(memory, 8), Captured(memory, 8)
+    memory.update_gauges(stats)
+    memory.update_gauges(stats)
+    assert (stats.graph_bytes, stats.static_bytes) == (HELD_BYTES, memory.blocks.held_bytes) != (HELD_BYTES, 0)
+    memory.remove_user(one)
+    assert memory.pools and memory.blocks.held_bytes
+    memory.remove_user(other)
+    memory.update_gauges(stats)
+    assert not memory.pools and (stats.graph_bytes, stats.static_bytes) == (0, 0)
+
+
+def test_all_programs_drop_the_largest_bucket_of_any() -> None:
+    memory = StageMemory()
+    memory.pools["graphs"] = Pool()
+    programs = Captured(memory, 1, 8), Captured(memory, 2, 16)
+    memory.drop_largest(limit_bytes=5)
+    assert [program.dropped for program in programs] == [[16], [16]] and not memory.pools
 
 
 # -------------------------------------------------------------------------- static tensors

@@ -18,7 +18,7 @@ import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.runtime import dispatch, padding_test, replay
-from pp_piecewise_backend.runtime.cudagraphs.memory import StaticMemory
+from pp_piecewise_backend.runtime.stage import StageMemory
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -406,13 +406,13 @@ def never_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
             if sys.exc_info()[0] is None:
                 self.lock.release()
 
-    made = StaticMemory.__init__
+    made = StageMemory.__init__
 
-    def make(self: StaticMemory) -> None:
+    def make(self: StageMemory) -> None:
         made(self)
         self.lock = Stuck()  # type: ignore[assignment]
 
-    monkeypatch.setattr(StaticMemory, "__init__", make)
+    monkeypatch.setattr(StageMemory, "__init__", make)
 
 
 @trap(breaks=never_let_go, counters_only=True)

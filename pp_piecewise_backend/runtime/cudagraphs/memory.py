@@ -8,8 +8,6 @@ recompile, and Inductor clones inputs that are not aligned to 16 bytes.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,28 +53,16 @@ def extent_bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
 
 
 class StaticMemory:
-    """Blocks at fixed addresses that the calls of one stage share, one call at a time.
+    """Blocks at fixed addresses, for calls that run one at a time.
 
     Contents do not outlive a call, so what one call has read for the last time may serve the next value: whoever lays
-    out a bucket takes a block where a value is born and gives it back where it was read last. A block stays allocated
+    out a bucket takes a block where a value is born and returns it where it was read last. A block stays allocated
     until ``release``.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        """Held by the call that uses the memory."""
-        self.holder: int | None = None
-        """The thread of that call."""
-        self.users: set[Any] = set()
-        """The graphs of each program that has something captured in it; the last one to go releases it."""
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
-        self.pools: dict[str, Any] = {}
-        """Graph pools that belong to the same stage, by name; ``capture.py`` knows what they are."""
-        self.given_out: list[weakref.ref[torch.Tensor]] = []
-        """What the last call returned, where the next one is to show that it took the memory of these results."""
-        self.counted_bytes = (0, 0)
-        """What the gauges of ``stats`` hold of it: bytes in graph pools, bytes in blocks."""
 
     def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """A block of at least ``num_bytes``, the smallest free one that holds them, or a new one."""
@@ -93,16 +79,6 @@ class StaticMemory:
         if any(b is block for b in self._blocks) and not any(b is block for b in self._free):
             self._free.append(block)
 
-    def spoil_given_out(self) -> None:
-        """Overwrite what the last call returned, so that whoever still reads it sees that it is gone."""
-        for reference in self.given_out:
-            tensor = reference()
-            if tensor is not None:
-                with torch.inference_mode(False), torch.no_grad():
-                    is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-                    without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
-        self.given_out = []
-
     @property
     def held_bytes(self) -> int:
         return sum(block.numel() for block in self._blocks)
@@ -111,7 +87,13 @@ class StaticMemory:
         """Forget all blocks; tensors in them stay valid as long as somebody holds them."""
         self._blocks.clear()
         self._free.clear()
-        self.pools.clear()
+
+
+def spoil(tensor: torch.Tensor) -> None:
+    """Overwrite a tensor, so that whoever still reads it sees that its contents are gone."""
+    with torch.inference_mode(False), torch.no_grad():
+        is_number = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+        without_repeats(tensor).fill_(torch.iinfo(tensor.dtype).max if is_number else float("nan"))
 
 
 def without_repeats(tensor: torch.Tensor) -> torch.Tensor:
