@@ -521,12 +521,7 @@ def drop_work(attention_too: bool) -> None:
     for program in ppb.programs():
         for bucket, _ in program.graphs.buckets:
             for flat in bucket.programs.values():
-                for at, (_, step) in enumerate(flat.steps):
-                    if step is None:
-                        flat.steps[at] = (nothing, None)
-                    elif attention_too:
-                        step.body = remembering(step.body)
-                flat.bind()
+                flat.replace_work(lambda replay: nothing, remembering if attention_too else None)
 
 
 def nothing() -> None:

@@ -149,19 +149,30 @@ class Bench:
         """Replace the work of the flat program by no-ops; the sequence of the other package with as many."""
         from breakable_cuda_graphs import BreakableCUDAGraph, _EagerSegment
 
+        eager_calls: list[tuple[tuple[Any, ...], Any]] = []
+
+        def noting(body: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                outputs = body(*arguments)
+                eager_calls.append((arguments, returning(outputs)))
+                return outputs
+
+            return run
+
+        self.flat.replace_work(lambda replay: replay, noting)
+        self.program(*self.args)
+        remaining = iter(eager_calls)
+        self.flat.replace_work(lambda replay: nothing, lambda body: next(remaining)[1])
         sequence = BreakableCUDAGraph(pool=())
-        registers = [*self.args, *self.flat.template[len(self.args) :]]
-        for at, (_, step) in enumerate(self.flat.steps):
-            if step is None:
-                self.flat.steps[at] = (nothing, None)
+        remaining = iter(eager_calls)
+        for instruction in self.graphs.plan.instructions:
+            if instruction.piece.kind == "compute":
                 self.callables.append(nothing)
                 sequence._segments.append(NoGraph())
             else:
-                arguments = step.take(registers)
-                step.body = returning(step.body(*arguments))
-                self.callables.append(step.body)
-                sequence._segments.append(_EagerSegment(step.body, tuple(arguments), {}))
-        self.flat.bind()
+                arguments, body = next(remaining)
+                self.callables.append(body)
+                sequence._segments.append(_EagerSegment(body, arguments, {}))
         return sequence
 
     @contextlib.contextmanager

@@ -331,7 +331,7 @@ class Graphs:
             flat = self._flat_program(parameters, bucket, num_tokens, {})
             for code, pieces in flat.miss_counts.items():
                 self._add_miss(code, pieces, num_tokens)
-            in_place = sum(copy.is_in_place(args[register]) for register, copy in flat.landing)
+            in_place = sum(copy.is_in_place(args[copy.register]) for copy in flat.landing)
             copied_in = len(flat.landing) - in_place
             amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
         self._stats.add_many(amounts)

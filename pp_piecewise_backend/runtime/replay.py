@@ -6,10 +6,12 @@ fills a list of registers and walks the steps; it makes no tensor but what eager
 
 from __future__ import annotations
 
+import copy as shallow
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,13 +55,43 @@ class Call:
         self.misses = {**self.misses, code: self.misses.get(code, 0) + 1}
 
 
-class _Step:
-    """What a flat program runs that is more than a replay."""
+class _Row(NamedTuple):
+    """What the loop over the steps does next: ``replay()``, or else ``run(call)``, or else a body without a frame."""
 
-    __slots__ = ()
+    name: str | None = None
+    """What a profiler shows; None for what is no step."""
+    replay: Callable[[], None] | None = None
+    run: Callable[[Call], None] | None = None
+    body: Callable[..., Sequence[Any]] | None = None
+    """Of an eager step whose one output is, as a rule, the buffer that it was given, which only replays read."""
+    take: Callable[[list[Any]], Sequence[Any]] | None = None
+    """Picks the body's arguments from the registers."""
+    given: torch.Tensor | None = None
+    keep: Callable[[Call, Sequence[Any]], None] | None = None
+    """Takes the body's outputs where they are not what was given."""
+
+    def wrapped(self, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> _Row:
+        """The row whose step runs inside of what ``wrap`` makes of a callable and a name."""
+
+        def wrapped(call: Any) -> Any:
+            return None if call is None or self.name is None else wrap(call, self.name)
+
+        if self.name is None:
+            return self
+        return self._replace(replay=wrapped(self.replay), run=wrapped(self.run), body=wrapped(self.body))
+
+
+@dataclass
+class _Step:
+    """What a flat program runs for one instruction."""
+
+    name: str
 
     def run(self, call: Call) -> None:
         raise NotImplementedError
+
+    def row(self) -> _Row:
+        return _Row(self.name, run=self.run)
 
 
 class UnexpectedTensor(Exception):
@@ -111,22 +143,19 @@ class _Copy:
             tail.copy_(first_row)
 
 
+@dataclass
 class _Replay(_Step):
-    """A replay with something to do behind it."""
+    """A replay, and what there is to do after it."""
 
-    __slots__ = ("back", "border", "replay")
+    replay: Callable[[], None]
+    back: Sequence[tuple[int, torch.Tensor]]
+    """Stage inputs that the piece writes: their registers, and where the truth is."""
+    border: Sequence[tuple[int, StaticTensor]]
+    """Outputs that an eager step can only take as copies, see Note [strides of padded values]."""
+    num_tokens: int
 
-    def __init__(
-        self,
-        replay: Callable[[], None],
-        back: Sequence[tuple[int, torch.Tensor]],
-        border: Sequence[tuple[int, StaticTensor]],
-    ) -> None:
-        self.replay = replay
-        self.back = back
-        """Stage inputs that the piece writes: their registers, and where the truth is."""
-        self.border = border
-        """Outputs that an eager step can only take as copies, see Note [strides of padded values]."""
+    def row(self) -> _Row:
+        return super().row() if self.back or self.border else _Row(self.name, replay=self.replay)
 
     def run(self, call: Call) -> None:
         self.replay()
@@ -134,31 +163,29 @@ class _Replay(_Step):
             if register in call.foreign:
                 call.registers[register].copy_(rows)
                 call.stage_copies += 1
-
-    def run_border(self, call: Call, num_tokens: int) -> None:
         for register, static in self.border:
-            call.registers[register] = real_rows(static, num_tokens)
+            call.registers[register] = real_rows(static, self.num_tokens)
             call.border_copies += 1
 
 
-class _ReplayWithBorder(_Replay):
-    __slots__ = ("num_tokens",)
+class _Output(NamedTuple):
+    """Where an output of a step that runs on the real rows goes."""
 
-    def __init__(self, replay: Any, back: Any, border: Any, num_tokens: int) -> None:
-        super().__init__(replay, back, border)
-        self.num_tokens = num_tokens
-
-    def run(self, call: Call) -> None:
-        super().run(call)
-        self.run_border(call, self.num_tokens)
+    at: int
+    register: int | None
+    """None where nothing outside of graphs reads it."""
+    copy: _Copy | None
+    """To the static memory from which captured pieces read it."""
+    given: torch.Tensor | None
+    """The buffer that it is, if the step does with it what it did when it was traced."""
 
 
 class _OnRealRows(_Step):
     """An eager step, or a piece that does not replay: it sees the real rows only.
 
     Args:
-        call: what to run in place of the instruction; None where sizes decide whether the compiled code may run.
-        buffers: registers of the static output buffers that ``call`` takes behind the step's arguments.
+        body: what to run in place of the instruction; None where sizes decide whether the compiled code may run.
+        buffers: registers of the static output buffers that ``body`` takes after the step's arguments.
         copies: by index of an output, the copy to static memory that its captured readers need.
         given: by index of an output, the buffer that it is, if the step does with it what it did when it was traced.
         refreshed: static copies of registers that it writes; whether only where the caller's tensor lies elsewhere.
@@ -169,7 +196,7 @@ class _OnRealRows(_Step):
         self,
         step: int,
         instruction: Instruction,
-        call: Callable[..., Any] | None,
+        body: Callable[..., Any] | None,
         buffers: Sequence[int],
         copies: Mapping[int, _Copy],
         given: Mapping[int, torch.Tensor],
@@ -178,17 +205,17 @@ class _OnRealRows(_Step):
         ends: Sequence[int],
         specs: Mapping[int, Any],
     ) -> None:
+        super().__init__(step_name(instruction.piece))
         self.step = step
         self.instruction = instruction
-        self.body = call
+        self.body = body
         self.refreshed = tuple(refreshed)
         self.memory = memory
         self.specs = specs
         self.copied_outputs: tuple[int, ...] | None = None
         """Outputs that lie in static memory although their facts say otherwise; None before the first call."""
-        # Per output: where it goes (not into a register that ends here), its static copy, the buffer that it may be.
         self.outputs = tuple(
-            (index, None if register in ends else register, copies.get(index), given.get(index))
+            _Output(index, None if register in ends else register, copies.get(index), given.get(index))
             for index, register in enumerate(instruction.outputs)
         )
         self.ends = tuple(register for register in ends if register not in instruction.outputs)
@@ -197,11 +224,12 @@ class _OnRealRows(_Step):
         if len(sources) > 1 and all(isinstance(source, int) for source in sources):
             self.take = itemgetter(*sources)  # type: ignore[assignment]
 
-    @property
-    def is_usual(self) -> bool:
-        """Whether its one output is, as a rule, the buffer that it was given, and only replays read that: attention."""
-        _, register, _, buffer = self.outputs[0] if len(self.outputs) == 1 else (0, 0, None, None)
-        return not (self.body is None or buffer is None or register is not None or self.refreshed or self.ends)
+    def row(self) -> _Row:
+        if len(self.outputs) == 1 and not (self.body is None or self.refreshed or self.ends):
+            output = self.outputs[0]
+            if output.given is not None and output.register is None:
+                return _Row(self.name, body=self.body, take=self.take, given=output.given, keep=self.keep)
+        return super().row()
 
     def run(self, call: Call) -> None:
         body = self.body
@@ -257,13 +285,6 @@ class _OnRealRows(_Step):
         return tuple(found)
 
 
-def _bind(replay: Callable[[], None] | None, step: _Step | None) -> tuple[Any, ...]:
-    """What the loop over the steps does: the replay, or what to run, with what, and what to do with its output."""
-    if isinstance(step, _OnRealRows) and step.is_usual:
-        return None, step.body, step.take, step.keep, step.outputs[0][3]
-    return replay, step and step.run, None, None, None
-
-
 class FlatProgram:
     """What a call of ``num_tokens`` tokens runs in a bucket, given which steps do not replay."""
 
@@ -287,51 +308,60 @@ class FlatProgram:
         given = len(plan.inputs)
         for offset, constant in enumerate(plan.layout.constants):
             self.template[given + offset] = constant
-        self.landing: list[tuple[int, _Copy]] = []
+        self.landing: list[_Copy] = []
         """Stage inputs, which need no copy where the caller passes the landing memory."""
         self.admitted: list[_Copy] = []
         """Inputs that are always copied."""
         self._memory = self._declared_memory()
         self._last_use_outside = self._uses_outside()
         self._admit_inputs()
-        self.steps: list[tuple[Callable[[], None] | None, _Step | None]] = []
-        """Per step either what replays it, or an object that runs it. Whoever changes this calls ``bind``."""
-        for step, instruction in enumerate(plan.instructions):
-            if step in self.replayed:
-                self.steps.append(self._replay(step, instruction))
-            else:
-                self.steps.append((None, self._on_real_rows(step, instruction)))
+        steps = [
+            self._replay(step, instruction) if step in self.replayed else self._on_real_rows(step, instruction)
+            for step, instruction in enumerate(plan.instructions)
+        ]
         layout, places = plan.layout, [r.index for r in plan.layout.results if isinstance(r, Register)]
         self._results: Callable[[Sequence[Any]], Sequence[Any]] = layout.collect
         if len(places) == len(layout.results) > 1:
             self._results = itemgetter(*places)  # type: ignore[assignment]
         self._made_in_call = self.template[given:]
         self.amounts: dict[tuple[int, ...], Amounts] = {}
-        self.bind()
+        self.bind(steps)
 
     # ------------------------------------------------------------------------- building
 
-    def bind(self, may_release: bool = True) -> None:
-        """Prepare what a call runs from ``steps``.
+    def bind(self, steps: Sequence[_Step], may_release: bool = True) -> None:
+        """Let calls run these steps, one per instruction.
 
         Args:
             may_release: whether the landing memory is told to be free before the end of the call.
         """
-        self._bound = [_bind(replay, step) for replay, step in self.steps]
-        self._names: list[str | None] = [step_name(instruction.piece) for instruction in self.plan.instructions]
+        self.steps = steps
+        self._rows: list[_Row] = []
         listener, boundary = self.plan.listener, self.plan.boundary
-        if listener is None:
-            return
-        if may_release and boundary.last_reader is not None and boundary.last_reader + 1 < len(self.steps):
-            self._insert(boundary.last_reader + 1, listener.landing_was_read)
-        if boundary.first_writer is not None:
-            late = boundary.last_reader is not None and boundary.last_reader < boundary.first_writer
-            at = boundary.first_writer + (late and len(self._bound) > len(self.steps))
-            self._insert(at, listener.results_are_written)
+        for number, step in enumerate(steps):
+            if listener is not None:
+                if may_release and boundary.last_reader == number - 1:
+                    self._rows.append(_Row(replay=listener.landing_was_read))
+                if boundary.first_writer == number:
+                    self._rows.append(_Row(replay=listener.results_are_written))
+            self._rows.append(step.row())
+        self._plain_rows = [tuple(row) for row in self._rows]  # which a loop unpacks in half the time
 
-    def _insert(self, at: int, call: Callable[[], None]) -> None:
-        self._bound.insert(at, (call, None, None, None, None))
-        self._names.insert(at, None)
+    def replace_work(
+        self,
+        replay: Callable[[Callable[[], None]], Callable[[], None]],
+        body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    ) -> None:
+        """Run, in later calls, what these make of each graph's replay and of the body of each eager step.
+
+        Benchmarks put callables there that do nothing, to time what a call costs the host besides its work.
+        """
+        for step in self.steps:
+            if isinstance(step, _Replay):
+                step.replay = replay(step.replay)
+            elif isinstance(step, _OnRealRows) and body is not None and step.body is not None:
+                step.body = body(step.body)
+        self.bind(self.steps)
 
     def _declared_memory(self) -> dict[int, frozenset[int]]:
         """Address of static memory -> numbers of the storages that, by their facts, may lie in it."""
@@ -355,17 +385,14 @@ class FlatProgram:
             if register not in self._last_reader or arrival not in ("landing", "copied"):
                 continue
             copy = _Copy(register, self.bucket.static[register], self.num_tokens, lands=arrival == "landing")
-            if copy.lands:
-                self.landing.append((register, copy))
-            else:
-                self.admitted.append(copy)
-        self.brought = (*self.admitted, *(copy for _, copy in self.landing))
+            (self.landing if copy.lands else self.admitted).append(copy)
+        self.brought = (*self.admitted, *self.landing)
         """All inputs for which there is static memory."""
-        self._rows = [copy.rows for copy in self.admitted]
-        self._bytes = sum(copy.num_bytes for copy in self.admitted)
+        self._admitted_rows = [copy.rows for copy in self.admitted]
+        self._admitted_bytes = sum(copy.num_bytes for copy in self.admitted)
         self._tails = [pair for copy in self.brought for pair in copy.tails]
 
-    def _replay(self, step: int, instruction: Instruction) -> tuple[Callable[[], None] | None, _Step | None]:
+    def _replay(self, step: int, instruction: Instruction) -> _Replay:
         graph = self.bucket.graphs[step]
         back = [
             (register, self.bucket.static[register].rows(self.num_tokens))
@@ -379,9 +406,7 @@ class FlatProgram:
                 self.template[register] = real_rows(static, self.num_tokens)
             elif self._is_read_outside(register):
                 border.append((register, static))
-        if border:
-            return None, _ReplayWithBorder(graph.replay, back, border, self.num_tokens)
-        return (None, _Replay(graph.replay, back, border)) if back else (graph.replay, None)
+        return _Replay(step_name(instruction.piece), graph.replay, back, border, self.num_tokens)
 
     def _is_read_outside(self, register: int) -> bool:
         """Whether anybody but a replayed piece uses the value."""
@@ -389,14 +414,14 @@ class FlatProgram:
 
     def _on_real_rows(self, step: int, instruction: Instruction) -> _OnRealRows:
         bucket, plan, n = self.bucket, self.plan, self.num_tokens
-        call: Callable[..., Any] | None = instruction.call if instruction.piece.kind == "eager" else None
+        body: Callable[..., Any] | None = instruction.call if instruction.piece.kind == "eager" else None
         buffers: list[torch.Tensor] = []
         first_buffer = len(self.template)
         if step in bucket.given_buffers:
             views = [static.exact(n) for static in bucket.given_buffers[step]]
             if all(view is not None for view in views):
                 buffers = [view for view in views if view is not None]
-                call = plan.hoisted[step][0]
+                body = plan.hoisted[step][0]
                 self.template += buffers
         copies = {
             index: _Copy(register, bucket.static[register], n)
@@ -416,7 +441,7 @@ class FlatProgram:
                 refreshed.append((_Copy(register, bucket.static[register], n, lands), lands))
         held = [r for r, last in self._last_use_outside.items() if last == step and self.template[r] is None]
         places = range(first_buffer, len(self.template))
-        return _OnRealRows(step, instruction, call, places, copies, given, refreshed, self._memory, held, plan.specs)
+        return _OnRealRows(step, instruction, body, places, copies, given, refreshed, self._memory, held, plan.specs)
 
     # --------------------------------------------------------------------------- running
 
@@ -433,50 +458,45 @@ class FlatProgram:
         registers = [*args, *self._made_in_call]
         call = Call(registers)
         self._stage_inputs(args, call)
+        rows: Sequence[Any] = self._watched_rows() or self._plain_rows
         try:
-            for replay, run, take, keep, buffer in self._named_steps() if self._is_watched() else self._bound:
+            for _, replay, run, body, take, given, keep in rows:
                 if replay is not None:
                     replay()
-                elif take is None:
+                elif run is not None:
                     run(call)
-                else:  # as ``run`` does it, without a frame of its own
-                    outputs = run(*take(registers))
-                    if outputs[0] is not buffer:
+                else:
+                    outputs = body(*take(registers))
+                    if outputs[0] is not given:
                         keep(call, outputs)
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call)
         return list(self._results(registers)), call
 
-    def _is_watched(self) -> bool:
-        listener = self.plan.listener
-        return profiler_is_running() or (listener is not None and listener.timeline is not None)
-
-    def _wrap_step(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _watched_rows(self) -> list[_Row] | None:
+        """The rows as a profiler, or the timeline of the stage, shows them; None where neither is there."""
         listener = self.plan.listener
         timeline = None if listener is None else listener.timeline
-        return named(call if timeline is None else timeline.noting(call, name), name)
-
-    def _named_steps(self) -> list[Any]:
-        """The steps as a profiler, or the timeline of the stage, shows them."""
-        wrap = self._wrap_step
+        if timeline is None and not profiler_is_running():
+            return None
         return [
-            row if name is None else (row[0] and wrap(row[0], name), row[1] and wrap(row[1], name), *row[2:])
-            for row, name in zip(self._bound, self._names, strict=True)
+            row.wrapped(lambda call, name: named(call if timeline is None else timeline.noting(call, name), name))
+            for row in self._rows
         ]
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""
-        targets = self._rows
+        targets = self._admitted_rows
         values = [copy.taken(args[copy.register]) for copy in self.admitted]
         if targets:
             call.copies = len(targets)
-            call.bytes_copied = self._bytes
-        for register, copy in self.landing:
-            value = args[register]
+            call.bytes_copied = self._admitted_bytes
+        for copy in self.landing:
+            value = args[copy.register]
             if copy.is_in_place(value):
                 call.in_place += 1
             else:
-                call.foreign = (*call.foreign, register)
+                call.foreign = (*call.foreign, copy.register)
                 call.stage_copies += 1
                 targets = [*targets, copy.rows]
                 values.append(copy.taken(value))
@@ -524,13 +544,12 @@ class FlatProgram:
 
     def run_verified(self, args: Sequence[Any], report: Callable[[str], None]) -> tuple[list[Any], Call]:
         """As ``run``, comparing each replay with its piece on the same inputs; differences go to ``report``."""
-        steps = self.steps
-        verified = list(steps)
-        for step in sorted(self.replayed):
-            verified[step] = (None, _Verified(self, step, steps[step], args, report))
-        twin = object.__new__(FlatProgram)
-        twin.__dict__.update(self.__dict__, steps=verified)
-        twin.bind(may_release=False)  # the comparison reads stage inputs again
+        steps = [
+            _Verified(self, number, step, args, report) if isinstance(step, _Replay) else step
+            for number, step in enumerate(self.steps)
+        ]
+        twin = shallow.copy(self)
+        twin.bind(steps, may_release=False)  # the comparison reads stage inputs again
         return twin.run(args)
 
 
@@ -538,8 +557,9 @@ class _Verified(_Step):
     """A replay next to its un-captured piece, bit for bit at the same bucket."""
 
     def __init__(
-        self, program: FlatProgram, step: int, normal: Any, args: Sequence[Any], report: Callable[[str], None]
+        self, program: FlatProgram, step: int, normal: _Replay, args: Sequence[Any], report: Callable[[str], None]
     ) -> None:
+        super().__init__(normal.name)
         self.program, self.step, self.normal, self.args, self.report = program, step, normal, args, report
 
     def run(self, call: Call) -> None:
@@ -553,8 +573,7 @@ class _Verified(_Step):
         expected = list(instruction.run(inputs)) + [inputs[at] for at in positions]
         # A copy, since a piece may give back one of its inputs, which the replay may write.
         expected = [value.clone() if isinstance(value, torch.Tensor) else value for value in expected]
-        replay, step = self.normal
-        replay() if step is None else step.run(call)
+        self.normal.run(call)
         registers = [*instruction.outputs, *(instruction.arguments[at] for at in positions)]
         meaningless = [*instruction.piece.traits.uninitialised, *([False] * len(positions))]
         for register, value, is_meaningless in zip(registers, expected, meaningless, strict=True):

@@ -70,14 +70,7 @@ class Observer(TorchDispatchMode):
         return hidden
 
     def watch(self, flat: FlatProgram) -> None:
-        for at, (replay, step) in enumerate(flat.steps):
-            if replay is not None:
-                flat.steps[at] = (self.hide(replay), None)
-            elif hasattr(step, "body"):
-                step.body = self.hide(step.body)
-            else:  # a replay with something to do behind it
-                step.replay = self.hide(step.replay)
-        flat.bind()
+        flat.replace_work(self.hide, self.hide)
 
 
 class Compiled:
