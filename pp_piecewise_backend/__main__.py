@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect_dump.add_arguments(inspect_parser)
     inspect_parser.set_defaults(run=inspect_dump.run)
     env_parser = commands.add_parser("env", help="every option: environment variable, value in effect, source")
+    env_parser.add_argument("--markdown", action="store_true", help="as a table with the defaults and what they mean")
     env_parser.set_defaults(run=show_options)
     return parser
 
@@ -44,6 +45,11 @@ def show_options(options: argparse.Namespace) -> int:
     except errors.ConfigError as error:
         print(f"env: {error}", file=sys.stderr)
         return 2
+    if options.markdown:
+        print("| option | environment | default | meaning |\n|---|---|---|---|")
+        for name, environment_name, _, _, default, meaning in table:
+            print(f"| `{name}` | `{environment_name}` | `{default}` | {meaning} |")
+        return 0
     rows = [("option", "environment", "value", "source"), *(row[:4] for row in table)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:

@@ -5,18 +5,14 @@ This is the only module that reads environment variables, and it reads them when
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_args
-
-from pydantic import GetCoreSchemaHandler, PrivateAttr, ValidationError
-from pydantic.fields import Field, FieldInfo
-from pydantic_core import CoreSchema, ErrorDetails, core_schema
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from . import errors
 
@@ -76,13 +72,11 @@ class SizeRange:
 class TextForm:
     """How a field is read from a Python value or text, and written as text that reads back the same."""
 
-    read: Callable[[object], object]
-    write: Callable[[Any], str]
+    read: Callable[[object], object] = field(repr=False)
+    """Raises ValueError, which may say what is wrong, for what it cannot read."""
+    write: Callable[[Any], str] = field(repr=False)
     expected: str
     choices: tuple[str, ...] = ()
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.read, handler(source))
 
 
 def _one_of(literal: Any) -> TextForm:
@@ -236,10 +230,19 @@ class OptionRow(NamedTuple):
     environment_name: str
     value: str
     source: Source
+    default: str
     help: str
 
 
-class Config(BaseSettings):
+class _Option(NamedTuple):
+    """What a field carries besides its name, type and default."""
+
+    form: TextForm
+    help: str
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Config:
     """All settings of one compiled model. Options beat the environment, which beats the defaults.
 
     ``Config(compiler="eager")`` and ``Config.resolve({"compiler": "eager"})`` are the same. Every value
@@ -250,74 +253,82 @@ class Config(BaseSettings):
         ConfigError: an unknown option or ``PP_PIECEWISE*`` variable, or a value that cannot be used.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    enabled: Annotated[
+        bool,
+        FLAG,
+        "Split and compile piecewise; 0 gives the graph to plain Inductor, untouched.",
+    ] = True
+    mode: Annotated[
+        Mode,
+        _one_of(Mode),
+        "Capture the pieces between split ops, the full graph without splitting, or none (split and compile only).",
+    ] = "piecewise"
+    graphs: Annotated[
+        Graphs, _one_of(Graphs), "Kind of graphs to capture; auto takes cuda for CUDA tensors and off otherwise."
+    ] = "auto"
+    compiler: Annotated[Compiler, _one_of(Compiler), "What compiles each distinct piece."] = "inductor"
+    split_ops: Annotated[
+        SplitOps, SPLIT_OPS, "Names or globs of ops to split at; 'a,b' replaces the built-in list, '+a,b' adds to it."
+    ] = SplitOps()
+    capture_sizes: Annotated[
+        tuple[SizeRange, ...],
+        CAPTURE_SIZES,
+        "Token counts to capture graphs for, cut at max_tokens, which is always the last one.",
+    ] = _read_capture_sizes("1,2,4,8:64:8,80:256:16,288:512:32,576:1024:64,1280:4096:256,4608::512")
+    max_tokens: Annotated[int, _at_least(1), "Largest number of tokens of a call that runs with graphs."] = 2048
+    stage_inputs: Annotated[
+        tuple[str, ...],
+        NAMES,
+        "Names of the proxy tensors that the previous stage sends.",
+    ] = ("hidden_states", "residual")
+    padding: Annotated[
+        Padding, _one_of(Padding), "Pad calls up to a capture size where tests show it is safe, or never."
+    ] = "tested"
+    capture: Annotated[
+        Capture, _one_of(Capture), "Capture at the second call of a size (lazy) or only in warmup() (warmup)."
+    ] = "lazy"
+    graph_memory_bytes: Annotated[
+        int | None, BYTES, "Most memory that graphs may hold; the smallest capture sizes are kept first."
+    ] = None
+    strict: Annotated[
+        bool,
+        FLAG,
+        "Make unmatched names, unexpected misses, late recompiles and gradients errors.",
+    ] = False
+    static_outputs: Annotated[bool, FLAG, "Return views of static memory, which the next call overwrites."] = False
+    verify_every: Annotated[
+        int, _at_least(0), "Compare each replay with its un-captured piece in every k-th call; 0 never does."
+    ] = 0
+    dump_dir: Annotated[
+        Path | None,
+        FOLDER,
+        "Folder for FX graphs, pieces and the report, one subfolder per rank.",
+    ] = None
+    _sources: dict[str, Source] = field(init=False, compare=False)
 
-    enabled: Annotated[bool, FLAG] = Field(
-        True, description="Split and compile piecewise; 0 gives the graph to plain Inductor, untouched."
-    )
-    mode: Annotated[Mode, _one_of(Mode)] = Field(
-        "piecewise",
-        description="Capture the pieces between split ops, the full graph without splitting, "
-        "or none (split and compile only).",
-    )
-    graphs: Annotated[Graphs, _one_of(Graphs)] = Field(
-        "auto", description="Kind of graphs to capture; auto takes cuda for CUDA tensors and off otherwise."
-    )
-    compiler: Annotated[Compiler, _one_of(Compiler)] = Field(
-        "inductor", description="What compiles each distinct piece."
-    )
-    split_ops: Annotated[SplitOps, SPLIT_OPS] = Field(
-        SplitOps(),
-        description="Names or globs of ops to split at; 'a,b' replaces the built-in list, '+a,b' adds to it.",
-    )
-    capture_sizes: Annotated[tuple[SizeRange, ...], CAPTURE_SIZES] = Field(
-        _read_capture_sizes("1,2,4,8:64:8,80:256:16,288:512:32,576:1024:64,1280:4096:256,4608::512"),
-        description="Token counts to capture graphs for, cut at max_tokens, which is always the last one.",
-    )
-    max_tokens: Annotated[int, _at_least(1)] = Field(
-        2048, description="Largest number of tokens of a call that runs with graphs."
-    )
-    stage_inputs: Annotated[tuple[str, ...], NAMES] = Field(
-        ("hidden_states", "residual"), description="Names of the proxy tensors that the previous stage sends."
-    )
-    padding: Annotated[Padding, _one_of(Padding)] = Field(
-        "tested", description="Pad calls up to a capture size where tests show it is safe, or never."
-    )
-    capture: Annotated[Capture, _one_of(Capture)] = Field(
-        "lazy", description="Capture at the second call of a size (lazy) or only in warmup() (warmup)."
-    )
-    graph_memory_bytes: Annotated[int | None, BYTES] = Field(
-        None, description="Most memory that graphs may hold; the smallest capture sizes are kept first."
-    )
-    strict: Annotated[bool, FLAG] = Field(
-        False, description="Make unmatched names, unexpected misses, late recompiles and gradients errors."
-    )
-    static_outputs: Annotated[bool, FLAG] = Field(
-        False, description="Return views of static memory, which the next call overwrites."
-    )
-    verify_every: Annotated[int, _at_least(0)] = Field(
-        0, description="Compare each replay with its un-captured piece in every k-th call; 0 never does."
-    )
-    dump_dir: Annotated[Path | None, FOLDER] = Field(
-        None, description="Folder for FX graphs, pieces and the report, one subfolder per rank."
-    )
-
-    _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
-
-    def __init__(self, **options: object) -> None:
-        # Checked first: BaseSettings takes keywords of its own, which are no options of ours.
+    def __init__(self, /, **options: object) -> None:
         for name in options:
-            if name not in FIELD_NAMES:
+            if name not in OPTIONS:
                 raise errors.ConfigError(errors.unknown_option(name, FIELD_NAMES))
-        try:
-            super().__init__(**options)  # type: ignore[arg-type]
-        except ValidationError as error:
-            sentences = [_bad_value(detail, options) for detail in error.errors()]
-            raise errors.ConfigError("\n".join(sentences)) from None
-        given = self.model_fields_set
-        self._sources = {
-            name: "option" if name in options else "environment" if name in given else "default" for name in FIELD_NAMES
-        }
+        environment = _environment()
+        sources: dict[str, Source] = {}
+        object.__setattr__(self, "_sources", sources)
+        bad_values = []
+        for name, option in OPTIONS.items():
+            if name in options:
+                sources[name], given_as, given = "option", f"option {name!r}", options[name]
+            elif name in environment:
+                sources[name], given = "environment", environment[name]
+                given_as = f"environment variable {environment_name(name)}"
+            else:
+                sources[name], given_as, given = "default", "", getattr(Config, name)
+            form = option.form
+            try:
+                object.__setattr__(self, name, form.read(given))
+            except ValueError as error:
+                bad_values.append(errors.bad_value(given_as, given, form.expected, str(error), form.choices))
+        if bad_values:
+            raise errors.ConfigError("\n".join(bad_values))
 
     @classmethod
     def resolve(cls, options: Mapping[str, object] | None = None) -> Config:
@@ -341,53 +352,54 @@ class Config(BaseSettings):
         return MappingProxyType(self._sources)
 
     def table(self) -> list[OptionRow]:
-        """One row per field, with the value in effect in its text form."""
+        """One row per field, with the value in effect and the default in their text form."""
         return [
             OptionRow(
                 name,
                 environment_name(name),
-                _text_form(name).write(getattr(self, name)),
+                option.form.write(getattr(self, name)),
                 self._sources[name],
-                type(self).model_fields[name].description or "",
+                option.form.write(getattr(Config, name)),
+                option.help,
             )
-            for name in FIELD_NAMES
+            for name, option in OPTIONS.items()
         ]
 
     def cache_key(self) -> tuple[object, ...]:
         """The values that change what a compiled piece means."""
         return (self.compiler,)
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _Environment(settings_cls)
-
-    def _values(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in FIELD_NAMES)
-
-    def __eq__(self, other: object) -> bool:
-        return self._values() == other._values() if isinstance(other, Config) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._values())
-
-    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+    def __repr__(self) -> str:
         """Only what differs from the defaults; the whole reads back as a ``Config``."""
-        for name, field in type(self).model_fields.items():
-            if (value := getattr(self, name)) != field.default:
-                yield name, _text_form(name).write(value) if isinstance(value, tuple | SplitOps) else value
-
-    def __str__(self) -> str:
-        return repr(self)
+        values = {name: getattr(self, name) for name in OPTIONS}
+        shown = [f"{name}={_shown(name, value)!r}" for name, value in values.items() if value != getattr(Config, name)]
+        return f"Config({', '.join(shown)})"
 
 
-FIELD_NAMES: tuple[str, ...] = tuple(Config.model_fields)
+OPTIONS: Mapping[str, _Option] = {
+    name: _Option(*hint.__metadata__)
+    for name, hint in get_type_hints(Config, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+FIELD_NAMES: tuple[str, ...] = tuple(OPTIONS)
+
+
+def _shown(name: str, value: object) -> object:
+    """The value itself where its ``repr`` is short and reads back, else its text form."""
+    return OPTIONS[name].form.write(value) if isinstance(value, tuple | SplitOps) else value
+
+
+def _signature() -> inspect.Signature:
+    """What the constructor takes, by name, as ``help`` shows it."""
+    types, kind = get_type_hints(Config), inspect.Parameter.KEYWORD_ONLY
+    defaults = {name: _shown(name, getattr(Config, name)) for name in OPTIONS}
+    return inspect.Signature([inspect.Parameter(n, kind, default=d, annotation=types[n]) for n, d in defaults.items()])
+
+
+Config.__signature__ = _signature()  # type: ignore[attr-defined]
+Config.__doc__ = "\n".join(
+    [f"{inspect.getdoc(Config)}\n\nOptions:", *(f"    {n}: {o.help}" for n, o in OPTIONS.items())]
+)
 
 
 def environment_name(field_name: str) -> str:
@@ -395,37 +407,19 @@ def environment_name(field_name: str) -> str:
     return ENVIRONMENT_PREFIX if field_name == "enabled" else f"{ENVIRONMENT_PREFIX}_{field_name.upper()}"
 
 
+def _environment() -> dict[str, str]:
+    """Field name -> text of its variable, for those that are set; an unknown ``PP_PIECEWISE*`` one is an error."""
+    known = {environment_name(name): name for name in FIELD_NAMES}
+    given = {name: text for name, text in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    for name, text in given.items():
+        if name not in known:
+            rest = name.removeprefix(ENVIRONMENT_PREFIX).strip("_").lower()
+            likely = environment_name(errors.nearest(rest, FIELD_NAMES))
+            raise errors.ConfigError(errors.unknown_environment_variable(name, text, likely, list(known)))
+    return {known[name]: text for name, text in given.items()}
+
+
 def rank_in_environment() -> int:
     """This process's rank as launchers such as torchrun give it; 0 where there is none."""
     text = os.environ.get("RANK", "")
     return int(text) if re.fullmatch("[0-9]+", text) else 0
-
-
-class _Environment(PydanticBaseSettingsSource):
-    """The ``PP_PIECEWISE*`` variables as text, one per field; an unknown one is an error."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[str | None, str, bool]:
-        return os.environ.get(environment_name(field_name)), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        known = {environment_name(name): name for name in FIELD_NAMES}
-        given = {name: text for name, text in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
-        for name, text in given.items():
-            if name not in known:
-                rest = name.removeprefix(ENVIRONMENT_PREFIX).strip("_").lower()
-                likely = environment_name(errors.nearest(rest, FIELD_NAMES))
-                raise errors.ConfigError(errors.unknown_environment_variable(name, text, likely, list(known)))
-        return {known[name]: text for name, text in given.items()}
-
-
-def _bad_value(detail: ErrorDetails, options: Mapping[str, object]) -> str:
-    name = str(detail["loc"][0])
-    given_as = f"option {name!r}" if name in options else f"environment variable {environment_name(name)}"
-    form = _text_form(name)
-    reason = str(detail.get("ctx", {}).get("error", ""))
-    return errors.bad_value(given_as, detail["input"], form.expected, reason, form.choices)
-
-
-def _text_form(field_name: str) -> TextForm:
-    metadata = Config.model_fields[field_name].metadata
-    return next(item for item in metadata if isinstance(item, TextForm))

@@ -17,6 +17,7 @@ import pp_piecewise_backend as ppb
 from checkout import CHECKOUT, PACKAGE
 from dumping import Small, program_folders, run_small, run_toy_stage
 from pp_piecewise_backend.__main__ import main
+from pp_piecewise_backend.config import FIELD_NAMES
 from pp_piecewise_backend.debug import inspect_dump
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
@@ -254,6 +255,18 @@ def test_env_shows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert ["compiler", "PP_PIECEWISE_COMPILER", "eager", "environment"] in lines
     assert ["dump_dir", "PP_PIECEWISE_DUMP_DIR", "unset", "default"] in lines
     assert len(lines) == 1 + len(ppb.Config().table())
+
+
+def test_env_as_markdown_shows_defaults_and_meanings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PP_PIECEWISE_COMPILER", "eager")
+    assert main(["env", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["| option | environment | default | meaning |", "|---|---|---|---|"]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+    assert all(len(row) == 4 for row in rows) and [row[0].strip("`") for row in rows] == list(FIELD_NAMES)
+    assert ["`compiler`", "`PP_PIECEWISE_COMPILER`", "`inductor`", "What compiles each distinct piece."] in rows
 
 
 def test_env_with_a_mistake_in_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
