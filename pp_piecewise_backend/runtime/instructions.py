@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
-from .cudagraphs.memory import address
+from .ownership import undeclared_sharing
 from .tracing import named, profiler_is_running, step_name
 
 if TYPE_CHECKING:
@@ -163,11 +161,8 @@ def gather(sources: Sequence[int | tuple[int, int]], registers: Sequence[Any]) -
 
 def _merged_outputs(piece: Piece, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[int, ...]:
     """Outputs that must have memory of their own but share it with an input or an earlier output."""
-    taken = {address(a) for a in arguments if isinstance(a, torch.Tensor) and a.numel()}
-    merged = []
-    for index, (output, own) in enumerate(zip(outputs, piece.own_memory, strict=True)):
-        if isinstance(output, torch.Tensor) and output.numel():
-            if own and address(output) in taken:
-                merged.append(index)
-            taken.add(address(output))
-    return tuple(merged)
+    values = [
+        (output, getattr(spec, "storage", None)) for output, spec in zip(outputs, piece.output_specs, strict=True)
+    ]
+    given = [(a, getattr(spec, "storage", None)) for a, spec in zip(arguments, piece.input_specs, strict=True)]
+    return tuple(index for index in undeclared_sharing(values, given) if piece.own_memory[index])

@@ -8,11 +8,18 @@ follows from storages, not from who names the stage input: a slice that one piec
 the memory alive. Facts tell the storages; where a step that runs un-captured returns a tensor that lies in landing
 memory although its facts say otherwise, the memory is released at the end of that call. Replayed steps cannot do so:
 their outputs have addresses of their own, and eager steps between them are given copies (see ``replay.py``).
+
+Note [undeclared sharing]
+The graph tells which values share a storage: each spec has its number, the declared storage. What runs may know better
+or do otherwise: a compiler merges equal outputs, an op returns its argument although it says that it does not, a caller
+passes one tensor twice. Two tensors share undeclared if they lie at one address although their declared storages
+differ. ``shares_undeclared`` answers that, but for the three questions that replayed calls ask, too: these look at the
+few addresses that matter (``Program._overlap``, ``Graphs._meets_written_memory``, ``GraphPlan.lands_elsewhere``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +62,37 @@ def find_boundary(split: Split, table: InputTable) -> Boundary:
     )
 
 
-def lies_in(outputs: Sequence[Any], addresses: Collection[int]) -> bool:
-    """Whether one of these is a tensor in memory that begins at one of these addresses."""
-    return any(isinstance(output, torch.Tensor) and address(output) in addresses for output in outputs)
+def shares_undeclared(value: Any, storage: int | None, declared: Mapping[int, Collection[int | None]]) -> bool:
+    """Whether a value lies in known memory that its declared storage does not lie in; see Note [undeclared sharing].
+
+    Args:
+        declared: address -> numbers of the storages that, as the graph has it, may begin there.
+    """
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return False
+    storages = declared.get(address(value))
+    return storages is not None and storage not in storages
+
+
+def undeclared_sharing(
+    values: Iterable[tuple[Any, int | None]], given: Iterable[tuple[Any, int | None]] = ()
+) -> tuple[int, ...]:
+    """Indices of those ``values`` that share memory undeclared with ``given`` ones, or with earlier values.
+
+    Args:
+        values, given: each with the number of its declared storage; None for what is no tensor.
+    """
+    declared: dict[int, set[int | None]] = {}
+    for value, storage in given:
+        if isinstance(value, torch.Tensor) and value.numel():
+            declared.setdefault(address(value), set()).add(storage)
+    found = []
+    for index, (value, storage) in enumerate(values):
+        if shares_undeclared(value, storage, declared):
+            found.append(index)
+        elif isinstance(value, torch.Tensor) and value.numel():
+            declared.setdefault(address(value), {storage})
+    return tuple(found)
 
 
 def merged_results(
@@ -68,15 +103,8 @@ def merged_results(
     Args:
         storages: per result, the number of its storage in eager; None for what is no tensor.
     """
-    owner: dict[int, int | None] = {}
-    for graph_input, value in zip(inputs, args, strict=True):
-        if isinstance(value, torch.Tensor) and graph_input.spec is not None and value.numel():
-            owner.setdefault(address(value), graph_input.spec.storage)
-    return tuple(
-        index
-        for index, (value, storage) in enumerate(zip(results, storages, strict=True))
-        if isinstance(value, torch.Tensor) and value.numel() and owner.setdefault(address(value), storage) != storage
-    )
+    given = [(value, i.spec.storage) for i, value in zip(inputs, args, strict=True) if i.spec is not None]
+    return undeclared_sharing(zip(results, storages, strict=True), given)
 
 
 def hand_over(

@@ -18,7 +18,7 @@ from .cudagraphs.memory import address
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import lay_out
-from .ownership import find_boundary, lies_in, merged_results
+from .ownership import find_boundary, merged_results, shares_undeclared
 from .stage import Stage, StageMemory
 from .warmup import current_session
 
@@ -206,7 +206,8 @@ class Program:
     def _releasing(self, listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
         """What to do behind each step of an un-captured call, see Note [early release]."""
         assert self.stage is not None
-        boundary, landing = self.boundary, self.stage.landing_addresses
+        boundary = self.boundary
+        landing = dict.fromkeys(self.stage.landing_addresses, boundary.landing_storages)
         is_hidden = False
 
         def watch(step: int, outputs: Sequence[Any]) -> None:
@@ -214,12 +215,10 @@ class Program:
             if boundary.last_reader is None or step > boundary.last_reader:
                 return
             specs = self.split.pieces[step].output_specs
-            undeclared = [
-                output
+            is_hidden = is_hidden or any(
+                shares_undeclared(output, None if spec is None else spec.storage, landing)
                 for output, spec in zip(outputs, specs, strict=True)
-                if spec is None or spec.storage not in boundary.landing_storages
-            ]
-            is_hidden = is_hidden or lies_in(undeclared, landing)
+            )
             if step == boundary.last_reader and step + 1 < len(self.split.pieces) and not is_hidden:
                 listener.landing_was_read()
 

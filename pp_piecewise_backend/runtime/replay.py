@@ -21,6 +21,7 @@ from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name,
 from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, address, without_repeats
 from .instructions import Instruction, Register, gather
+from .ownership import shares_undeclared
 from .tracing import named, profiler_is_running, step_name
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -277,11 +278,9 @@ class _OnRealRows(_Step):
     def _hidden_aliases(self, outputs: Sequence[Any]) -> tuple[int, ...]:
         found = []
         for index, (register, output) in enumerate(zip(self.instruction.outputs, outputs, strict=True)):
-            if isinstance(output, torch.Tensor) and output.numel():
-                declared = self.memory.get(address(output))
-                spec = self.specs.get(register)
-                if declared is not None and spec is not None and spec.storage not in declared:
-                    found.append(index)
+            spec = self.specs.get(register)
+            if spec is not None and shares_undeclared(output, spec.storage, self.memory):
+                found.append(index)
         return tuple(found)
 
 

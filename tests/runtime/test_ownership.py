@@ -11,7 +11,7 @@ from torch import Tensor
 from pp_piecewise_backend.compilation.placeholders import GraphInput
 from pp_piecewise_backend.compilation.specs import TensorSpec
 from pp_piecewise_backend.runtime.cudagraphs.memory import address
-from pp_piecewise_backend.runtime.ownership import hand_over, merged_results
+from pp_piecewise_backend.runtime.ownership import hand_over, merged_results, shares_undeclared, undeclared_sharing
 
 
 def graph_input(tensor: Tensor, storage: int) -> GraphInput:
@@ -112,3 +112,24 @@ def test_results_that_a_compiler_merged_are_found() -> None:
 def test_what_has_no_memory_is_not_merged() -> None:
     x = torch.randn(0)
     assert merged_results([graph_input(x, 0)], [x], [x, 3, None, torch.empty(0)], [1, None, None, 2]) == ()
+
+
+def test_what_two_inputs_declare_of_one_memory_is_believed_of_both() -> None:
+    x = torch.randn(3)  # passed as two arguments, which no guard of Dynamo's forbids
+    inputs = [graph_input(x, 0), graph_input(x, 1)]
+    assert merged_results(inputs, [x, x], [x[1:], x[1:], x], [1, 0, 2]) == (2,)
+
+
+def test_sharing_is_declared_by_any_storage_at_the_address() -> None:
+    x = torch.randn(3)
+    assert not shares_undeclared(x[1:], 5, {address(x): {4, 5}})
+    assert shares_undeclared(x, 6, {address(x): {4, 5}}) and shares_undeclared(x, None, {address(x): {4}})
+    assert not shares_undeclared(x.clone(), 6, {address(x): {4, 5}})
+    assert not shares_undeclared(3, None, {address(x): {4}})
+    assert not shares_undeclared(torch.empty(0), 1, {address(torch.empty(0)): {4}})
+
+
+def test_sharing_among_values_is_found_at_the_later_one() -> None:
+    x, y = torch.randn(3), torch.randn(3)
+    assert undeclared_sharing([(x, 1), (y, 2), (x[1:], 1), (x, 3), (x, 3), (y, 1)]) == (3, 4, 5)
+    assert undeclared_sharing([(x, 1), (y, 2)], given=[(y, 3), (x, 1)]) == (1,)
