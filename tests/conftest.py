@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import hypothesis
 import pytest
 
+from processor_seconds import FileCosts
+from tiers import TimeLimit, mark_default
+
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
 
@@ -62,6 +65,23 @@ def fresh_dumps() -> Iterator[None]:
 
     dump._RANK_FOLDERS.clear()
     dump._DUMPS.clear()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tiers")
+    group.addoption("--begin-within", type=float, metavar="SECONDS", help="skip what could only begin later than that")
+    group.addoption("--order", default="", help="with --begin-within: any text; each gives the tests another order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(FileCosts(config))
+    if config.option.begin_within is not None:
+        config.pluginmanager.register(TimeLimit(config.option.begin_within, config.option.order))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_default(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

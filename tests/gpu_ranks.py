@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import pp_piecewise_backend as ppb
 from models.small_pipeline import FEEDBACK, MAX_TOKENS, OPTIONS, PROXIES, PipelineStage, own_inputs, sizes
-from rank_processes import LONGEST_SECONDS
+from rank_processes import LONGEST_SECONDS, SETUP_SECONDS
 
 FAULTY_STEP = 5
 HANGS_AFTER_SECONDS = LONGEST_SECONDS - 10
@@ -43,7 +43,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         feedback=FEEDBACK if is_first or is_last else None,
         transport=job["transport"],
         timeout_s=job["timeout_seconds"],
-        setup_timeout_s=LONGEST_SECONDS,
+        setup_timeout_s=SETUP_SECONDS,
         options={**OPTIONS, "graphs": "cuda"},
     ) as runner:
         runner.warmup()

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from pp_piecewise_backend.pipeline.tensor_parallel import TensorParallel
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES, Patience, Transport
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
 from pp_piecewise_backend.utils.counters import Stats
-from rank_processes import LONGEST_SECONDS, run_ranks
+from rank_processes import LONGEST_SECONDS, SETUP_SECONDS, Ended, run_ranks, waited_seconds
 
 MAX_TOKENS = 16
 PROXIES = Schema((Field("hidden_states", (8,), torch.float32), Field("residual", (2, 3), torch.bfloat16)))
@@ -78,6 +78,8 @@ class Outcome:
     ended_at: float = 0.0
     """In seconds since the epoch."""
     exit_code: int = 0
+    waited_seconds: float = 0.0
+    """How long it waited for a processor after the fault; of threads, all of them together, from their start."""
     log: str = field(default="", repr=False)
 
 
@@ -647,7 +649,7 @@ def play(
     """The scenario on this stage, over ``transport`` or over the delayed one of the benchmarks around it."""
     if delayed is not None:
         transport = delayed_link().DelayedTransport(transport, **delayed)
-    patience = Patience(silence_seconds, setup_seconds=LONGEST_SECONDS)
+    patience = Patience(silence_seconds, setup_seconds=SETUP_SECONDS)
     stats = Stats()
 
     number, count = transport.stage, transport.stage_count
@@ -673,8 +675,9 @@ def delayed_link() -> Any:
 
 
 def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, arguments: Any) -> list[Outcome]:
-    hub = LocalHub(stages, setup_seconds=LONGEST_SECONDS)
+    hub = LocalHub(stages, setup_seconds=SETUP_SECONDS)
     outcomes: dict[int, Outcome] = {}
+    waited_before = waited_seconds()
 
     def one_stage(number: int) -> None:
         outcomes[number] = play(name, hub.transport(number), silence_seconds, False, **arguments)
@@ -686,7 +689,8 @@ def _run_threads(name: str, stages: int, folder: Path, silence_seconds: float, a
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     assert len(outcomes) == stages, f"only stages {sorted(outcomes)} ended"
-    return [outcomes[number] for number in range(stages)]
+    waited = max(0.0, waited_seconds() - waited_before)
+    return [replace(outcomes[number], waited_seconds=waited) for number in range(stages)]
 
 
 def _run_processes(
@@ -695,12 +699,12 @@ def _run_processes(
     job = {"scenario": name, "transport": transport, "silence_seconds": silence_seconds, "arguments": arguments}
     stopped = [arguments["victim"]] if arguments.get("kind") == "SIGSTOP" else []
     ended = run_ranks("handoff_ranks:one_rank", stages, folder, job, left_alone=stopped)
-    return [_read_outcome(folder / f"rank_{rank}.json", *astuple(end)) for rank, end in enumerate(ended)]
+    return [_read_outcome(folder / f"rank_{rank}.json", end) for rank, end in enumerate(ended)]
 
 
-def _read_outcome(report: Path, exit_code: int, ended_at: float, log: str) -> Outcome:
+def _read_outcome(report: Path, end: Ended) -> Outcome:
     outcome = Outcome(**json.loads(report.read_text())) if report.exists() else Outcome()
-    return replace(outcome, exit_code=exit_code, ended_at=ended_at, log=log)
+    return replace(outcome, exit_code=end.exit_code, ended_at=end.at, waited_seconds=end.waited_seconds, log=end.log)
 
 
 def fault_time(outcomes: list[Outcome]) -> float:
@@ -743,7 +747,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     tensor_parallel = None
     if size > 1:
         stages = of_several([[*range(first, first + size)] for first in range(0, count, size)])
-        tensor_parallel = TensorParallel(stages, LONGEST_SECONDS)
+        tensor_parallel = TensorParallel(stages, SETUP_SECONDS)
     asked = job["transport"]
     device = torch.device("cpu")
     if asked in ON_GPUS:
@@ -751,7 +755,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         torch.cuda.set_device(device)
         torch.set_default_device(device)
         _wake_gpus()
-    p2p = P2P(device, pipeline, setup_seconds=LONGEST_SECONDS)
+    p2p = P2P(device, pipeline, setup_seconds=SETUP_SECONDS)
     transport: Transport = p2p
     if asked in ("shared_memory", "cuda_ipc"):
         kind = HostMemory() if asked == "shared_memory" else DeviceMemory(device)

@@ -4,7 +4,8 @@
 
 Each rank runs ``one_rank(rank, count, folder, job)`` and exits with what it returns, or with 1 and a traceback in its
 log when it raises; it leaves by ``os._exit``, since taking torch down takes an interpreter a second. Nothing here can
-outlive its time: the server kills what is late, and each rank asks the kernel to do the same.
+outlive its time: the server kills what is late, and each rank asks the kernel to do the same. How long ranks were ready
+to run while no processor was free is measured, and adds to what they are allowed; nothing else does.
 
 Run as a script, this file is the server.
 """
@@ -27,7 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST_SECONDS = 60.0
-"""No rank may take longer, whatever goes wrong in it."""
+"""No rank may take longer, whatever goes wrong in it, but for the time in which it waited for a processor."""
+SETUP_SECONDS = 4 * LONGEST_SECONDS
+"""For what ranks wait for in one another; and no rank may take longer, however busy the machine is."""
 _POLL_SECONDS = 0.005
 
 
@@ -39,6 +42,8 @@ class Ended:
     """Negative: the signal that killed it."""
     at: float
     """In seconds since the epoch."""
+    waited_seconds: float
+    """How long it waited for a processor, from when the first rank ended or stopped."""
     log: str = field(repr=False)
 
 
@@ -60,6 +65,15 @@ def run_ranks(
 
 def _log(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.log"
+
+
+def waited_seconds(pid: int | str = "self") -> float:
+    """How long the living threads of a process, together, were ready to run while no processor was free."""
+    try:
+        schedstats = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    except OSError:  # it ended meanwhile
+        return 0.0
+    return sum(int(waited_ns) for _, waited_ns, _ in schedstats) / 1e9
 
 
 class _Server:
@@ -95,11 +109,18 @@ class _Server:
 
 
 def _serve() -> None:
+    # What is here is paid once, and not by each rank.
+    import torch._dynamo
     import torch.distributed
 
+    import pp_piecewise_backend.backend
+    import pp_piecewise_backend.pipeline.transports.cuda_ipc
+    import pp_piecewise_backend.pipeline.transports.shared_memory
     import pp_piecewise_backend.pipeline.transports.torch_distributed  # noqa: F401
 
     torch.set_num_threads(1)
+    torch.compile(torch.sin, backend="eager")(torch.ones(2))  # Dynamo makes its tables
+    torch._dynamo.reset()
     for line in sys.stdin:
         request = json.loads(line)
         importlib.import_module(request["target"].partition(":")[0])  # once, and not in each rank
@@ -112,7 +133,7 @@ def _serve() -> None:
 
 
 def _run_rank(rank: int, request: Mapping[str, Any]) -> NoReturn:
-    signal.alarm(int(LONGEST_SECONDS) + 5)
+    signal.alarm(int(SETUP_SECONDS) + 5)
     log = os.open(_log(Path(request["folder"]), rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -132,22 +153,39 @@ def _run_rank(rank: int, request: Mapping[str, Any]) -> NoReturn:
 
 
 def _wait_for(pids: Sequence[int], left_alone: Sequence[int]) -> dict[str, Any]:
-    ended: dict[int, tuple[int, float]] = {}
+    ended: dict[int, tuple[int, float, float]] = {}
     late: list[int] = []
-    deadline = time.monotonic() + LONGEST_SECONDS
+    began_at = time.monotonic()
+    before: dict[int, float] = {}  # what each rank had waited for a processor when the first one ended or stopped
+    waited = dict.fromkeys(range(len(pids)), 0.0)
     while len(ended) < len(pids):
         running = [rank for rank in range(len(pids)) if rank not in ended]
-        if time.monotonic() > deadline:
-            late, deadline = running, float("inf")
+        seconds = time.monotonic() - began_at
+        if not late and seconds > LONGEST_SECONDS:
+            is_late = seconds > min(
+                SETUP_SECONDS, LONGEST_SECONDS + max(waited_seconds(pids[rank]) for rank in running)
+            )
+            late = running if is_late else []
+        if not before and (ended or any(_is_stopped(pids[rank]) for rank in running)):
+            before = {rank: waited_seconds(pids[rank]) for rank in running}
+        for rank in before.keys() & running:
+            waited[rank] = max(waited[rank], waited_seconds(pids[rank]) - before[rank])
         if late or set(running) <= set(left_alone):
             for rank in running:
                 os.kill(pids[rank], signal.SIGKILL)
         for rank in running:
             pid, status = os.waitpid(pids[rank], os.WNOHANG)
             if pid:
-                ended[rank] = (os.waitstatus_to_exitcode(status), time.time())
+                ended[rank] = (os.waitstatus_to_exitcode(status), time.time(), waited[rank])
         time.sleep(_POLL_SECONDS)
     return {"ended": [ended[rank] for rank in range(len(pids))], "late": late}
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from models.pipeline_stage import SPLIT_OPS, EngineStage, ForwardContext, set_fo
 from pp_piecewise_backend.pipeline import runner
 from pp_piecewise_backend.runtime.cudagraphs import emulated
 from pp_piecewise_backend.runtime.program import Program
-from rank_processes import LONGEST_SECONDS, Ended, run_ranks
+from rank_processes import SETUP_SECONDS, Ended, run_ranks
 
 MAX_TOKENS = 8
 REQUESTS, MAX_POSITIONS, HIDDEN, VOCABULARY = 8, 32, 16, 32
@@ -69,7 +69,7 @@ class Rank:
             "options": OPTIONS,
             "transport": self.arguments.get("transport", "auto"),
             "timeout_s": self.timeout_seconds,
-            "setup_timeout_s": LONGEST_SECONDS,
+            "setup_timeout_s": SETUP_SECONDS,
         }
         if module is None:
             module = EngineStage(self.number, self.count, num_layers=self.arguments.get("num_layers", 1))
@@ -440,7 +440,7 @@ def run(
     for number, ended in enumerate(run_ranks("runner_ranks:one_rank", count, folder, job, left_alone)):
         report = folder / f"rank_{number}.json"
         value = json.loads(report.read_text()) if report.exists() else None
-        outcomes.append(Outcome(ended.exit_code, ended.at, ended.log, value))
+        outcomes.append(Outcome(**vars(ended), value=value))
     return outcomes
 
 

@@ -589,31 +589,43 @@ SMALLEST_PADDED_SHARE = 0.15
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
-@settings(max_examples=60, **COMMON)
-@given(examples())
-def test_equal_to_eager(example: Example) -> None:
-    note(repr(example))
-    check(example, "eager", rtol=0.0)
+def examples_per_run(default: int, slow: int, nightly: int) -> Any:
+    """How many examples a test draws in each tier; the nightly ones are others every night."""
+
+    def tier(max_examples: int, derandomize: bool, *marks: Any) -> Any:
+        chosen = settings(max_examples=max_examples, derandomize=derandomize, **COMMON)
+        return pytest.param(chosen, id=str(max_examples), marks=marks)
+
+    return pytest.mark.parametrize(
+        "draws",
+        [
+            tier(default, True),
+            tier(slow, True, pytest.mark.slow, pytest.mark.timeout(900)),
+            tier(nightly, False, pytest.mark.nightly, pytest.mark.timeout(7200)),
+        ],
+    )
 
 
-@settings(max_examples=12, **COMMON)
-@given(examples())
-def test_equal_to_eager_through_aot_autograd(example: Example) -> None:
-    note(repr(example))
-    check(example, "aot_eager", rtol=1e-5)
-
-
-def _check_graphs_on(max_examples: int, derandomize: bool) -> list[int]:
-    padded: list[int] = []
-
-    @settings(max_examples=max_examples, **{**COMMON, "derandomize": derandomize})
-    @given(examples(), token_counts)
-    def run(example: Example, sizes: list[int]) -> None:
-        note(f"sizes={sizes}\n{example!r}")
-        padded.append(check_with_graphs(example, sizes))
+@examples_per_run(default=15, slow=60, nightly=2000)
+def test_equal_to_eager(draws: settings) -> None:
+    @draws
+    @given(examples())
+    def run(example: Example) -> None:
+        note(repr(example))
+        check(example, "eager", rtol=0.0)
 
     run()
-    return padded
+
+
+@examples_per_run(default=4, slow=12, nightly=500)
+def test_equal_to_eager_through_aot_autograd(draws: settings) -> None:
+    @draws
+    @given(examples())
+    def run(example: Example) -> None:
+        note(repr(example))
+        check(example, "aot_eager", rtol=1e-5)
+
+    run()
 
 
 def test_a_replay_that_differs_in_the_last_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,24 +648,26 @@ def test_a_replay_that_differs_in_the_last_call_is_noticed(monkeypatch: pytest.M
     assert "verify-failed" not in ppb.stats().miss_reasons
 
 
-@pytest.mark.timeout(600)
-def test_equal_to_eager_with_graphs() -> None:
-    padded = _check_graphs_on(max_examples=150, derandomize=True)
+@examples_per_run(default=35, slow=150, nightly=2000)
+def test_equal_to_eager_with_graphs(draws: settings) -> None:
+    padded: list[int] = []
+
+    @draws
+    @given(examples(), token_counts)
+    def run(example: Example, sizes: list[int]) -> None:
+        note(f"sizes={sizes}\n{example!r}")
+        padded.append(check_with_graphs(example, sizes))
+
+    run()
     assert sum(count > 0 for count in padded) >= len(padded) * SMALLEST_PADDED_SHARE
 
 
-@pytest.mark.nightly
-@pytest.mark.timeout(7200)
-def test_equal_to_eager_with_graphs_at_length() -> None:
-    padded = _check_graphs_on(max_examples=2000, derandomize=False)
-    assert sum(count > 0 for count in padded) >= len(padded) * SMALLEST_PADDED_SHARE
-
-
-def _check_stages_on(max_examples: int, derandomize: bool) -> None:
+@examples_per_run(default=25, slow=120, nightly=2000)
+def test_stages_are_equal_to_eager_wherever_their_proxies_lie(draws: settings) -> None:
     padded: list[bool] = []
     landed: list[bool] = []
 
-    @settings(max_examples=max_examples, **{**COMMON, "derandomize": derandomize})
+    @draws
     @given(examples(), stage_calls, st.sampled_from(STAGE_GRAPHS))
     def run(example: Example, calls: list[tuple[int, str]], more: Mapping[str, Any]) -> None:
         note(f"calls={calls} {more}\n{example!r}")
@@ -664,32 +678,3 @@ def _check_stages_on(max_examples: int, derandomize: bool) -> None:
     run()
     assert sum(padded) >= len(padded) * SMALLEST_PADDED_SHARE
     assert sum(landed) >= len(landed) * SMALLEST_PADDED_SHARE
-
-
-@pytest.mark.timeout(600)
-def test_stages_are_equal_to_eager_wherever_their_proxies_lie() -> None:
-    _check_stages_on(max_examples=120, derandomize=True)
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(7200)
-def test_stages_are_equal_to_eager_wherever_their_proxies_lie_at_length() -> None:
-    _check_stages_on(max_examples=2000, derandomize=False)
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(7200)
-@settings(max_examples=2000, **{**COMMON, "derandomize": False})
-@given(examples())
-def test_equal_to_eager_at_length(example: Example) -> None:
-    note(repr(example))
-    check(example, "eager", rtol=0.0)
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(7200)
-@settings(max_examples=500, **{**COMMON, "derandomize": False})
-@given(examples())
-def test_equal_to_eager_through_aot_autograd_at_length(example: Example) -> None:
-    note(repr(example))
-    check(example, "aot_eager", rtol=1e-5)

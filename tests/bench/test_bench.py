@@ -15,6 +15,7 @@ from checkout import BENCH
 PHASES = {"toolchain", "dynamo", "split", "compile", "first_run", "total"}
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(240)
 def test_compile_time_writes_its_result(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "compile_time.py"), "--layers", "2", "4", "--repeats", "1"]
@@ -58,6 +59,7 @@ def test_compile_time_writes_its_result(tmp_path: Path) -> None:
         assert ratio["layers"] == [2, 4]
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(120)
 def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "host_overhead.py"), "--layers", "2", "3", "--rounds", "2", "--calls", "2"]
@@ -87,6 +89,7 @@ def test_host_overhead_writes_its_result(tmp_path: Path) -> None:
             assert target[clock]["uncaptured_piece"] == pytest.approx(call / run["counts"]["uncaptured_pieces"])
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(240)
 def test_dump_cost_writes_its_result(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "dump_cost.py"), "--layers", "2", "--calls", "3", "--compiler", "eager"]
@@ -102,6 +105,7 @@ def test_dump_cost_writes_its_result(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(240)
 def test_gpu_latency_runs_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "gpu_latency.py"), "--device", "cpu", "--stages", "tiny"]
@@ -132,6 +136,7 @@ def test_gpu_latency_runs_without_a_gpu(tmp_path: Path) -> None:
         assert entry["speed_over"]["eager"]["eager"]["latency_us"] == 1.0
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(60)
 def test_gpu_latency_starts_nothing_once_the_budget_is_spent(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "gpu_latency.py"), "--device", "cpu", "--stages", "tiny"]
@@ -142,6 +147,7 @@ def test_gpu_latency_starts_nothing_once_the_budget_is_spent(tmp_path: Path) -> 
     assert len(cells) == 9 and {cell["status"] for cell in cells} == {"not started"}
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(240)
 def test_gpu_startup_runs_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "gpu_startup.py"), "--device", "cpu", "--stage", "tiny"]
@@ -161,6 +167,7 @@ def test_gpu_startup_runs_without_a_gpu(tmp_path: Path) -> None:
     assert [ratio["ours_over"] for ratio in result["ratios"]] == ["unshared"]
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(240)
 def test_gpu_handoff_runs_without_a_gpu(tmp_path: Path) -> None:
     command = [
@@ -228,6 +235,7 @@ def test_what_is_found_in_a_profile() -> None:
     }
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(240)
 def test_handoff_writes_its_result(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "handoff.py"), "--stages", "2", "--rounds", "2", "--block", "5"]
@@ -277,6 +285,7 @@ def test_the_prediction_of_the_handoff_follows_its_rules() -> None:
     assert relative_throughput([11.0, 18.0, 25.0, 32.0], 1, 4.0) == pytest.approx(4 / 7)
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(60)
 def test_a_trace_is_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "trace.png"

@@ -8,7 +8,7 @@ import pytest
 
 from handoff_ranks import run, timed
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.process
 
 SECONDS = 0.2
 SLACK_SECONDS = 0.15

@@ -18,6 +18,7 @@ from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.debug import explain
 from pp_piecewise_backend.runtime.program import Program, UnsplitProgram
+from tiers import slow_but
 
 WIDTH, MOST_LINES = 120, 60
 
@@ -46,7 +47,7 @@ def _llama_programs(num_layers: int) -> tuple[Any, ...]:
     return ppb.programs()
 
 
-@pytest.mark.parametrize("num_layers", [2, 8, 32])
+@pytest.mark.parametrize("num_layers", slow_but([2], [2, 8, 32]))
 def test_llama_of_any_depth_fits_a_screen_and_names_everything(num_layers: int) -> None:
     programs = _llama_programs(num_layers)
     assert len(programs) == (3 if num_layers <= 8 else 2)

@@ -21,6 +21,7 @@ from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR
 from pp_piecewise_backend.demo.questions import Question
 from pp_piecewise_backend.demo.schedule import Schedule, Turn
 from pp_piecewise_backend.demo.verdict import Difference
+from tiers import slow_but
 
 TIMEOUT_SECONDS = 280
 HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9f3a"
@@ -319,17 +320,17 @@ def handoff_of(output: str) -> list[dict[str, int]]:
     return rows
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int) -> None:
-    result = run_demo("--ranks", str(ranks), "--compiler", "eager")
+@pytest.mark.parametrize(("ranks", "asked"), slow_but([(2, 20)], [(2, 20), (2, 200), (4, 200)]))
+def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int, asked: int) -> None:
+    result = run_demo("--ranks", str(ranks), "--compiler", "eager", "--questions", str(asked))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"200 prompts, {ranks} ranks" in result.stdout
-    assert "1200 of 1200" in result.stdout
+    assert f"{asked} prompts, {ranks} ranks" in result.stdout
+    assert f"{6 * asked} of {6 * asked}" in result.stdout
     assert "scaled_dot_product_attention" in result.stdout
-    assert "200/200" in result.stderr  # the progress bar
+    assert f"{asked}/{asked}" in result.stderr  # the progress bar
     counts = handoff_of(result.stdout)
     assert [row["rank"] for row in counts] == list(range(ranks))
-    calls = 200 * questions.ANSWER_TOKENS  # a prompt, and all of its answer but the end
+    calls = asked * questions.ANSWER_TOKENS  # a prompt, and all of its answer but the end
     layers = load_decoder(str(OWN_MODEL_DIR)).config.num_hidden_layers // ranks
     for row in counts:
         assert row["graph_misses"] == 0 and row["replays"] == calls * (1 + layers)
@@ -338,6 +339,7 @@ def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int) -> None:
             assert row[name] == 0, (name, counts)
 
 
+@pytest.mark.slow
 def test_another_decoder_and_token_ids(tmp_path: Path) -> None:
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(
@@ -364,6 +366,7 @@ def test_another_decoder_and_token_ids(tmp_path: Path) -> None:
     assert "1,15,7 -> " in result.stdout and "5 of 5" in result.stdout
 
 
+@pytest.mark.slow
 def test_one_rank_alone_needs_no_feedback() -> None:
     result = run_demo("--ranks", "1", "--questions", "3", "--compiler", "eager")
     assert result.returncode == 0, result.stdout + result.stderr

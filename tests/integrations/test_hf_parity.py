@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import pp_piecewise_backend as ppb
 from models import hf
 from pp_piecewise_backend.runtime.program import Program
+from tiers import slow_but
 
 LAYERS = 2
 STEPS = 16
+FEWER_STEPS = 8
 PROMPT_TOKENS = (5, 9, 3, 1)
 FEWER_PROMPT_TOKENS = (5, 9)
 # Seeds whose greedy choices are far apart (at least SMALLEST_MARGIN) and not one token repeated.
@@ -43,6 +46,7 @@ def assert_decodes_like_eager(
     prompt_tokens: tuple[int, ...],
     attention: str | None = None,
     order: tuple[int, ...] | None = None,
+    steps: int = STEPS,
     **options: Any,
 ) -> None:
     """Greedy decoding by eager transformers and by the compiled model gives the same tokens.
@@ -55,16 +59,16 @@ def assert_decodes_like_eager(
     prompts = made if order is None else [made[index] for index in order]
     limit = RECOMPILE_LIMIT.get(architecture, torch._dynamo.config.recompile_limit)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=limit):
-        expected = hf.greedy_decode(model, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
+        expected = hf.greedy_decode(model, model.config, prompts, cache_kind=cache_kind, steps=steps)
         assert expected.smallest_margin() > SMALLEST_MARGIN
         if attention is not None:
             model = hf.make_model(architecture, LAYERS, SEEDS[architecture], attention)
         compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler, **options})
-        decoded = hf.greedy_decode(compiled, model.config, prompts, cache_kind=cache_kind, steps=STEPS)
+        decoded = hf.greedy_decode(compiled, model.config, prompts, cache_kind=cache_kind, steps=steps)
     assert decoded.tokens == expected.tokens
     for got, want in zip(decoded.logits, expected.logits, strict=True):
         torch.testing.assert_close(got, want, rtol=0.0, atol=LOGIT_TOLERANCE)
-    assert decoded.calls == len(prompts) * (1 + STEPS)
+    assert decoded.calls == len(prompts) * (1 + steps)
     assert all(isinstance(program, Program) for program in ppb.programs())
     assert sum(program.stats.calls for program in ppb.programs()) == decoded.calls
     assert ppb.stats().grad_fallbacks == 0
@@ -100,8 +104,20 @@ SDPA = "scaled_dot_product_attention"
 ATTENTION = {name: SDPA for name in hf.ARCHITECTURES} | {"gemma2": "softmax"}
 
 
-@pytest.mark.parametrize("cache_kind", hf.CACHES)
-@pytest.mark.parametrize("architecture", hf.ARCHITECTURES)
+COMBINATIONS = [*itertools.product(hf.ARCHITECTURES, hf.CACHES)]
+# One for each mechanism: plain, with either cache; a sliding window and attention written out; experts; positions as
+# embeddings.
+ONE_PER_MECHANISM = [
+    ("llama", "static"),
+    ("llama", "dynamic"),
+    ("gemma2", "static"),
+    ("qwen3_moe", "static"),
+    ("gpt2", "dynamic"),
+]
+
+
+@pytest.mark.slow  # the first calls with graphs run without them, and are compared too
+@pytest.mark.parametrize(("architecture", "cache_kind"), COMBINATIONS)
 def test_token_exact(architecture: str, cache_kind: str) -> None:
     assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS)
     assert_attention_was_split_out(ATTENTION[architecture])
@@ -114,10 +130,15 @@ GRAPHS = {"graphs": "emulate", "max_tokens": 16, "capture_sizes": "1,2,4,8"}
 READS_ON_THE_HOST = ("qwen3_moe", "mixtral")
 
 
-@pytest.mark.parametrize("cache_kind", hf.CACHES)
-@pytest.mark.parametrize("architecture", hf.ARCHITECTURES)
-def test_token_exact_with_graphs(architecture: str, cache_kind: str) -> None:
-    assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS, order=SHUFFLED, **GRAPHS)
+@pytest.mark.parametrize(
+    ("architecture", "cache_kind", "steps"),
+    [
+        *((*combination, FEWER_STEPS) for combination in ONE_PER_MECHANISM),
+        *slow_but([], ((*combination, STEPS) for combination in COMBINATIONS)),
+    ],
+)
+def test_token_exact_with_graphs(architecture: str, cache_kind: str, steps: int) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS, order=SHUFFLED, steps=steps, **GRAPHS)
     assert_attention_was_split_out(ATTENTION[architecture])
     stats = ppb.stats()
     decoding = max(ppb.programs(), key=lambda program: program.stats.calls)
@@ -139,13 +160,27 @@ def test_token_exact_with_graphs(architecture: str, cache_kind: str) -> None:
         assert f"missed      {code}: " in report
 
 
-@pytest.mark.parametrize("cache_kind", hf.CACHES)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gemma2"])
-def test_token_exact_with_inductor(architecture: str, cache_kind: str) -> None:
-    assert_decodes_like_eager(architecture, cache_kind, "inductor", FEWER_PROMPT_TOKENS)
+@pytest.mark.parametrize(
+    ("architecture", "cache_kind", "prompt_tokens", "steps"),
+    [
+        ("llama", "static", (9,), FEWER_STEPS),
+        *slow_but(
+            [],
+            (
+                (architecture, cache_kind, FEWER_PROMPT_TOKENS, STEPS)
+                for architecture, cache_kind in itertools.product(["llama", "qwen3_moe", "gemma2"], hf.CACHES)
+            ),
+        ),
+    ],
+)
+def test_token_exact_with_inductor(
+    architecture: str, cache_kind: str, prompt_tokens: tuple[int, ...], steps: int
+) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "inductor", prompt_tokens, steps=steps)
     assert_attention_was_split_out(ATTENTION[architecture])
 
 
+@pytest.mark.slow  # test_attention.py has FlexAttention with captured tensors
 @pytest.mark.parametrize("cache_kind", hf.CACHES)
 def test_gemma2_token_exact_with_flex_attention(cache_kind: str) -> None:
     assert_decodes_like_eager("gemma2", cache_kind, "eager", PROMPT_TOKENS, hf.CAPPED_FLEX)
@@ -161,7 +196,7 @@ def test_caches_are_written_in_eager_steps() -> None:
         assert written_by == {"eager"}
 
 
-@pytest.mark.parametrize("num_layers", [2, 3, 5])
+@pytest.mark.parametrize("num_layers", slow_but([3], [2, 3, 5]))
 def test_llama_with_static_cache_has_one_piece_more_than_layers(num_layers: int) -> None:
     model = hf.make_model("llama", num_layers)
     compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": "eager"})

@@ -16,7 +16,7 @@ from rank_processes import Ended, run_ranks
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.serial,
+    pytest.mark.process,
     pytest.mark.usefixtures("fresh_backend"),
     pytest.mark.timeout(120),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,15 +25,16 @@ from runner_ranks import (
     sizes,
     steady,
 )
+from tiers import slow_but
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.process,
     pytest.mark.usefixtures("fresh_backend", "no_gradients"),
-    pytest.mark.timeout(120),
 ]
 
 TIMEOUT_SECONDS = 2.0
 MARGIN_SECONDS = 2.0
+"""On top of what ranks measurably waited for a processor."""
 
 
 def all_well(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
@@ -51,7 +53,10 @@ def many_stages_in_one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_stages_in_one_process")
-@pytest.mark.parametrize(("count", "transport"), [(2, "p2p"), (4, "p2p"), (4, "shared_memory")])
+@pytest.mark.parametrize(
+    ("count", "transport"),
+    slow_but([(2, "p2p"), (4, "shared_memory")], [(2, "p2p"), (4, "p2p"), (4, "shared_memory")]),
+)
 def test_nothing_lies_between_the_wire_and_captured_memory(count: int, transport: str, tmp_path: Path) -> None:
     microbatches, chosen = 100, sizes(100)
     outcomes = all_well(run(steady, count, tmp_path, microbatches=microbatches, num_layers=2, transport=transport))
@@ -100,7 +105,7 @@ def test_nothing_lies_between_the_wire_and_captured_memory(count: int, transport
 
 
 @pytest.mark.usefixtures("many_stages_in_one_process")
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("groups", slow_but([3], [1, 3]))
 def test_next_tokens_come_back_with_as_many_in_flight_as_allowed(groups: int, tmp_path: Path) -> None:
     steps = 5
     outcomes = all_well(run(autoregressive, 2, tmp_path, groups=groups, steps=steps))
@@ -123,8 +128,13 @@ def test_a_first_stage_with_nothing_to_do_is_not_taken_for_lost(tmp_path: Path) 
     assert [outcome.value for outcome in outcomes] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("how", ["break", "close", "close before run"])
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    slow_but(
+        [(0, "close"), (1, "close before run"), (2, "break")],
+        itertools.product([0, 1, 2], ["break", "close", "close before run"]),
+    ),
+)
 def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_path: Path) -> None:
     outcomes = all_well(run(leaves, 3, tmp_path, victim=victim, how=how))
     passed = [outcome.value for outcome in outcomes]
@@ -138,7 +148,9 @@ def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_p
 # ------------------------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize("kind", ["ladder", "max_tokens", "proxies", "transport", "version"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["ladder", "proxies"], ["ladder", "max_tokens", "proxies", "transport", "version"])
+)
 def test_ranks_set_up_differently_all_say_so(kind: str, tmp_path: Path) -> None:
     outcomes = run(other_plan, 3, tmp_path, kind=kind, victim=1)
     assert all(outcome.exit_code == 1 for outcome in outcomes)
@@ -153,25 +165,29 @@ def survivors_lose_their_peer(
 ) -> None:
     begin = fault_time([outcomes[victim]])
     survivors = {number: outcome for number, outcome in enumerate(outcomes) if number != victim}
+    waited = sum(outcome.waited_seconds for outcome in survivors.values())
     for number, outcome in survivors.items():
         assert outcome.exit_code == 1 and "errors.PeerLost: " in outcome.error, f"rank {number}\n{outcome.log}"
         assert f"rank {victim}" in outcome.error
-        assert outcome.at - begin < timeout_seconds + MARGIN_SECONDS, outcome
+        assert outcome.at - begin < timeout_seconds + MARGIN_SECONDS + waited, outcome
     slowest = max(outcome.at - begin for outcome in survivors.values())
     print(f"slowest rank ended {slowest:.2f} s after the fault, at {timeout_seconds} s of silence")
 
 
 @pytest.mark.parametrize(
     ("kind", "victim", "transport"),
-    [
-        ("exit", 1, "p2p"),
-        ("exit", 1, "shared_memory"),
-        ("SIGKILL", 0, "p2p"),
-        ("SIGKILL", 2, "shared_memory"),
-        ("SIGSTOP", 0, "shared_memory"),
-        ("SIGSTOP", 1, "p2p"),
-        ("SIGSTOP", 1, "shared_memory"),
-    ],
+    slow_but(
+        [("exit", 1, "shared_memory"), ("SIGKILL", 2, "shared_memory"), ("SIGSTOP", 1, "p2p")],
+        [
+            ("exit", 1, "p2p"),
+            ("exit", 1, "shared_memory"),
+            ("SIGKILL", 0, "p2p"),
+            ("SIGKILL", 2, "shared_memory"),
+            ("SIGSTOP", 0, "shared_memory"),
+            ("SIGSTOP", 1, "p2p"),
+            ("SIGSTOP", 1, "shared_memory"),
+        ],
+    ),
 )
 def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transport: str, tmp_path: Path) -> None:
     left_alone = [victim] if kind == "SIGSTOP" else []
@@ -185,7 +201,7 @@ def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transp
     [
         ("SystemExit", 1, "SystemExit: 3"),
         ("raise", 1, "ArithmeticError: attention of 1.0 failed"),
-        ("raise", 2, "ArithmeticError: attention of 2.0 failed"),
+        pytest.param("raise", 2, "ArithmeticError: attention of 2.0 failed", marks=pytest.mark.slow),
         ("wrong dtype", 1, "ValueError"),
         ("wrong rows", 1, "ValueError"),
     ],

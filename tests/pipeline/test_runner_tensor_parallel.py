@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from rank_processes import LONGEST_SECONDS, run_ranks
+from rank_processes import SETUP_SECONDS, run_ranks
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.process
 
 HIDDEN, VOCABULARY, MAX_TOKENS = 16, 50, 8
 COUNTS_TOKENS = (1, 3, 8, 5, 2, 7, 4, 6) * 3
@@ -67,7 +67,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         outputs=proxies if is_first else None,
         feedback={"tokens": ppb.Proxy((), torch.int64)},
         options={"compiler": "eager", "graphs": "emulate", "capture_sizes": "1,2,4,8"},
-        setup_timeout_s=LONGEST_SECONDS,
+        setup_timeout_s=SETUP_SECONDS,
     )
     ids = [(torch.arange(n) * 7 + number) % VOCABULARY for number, n in enumerate(COUNTS_TOKENS)]
     tokens = []

@@ -8,10 +8,11 @@ import pytest
 
 from handoff_ranks import PROXIES, fault, fault_time, other_siblings, run, steady
 
-pytestmark = [pytest.mark.compat, pytest.mark.serial]
+pytestmark = [pytest.mark.compat, pytest.mark.process]
 
 SILENCE_SECONDS = 2.0
 MARGIN_SECONDS = 2.0
+"""On top of what ranks measurably waited for a processor."""
 
 
 @pytest.mark.parametrize(("layout", "share"), [("replicated", 1), ("scattered", 2)])
@@ -53,9 +54,10 @@ def test_a_loss_in_one_pipeline_is_told_to_the_other(kind: str, victim: int, tmp
     outcomes = run("p2p", fault, 4, tmp_path, SILENCE_SECONDS, **options)
     begin = fault_time(outcomes)
     survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != victim]
+    waited = sum(outcome.waited_seconds for outcome in survivors)
     for outcome in survivors:
         assert outcome.error == "PeerLost" and outcome.exit_code != 0, f"{outcome}\n{outcome.log}"
         assert f"rank {victim}" in outcome.message
-        assert outcome.ended_at - begin < SILENCE_SECONDS + MARGIN_SECONDS, outcome
+        assert outcome.ended_at - begin < SILENCE_SECONDS + MARGIN_SECONDS + waited, outcome
     slowest = max(outcome.ended_at - begin for outcome in survivors)
     print(f"slowest rank raised {slowest:.2f} s after the fault, at {SILENCE_SECONDS} s of silence")

@@ -14,6 +14,7 @@ import pp_piecewise_backend as ppb
 from models import hf
 from pp_piecewise_backend.integrations.huggingface import DecoderStage, DecoderStep, cut_decoder
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
+from tiers import slow_but
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -101,7 +102,7 @@ def assert_all_replayed(before: Any, calls: int) -> None:
     assert after.stage_input_copies == before.stage_input_copies
 
 
-@pytest.mark.parametrize("architecture", SEEDS)
+@pytest.mark.parametrize("architecture", slow_but(["llama"], SEEDS))
 def test_prompts_and_next_tokens_of_one_sequence_replay(architecture: str) -> None:
     model = hf.make_model(architecture, LAYERS, SEEDS[architecture])
     prompts = hf.make_prompts([5, 9, 1, 16])
@@ -120,7 +121,7 @@ def test_prompts_and_next_tokens_of_one_sequence_replay(architecture: str) -> No
     assert_all_replayed(before, calls=len(prompts) * (1 + STEPS))
 
 
-@pytest.mark.parametrize("architecture", SEEDS)
+@pytest.mark.parametrize("architecture", slow_but(["gemma2"], SEEDS))
 def test_next_tokens_of_several_sequences_replay(architecture: str) -> None:
     model = hf.make_model(architecture, LAYERS, SEEDS[architecture])
     ranks = compiled_ranks(model, "batch")
@@ -143,7 +144,7 @@ def test_next_tokens_of_several_sequences_replay(architecture: str) -> None:
     assert_all_replayed(before, calls)
 
 
-@pytest.mark.parametrize("layout", ["sequence", "batch"])
+@pytest.mark.parametrize("layout", slow_but(["sequence"], ["sequence", "batch"]))
 def test_runners_hand_over_the_hidden_states_of_either_layout(layout: str) -> None:
     """Two stages in threads; each micro-batch continues the sequences of the one before with the same number."""
     model = hf.make_model("qwen2", LAYERS, SEEDS["qwen2"])

@@ -139,7 +139,8 @@ module returns, as the runner does, or to clone proxies in the graph, as it also
 WAYS = [
     pytest.param("eager", "off", id="eager-off"),
     pytest.param("eager", "emulate", id="eager-emulate"),
-    pytest.param("inductor", "off", id="inductor-off", marks=pytest.mark.timeout(600)),
+    # Contained in the next: its first call runs without graphs.
+    pytest.param("inductor", "off", id="inductor-off", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     pytest.param("inductor", "emulate", id="inductor-emulate", marks=pytest.mark.timeout(600)),
 ]
 

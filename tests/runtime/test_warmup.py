@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -22,11 +23,13 @@ from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewi
 from pp_piecewise_backend.runtime import padding_test
 from pp_piecewise_backend.runtime.bucket import BucketCapture
 from pp_piecewise_backend.runtime.warmup import Session, _calls, current_session
+from tiers import slow_but
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 MAX_TOKENS = 6
 OPTIONS = {"compiler": "eager", "graphs": "emulate", "split_ops": SPLIT_OPS, "capture_sizes": "1,4"}
+VARIANTS: list[dict[str, bool]] = [{}, {"inplace_norm": True}, {"first": True}, {"last": True}]
 NOTHING_NEW = {"programs": 0, "recompiles": 0, "pieces_compiled": 0, "captures": 0, "graph_misses": 0}
 
 
@@ -46,8 +49,14 @@ def graphs_held() -> int:
 # ------------------------------------------------------------------- nothing is left to do
 
 
-@pytest.mark.parametrize("variant", [{}, {"inplace_norm": True}, {"first": True}, {"last": True}], ids=str)
-@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    ("variant", "inference"),
+    slow_but(
+        [({}, False), ({"inplace_norm": True}, True), ({"first": True}, False), ({"last": True}, True)],
+        itertools.product(VARIANTS, [False, True]),
+    ),
+    ids=str,
+)
 def test_no_size_compiles_or_captures_after_it(variant: dict[str, bool], inference: bool) -> None:
     stage = ToyStage(2, hidden=16, heads=2, kv_heads=1, max_tokens=16, **variant)
     reference = copy.deepcopy(stage)
@@ -469,6 +478,7 @@ def hf_prompts(batch: int, num_tokens: int, seed: int) -> Tensor:
     return torch.cat(hf.make_prompts([num_tokens] * batch, seed))
 
 
+@pytest.mark.slow  # test_decoder_step.py warms up stages of such models
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_hugging_face_llama_compiles_nothing_after_it(batch: int) -> None:
     from models import hf
@@ -532,7 +542,8 @@ class GrowingCaches:
         return {**misses_between(before, after), **new}
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
 def test_the_hugging_face_llama_with_caches_that_grow(batch: int) -> None:
     """Warmed up with empty caches, with caches of one token, and with longer ones of at least two lengths.
 
