@@ -95,7 +95,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
 
 @pytest.mark.parametrize(("layout", "share"), [("replicated", 1), ("scattered", 2)])
 def test_both_layouts_give_the_tokens_of_the_unsplit_model(layout: str, share: int, tmp_path: Path) -> None:
-    ended = run_ranks("test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": layout})
+    ended = run_ranks("pipeline.test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": layout})
     assert [end.exit_code for end in ended] == [0] * 4, "\n".join(end.log for end in ended)
     reports = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
     tokens = sum(COUNTS_TOKENS)
@@ -105,11 +105,15 @@ def test_both_layouts_give_the_tokens_of_the_unsplit_model(layout: str, share: i
 
 
 def test_the_ranks_of_the_first_stage_may_leave_early_together(tmp_path: Path) -> None:
-    ended = run_ranks("test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": "scattered", "leaves": 0})
+    ended = run_ranks(
+        "pipeline.test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": "scattered", "leaves": 0}
+    )
     assert [end.exit_code for end in ended] == [0] * 4, "\n".join(end.log for end in ended)
 
 
 def test_another_stage_that_leaves_early_breaks_the_pipeline(tmp_path: Path) -> None:
-    ended = run_ranks("test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": "scattered", "leaves": 1})
+    ended = run_ranks(
+        "pipeline.test_runner_tensor_parallel:one_rank", 4, tmp_path, {"layout": "scattered", "leaves": 1}
+    )
     for end in ended[:2]:
         assert end.exit_code == 1 and "failed (GeneratorExit)" in end.log, end.log

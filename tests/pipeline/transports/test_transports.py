@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,34 +26,14 @@ from handoff_ranks import (
 
 pytestmark = pytest.mark.compat
 
-TRANSPORTS: dict[str, list[pytest.MarkDecorator]] = {
-    "local": [],  # between threads
-    "p2p": [pytest.mark.process],
-    "shared_memory": [pytest.mark.process],
-    "cuda_ipc": [pytest.mark.process, pytest.mark.cuda],
-    "nccl": [pytest.mark.process, pytest.mark.cuda],
-}
+TRANSPORTS = (
+    "local",  # between threads
+    *(pytest.param(name, marks=pytest.mark.process) for name in ("p2p", "shared_memory")),
+    *(pytest.param(name, marks=[pytest.mark.process, pytest.mark.cuda]) for name in ("cuda_ipc", "nccl")),
+)
 
-
-def on_transports(names: str, cases: Mapping[Any, Collection[str]], among: Iterable[str] = TRANSPORTS) -> Any:
-    """Parametrize with each case on each transport; it is slow where it is not among the transports of the case."""
-    return pytest.mark.parametrize(
-        ("transport", *names.split()),
-        [
-            pytest.param(
-                transport,
-                *(case if isinstance(case, tuple) else (case,)),
-                marks=[*TRANSPORTS[transport], *([] if transport in default else [pytest.mark.slow])],
-            )
-            for transport in among
-            for case, default in cases.items()
-        ],
-    )
-
-
-PROCESSES = [*TRANSPORTS][1:]
-every_transport = on_transports("", {(): TRANSPORTS})
-between_processes = on_transports("", {(): PROCESSES}, among=PROCESSES)
+every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+between_processes = pytest.mark.parametrize("transport", TRANSPORTS[1:])
 SILENCE_SECONDS = 2.0
 MARGIN_SECONDS = 2.0
 """On top of what ranks measurably waited for a processor."""
@@ -70,7 +48,8 @@ def all_well(outcomes: list[Outcome]) -> list[Outcome]:
 # ------------------------------------------------------------------------------- what goes right
 
 
-@on_transports("stages", {2: ["local"], 3: TRANSPORTS, 4: ["local"]})
+@every_transport
+@pytest.mark.parametrize("stages", [2, 3, 4])
 def test_micro_batches_arrive_in_order_and_whole(transport: str, stages: int, tmp_path: Path) -> None:
     outcomes = all_well(run(transport, steady, stages, tmp_path, microbatches=40, delay_seconds=0.003))
     seen = outcomes[0].value["seen"]
@@ -103,7 +82,8 @@ def test_headers_run_ahead_of_the_data(transport: str, tmp_path: Path) -> None:
     assert [o.value for o in all_well(run(transport, headers_ahead, 2, tmp_path))] == [[3, 1, 5]] * 2
 
 
-@on_transports("scenario", {slow_first_stage: ["local", "p2p", "nccl"], slow_last_stage: ["local", "shared_memory"]})
+@every_transport
+@pytest.mark.parametrize("scenario", [slow_first_stage, slow_last_stage])
 def test_a_slow_stage_is_not_taken_for_lost(transport: str, scenario: object, tmp_path: Path) -> None:
     outcomes = run(transport, scenario, 3, tmp_path, silence_seconds=1.0)
     assert [outcome.value for outcome in all_well(outcomes)] == [2, 2, 2]
@@ -186,22 +166,9 @@ def survivors_lose_their_peer(outcomes: list[Outcome], victim: int, silence_seco
     return survivors
 
 
-# By default each kind of loss on each transport, and each victim on each transport.
-@on_transports(
-    "kind victim",
-    {
-        ("exit", 0): ["cuda_ipc"],
-        ("exit", 1): ["p2p"],
-        ("exit", 3): ["shared_memory", "nccl"],
-        ("SIGKILL", 0): ["p2p", "nccl"],
-        ("SIGKILL", 1): ["shared_memory"],
-        ("SIGKILL", 3): ["cuda_ipc"],
-        ("SIGSTOP", 0): ["shared_memory"],
-        ("SIGSTOP", 1): ["cuda_ipc", "nccl"],
-        ("SIGSTOP", 3): ["p2p"],
-    },
-    among=PROCESSES,
-)
+@between_processes
+@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["exit", "SIGKILL", "SIGSTOP"])
 def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transport: str, tmp_path: Path) -> None:
     outcomes = run(transport, fault, 4, tmp_path, SILENCE_SECONDS, kind=kind, victim=victim)
     for outcome in survivors_lose_their_peer(outcomes, victim, SILENCE_SECONDS):
@@ -229,16 +196,16 @@ def test_a_rank_in_code_of_its_own_learns_of_a_loss(transport: str, tmp_path: Pa
     assert "announcing micro-batch 0 (1 tokens)" in first.message
 
 
-# What is read in a header is the same on each transport.
-@on_transports(
-    "kind what",
-    {
-        ("wrong n", "has number of tokens 17, expected 1 to 16"): ["local", "p2p", "nccl"],
-        ("wrong bucket", "has bucket of 5 tokens 16, expected 8"): ["local"],
-        ("wrong plan", "has plan "): ["local"],
-        ("wrong order", "has sequence number 5, expected 4"): ["local", "shared_memory", "cuda_ipc"],
-        ("wrong rank", "has rank 8, expected 1"): ["local"],
-    },
+@every_transport
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("wrong n", "has number of tokens 17, expected 1 to 16"),
+        ("wrong bucket", "has bucket of 5 tokens 16, expected 8"),
+        ("wrong plan", "has plan "),
+        ("wrong order", "has sequence number 5, expected 4"),
+        ("wrong rank", "has rank 8, expected 1"),
+    ],
 )
 def test_a_rank_that_breaks_the_plan_is_lost(transport: str, kind: str, what: str, tmp_path: Path) -> None:
     outcomes = run(transport, fault, 3, tmp_path, 20.0, kind=kind, victim=1)
