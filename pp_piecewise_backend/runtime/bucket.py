@@ -30,7 +30,7 @@ from .cudagraphs.memory import (
     tensor_in,
     without_repeats,
 )
-from .instructions import Instruction
+from .instructions import Instruction, run_steps
 from .stage import StageMemory
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
@@ -129,28 +129,32 @@ class BucketCapture:
         started = time.perf_counter()
         plan, layout = self._plan, self._plan.layout
         self._real_tokens = real_tokens
-        self._registers = [*args, *layout.constants, *([None] * layout.values_made)]
+        self._registers = layout.fill(args)
         pools = [self._pool(name) for name in (GRAPH_POOL, OUTPUT_POOL)]
         held_before = sum(pool.held_bytes for pool in pools)
         self.bucket.addresses = addresses(plan, args)
         self.bucket.scalars = scalars(plan, args)
         self._admit_inputs()
         needs_test = self._needs_test()
+
+        def run_step(instruction: Instruction) -> Sequence[Any]:
+            step = instruction.piece.index
+            if step in plan.capturable:
+                self._capture(step, instruction, needs_test)
+            self._device.synchronize()
+            began = time.perf_counter()
+            may_replay = step in self.bucket.graphs and self._may_replay(step)
+            outputs = (self._replay if may_replay else self._run_on_real_rows)(step, instruction)
+            self._device.synchronize()
+            self.bucket.step_seconds[step] = time.perf_counter() - began
+            return outputs
+
+        def end_leases(step: int, outputs: Sequence[Any]) -> None:
+            for register in plan.instructions[step].ends:
+                self._end(register)
+
         try:
-            for step, instruction in enumerate(plan.instructions):
-                if step in plan.capturable:
-                    self._capture(step, instruction, needs_test)
-                self._device.synchronize()
-                began = time.perf_counter()
-                if step in self.bucket.graphs and self._may_replay(step):
-                    self._replay(step, instruction)
-                else:
-                    self._run_on_real_rows(step, instruction)
-                self._device.synchronize()
-                self.bucket.step_seconds[step] = time.perf_counter() - began
-                for register in instruction.ends:
-                    self._registers[register] = None
-                    self._end(register)
+            run_steps(plan.instructions, self._registers, run_step, end_leases)
             results = layout.collect(self._registers)
         except BaseException:
             self._end_all()
@@ -254,8 +258,7 @@ class BucketCapture:
         try:
             inputs = self._inputs(step, instruction)
             if not instruction.holds(inputs):
-                sizes = [inputs[at] for at in instruction.symbol_positions]
-                raise _NotHere("guard", f"the compiled code does not hold for sizes {sizes}")
+                raise _NotHere("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}")
             self._warm_up(step, instruction, inputs)
             if self._is_to_be_examined(step, needs_test):
                 self._verdicts.by_step[step] = self._examine(step, instruction, inputs)
@@ -304,11 +307,10 @@ class BucketCapture:
         """Run the piece once outside of a capture, leaving no trace, and see that it leaves alone what it should."""
         written = self._written_positions(step, instruction)
         given = [padding_test.like(value) if at in written else value for at, value in enumerate(inputs)]
-        checked = step in self._verdicts.mutations_checked
-        before = [] if checked else [
-            (value, value.clone()) for at, value in enumerate(given) if isinstance(value, torch.Tensor) and
-            at not in written
-        ]  # fmt: skip
+        before = []
+        if step not in self._verdicts.mutations_checked:
+            left_alone = [v for at, v in enumerate(given) if at not in written and isinstance(v, torch.Tensor)]
+            before = [(value, value.clone()) for value in left_alone]
         self._device.warm_up(lambda: instruction.run(given))
         if _undo_writes(before):
             raise _NotHere("writes-state", "it writes an input although no op of it says so")
@@ -353,12 +355,11 @@ class BucketCapture:
     def _may_replay(self, step: int) -> bool:
         return self._real_tokens == self.bucket.tokens or may_pad(self._plan, self._verdicts, step) is None
 
-    def _replay(self, step: int, instruction: Instruction) -> None:
+    def _replay(self, step: int, instruction: Instruction) -> list[Any]:
         self.bucket.graphs[step].replay()
         for register in self._plan.written_registers[step]:
             self._copy_back(register)
-        for register in instruction.outputs:
-            self._registers[register] = real_rows(self.bucket.static[register], self._real_tokens)
+        return [real_rows(self.bucket.static[register], self._real_tokens) for register in instruction.outputs]
 
     def _copy_back(self, register: int) -> None:
         value, static = self._registers[register], self.bucket.static.get(register)
@@ -366,7 +367,7 @@ class BucketCapture:
             value.copy_(static.rows(self._real_tokens))
             self.copied_back += 1
 
-    def _run_on_real_rows(self, step: int, instruction: Instruction) -> None:
+    def _run_on_real_rows(self, step: int, instruction: Instruction) -> list[Any]:
         plan = self._plan
         arguments = instruction.gather(self._registers)
         buffers: list[StaticTensor] = []
@@ -377,14 +378,16 @@ class BucketCapture:
             outputs = plan.hoisted[step][0](*arguments, *exact)
         else:
             outputs, _ = instruction.run_where_valid(arguments)
+        kept = []
         for register, output in zip(instruction.outputs, outputs, strict=True):
-            self._registers[register] = self._separated(register, output)
-            self._admit(step, register)
+            kept.append(self._separated(register, output))
+            self._admit(step, register, kept[-1])
         for register in plan.written_registers[step]:
             # Memory of what no captured piece reads any more may serve another value by now.
             static = self.bucket.static.get(register) if self._last_reader.get(register, -1) > step else None
             if static is not None and not shares_memory(self._registers[register], static.tensor):
                 self._fill(static, self._registers[register])
+        return kept
 
     def _given_buffers(self, step: int, instruction: Instruction) -> list[StaticTensor]:
         """Static memory for the output buffers of an eager step, and for the values that lie in it."""
@@ -417,10 +420,9 @@ class BucketCapture:
             return output
         return padding_test.like(output)
 
-    def _admit(self, step: int, register: int) -> None:
+    def _admit(self, step: int, register: int, value: Any) -> None:
         """Bring a value that was made on the real rows to where captured pieces read it."""
-        plan, value = self._plan, self._registers[register]
-        last = self._last_reader.get(register)
+        plan, last = self._plan, self._last_reader.get(register)
         if last is None or last <= step:
             return
         spec = plan.specs[register]

@@ -61,7 +61,11 @@ class Instruction:
         """Whether the compiled code of the step may run on these sizes."""
         if not self.symbol_positions or self.compiled is None:
             return True
-        return self.compiled.accepts([arguments[position] for position in self.symbol_positions])
+        return self.compiled.accepts(self.sizes(arguments))
+
+    def sizes(self, arguments: Sequence[Any]) -> list[Any]:
+        """Those of the step's arguments on which it depends whether the compiled code may run."""
+        return [arguments[position] for position in self.symbol_positions]
 
     def gather(self, registers: Sequence[Any]) -> list[Any]:
         """The step's arguments."""
@@ -87,28 +91,29 @@ class Layout:
         """The graph's results without any graph replayed, and the sizes for which a step ran as plain FX.
 
         Args:
-            watch: is told of each step that has run, with its outputs.
+            watch: see ``run_steps``.
             timeline: notes when steps ran.
         """
-        registers = [*args, *self.constants, *([None] * self.values_made)]
+        registers = self.fill(args)
         plain: dict[int, Sequence[Any]] = {}
         is_watched = profiler_is_running()
-        for instruction in self.instructions:
+
+        def run_step(instruction: Instruction) -> Sequence[Any]:
             arguments = instruction.gather(registers)
             run = instruction.run_where_valid
             if timeline is not None:
                 run = timeline.noting(run, step_name(instruction.piece))
             outputs, was_compiled = (named(run, step_name(instruction.piece)) if is_watched else run)(arguments)
             if not was_compiled:
-                plain[instruction.piece.index] = [arguments[at] for at in instruction.symbol_positions]
-            for register, output in zip(instruction.outputs, outputs, strict=True):
-                registers[register] = output
-            if watch is not None:
-                watch(instruction.piece.index, outputs)
-            del arguments, outputs
-            for register in instruction.ends:
-                registers[register] = None
+                plain[instruction.piece.index] = instruction.sizes(arguments)
+            return outputs
+
+        run_steps(self.instructions, registers, run_step, watch)
         return self.collect(registers), plain
+
+    def fill(self, args: Sequence[Any]) -> list[Any]:
+        """The registers as a call begins with them."""
+        return [*args, *self.constants, *([None] * self.values_made)]
 
     def collect(self, registers: Sequence[Any]) -> list[Any]:
         return [registers[r.index] if isinstance(r, Register) else r for r in self.results]
@@ -152,6 +157,29 @@ def lay_out(
     )
     given = len(table.inputs) + len(split.constants)
     return Layout(instructions, registers, tuple(split.constants.values()), len(names) - given, results)
+
+
+def run_steps(
+    instructions: Sequence[Instruction],
+    registers: list[Any],
+    run: Callable[[Instruction], Sequence[Any]],
+    after: Callable[[int, Sequence[Any]], None] | None = None,
+) -> None:
+    """Run steps in order, each on what the registers hold then. Memory that nothing reads any more becomes free.
+
+    Args:
+        run: returns the outputs of a step.
+        after: is called after each step with its index and outputs, before registers that end there are emptied.
+    """
+    for instruction in instructions:
+        outputs = run(instruction)
+        for register, output in zip(instruction.outputs, outputs, strict=True):
+            registers[register] = output
+        if after is not None:
+            after(instruction.piece.index, outputs)
+        del outputs
+        for register in instruction.ends:
+            registers[register] = None
 
 
 def gather(sources: Sequence[int | tuple[int, int]], registers: Sequence[Any]) -> list[Any]:

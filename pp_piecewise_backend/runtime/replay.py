@@ -20,7 +20,7 @@ from . import padding_test
 from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, address, without_repeats
-from .instructions import Instruction, Register, gather
+from .instructions import Instruction, Register, gather, run_steps
 from .ownership import shares_undeclared
 from .tracing import named, profiler_is_running, step_name
 
@@ -234,7 +234,7 @@ class _OnRealRows(_Step):
 
     def run(self, call: Call) -> None:
         body = self.body
-        self.keep(call, self._run_where_valid(call) if body is None else body(*self.take(call.registers)))
+        self.keep(call, _run_where_valid(self.instruction, call) if body is None else body(*self.take(call.registers)))
 
     def keep(self, call: Call, outputs: Sequence[Any]) -> None:
         """Bring the outputs to where later steps read them."""
@@ -254,13 +254,6 @@ class _OnRealRows(_Step):
                 copy.run(call, registers[copy.register])
         for register in self.ends:
             registers[register] = None
-
-    def _run_where_valid(self, call: Call) -> Sequence[Any]:
-        arguments = self.take(call.registers)
-        outputs, was_compiled = self.instruction.run_where_valid(arguments)
-        if not was_compiled:
-            call.note_plain(self.step, [arguments[at] for at in self.instruction.symbol_positions])
-        return outputs
 
     def _unexpected(self, registers: list[Any], outputs: Sequence[Any]) -> UnexpectedTensor:
         for register, output in zip(self.instruction.outputs, outputs, strict=True):
@@ -282,6 +275,14 @@ class _OnRealRows(_Step):
             if spec is not None and shares_undeclared(output, spec.storage, self.memory):
                 found.append(index)
         return tuple(found)
+
+
+def _run_where_valid(instruction: Instruction, call: Call) -> Sequence[Any]:
+    arguments = instruction.gather(call.registers)
+    outputs, was_compiled = instruction.run_where_valid(arguments)
+    if not was_compiled:
+        call.note_plain(instruction.piece.index, instruction.sizes(arguments))
+    return outputs
 
 
 class FlatProgram:
@@ -530,14 +531,10 @@ class FlatProgram:
         for register, static in self.bucket.static.items():
             if registers[register] is None:  # only replays were to read it
                 registers[register] = real_rows(static, self.num_tokens)
-        for step, instruction in enumerate(self.plan.instructions[first:], first):
-            outputs, was_compiled = instruction.run_where_valid(instruction.gather(registers))
-            if not was_compiled:
-                call.note_plain(step, [])
-            for register, output in zip(instruction.outputs, outputs, strict=True):
-                registers[register] = output
-            if step in self.replayed:
+        for step in self.replayed:
+            if step >= first:
                 call.note_miss("unexpected-tensor")
+        run_steps(self.plan.instructions[first:], registers, lambda instruction: _run_where_valid(instruction, call))
 
     # ------------------------------------------------------------------------- verifying
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +18,34 @@ SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
 
 
+@dataclass
+class _Block:
+    """Memory of a pool."""
+
+    memory: torch.Tensor
+    unread: int = 0
+    """How many outputs in it are still to be read."""
+
+
 class EmulatedPool:
     """Blocks that stand for graph memory; a block is free once no output in it is to be read any more."""
 
     def __init__(self) -> None:
-        self._readers: list[list[Any]] = []
-        """Pairs (block, number of outputs in it that are to be read)."""
+        self._blocks: list[_Block] = []
 
     @property
     def held_bytes(self) -> int:
-        return sum(block.numel() for block, _ in self._readers)
+        return sum(block.memory.numel() for block in self._blocks)
 
-    def take(self, num_bytes: int, device: torch.device) -> list[Any]:
-        for entry in self._readers:
-            block, readers = entry
-            if readers == 0 and block.numel() >= num_bytes and block.device == device:
-                return entry
-        self._readers.append([allocate(num_bytes, device), 0])
-        return self._readers[-1]
+    def take(self, num_bytes: int, device: torch.device) -> _Block:
+        for block in self._blocks:
+            if block.unread == 0 and block.memory.numel() >= num_bytes and block.memory.device == device:
+                return block
+        self._blocks.append(_Block(allocate(num_bytes, device)))
+        return self._blocks[-1]
 
-    def free_blocks(self) -> list[torch.Tensor]:
-        return [block for block, readers in self._readers if readers == 0]
+    def free_memory(self) -> list[torch.Tensor]:
+        return [block.memory for block in self._blocks if block.unread == 0]
 
 
 class EmulatedGraph:
@@ -55,48 +63,50 @@ class EmulatedGraph:
         pool: EmulatedPool,
     ) -> None:
         self._run = run
-        self._entries: list[list[Any] | None] = [None] * len(results)
+        self._blocks: list[_Block | None] = [None] * len(results)
         self._read_no_more: set[int] = set()
         self.outputs: list[Any] = []
-        placed: dict[int, list[Any]] = {}
+        placed: dict[int, _Block] = {}
         for index, result in enumerate(results):
             if not isinstance(result, torch.Tensor) or address(result) in input_storages:
                 self.outputs.append(result)
                 continue
             storage = result.untyped_storage()
-            entry = placed.get(storage.data_ptr()) if result.numel() else None
-            if entry is None:
-                entry = pool.take(storage.nbytes(), result.device)
-                entry[1] += 1  # taken by this graph until its outputs are placed
-                placed[storage.data_ptr() if result.numel() else -index - 1] = entry
-            entry[1] += 1
-            self._entries[index] = entry
-            self.outputs.append(_placed(entry[0], result))
-        for entry in placed.values():
-            entry[1] -= 1
-        self._free = pool.free_blocks()
+            block = placed.get(storage.data_ptr()) if result.numel() else None
+            if block is None:
+                block = pool.take(storage.nbytes(), result.device)
+                block.unread += 1  # taken by this graph until its outputs are placed
+                placed[storage.data_ptr() if result.numel() else -index - 1] = block
+            block.unread += 1
+            self._blocks[index] = block
+            self.outputs.append(_placed(block.memory, result))
+            if result.numel():
+                block.memory.fill_(SCRIBBLE_BYTE)  # a real capture computes nothing
+        for block in placed.values():
+            block.unread -= 1
+        self._free = pool.free_memory()
         self.replay = self._replay
 
     def _replay(self) -> None:
         with torch.no_grad():
-            for block in self._free:
-                block.fill_(SCRIBBLE_BYTE)
-            for result, entry in zip(self._run(), self._entries, strict=True):
-                if entry is not None:
+            for memory in self._free:
+                memory.fill_(SCRIBBLE_BYTE)
+            for result, block in zip(self._run(), self._blocks, strict=True):
+                if block is not None:
                     # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
                     num_bytes = result.untyped_storage().nbytes()
-                    entry[0][:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
+                    block.memory[:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
 
     def release_output(self, index: int) -> None:
-        entry = self._entries[index] if self._entries else None
-        if entry is not None and index not in self._read_no_more:
+        block = self._blocks[index] if self._blocks else None
+        if block is not None and index not in self._read_no_more:
             self._read_no_more.add(index)
-            entry[1] -= 1
+            block.unread -= 1
 
     def release(self) -> None:
-        for index in range(len(self._entries)):
+        for index in range(len(self._blocks)):
             self.release_output(index)
-        self.outputs, self._entries, self._free = [], [], []
+        self.outputs, self._blocks, self._free = [], [], []
         self.replay, self._run = released, _nothing
 
 
@@ -137,12 +147,7 @@ class EmulatedDevice:
             _CAPTURING.depth -= 1
             _undo(captured, written, versions)
         run = recorder.tape(captured, results) if self._records_ops else None
-        graph = EmulatedGraph(run or (lambda: call(captured)), results, storages, pool)
-        for output, entry in zip(graph.outputs, graph._entries, strict=True):
-            if entry is not None and output.numel():
-                # A real capture computes nothing.
-                entry[0].fill_(SCRIBBLE_BYTE)
-        return graph
+        return EmulatedGraph(run or (lambda: call(captured)), results, storages, pool)
 
     def is_capturing(self) -> bool:
         return getattr(_CAPTURING, "depth", 0) > 0
