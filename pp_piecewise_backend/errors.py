@@ -316,10 +316,6 @@ def wrong_sibling(rank: int, got: object, expected: int, first_rank: int) -> str
     )
 
 
-def unknown_layout(rank: int, key: str, name: str, layout: str, layouts: Sequence[str]) -> str:
-    return f"{key} of rank {rank} have {name!r} with layout {layout!r}, expected {' or '.join(map(repr, layouts))}"
-
-
 def not_divisible(rank: int, key: str, name: str, elements: int, size: int) -> str:
     return (
         f"{key} of rank {rank} have {name!r} scattered with {elements} elements per token, which {size} "
@@ -333,13 +329,6 @@ def link_differs(source: int, sent: str, sends: object, target: int, taken: str,
 
 def link_leads_nowhere(rank: int, key: str) -> str:
     return f"rank {rank} has {key}, but no neighbour on that side"
-
-
-def bad_plan_buckets(buckets: Sequence[int], max_tokens: int) -> str:
-    return (
-        f"a plan got buckets {tuple(buckets)} and max_tokens={max_tokens}: expected bucket sizes that ascend from at "
-        f"least 1 and end with max_tokens."
-    )
 
 
 def bad_patience(name: str, seconds: object) -> str:

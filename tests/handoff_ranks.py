@@ -29,16 +29,18 @@ import torch
 from pp_piecewise_backend.pipeline.connect import Links, make_links
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.link import Receiver, Sender
-from pp_piecewise_backend.pipeline.plan import Field, Schema, StagePlan
+from pp_piecewise_backend.pipeline.plan import Schema, StagePlan
 from pp_piecewise_backend.pipeline.tensor_parallel import TensorParallel
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES, Patience, Transport
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
+from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
+from pp_piecewise_backend.runtime.stage import Proxy
 from pp_piecewise_backend.utils.counters import Stats
 from rank_processes import LONGEST_SECONDS, SETUP_SECONDS, Ended, run_ranks, waited_seconds
 
 MAX_TOKENS = 16
-PROXIES = Schema((Field("hidden_states", (8,), torch.float32), Field("residual", (2, 3), torch.bfloat16)))
-FEEDBACK = Schema((Field("tokens", (), torch.int64),))
+PROXIES = Schema({"hidden_states": Proxy((8,), torch.float32), "residual": Proxy((2, 3), torch.bfloat16)})
+FEEDBACK = Schema({"tokens": Proxy((), torch.int64)})
 ON_GPUS = ("cuda_ipc", "nccl")
 """Transports under which each rank has its tensors on a GPU, which several may share under the first."""
 
@@ -87,8 +89,7 @@ def plan_of(stage: int, count: int, **changes: Any) -> StagePlan:
     plan = StagePlan(
         package_version="0.1",
         stage_count=count,
-        buckets_tokens=(1, 2, 4, 8, MAX_TOKENS),
-        max_tokens=MAX_TOKENS,
+        ladder=Ladder((1, 2, 4, 8, MAX_TOKENS)),
         partition="2+2",
         inputs=PROXIES if stage > 0 else None,
         outputs=PROXIES if stage < count - 1 else None,
@@ -98,11 +99,11 @@ def plan_of(stage: int, count: int, **changes: Any) -> StagePlan:
 
 
 def with_layout(schema: Schema, layout: str) -> Schema:
-    return Schema(tuple(replace(field, layout=layout) for field in schema.fields))
+    return Schema({name: replace(proxy, layout=layout) for name, proxy in schema.proxies.items()})
 
 
 def memory(schema: Schema) -> dict[str, torch.Tensor]:
-    return {f.name: torch.zeros((MAX_TOKENS, *f.shape), dtype=f.dtype) for f in schema.fields}
+    return {name: torch.zeros((MAX_TOKENS, *p.shape), dtype=p.dtype) for name, p in schema.proxies.items()}
 
 
 def landing_memory(receiver: Receiver | None) -> dict[str, torch.Tensor]:
@@ -494,9 +495,9 @@ def other_plans(stage: Stage) -> None:
     changes: dict[str, Any] = {}
     if stage.number == 1:
         changes["torch_version"] = "1.0"
-        changes["inputs"] = Schema((PROXIES.fields[0], replace(PROXIES.fields[1], dtype=torch.float16)))
+        changes["inputs"] = Schema({**PROXIES.proxies, "residual": Proxy((2, 3), torch.float16)})
     if stage.is_last:
-        changes["buckets_tokens"] = (1, MAX_TOKENS)
+        changes["ladder"] = Ladder((1, MAX_TOKENS))
     try:
         stage.connect(**changes)
     finally:
@@ -507,7 +508,7 @@ def other_siblings(stage: Stage) -> None:
     """Of 2 x 2 ranks some were set up otherwise than the rest."""
     match stage.arguments["differs"]:
         case "buckets of rank 3":
-            stage.connect(**({"buckets_tokens": (1, MAX_TOKENS)} if stage.rank == 3 else {}))
+            stage.connect(**({"ladder": Ladder((1, MAX_TOKENS))} if stage.rank == 3 else {}))
         case "no groups on stage 1":
             stage.connect(**({"tensor_parallel": None} if stage.number == 1 else {}))
 
@@ -563,7 +564,7 @@ _LIES: dict[str, Callable[[Header], Header]] = {
 
 def _lie(sender: Sender, change: Callable[[Header], Header]) -> None:
     plan = sender._settings.plan
-    true = Header(Kind.DATA, plan.fingerprint, sender._told_data, sender.own_rank, 5, plan.bucket_tokens(5))
+    true = Header(Kind.DATA, plan.fingerprint, sender._told_data, sender.own_rank, 5, plan.ladder.bucket(5) or 0)
     _now("fault")
     with sender._telling:
         sender._wire.tell(change(true).pack())

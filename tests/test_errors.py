@@ -161,14 +161,12 @@ MESSAGES = {
     ),
     "wrong_count": (errors.wrong_count("stage_count", 3, 2), ["stage_count is 3", "2 ranks came"]),
     "wrong_sibling": (errors.wrong_sibling(3, 0, 1, 2), ["rank 3 is number 0", "begins with rank 2", "number 1"]),
-    "unknown_layout": (errors.unknown_layout(1, "inputs", "h", "split", ["a", "b"]), ["'split', expected 'a' or 'b'"]),
     "not_divisible": (errors.not_divisible(1, "inputs", "h", 7, 2), ["'h' scattered with 7 elements", "2 tensor-par"]),
     "link_differs": (
         errors.link_differs(0, "outputs", "x", 1, "inputs", "y"),
         ["outputs of rank 0 are x", "inputs of rank 1 are y"],
     ),
     "link_leads_nowhere": (errors.link_leads_nowhere(0, "inputs"), ["rank 0 has inputs", "no neighbour"]),
-    "bad_plan_buckets": (errors.bad_plan_buckets([2, 1], 4), ["(2, 1)", "max_tokens=4", "ascend"]),
     "bad_patience": (errors.bad_patience("silence_seconds", -1), ["silence_seconds=-1", "positive"]),
     "link_names_differ": (errors.link_names_differ([], ["x"]), ["carries 'x'", "got nothing"]),
     "link_tensor_differs": (errors.link_tensor_differs("x", "this", "that"), ["'x' as that", "got this"]),
@@ -219,7 +217,7 @@ MESSAGES = {
 
 CLAUSES = {
     "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
-    "unknown_layout", "not_divisible",
+    "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
     "data_upstream", "peer_failed", "own_failure", "on_rank", "place_differs",
 }  # fmt: skip

@@ -228,7 +228,7 @@ def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[S
         if wire is not None:
             peer = lower + 1 if transport.stage == lower else lower
             ranks = transport.ranks[transport.stage], transport.ranks[peer]
-            sibling = Sibling(wire, Schema(()), *ranks, settings)
+            sibling = Sibling(wire, Schema({}), *ranks, settings)
             sibling.start()
             siblings.append(sibling)
     return siblings

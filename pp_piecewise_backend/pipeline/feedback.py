@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..runtime.stage import Proxy
 from ..utils.counters import Stats
 from .inbox import Behind
 from .link import Receiver, Transfer
-from .plan import Field
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -129,10 +129,11 @@ class FeedbackReader:
 
     def _new_slot(self) -> _Slot:
         known = self._receiver.landing_memory(self._max_tokens)
-        return _Slot({field.name: self._memory_for(field, known[field.name]) for field in self._receiver.schema.fields})
+        proxies = self._receiver.schema.proxies
+        return _Slot({name: self._memory_for(proxy, known[name]) for name, proxy in proxies.items()})
 
-    def _memory_for(self, field: Field, known: torch.Tensor | None) -> torch.Tensor:
-        shape = (self._max_tokens, *field.shape)
+    def _memory_for(self, proxy: Proxy, known: torch.Tensor | None) -> torch.Tensor:
+        shape = (self._max_tokens, *proxy.shape)
         if known is None:
-            return torch.zeros(shape, dtype=field.dtype, device=self._device)
-        return known[: self._max_tokens * field.bytes_per_token].view(field.dtype).view(shape)
+            return torch.zeros(shape, dtype=proxy.dtype, device=self._device)
+        return known[: self._max_tokens * proxy.bytes_per_token].view(proxy.dtype).view(shape)

@@ -129,9 +129,10 @@ class Header:
             raise ValueError(errors.header_differs("sequence number", self.sequence, sequence))
         if self.kind is not Kind.DATA:
             return
-        if not 1 <= self.num_tokens <= plan.max_tokens:
-            raise ValueError(errors.header_differs("number of tokens", self.num_tokens, f"1 to {plan.max_tokens}"))
-        bucket_tokens = plan.bucket_tokens(self.num_tokens)
+        bucket_tokens = plan.ladder.bucket(self.num_tokens)
+        if bucket_tokens is None:
+            expected = f"1 to {plan.ladder.max_tokens}"
+            raise ValueError(errors.header_differs("number of tokens", self.num_tokens, expected))
         if self.bucket_tokens != bucket_tokens:
             what = f"bucket of {self.num_tokens} tokens"
             raise ValueError(errors.header_differs(what, self.bucket_tokens, bucket_tokens))

@@ -146,8 +146,8 @@ class End:
 
     def _tell(self, kind: Kind, num_tokens: int = 0, tag: bytes = b"") -> Header:
         plan = self._settings.plan
+        bucket_tokens = plan.ladder.bucket(num_tokens) or 0
         with self._telling:
-            bucket_tokens = plan.bucket_tokens(num_tokens) if kind is Kind.DATA else 0
             header = Header(kind, plan.fingerprint, self._told_data, self.own_rank, num_tokens, bucket_tokens, tag)
             self._wire.tell(header.pack())
             self._told_data += kind is Kind.DATA
@@ -262,14 +262,14 @@ class End:
         parallel = self._tensor_parallel
         if parallel is None:
             return tensors
-        pairs = zip(self.schema.fields, tensors, strict=True)
-        return [parallel.share(tensor) if field.is_scattered else tensor for field, tensor in pairs]
+        pairs = zip(self.schema.proxies.values(), tensors, strict=True)
+        return [parallel.share(tensor) if proxy.layout == "scattered" else tensor for proxy, tensor in pairs]
 
     def _count(self, tensors: str, num_bytes: str, num_tokens: int) -> None:
         amounts = self._amounts.get(num_tokens)
         if amounts is None:
             sent_bytes = num_tokens * self._sent_bytes_per_token
-            amounts = self._amounts[num_tokens] = Amounts({tensors: len(self.schema.fields), num_bytes: sent_bytes})
+            amounts = self._amounts[num_tokens] = Amounts({tensors: len(self.schema.proxies), num_bytes: sent_bytes})
         amounts.add_to(self._settings.stats)
 
     # ---------------------------------------------------------------------------------- failing
@@ -343,8 +343,9 @@ class Sender(End):
             ValueError: no number of tokens that the plan has, or a tag longer than 24 bytes.
             PeerLost: the pipeline broke.
         """
-        if not 1 <= num_tokens <= self._settings.plan.max_tokens:
-            raise ValueError(errors.announced_rows_out_of_range(num_tokens, self._settings.plan.max_tokens))
+        ladder = self._settings.plan.ladder
+        if ladder.bucket(num_tokens) is None:
+            raise ValueError(errors.announced_rows_out_of_range(num_tokens, ladder.max_tokens))
         with _Raising(self, lambda: f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"):
             header = self._tell(Kind.DATA, num_tokens, tag)
         _ONE_HEADER.add_to(self._settings.stats)
@@ -403,7 +404,10 @@ class Receiver(End):
             PeerLost: the pipeline broke.
         """
         with _Raising(self, lambda: "sharing landing memory"):
-            return {f.name: self._wire.landing_memory(num_tokens * f.bytes_per_token) for f in self.schema.fields}
+            return {
+                name: self._wire.landing_memory(num_tokens * proxy.bytes_per_token)
+                for name, proxy in self.schema.proxies.items()
+            }
 
     def next_header(self) -> Header | None:
         """The next micro-batch that was announced, however long that takes; None once the sender has stopped.
@@ -450,8 +454,9 @@ class Receiver(End):
         pending = self._wire.receive(self._travelling(views))
         if self._tensor_parallel is None:
             return pending
-        pairs = zip(self.schema.fields, views, strict=True)
-        return Gathering(pending, [view for field, view in pairs if field.is_scattered], self._tensor_parallel)
+        pairs = zip(self.schema.proxies.values(), views, strict=True)
+        scattered = [view for proxy, view in pairs if proxy.layout == "scattered"]
+        return Gathering(pending, scattered, self._tensor_parallel)
 
     def _waiting_for_header(self) -> str:
         return f"waiting for the header of micro-batch {self._received}"

@@ -9,76 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .. import errors
-
-
-class ProxyLike(Protocol):
-    """What a ``Proxy`` says of a tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def layout(self) -> str: ...
-
-
-LAYOUTS = ("replicated", "scattered")
-
-
-@dataclass(frozen=True)
-class Field:
-    """One tensor of a link, without its token dimension."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str = "replicated"
-    """Or "scattered": each tensor-parallel rank sends its share only, see ``tensor_parallel.py``."""
-
-    @property
-    def bytes_per_token(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_scattered(self) -> bool:
-        return self.layout == "scattered"
-
-    def describe(self) -> list[Any]:
-        return [self.name, list(self.shape), str(self.dtype), self.layout]
+from ..runtime.cudagraphs.ladder import Ladder
+from ..runtime.stage import Proxy
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The tensors of one link, in the order in which they travel."""
+    """The proxies of one link by name, in the order in which they travel."""
 
-    fields: tuple[Field, ...]
-
-    @classmethod
-    def of(cls, proxies: Mapping[str, ProxyLike]) -> Schema:
-        return cls(tuple(Field(name, tuple(p.shape), p.dtype, p.layout) for name, p in proxies.items()))
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(field.name for field in self.fields)
+    proxies: Mapping[str, Proxy]
 
     @cached_property
     def bytes_per_token(self) -> int:
-        return sum(field.bytes_per_token for field in self.fields)
+        return self.sent_bytes_per_token(1)
 
     def sent_bytes_per_token(self, tensor_parallel_size: int) -> int:
         """What one of the links between two stages carries."""
         return sum(
-            field.bytes_per_token // (tensor_parallel_size if field.is_scattered else 1) for field in self.fields
+            proxy.bytes_per_token // (tensor_parallel_size if proxy.layout == "scattered" else 1)
+            for proxy in self.proxies.values()
         )
 
     def in_order(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> list[torch.Tensor]:
@@ -87,19 +44,19 @@ class Schema:
         Raises:
             ValueError: a name is missing or unknown, or a tensor is not contiguous ``[num_tokens, *shape]``.
         """
-        if tensors.keys() != set(self.names):
-            raise ValueError(errors.link_names_differ(list(tensors), self.names))
-        ordered = [tensors[name] for name in self.names]
-        for field, tensor in zip(self.fields, ordered, strict=True):
-            fits = tensor.shape == (num_tokens, *field.shape) and tensor.dtype == field.dtype
+        if tensors.keys() != self.proxies.keys():
+            raise ValueError(errors.link_names_differ(list(tensors), list(self.proxies)))
+        ordered = [tensors[name] for name in self.proxies]
+        for (name, proxy), tensor in zip(self.proxies.items(), ordered, strict=True):
+            fits = tensor.shape == (num_tokens, *proxy.shape) and tensor.dtype == proxy.dtype
             if not fits or not tensor.is_contiguous():
                 got = f"{tensor.dtype}{list(tensor.shape)} with strides {list(tensor.stride())}"
-                expected = f"contiguous {field.dtype}{[num_tokens, *field.shape]}"
-                raise ValueError(errors.link_tensor_differs(field.name, got, expected))
+                expected = f"contiguous {proxy.dtype}{[num_tokens, *proxy.shape]}"
+                raise ValueError(errors.link_tensor_differs(name, got, expected))
         return ordered
 
     def describe(self) -> list[list[Any]]:
-        return [field.describe() for field in self.fields]
+        return [[name, list(p.shape), str(p.dtype), p.layout] for name, p in self.proxies.items()]
 
 
 @dataclass(frozen=True)
@@ -108,9 +65,7 @@ class StagePlan:
 
     package_version: str
     stage_count: int
-    buckets_tokens: tuple[int, ...]
-    """Ascending; the last one is ``max_tokens``."""
-    max_tokens: int
+    ladder: Ladder
     partition: str = ""
     """Which layers went to which stage, in any text that all ranks spell alike."""
     inputs: Schema | None = None
@@ -123,12 +78,6 @@ class StagePlan:
     transport: str = ""
     """Its name."""
 
-    def __post_init__(self) -> None:
-        buckets = self.buckets_tokens
-        ascending = all(a < b for a, b in pairwise((0, *buckets)))
-        if not buckets or not ascending or buckets[-1] != self.max_tokens:
-            raise ValueError(errors.bad_plan_buckets(buckets, self.max_tokens))
-
     def to_text(self, rank: int, tensor_parallel_rank: int = 0, tensor_parallel_size: int = 1) -> str:
         """JSON, so that ranks of other versions can still say what differs.
 
@@ -137,8 +86,16 @@ class StagePlan:
             tensor_parallel_rank: its place among the ranks of its stage.
             tensor_parallel_size: how many these are.
         """
-        links = {name: schema and schema.describe() for name, schema in self._schemas().items()}
-        shared = {key: value for key, value in asdict(self).items() if key not in links}
+        shared = {
+            "package_version": self.package_version,
+            "torch_version": self.torch_version,
+            "stage_count": self.stage_count,
+            "buckets_tokens": self.ladder.sizes_tokens,
+            "max_tokens": self.ladder.max_tokens,
+            "partition": self.partition,
+            "transport": self.transport,
+        }
+        links = {key: schema and schema.describe() for key in _LINKS for schema in [getattr(self, key)]}
         place = {
             "rank": rank,
             "tensor_parallel_rank": tensor_parallel_rank,
@@ -146,24 +103,16 @@ class StagePlan:
         }
         return json.dumps({**shared, **links, **place}, sort_keys=True)
 
-    def _schemas(self) -> dict[str, Schema | None]:
-        return {"inputs": self.inputs, "outputs": self.outputs, "feedback": self.feedback}
-
 
 @dataclass(frozen=True)
 class Plan:
     """What all ranks agreed on."""
 
-    buckets_tokens: tuple[int, ...]
-    max_tokens: int
+    ladder: Ladder
     stage_count: int
     has_feedback: bool
     fingerprint: int
     """64 bits that are equal for equal plans, on any machine; every header carries them."""
-
-    def bucket_tokens(self, num_tokens: int) -> int:
-        """The bucket in which a call of 1 to ``max_tokens`` tokens runs."""
-        return self.buckets_tokens[bisect_left(self.buckets_tokens, num_tokens)]
 
 
 _LINKS = ("inputs", "outputs", "feedback")
@@ -192,8 +141,7 @@ def agree(pipelines: Sequence[Sequence[str]]) -> Plan:
     first = plans[0]
     common = json.dumps([{key: value for key, value in plan.items() if key not in _PLACE} for plan in first])
     return Plan(
-        buckets_tokens=tuple(first[0]["buckets_tokens"]),
-        max_tokens=first[0]["max_tokens"],
+        ladder=Ladder(tuple(first[0]["buckets_tokens"])),
         stage_count=len(first),
         has_feedback=len(first) > 1 and first[0]["feedback"] is not None,
         fingerprint=int.from_bytes(hashlib.sha256(common.encode()).digest()[:8], "little"),
@@ -255,8 +203,6 @@ def _share_differences(plans: Sequence[PlanDict]) -> list[str]:
         size = plan.get("tensor_parallel_size", 1)
         for key in _LINKS:
             for name, shape, _, layout in plan.get(key) or ():
-                if layout not in LAYOUTS:
-                    differences.append(errors.unknown_layout(plan["rank"], key, name, layout, LAYOUTS))
-                elif layout == "scattered" and math.prod(shape) % size:
+                if layout == "scattered" and math.prod(shape) % size:
                     differences.append(errors.not_divisible(plan["rank"], key, name, math.prod(shape), size))
     return differences

@@ -140,11 +140,10 @@ class StageRunner:
         plan = StagePlan(
             package_version=versions().get("pp_piecewise_backend", "not installed"),
             stage_count=self.stage_count,
-            buckets_tokens=Ladder.from_ranges(capture_sizes, max_tokens).sizes_tokens,
-            max_tokens=max_tokens,
-            inputs=None if self.is_first else Schema.of(inputs or {}),
-            outputs=None if self.is_last else Schema.of(outputs or {}),
-            feedback=None if feedback is None else Schema.of(feedback),
+            ladder=Ladder.from_ranges(capture_sizes, max_tokens),
+            inputs=None if self.is_first else Schema(self._stage.inputs),
+            outputs=None if self.is_last else Schema(dict(outputs or {})),
+            feedback=None if feedback is None else Schema(dict(feedback)),
         )
         self._stats = Stats(parent=TOTALS)
         self.timeline: Timeline | None = None

@@ -9,7 +9,8 @@ import torch
 
 from handoff_ranks import FEEDBACK, PROXIES, plan_of
 from pp_piecewise_backend.errors import PlanMismatch
-from pp_piecewise_backend.pipeline.plan import Field, Plan, Schema, StagePlan, agree
+from pp_piecewise_backend.pipeline.plan import Plan, Schema, StagePlan, agree
+from pp_piecewise_backend.runtime.stage import Proxy
 
 
 def agreed(*plans: StagePlan) -> Plan:
@@ -20,7 +21,7 @@ def test_equal_plans_agree_and_have_a_stable_fingerprint() -> None:
     plan = agreed(plan_of(0, 2), plan_of(1, 2))
     assert plan == agreed(plan_of(0, 2), plan_of(1, 2))
     assert plan.has_feedback and plan.stage_count == 2
-    assert [plan.bucket_tokens(n) for n in (1, 3, 9)] == [1, 4, 16]
+    assert [plan.ladder.bucket(n) for n in (1, 3, 9)] == [1, 4, 16]
     assert plan.fingerprint != agreed(*(plan_of(i, 2, partition="1+3") for i in (0, 1))).fingerprint
 
 
@@ -79,24 +80,14 @@ def test_tensor_parallel_sizes_and_places_must_fit() -> None:
         agree(crossed)
 
 
-def test_what_cannot_be_shared_equally_or_is_no_layout_is_a_difference() -> None:
-    def with_field(field: Field) -> list[StagePlan]:
-        schema = Schema((field,))
-        return [plan_of(0, 2, outputs=schema), plan_of(1, 2, inputs=schema)]
-
-    odd = with_field(Field("x", (3, 5), torch.float32, "scattered"))
+def test_what_cannot_be_shared_equally_is_a_difference() -> None:
+    schema = Schema({"x": Proxy((3, 5), torch.float32, "scattered")})
+    odd = [plan_of(0, 2, outputs=schema), plan_of(1, 2, inputs=schema)]
     with pytest.raises(
         PlanMismatch, match=r"outputs of rank 0 have 'x' scattered with 15 elements per token, which 2 "
     ):
         grid(odd, odd)
     agreed(*odd)  # one rank takes all
-    with pytest.raises(PlanMismatch, match=r"layout 'scatered', expected 'replicated' or 'scattered'"):
-        agreed(*with_field(Field("x", (4,), torch.float32, "scatered")))
-
-
-def test_buckets_end_with_max_tokens() -> None:
-    with pytest.raises(ValueError, match="end with max_tokens"):
-        replace(plan_of(0, 2), buckets_tokens=(1, 8))
 
 
 def test_a_tensor_that_is_not_in_the_plan_is_refused() -> None:
