@@ -35,7 +35,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "aliases": [
         (dispatch.Graphs, "_meets_written_memory", lambda self, args: False),
         (capture_plan.GraphPlan, "_writes_what_two_inputs_hold", lambda self, instruction: False),
-        (capture_plan.GraphPlan, "_inputs_in_memory_of", lambda self, registers: []),
+        (capture_plan.GraphPlan, "_inputs_in_memory_of", lambda self, storages: []),
     ],
     "landing": [(capture_plan.GraphPlan, "lands_elsewhere", lambda self, args, num_tokens: False)],
     "rows": [(module, "real_rows", lambda static, num_tokens: static.tensor) for module in (bucket, replay)],

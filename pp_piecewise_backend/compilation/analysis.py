@@ -10,17 +10,18 @@ ops through Python decompositions that copy where the kernel returns its input [
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from ..errors import SplitError
 from ..utils import torch_compat
-from .fx_utils import attribute, is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
+from .fx_utils import is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
 from .regions import Regions, find_regions, is_autocast_enter, is_autocast_exit
 from .specs import SymbolSpec, TensorSpec, as_dim
 
@@ -99,6 +100,8 @@ class GraphFacts:
     """Where the value of a symbol comes from: a node that gives the integer, or a tensor node and its dimension."""
     input_storages: frozenset[int]
     """Storages that exist before the graph runs: graph inputs and constants."""
+    written: frozenset[int]
+    """Storages that some node writes."""
     needs_gradient: tuple[str, ...]
     """Names of the inputs through which a result would require gradients; () when none does."""
     equal_symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
@@ -138,7 +141,7 @@ def collect_facts(graph_module: GraphModule, example_inputs: Sequence[object]) -
     Raises:
         SplitError: the graph has something that cannot be followed (tensor subclasses, unknown sizes).
     """
-    return _Walk(graph_module, example_inputs).run()
+    return _Walk(graph_module, example_inputs).facts()
 
 
 class _OpRecorder(torch_compat.TorchDispatchMode):
@@ -178,17 +181,22 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _Walk:
+class _Walk(Interpreter):
     """One run of a graph on fake tensors with the sizes of the traced call."""
 
+    env: dict[Node, Any]
+    """Fake tensors and plain numbers, as each node returns them; None for nodes that are not run."""
+
     def __init__(self, graph_module: GraphModule, example_inputs: Sequence[object]) -> None:
-        self._module = graph_module
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self._graph_module = graph_module
         self._example_inputs = example_inputs
         self._regions = find_regions(graph_module.graph)
         self._fake_mode = torch_compat.FakeTensorMode(allow_non_fake_inputs=True)
         self._facts: dict[Node, NodeFacts] = {}
-        self._values: dict[Node, Any] = {}
-        """Fake tensors and plain numbers, as each node returns them."""
+        self._recorder = _OpRecorder(self._known_storage)
+        self._open_autocast: dict[Node, object] = {}
         self._sizes: dict[sympy.Symbol, int] = {}
         """The number that each symbol stands for in this run."""
         self._symbols: dict[sympy.Symbol, SymbolSpec] = {}
@@ -197,8 +205,8 @@ class _Walk:
         self._keep_alive: list[object] = []
         self._has_history = False
 
-    def run(self) -> GraphFacts:
-        placeholders = [node for node in self._module.graph.nodes if node.op == "placeholder"]
+    def facts(self) -> GraphFacts:
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         if len(placeholders) != len(self._example_inputs):
             raise SplitError(
                 f"the graph has {len(placeholders)} placeholders but {len(self._example_inputs)} example inputs "
@@ -213,23 +221,13 @@ class _Walk:
             stack.callback(_leave_functorch, torch_compat.functorch_level())
             stack.enter_context(self._fake_mode)
             self._read_inputs(placeholders)
-            recorder = stack.enter_context(_OpRecorder(self._known_storage))
-            open_autocast: dict[Node, object] = {}
-            stack.callback(_leave_autocast, open_autocast)
-            for node in self._module.graph.nodes:
-                if node.op == "get_attr":
-                    self._read_attribute(node)
-                elif is_autocast_enter(node):
-                    open_autocast[node] = torch_compat.enter_autocast(*node.args)
-                elif is_autocast_exit(node):
-                    torch_compat.exit_autocast(open_autocast.pop(node.args[0]))  # type: ignore[index]
-                elif node.target is torch_compat.set_grad_enabled and node in self._regions.dropped:
-                    torch_compat.set_grad_enabled(node.args[0])
-                elif node.op.startswith("call_") and node not in self._regions.dropped:
-                    self._run_node(node, recorder)
-            needs_gradient = self._gradient_inputs(placeholders)
+            stack.enter_context(self._recorder)
+            stack.callback(_leave_autocast, self._open_autocast)
+            self.run(initial_env=self.env, enable_io_processing=False)
+            written = frozenset(storage for node_facts in self._facts.values() for storage in node_facts.writes)
+            needs_gradient = self._gradient_inputs(placeholders, written)
         return GraphFacts(
-            graph_module=self._module,
+            graph_module=self._graph_module,
             nodes=self._facts,
             regions=self._regions,
             symbols=self._symbols,
@@ -240,8 +238,23 @@ class _Walk:
                 if node.op in ("placeholder", "get_attr")
                 for storage in facts.storages
             ),
+            written=written,
             needs_gradient=needs_gradient,
         )
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node as what it is in this walk; what it returns is what later nodes take."""
+        if n.op == "get_attr":
+            return self._read_attribute(n)
+        if is_autocast_enter(n):
+            self._open_autocast[n] = torch_compat.enter_autocast(*n.args)
+        elif is_autocast_exit(n):
+            torch_compat.exit_autocast(self._open_autocast.pop(n.args[0]))  # type: ignore[arg-type]
+        elif n.target is torch_compat.set_grad_enabled and n in self._regions.dropped:
+            torch_compat.set_grad_enabled(n.args[0])
+        elif n.op.startswith("call_") and n not in self._regions.dropped:
+            return self._call_and_note(n)
+        return None
 
     # ------------------------------------------------------------------ inputs
 
@@ -260,7 +273,7 @@ class _Walk:
         real_storages: dict[int, int] = {}
         for node, example, given in zip(placeholders, examples, self._example_inputs, strict=True):
             if not isinstance(example, torch.Tensor):
-                self._values[node] = self._concrete(example)
+                self.env[node] = self._concrete(example)
                 self._facts[node] = NodeFacts(value=example)
                 continue
             fake = self._fake_input(node, example)
@@ -270,7 +283,7 @@ class _Walk:
                 with contextlib.suppress(RuntimeError, NotImplementedError):
                     number = real_storages.setdefault(torch_compat.storage_identity(given), number)
                     self._storage_numbers[torch_compat.storage_identity(fake)] = number
-            self._values[node] = fake
+            self.env[node] = fake
             self._facts[node] = _given(TensorSpec.of(example, number))
 
     def _fake_input(self, node: Node, example: torch.Tensor) -> torch.Tensor:
@@ -292,20 +305,20 @@ class _Walk:
                 fake.requires_grad_(True)
         return fake
 
-    def _read_attribute(self, node: Node) -> None:
-        value = attribute(self._module, str(node.target))
-        if isinstance(value, torch.Tensor):
-            fake = self._fake_mode.from_tensor(value, static_shapes=True)
-            self._values[node] = fake
-            self._facts[node] = _given(TensorSpec.of(fake, self._number(fake)))
-        else:
-            self._values[node] = value
+    def _read_attribute(self, node: Node) -> Any:
+        value: Any = operator.attrgetter(str(node.target))(self.module)
+        if not isinstance(value, torch.Tensor):
             self._facts[node] = NodeFacts(value)
+            return value
+        fake = self._fake_mode.from_tensor(value, static_shapes=True)
+        self._facts[node] = _given(TensorSpec.of(fake, self._number(fake)))
+        return fake
 
     # ------------------------------------------------------------------- nodes
 
-    def _run_node(self, node: Node, recorder: _OpRecorder) -> None:
-        arguments = {n: self._values[n] for n in node.all_input_nodes if n in self._values}
+    def _call_and_note(self, node: Node) -> Any:
+        recorder = self._recorder
+        arguments = {n: self.env[n] for n in node.all_input_nodes}
         before = _tensors(list(arguments.values()))
         versions = [tensor._version for tensor in before]
         shapes = [(tensor.shape, tensor.stride()) for tensor in before]
@@ -328,7 +341,6 @@ class _Walk:
             writes.add(EFFECT)
         known = set(self._storage_numbers.values())
         storages = {number for tensor in _tensors(value) if (number := self._number(tensor)) is not None}
-        self._values[node] = value
         self._note_symbols(node, example)
         same = [n for n, v in arguments.items() if v is value and isinstance(v, torch.Tensor)]
         self._facts[node] = NodeFacts(
@@ -342,11 +354,12 @@ class _Walk:
             reshapes_in_place=shapes != [(tensor.shape, tensor.stride()) for tensor in before],
             region=self._regions.bound.get(node),
         )
+        return value
 
     def _call_or_adopt(self, node: Node) -> Any:
         """Run the node; where its result depends on data that a fake tensor has not, take what Dynamo found."""
         try:
-            return self._call(node)
+            return super().run_node(node)
         except Exception as error:
             depends_on_data = isinstance(error, torch_compat.DATA_DEPENDENT_ERRORS)
             is_higher_order = isinstance(node.target, torch_compat.HigherOrderOperator)
@@ -361,16 +374,6 @@ class _Walk:
             self._learn_sizes(leaf, None)
         return torch_compat.tree_map(lambda leaf: self._adopt(leaf) if isinstance(leaf, torch.Tensor) else
                                 self._concrete(leaf), example)  # fmt: skip
-
-    def _call(self, node: Node) -> Any:
-        args = torch.fx.node.map_arg(node.args, self._values.__getitem__)
-        kwargs = torch.fx.node.map_arg(node.kwargs, self._values.__getitem__)
-        if node.op == "call_method":
-            receiver, *rest = args
-            return getattr(receiver, str(node.target))(*rest, **kwargs)
-        if node.op == "call_module":
-            return attribute(self._module, str(node.target))(*args, **kwargs)  # type: ignore[operator]
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _adopt(self, example: torch.Tensor) -> torch.Tensor:
         """A fake tensor of ours with the geometry of Dynamo's."""
@@ -457,11 +460,10 @@ class _Walk:
     def _known_storage(self, tensor: torch.Tensor) -> int | None:
         return self._storage_numbers.get(torch_compat.storage_identity(tensor))
 
-    def _gradient_inputs(self, placeholders: Sequence[Node]) -> tuple[str, ...]:
-        (output,) = (node for node in self._module.graph.nodes if node.op == "output")
-        results = _tensors([self._values[node] for node in output.all_input_nodes if node in self._values])
-        written = {storage for facts in self._facts.values() for storage in facts.writes}
-        results += _tensors([self._values[node] for node in placeholders if self._facts[node].storages & written])
+    def _gradient_inputs(self, placeholders: Sequence[Node], written: frozenset[int]) -> tuple[str, ...]:
+        (output,) = (node for node in self.graph.nodes if node.op == "output")
+        results = _tensors([self.env[node] for node in output.all_input_nodes])
+        results += _tensors([self.env[node] for node in placeholders if self._facts[node].storages & written])
         if not self._has_history and not any(tensor.grad_fn is not None for tensor in results):
             return ()
         return tuple(

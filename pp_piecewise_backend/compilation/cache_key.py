@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..utils import torch_compat
-from .fx_utils import attribute
 from .specs import SymbolSpec, TensorSpec
 
 
@@ -51,11 +51,12 @@ def graph_text(graph_module: GraphModule) -> str:
         if node.op == "placeholder":
             lines.append(f"{numbers[node]} = input")
         elif node.op == "get_attr":
-            lines.append(f"{numbers[node]} = {_attribute_text(attribute(graph_module, str(node.target)))}")
+            lines.append(f"{numbers[node]} = {_attribute_text(graph_module, node)}")
         else:
-            target = _attribute_text(attribute(graph_module, str(node.target))) if node.op == "call_module" else (
-                _function_text(node.target) if node.op == "call_function" else str(node.target)
-            )  # fmt: skip
+            if node.op == "call_module":
+                target = _attribute_text(graph_module, node)
+            else:
+                target = _function_text(node.target) if node.op == "call_function" else str(node.target)
             arguments = _argument_text((node.args, dict(node.kwargs)), numbers)
             lines.append(f"{numbers[node]} = {node.op} {target} {arguments}")
     return "\n".join(lines)
@@ -72,7 +73,8 @@ def _dim_text(dim: Any, symbols: dict[sympy.Symbol, str]) -> str:
     return str(dim.xreplace({symbol: sympy.Symbol(name) for symbol, name in symbols.items()}))
 
 
-def _attribute_text(value: object) -> str:
+def _attribute_text(graph_module: GraphModule, node: Node) -> str:
+    value = operator.attrgetter(str(node.target))(graph_module)
     if isinstance(value, GraphModule):
         return "{\n" + graph_text(value) + "\n}"
     return _identity_text(value)
@@ -95,12 +97,9 @@ def _function_text(function: Any) -> str:
 def look_up(module: str, path: str) -> object:
     """What a qualified name leads to; None if it leads nowhere."""
     try:
-        found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        return operator.attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError):
         return None
-    return found
 
 
 def _identity_text(value: object) -> str:

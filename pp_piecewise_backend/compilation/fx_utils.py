@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 
-import torch
 from torch.fx import GraphModule, Node
 
 from ..utils import torch_compat
@@ -74,14 +73,6 @@ def nested_graphs(node: Node) -> Iterator[GraphModule]:
     owner = node.graph.owning_module
     for argument in node.all_input_nodes:
         if argument.op == "get_attr" and owner is not None:
-            value = attribute(owner, str(argument.target))
+            value = operator.attrgetter(str(argument.target))(owner)
             if isinstance(value, GraphModule):
                 yield value
-
-
-def attribute(module: torch.nn.Module, path: str) -> object:
-    """What a ``get_attr`` node with this target refers to."""
-    value: object = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

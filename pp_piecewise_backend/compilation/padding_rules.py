@@ -36,6 +36,8 @@ class Traits:
     """Whether it draws random numbers."""
     writes: tuple[str, ...] = ()
     """Names of its inputs whose memory it writes."""
+    written_storages: frozenset[int] = frozenset()
+    """Storages of these inputs."""
     token_values: tuple[str, ...] = ()
     """Ops that use the token count as a value (R4)."""
     selects_tokens: tuple[str, ...] = ()

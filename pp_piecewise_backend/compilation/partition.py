@@ -72,7 +72,6 @@ class Scalars:
 
     def __init__(self, facts: GraphFacts) -> None:
         self._facts = facts
-        self._written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
         self._known: dict[Node, bool] = {}
 
     def is_scalar(self, node: Node) -> bool:
@@ -99,7 +98,7 @@ class Scalars:
         if node.op != "call_method" or node.target != "item" or not isinstance(self._facts.nodes[node].value, _FLOATS):
             return False
         (argument,) = node.all_input_nodes
-        return argument.op == "placeholder" and not self._facts.nodes[argument].storages & self._written
+        return argument.op == "placeholder" and not self._facts.nodes[argument].storages & self._facts.written
 
 
 def canonical(facts: GraphFacts, node: Node) -> Value:
@@ -209,8 +208,7 @@ class _Cutter:
             raise SplitError(
                 f"mode='full' needs a graph that can be compiled as one: {steps[0].reason or steps[1].reason}"
             )
-        writes = {storage for node in self._order for storage in self._facts.nodes[node].writes}
-        return Cuts(tuple(steps), {}, self._matches, (), frozenset(writes & self._facts.input_storages))
+        return Cuts(tuple(steps), {}, self._matches, (), self._facts.written & self._facts.input_storages)
 
     # ------------------------------------------------------------ what must be eager
 

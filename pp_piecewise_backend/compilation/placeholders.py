@@ -104,13 +104,12 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         else c
         for c in candidates
     ]
-    written = {storage for node_facts in facts.nodes.values() for storage in node_facts.writes}
     equal = _equal_symbols(facts, [c for c in candidates if c.is_stage_input])
     if equal:
         facts = facts.with_equal_symbols(equal)
         candidates = [replace(c, spec=facts.spec(c.node)) for c in candidates]
-    token_count, token_reason = _token_count(facts, candidates, written)
-    inputs = tuple(_classify(facts, c, token_count, written) for c in candidates)
+    token_count, token_reason = _token_count(facts, candidates)
+    inputs = tuple(_classify(facts, c, token_count) for c in candidates)
     found = {c.label for c in candidates if c.is_stage_input}
     rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.kind == "stage-input" and i.token_dim is not None]
     return InputTable(
@@ -123,7 +122,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
     )
 
 
-def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None, written: set[int]) -> GraphInput:
+def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None) -> GraphInput:
     def result(kind: InputKind, reason: str, **more: Any) -> GraphInput:
         return GraphInput(candidate.node.name, candidate.source, candidate.label, kind, reason, candidate.spec, **more)
 
@@ -137,7 +136,7 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None,
             return result("token-count", "sizes the token dimension", expression=expression)
         return result("scalar", "a number that is no token count", expression=expression)
     token_dim = _dim_of(candidate, token_count)
-    is_written = spec.storage in written
+    is_written = spec.storage in facts.written
     if candidate.is_stage_input:
         also = " and written by the graph" if is_written else ""
         return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
@@ -158,7 +157,7 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None,
 # ------------------------------------------------------------------------------- token count
 
 
-def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate], written: set[int]) -> tuple[Dim | None, str]:
+def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate]) -> tuple[Dim | None, str]:
     """The size that counts tokens: of the stage inputs or, without any, of the per-token inputs."""
     if stage := [c for c in candidates if c.is_stage_input]:
         found = [(_token_dim_size(c), c) for c in stage]
@@ -168,7 +167,7 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate], written: s
             return None, f"the stage inputs disagree on the token dimension: {shapes}"
         (size,) = sizes
         return size, _token_reason(facts, size, stage[0])
-    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in written]
+    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
     named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
     passed = [c for c in plain if len(c.path) == 1 and c not in named and not torch_compat.is_python_float(c.node)]
     nested = [c for c in plain if c not in named and c not in passed and not torch_compat.is_python_float(c.node)]

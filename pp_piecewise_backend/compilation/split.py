@@ -25,7 +25,7 @@ from ..utils import torch_compat
 from .analysis import GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
-from .fx_utils import attribute, op_name
+from .fx_utils import op_name
 from .padding_rules import (
     Traits,
     handed_on_allocations,
@@ -195,7 +195,7 @@ class _Splitter:
                 pieces.append(piece)
         pieces.reverse()
         constants = {
-            node.name: attribute(self.facts.graph_module, str(node.target))
+            node.name: operator.attrgetter(str(node.target))(self.facts.graph_module)
             for node in self.facts.nodes
             if node.op == "get_attr"
         }
@@ -410,7 +410,7 @@ class _StepBuilder:
 
     def _attach(self, path: str) -> str:
         """Give this step's graph an attribute of the whole graph, such as the body of a higher-order op."""
-        value = attribute(self._facts.graph_module, path)
+        value = operator.attrgetter(path)(self._facts.graph_module)
         name = self._attribute_names.setdefault(id(value), f"body_{len(self._attribute_names)}")
         self._attributes[name] = value
         return name
@@ -543,14 +543,14 @@ class _StepBuilder:
         copies = {copy: self._copies[copy] for copy in self._graph.nodes if copy in self._copies}
         nodes = list(copies.values())
         random, written = random_or_written(facts, nodes, self._splitter.cuts.renamed)
-        writes = [
-            source
+        writes = {
+            source: spec.storage
             for source, spec, key in inputs
             if isinstance(spec, TensorSpec)
             and isinstance(source, str)
             and key is not None
             and facts.nodes[key.value.node].storages_at(key.value.path) & written
-        ]
+        }
         exported = {
             name: frozenset((spec.storage,))
             for name, spec in zip(self._exports, output_specs, strict=True)
@@ -560,6 +560,7 @@ class _StepBuilder:
         return Traits(
             random=random,
             writes=tuple(writes),
+            written_storages=frozenset(writes.values()),
             token_values=token_values(facts, nodes, token_count) if is_compute else (),
             selects_tokens=selects_tokens(facts, nodes, token_count) if is_compute else (),
             meeting_tokens=tokens_that_meet(facts, nodes, token_count) if is_compute else (),

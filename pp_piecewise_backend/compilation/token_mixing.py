@@ -10,6 +10,7 @@ causal attention, rows counted from the front) is none of these, as padded rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -143,10 +144,7 @@ def _gives_up(operands: Sequence[TensorSpec], results: Sequence[TensorSpec], tok
 
 
 def _elements(spec: TensorSpec) -> Any:
-    count: Any = 1
-    for size in spec.shape:
-        count = count * size
-    return sympy.expand(count)
+    return sympy.expand(math.prod(spec.shape))
 
 
 # ------------------------------------------------------------------------------------- arguments

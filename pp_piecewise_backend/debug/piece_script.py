@@ -7,6 +7,7 @@ compares and times. ``_HARNESS`` is the part that is the same in every script.
 from __future__ import annotations
 
 import builtins
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..compilation.cache_key import look_up
-from ..compilation.fx_utils import attribute, op_names
+from ..compilation.fx_utils import op_names
 from ..compilation.partition import is_allocation
 from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Piece, SizeOf
@@ -171,7 +172,7 @@ class _Needs:
             if node.op == "call_function":
                 self._add_function(node)
             elif node.op in ("get_attr", "call_module"):
-                value = attribute(graph_module, str(node.target))
+                value = operator.attrgetter(str(node.target))(graph_module)
                 if isinstance(value, GraphModule):
                     self._add(value)
                 else:
@@ -221,7 +222,7 @@ def _classes(graph_module: GraphModule, name: str) -> Iterator[str]:
     for node in graph_module.graph.nodes:
         target = str(node.target)
         if node.op in ("get_attr", "call_module") and target not in bodies:
-            body = attribute(graph_module, target)
+            body = operator.attrgetter(target)(graph_module)
             if isinstance(body, GraphModule):
                 bodies[target] = f"{name}_{target.replace('.', '_')}"
                 yield from _classes(body, bodies[target])

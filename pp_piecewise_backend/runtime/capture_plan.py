@@ -7,6 +7,7 @@ codes are for counters and tests; the sentence that goes with one says what to d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -215,14 +216,14 @@ class GraphPlan:
 
     def _writes_what_two_inputs_hold(self, instruction: Instruction) -> bool:
         """Whether it writes a stage input that shares memory with another of its inputs: each is read from a copy."""
-        read = [
-            (self.inputs[source], spec.storage)
+        written = [
+            (self.inputs[source].kind, spec.storage)
             for source, spec in zip(instruction.arguments, instruction.piece.input_specs, strict=True)
             if isinstance(source, int) and source < len(self.inputs) and isinstance(spec, TensorSpec)
+            if spec.storage in instruction.piece.traits.written_storages
         ]
-        written = {storage for graph_input, storage in read if graph_input.name in instruction.piece.traits.writes}
-        kinds = [graph_input.kind for graph_input, storage in read if storage in written]
-        return len(kinds) > len(written) and "stage-input" in kinds
+        storages = {storage for _, storage in written}
+        return len(written) > len(storages) and any(kind == "stage-input" for kind, _ in written)
 
     @cached_property
     def device(self) -> torch.device:
@@ -264,7 +265,7 @@ class GraphPlan:
         if spec.storage in self._written_storages("compute"):
             return "address"
         sizes = [size for size in spec.shape if isinstance(size, int)]
-        is_small = len(sizes) == len(spec.shape) and _product(sizes) * spec.dtype.itemsize <= SMALL_TENSOR_BYTES
+        is_small = len(sizes) == len(spec.shape) and math.prod(sizes) * spec.dtype.itemsize <= SMALL_TENSOR_BYTES
         counts_tokens = self.token_symbol is not None and self.token_symbol in spec.symbols
         return "copied" if graph_input.kind == "per-token" or is_small or counts_tokens else "address"
 
@@ -328,23 +329,17 @@ class GraphPlan:
         for index, instruction in enumerate(self.instructions):
             written = [registers[name] for name in instruction.piece.traits.writes]
             if instruction.piece.kind == "eager":
-                written += self._inputs_in_memory_of(written)
+                written += self._inputs_in_memory_of(instruction.piece.traits.written_storages)
             found[index] = tuple(dict.fromkeys(written))
         return found
 
-    def _inputs_in_memory_of(self, registers: Sequence[int]) -> list[int]:
-        storages = {self.specs[register].storage for register in registers}
+    def _inputs_in_memory_of(self, storages: frozenset[int]) -> list[int]:
         return [at for at, i in enumerate(self.inputs) if i.spec is not None and i.spec.storage in storages]
 
-    def _written_storages(self, kind: str) -> set[int]:
+    def _written_storages(self, kind: str) -> frozenset[int]:
         """Numbers of the storages that steps of this kind write."""
-        registers = self.layout.registers
-        return {
-            self.specs[registers[name]].storage
-            for instruction in self.instructions
-            if instruction.piece.kind == kind
-            for name in instruction.piece.traits.writes
-        }
+        pieces = (instruction.piece for instruction in self.instructions)
+        return frozenset().union(*(piece.traits.written_storages for piece in pieces if piece.kind == kind))
 
     @cached_property
     def unseen_aliases(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -455,10 +450,3 @@ def _with_given_buffers(graph_module: fx.GraphModule, names: Sequence[str]) -> A
         if node.op != "placeholder":
             copies[node] = given[node.name] if node.name in given else graph.node_copy(node, copies.__getitem__)
     return fx.GraphModule(graph_module, graph).forward
-
-
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
