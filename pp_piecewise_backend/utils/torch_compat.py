@@ -369,7 +369,7 @@ def shared_cuda_memory(tensor: torch.Tensor) -> list[int | str | bool]:
 
 
 def opened_cuda_memory(values: Sequence[int | str | bool], device: torch.device) -> torch.Tensor:
-    """Memory that another process shares, as flat uint8; ``device`` is where it lies, as this process numbers it."""
+    """Memory that another process shares, as flat uint8 of ``device``: where it lies, or a GPU that reaches it."""
     decoded = [bytes.fromhex(value) if isinstance(value, str) else value for value in values]
     torch.cuda.init()
     storage = torch.UntypedStorage._new_shared_cuda(device.index, *decoded)

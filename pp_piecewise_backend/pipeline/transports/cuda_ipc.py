@@ -7,7 +7,11 @@ and each waits for the number of the transfer. A stream that waits for another p
 which events of CUDA IPC cannot promise: a process that was killed may leave its last event open for ever, and with it
 every stream that waits for it [ran, driver 580]. A counter can be set by whoever waits, so ``give_up`` ends all waits.
 
-Each process holds a context on the GPU of the other end, which takes some hundred MB there if it is another GPU.
+Note [mapped on one's own GPU]
+A sender opens landing memory as memory of its own GPU, wherever it lies, and so copies within what is one device to
+PyTorch. A copy between two devices would record an event on the other one and wait for it there; that is work of a
+second process on the receiver's GPU, and runs only when this GPU turns from its own work to it: a round of two stages
+of 2.4 ms each took 7.0 ms so, and 5.0 ms without [ran, two H200].
 """
 
 from __future__ import annotations
@@ -67,9 +71,7 @@ class DeviceMemory:
         return a["machine"] == b["machine"] and a["gpu"] in b["reaches"] and b["gpu"] in a["reaches"]
 
     def end(self, line: socket.socket, is_source: bool, peer_place: str) -> DeviceSharing:
-        gpu = json.loads(peer_place)["gpu"]
-        peer = next(i for i in range(torch.cuda.device_count()) if _uuid(i) == gpu)
-        return DeviceSharing(line, is_source, self._device, torch.device("cuda", peer))
+        return DeviceSharing(line, is_source, self._device)
 
 
 def is_possible(device: torch.device) -> bool:
@@ -93,13 +95,11 @@ class DeviceSharing:
         line: handles of memory travel over it.
         is_source: whether this is the sending end.
         device: of this end's tensors.
-        peer_device: of the other end's, as this process numbers it.
     """
 
-    def __init__(self, line: socket.socket, is_source: bool, device: torch.device, peer_device: torch.device) -> None:
+    def __init__(self, line: socket.socket, is_source: bool, device: torch.device) -> None:
         self._line = line
         self._device = device
-        self._peer_device = peer_device
         page = HostSharing(line)
         self._counters = page.take() if is_source else page.make(_FREE + 8)
         _register(self._counters)
@@ -118,7 +118,7 @@ class DeviceSharing:
         return SharedBlock(tensor, tensor.data_ptr(), padded)
 
     def take(self) -> SharedBlock:
-        tensor = torch_compat.opened_cuda_memory(json.loads(_received(self._line)), self._peer_device)
+        tensor = torch_compat.opened_cuda_memory(json.loads(_received(self._line)), self._device)
         return SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
 
     def free(self) -> None:
