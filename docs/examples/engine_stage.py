@@ -1,7 +1,7 @@
 """A middle stage as an inference engine writes it: attention is a custom op over a KV cache that the engine owns.
 
 The previous stage's tensors are received into ``stage.views(n)``, the memory that the captured pieces read, so that no
-call copies them. After ``warmup()`` and ``seal()`` nothing compiles or captures any more. Run it: python engine_stage.py
+call copies them. After ``warmup()`` and ``seal()`` nothing compiles or captures. Run it: python engine_stage.py
 """
 
 from __future__ import annotations
