@@ -24,6 +24,7 @@ ORDER = (
     "compilation.fx_utils",
     "compilation.regions",
     "compilation.analysis",
+    "compilation.sources",
     "compilation.placeholders",
     "compilation.attention",
     "compilation.partition",

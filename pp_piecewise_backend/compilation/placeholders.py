@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import CellType, CodeType, MethodType
 from typing import Any, Literal
 
 import sympy
@@ -15,6 +12,7 @@ from torch.fx import Node
 
 from ..utils import torch_compat
 from .analysis import GraphFacts
+from .sources import AccessPath, Frame, argument_path
 from .specs import Dim, TensorSpec, as_dim
 
 InputKind = Literal[
@@ -27,11 +25,6 @@ _PER_TOKEN_NAMES = (
 """Names that engines and Hugging Face give to per-token inputs, the surest first."""
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
-
-_DEEPEST_WRAPPER = 16
-"""How far to look through functions and modules that pass ``*args`` on; bounds those that refer to themselves."""
-
-_COMPONENT = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\.([A-Za-z_]\w*)|\[(-?\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ class InputTable:
 class _Candidate:
     node: Node
     source: str
-    path: tuple[str | int, ...]
+    path: AccessPath
     label: str
     spec: TensorSpec | None
     in_module: bool = False
@@ -240,107 +233,13 @@ def _may_be_per_token(candidate: _Candidate, token_count: Dim | None) -> bool:
     return not isinstance(token_count, int) or len(candidate.path) == 1 or candidate.label in _PER_TOKEN_NAMES
 
 
-# ------------------------------------------------------------------------------- sources
-
-
-def _candidate(facts: GraphFacts, node: Node, frame: tuple[CodeType, Mapping[str, object]] | None) -> _Candidate:
+def _candidate(facts: GraphFacts, node: Node, frame: Frame | None) -> _Candidate:
     source = torch_compat.placeholder_source(node) or ""
-    path: tuple[str | int, ...] = tuple(
-        int(index) if index else (key or quoted or attribute)
-        for key, quoted, attribute, index in _COMPONENT.findall(source)
-    )
-    path = _named_path(path, frame)
+    path = argument_path(source, frame)
     label = next((str(part) for part in reversed(path) if isinstance(part, str)), node.name)
     if path and isinstance(path[-1], int):
         label = f"{label}[{path[-1]}]"
     return _Candidate(node, source, path, label, facts.spec(node))
-
-
-def _named_path(path: tuple[str | int, ...], frame: tuple[CodeType, Mapping[str, object]] | None) -> tuple[Any, ...]:
-    """Turn positions into names: of the wrapped function's parameters, and of named tuples' fields."""
-    if frame is None or not path:
-        return path
-    code, values = frame
-    if path[0] == _variadic_name(code, inspect.CO_VARKEYWORDS) and len(path) > 1:
-        path, start = path[1:], values.get(str(path[0]))
-    elif path[0] == _variadic_name(code, inspect.CO_VARARGS) and len(path) > 1 and isinstance(path[1], int):
-        arguments = values.get(str(path[0]))
-        start = arguments
-        name = _parameter_name(code, values, code.co_argcount + path[1])
-        if name is not None and isinstance(arguments, (tuple, list)):
-            start = {name: arguments[path[1]]}
-            path = (name, *path[2:])
-    else:
-        start = values
-    named: list[str | int] = []
-    holder: object = start
-    for part in path:
-        fields = getattr(holder, "_fields", None)
-        named.append(fields[part] if isinstance(part, int) and fields is not None else part)
-        holder = _step_into(holder, part)
-    return tuple(named)
-
-
-def _step_into(holder: object, part: str | int) -> object:
-    try:
-        if isinstance(holder, Mapping) or isinstance(part, int):
-            return holder[part]  # type: ignore[index]
-        return getattr(holder, part)
-    except (AttributeError, KeyError, IndexError, TypeError):
-        return None
-
-
-def _variadic_name(code: CodeType, flag: int) -> str | None:
-    if not code.co_flags & flag:
-        return None
-    position = code.co_argcount + code.co_kwonlyargcount
-    if flag == inspect.CO_VARKEYWORDS and code.co_flags & inspect.CO_VARARGS:
-        position += 1
-    return code.co_varnames[position]
-
-
-def _parameter_name(code: CodeType, values: Mapping[str, object], position: int) -> str | None:
-    """Name of the wrapped function's positional parameter, for a wrapper that takes ``*args``."""
-    wrapped = [(values[name], position) for name in code.co_freevars if name in values]
-    arguments = values.get(_variadic_name(code, inspect.CO_VARARGS) or "")
-    leading = values.get(code.co_varnames[0]) if code.co_argcount else next(iter(arguments or ()), None)  # type: ignore
-    if isinstance(leading, torch.nn.Module) and position > 0:
-        wrapped.append((leading, position - 1))
-    names = (_positional_name(function, at, _DEEPEST_WRAPPER) for function, at in wrapped)
-    return next((name for name in names if name is not None), None)
-
-
-def _positional_name(function: object, position: int, depth: int) -> str | None:
-    """Name of the parameter that takes a positional argument, looked for through wrappers of ``*args``."""
-    if not callable(function) or depth == 0:
-        return None
-    if isinstance(function, torch.nn.Module):
-        # A module around one other passes its arguments on.
-        inner = list(function.children())
-        return _positional_name(function.forward, position, depth - 1) or (
-            _positional_name(inner[0], position, depth - 1) if len(inner) == 1 else None
-        )
-    signature = torch_compat.unwrapped_signature(function)
-    parameters = [] if signature is None else list(signature.parameters.values())
-    if position < len(parameters) and parameters[position].kind in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    ):
-        return parameters[position].name
-    if not any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
-        return None
-    if isinstance(function, MethodType):
-        return _positional_name(function.__func__, position + 1, depth - 1)
-    cells = getattr(function, "__closure__", None) or ()
-    names = (_positional_name(_cell_contents(cell), position, depth - 1) for cell in cells)
-    return next((name for name in names if name is not None), None)
-
-
-def _cell_contents(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
 
 
 def _mark_module_members(candidates: Sequence[_Candidate]) -> list[_Candidate]:
@@ -349,7 +248,7 @@ def _mark_module_members(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     Dynamo writes registered members as ``model._buffers['k']`` and plain attributes as ``model.k``, so one registered
     member shows that everything behind the same ``model`` belongs to a module.
     """
-    modules: set[tuple[str | int, ...]] = {("self",)}
+    modules: set[AccessPath] = {("self",)}
     for candidate in candidates:
         modules.update(candidate.path[:i] for i, part in enumerate(candidate.path) if part in _REGISTERED and i > 0)
     return [
