@@ -11,7 +11,7 @@ Note [what crosses a border]
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -142,6 +142,15 @@ class _Key(NamedTuple):
         return self.version is None and self.value.node.op in ("placeholder", "get_attr")
 
 
+class _Input(NamedTuple):
+    """What a step takes from an earlier one, or from the caller."""
+
+    source: Source
+    spec: TensorSpec | SymbolSpec | None
+    key: _Key
+    """The value that it is, or whose size it is."""
+
+
 class _Splitter:
     """What all steps of one graph need to know."""
 
@@ -183,24 +192,21 @@ class _Splitter:
             results.append(result)
             result_storages.append(storage)
             handed_out += [key] if key is not None else []
-        pieces: list[Piece] = []
-        result_names = frozenset(r.value for r in results if isinstance(r, ResultValue))
         wanted = handed_out
         for builder in (last, *reversed(builders)):
             for key in wanted:
                 if not key.is_given:
                     made_by[key.whole].export(key)
-            piece, wanted = builder.finish(result_names)
-            if piece is not None:
-                pieces.append(piece)
-        pieces.reverse()
+            wanted = builder.close()
+        result_names = frozenset(r.value for r in results if isinstance(r, ResultValue))
+        filled = [builder for builder in (*builders, last) if not builder.is_empty]
         constants = {
             node.name: operator.attrgetter(str(node.target))(self.facts.graph_module)
             for node in self.facts.nodes
             if node.op == "get_attr"
         }
         return Split(
-            pieces=tuple(Piece(**{**vars(piece), "index": index}) for index, piece in enumerate(pieces)),
+            pieces=tuple(builder.piece(index, result_names) for index, builder in enumerate(filled)),
             results=tuple(results),
             result_storages=tuple(result_storages),
             constants=constants,
@@ -295,7 +301,7 @@ class _StepBuilder:
         self._versions: dict[_Key, Node] = {}
         self._numbers: dict[Node, Any] = {}
         self._expressions: dict[sympy.Basic, Any] = {}
-        self._inputs: dict[Node, tuple[Source, TensorSpec | SymbolSpec | None, _Key | None]] = {}
+        self._inputs: dict[Node, _Input] = {}
         self._input_nodes: dict[Any, Node] = {}
         self._exports: dict[str, tuple[Any, TensorSpec | None]] = {}
         self._copies: dict[Node, Node] = {}
@@ -392,12 +398,10 @@ class _StepBuilder:
 
     def _input_value(self, key: _Key) -> Node:
         if key not in self._input_nodes:
-            self._add_input(key, key.name, key.name, self._splitter.spec(key), key)
+            self._add_input(key, key.name, _Input(key.name, self._splitter.spec(key), key))
         return self._input_nodes[key]
 
-    def _add_input(
-        self, handle: Any, name: str, source: Source, spec: TensorSpec | SymbolSpec | None, key: _Key | None
-    ) -> None:
+    def _add_input(self, handle: Any, name: str, step_input: _Input) -> None:
         first = next(iter(self._graph.nodes), None) if self._last_placeholder is None else self._last_placeholder.next
         if first is None:
             node = self._graph.placeholder(name)
@@ -406,7 +410,7 @@ class _StepBuilder:
                 node = self._graph.placeholder(name)
         self._last_placeholder = node
         self._input_nodes[handle] = node
-        self._inputs[node] = (source, spec, key)
+        self._inputs[node] = step_input
 
     def _attach(self, path: str) -> str:
         """Give this step's graph an attribute of the whole graph, such as the body of a higher-order op."""
@@ -472,7 +476,7 @@ class _StepBuilder:
             else:
                 key = _Key(Value(node))
                 source = key.name if dim is None else SizeOf(key.name, dim)
-                self._add_input(symbol, str(symbol), source, self._facts.symbols.get(symbol), key)
+                self._add_input(symbol, str(symbol), _Input(source, self._facts.symbols.get(symbol), key))
         return self._input_nodes[symbol]
 
     # ---------------------------------------------------------------- autocast
@@ -493,63 +497,61 @@ class _StepBuilder:
 
     # ----------------------------------------------------------------- closing
 
-    def finish(self, result_names: frozenset[str]) -> tuple[Piece | None, list[_Key]]:
-        """The finished piece (None if nothing is left in it) and the values that earlier steps must hand over."""
-        outputs = [made for made, _ in self._exports.values()]
-        self._drop_dead_nodes([made for made in outputs if isinstance(made, Node)])
+    def close(self) -> list[_Key]:
+        """Finish the graph once its outputs are known; the values that earlier steps must hand over come back."""
+        self._drop_dead_nodes([made for made, _ in self._exports.values() if isinstance(made, Node)])
         if self.step.kind == "compute":
             # A compiler must be able to name every size that it sees.
-            specs = [spec for _, spec, _ in self._inputs.values() if isinstance(spec, TensorSpec)]
-            for symbol in sorted({s for spec in specs for s in spec.symbols}, key=str):
+            for symbol in sorted({s for _, spec in self._tensor_inputs() for s in spec.symbols}, key=str):
                 self._symbol(symbol)
-        if all(node.op == "placeholder" for node in self._graph.nodes) and not outputs:
-            return None, []
+        return [] if self.is_empty else [i.key for i in self._inputs.values()]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a closed step has nothing to do."""
+        return not self._exports and all(node.op == "placeholder" for node in self._graph.nodes)
+
+    def piece(self, index: int, result_names: frozenset[str]) -> Piece:
+        """The closed step as the piece of this number."""
+        outputs = [made for made, _ in self._exports.values()]
         self._graph.output(tuple(outputs))
         graph_module = GraphModule(self._attributes, self._graph)
-        inputs = list(self._inputs.values())
-        input_specs = tuple(spec for _, spec, _ in inputs)
-        shared = self._splitter.shared
-        known_specs = [spec for spec in input_specs if spec is not None]
-        reads = {self._splitter.stage_labels.get(spec.storage): None for spec in known_specs
-                 if isinstance(spec, TensorSpec)}  # fmt: skip
+        inputs = self._inputs.values()
+        input_specs = tuple(i.spec for i in inputs)
+        shared, stage_labels = self._splitter.shared, self._splitter.stage_labels
+        reads = dict.fromkeys(stage_labels.get(spec.storage) for spec in input_specs if isinstance(spec, TensorSpec))
         output_specs = tuple(spec for _, spec in self._exports.values())
-        traits = self._traits(outputs, inputs, output_specs)
-        piece = Piece(
-            index=-1,
+        traits = self._traits(outputs, output_specs)
+        return Piece(
+            index=index,
             kind=self.step.kind,
             ops=tuple(op_name(node) for node in self.step.nodes),
             reason=self.step.reason,
-            key=digest(piece_text(graph_module, known_specs)),
+            key=digest(piece_text(graph_module, [spec for spec in input_specs if spec is not None])),
             reads_stage_inputs=tuple(label for label in reads if label is not None),
             writes_stage_outputs=any(name in result_names for name in self._exports),
             padding=self._padding(traits, input_specs, output_specs),
             graph_module=graph_module,
-            inputs=tuple(source for source, _, _ in inputs),
+            inputs=tuple(i.source for i in inputs),
             input_specs=input_specs,
             outputs=tuple(self._exports),
             output_specs=output_specs,
             own_memory=tuple(spec is not None and spec.storage in shared for _, spec in self._exports.values()),
             traits=traits,
         )
-        return piece, [key for _, _, key in inputs if key is not None]
 
-    def _traits(
-        self,
-        outputs: Sequence[Any],
-        inputs: Sequence[tuple[Source, TensorSpec | SymbolSpec | None, _Key | None]],
-        output_specs: Sequence[TensorSpec | None],
-    ) -> Traits:
+    def _tensor_inputs(self) -> Iterator[tuple[_Key, TensorSpec]]:
+        return ((i.key, i.spec) for i in self._inputs.values() if isinstance(i.spec, TensorSpec))
+
+    def _traits(self, outputs: Sequence[Any], output_specs: Sequence[TensorSpec | None]) -> Traits:
         facts, token_count = self._facts, self._splitter.token_count
         copies = {copy: self._copies[copy] for copy in self._graph.nodes if copy in self._copies}
         nodes = list(copies.values())
         random, written = random_or_written(facts, nodes, self._splitter.cuts.renamed)
         writes = {
-            source: spec.storage
-            for source, spec, key in inputs
-            if isinstance(spec, TensorSpec)
-            and isinstance(source, str)
-            and key is not None
-            and facts.nodes[key.value.node].storages_at(key.value.path) & written
+            key.name: spec.storage
+            for key, spec in self._tensor_inputs()
+            if facts.nodes[key.value.node].storages_at(key.value.path) & written
         }
         exported = {
             name: frozenset((spec.storage,))
