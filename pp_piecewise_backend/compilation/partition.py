@@ -151,18 +151,22 @@ def find_cuts(facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpM
     Raises:
         SplitError: the graph changes the shape of a tensor in place, which a cut cannot follow.
     """
-    cutter = _Cutter(facts, inputs, matcher)
+    cutter = _Cutter(facts, inputs)
+    cutter.find_split_ops(matcher)
     return cutter.run_whole() if whole else cutter.run()
 
 
 class _Cutter:
-    def __init__(self, facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpMatcher) -> None:
+    def __init__(self, facts: GraphFacts, inputs: Sequence[GraphInput]) -> None:
         self._facts = facts
         self._scalars = Scalars(facts)
         self._inputs = {graph_input.name: graph_input for graph_input in inputs}
         self._matches: dict[str, int] = {}
         self._attention_like: dict[str, None] = {}
+        self._split_ops: dict[Node, str] = {}
+        """The nodes to cut at, and what this is called as a reason."""
         self._reasons: dict[Node, str] = {}
+        """Why a node must be eager."""
         self._renamed: dict[Node, tuple[Value, ...]] = {}
         self._sinking: set[Node] = set()
         self._nodes = list(facts.graph_module.graph.nodes)
@@ -177,19 +181,22 @@ class _Cutter:
             if i.kind == "stage-input" and i.spec is not None and shared.count(i.spec.storage) == 1
         }
         self._birth = {s: node for node, f in facts.nodes.items() for s in f.born}
+
+    def find_split_ops(self, matcher: SplitOpMatcher) -> None:
         for node in self._order:
             if (pattern := matcher.match(node)) is not None:
-                self._reasons[node] = f"split op {op_name(node)}"
+                self._split_ops[node] = f"split op {op_name(node)}"
                 self._matches[pattern] = self._matches.get(pattern, 0) + 1
             elif looks_like_attention(node):
                 self._attention_like[op_name(node)] = None
         if matcher.written_out:
-            for node in find_written_out_attention(facts, inputs):
-                self._reasons.setdefault(node, f"split op {WRITTEN_OUT}")
+            for node in find_written_out_attention(self._facts, tuple(self._inputs.values())):
+                self._split_ops.setdefault(node, f"split op {WRITTEN_OUT}")
                 is_softmax = "softmax" in op_name(node)
                 self._matches[WRITTEN_OUT] = self._matches.get(WRITTEN_OUT, 0) + is_softmax
 
     def run(self) -> Cuts:
+        self._reasons.update(self._split_ops)
         self._mark_opaque()
         while True:
             steps, front = self._arrange()
@@ -200,7 +207,6 @@ class _Cutter:
                 return Cuts(tuple(steps), self._renamed, self._matches, tuple(self._attention_like), exclusive)
 
     def run_whole(self) -> Cuts:
-        self._reasons.clear()
         self._mark_opaque()
         steps = self._runs(self._order)
         steps = [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
@@ -411,12 +417,9 @@ class _Cutter:
             if step.kind == "compute":
                 continue
             closure = _closure(step.nodes, needs)
-            if not any(self._facts.nodes[node].heavy or self._is_split_op(node) for node in closure):
+            if not any(self._facts.nodes[node].heavy or node in self._split_ops for node in closure):
                 front |= closure
         return [n for n in self._order if n in front], [n for n in self._order if n not in front]
-
-    def _is_split_op(self, node: Node) -> bool:
-        return self._reasons.get(node, "").startswith("split op")
 
     def _dependencies(self) -> dict[Node, set[Node]]:
         """For each node the earlier nodes that must run before it: what it reads, and the order of writes."""
