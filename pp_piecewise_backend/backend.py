@@ -23,8 +23,7 @@ from .compilation.split import Split, split_graph
 from .config import Config
 from .debug import dump
 from .debug.explain import explain_all, short_source
-from .runtime.capture_plan import GraphSettings
-from .runtime.cudagraphs.ladder import Ladder
+from .runtime.capture_plan import GraphKind
 from .runtime.hooks import Events
 from .runtime.program import Program, UnsplitProgram
 from .runtime.stage import Proxy, Stage
@@ -151,9 +150,9 @@ class PiecewiseBackend:
             (events.reused if was_known else events.compiled)(piece, result)
             if result.failure is not None and not was_known:
                 _LOG.warning("%s piece[%d]: %s; it runs as plain FX", name, piece.index, result.failure)
-        settings, reason = _graph_settings(config, table, stage)
-        if settings is not None:
-            stage = self._stage_for(table, settings.ladder.max_tokens) if stage is None else _checked(stage, table)
+        graph_kind, reason = _graph_kind(config, table)
+        if graph_kind is not None:
+            stage = self._stage_for(table, config.max_tokens) if stage is None else _checked(stage, table)
         program = Program(
             name,
             split,
@@ -161,7 +160,7 @@ class PiecewiseBackend:
             compiled,
             config,
             stage=stage,
-            graph_settings=settings,
+            graph_kind=graph_kind,
             graphs_off_reason=reason,
             events=events,
         )
@@ -300,8 +299,8 @@ def _tail_ranks(config: Config, stage: Stage | None) -> Mapping[str, int | None]
     return {name: len(proxy.shape) for name, proxy in stage.inputs.items()}
 
 
-def _graph_settings(config: Config, table: InputTable, stage: Stage | None) -> tuple[GraphSettings | None, str]:
-    """What the program has to know about graphs; None, with the reason, where there are none."""
+def _graph_kind(config: Config, table: InputTable) -> tuple[GraphKind | None, str]:
+    """The device of the program's graphs; None, with the reason, where there are none."""
     if config.mode == "none" or config.graphs == "off":
         return None, "mode='none'" if config.mode == "none" else "graphs='off'"
     devices = [i.spec.device for i in table.inputs if i.spec is not None]
@@ -314,21 +313,7 @@ def _graph_settings(config: Config, table: InputTable, stage: Stage | None) -> t
         sentence = errors.graphs_on_other_device("cuda", where)
         warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
         return None, sentence
-    return (
-        GraphSettings(
-            device="cuda" if kind == "cuda" else "emulate",
-            mode="full" if config.mode == "full" else "piecewise",
-            ladder=Ladder.from_ranges(config.capture_sizes, config.max_tokens if stage is None else stage.max_tokens),
-            pads=config.padding == "tested",
-            lazy=config.capture == "lazy",
-            strict=config.strict,
-            static_outputs=config.static_outputs,
-            verify_every=config.verify_every,
-            memory_limit_bytes=config.graph_memory_bytes,
-            compiler_runs_ops=config.compiler != "inductor",
-        ),
-        "",
-    )
+    return kind, ""
 
 
 def _checked(stage: Stage, table: InputTable) -> Stage:

@@ -34,8 +34,8 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "aliases": [
         (dispatch.Graphs, "_meets_written_memory", lambda self, args: False),
-        (capture_plan.GraphPlan, "_writes_what_two_inputs_hold", lambda self, instruction: False),
-        (capture_plan.GraphPlan, "_inputs_in_memory_of", lambda self, storages: []),
+        (capture_plan, "writes_what_two_inputs_hold", lambda step, inputs: False),
+        (capture_plan, "inputs_in_memory_of", lambda storages, inputs: []),
     ],
     "landing": [(capture_plan.GraphPlan, "lands_elsewhere", lambda self, args, num_tokens: False)],
     "rows": [(module, "real_rows", lambda static, num_tokens: static.tensor) for module in (bucket, replay)],
@@ -44,7 +44,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "float indices": [],
     "random": [(split, "random_or_written", lambda *args: (False, _random_or_written(*args)[1]))],
     "tail": [(module, "fills_tail", lambda static: False) for module in (bucket, replay)],
-    "uninitialised": [(capture_plan.GraphPlan, "hoisted", {})],
+    "uninitialised": [(dispatch, "hoist_buffers", lambda plan: {})],
 }
 
 RULES = frozenset(_PATCHES)

@@ -90,7 +90,7 @@ def _graph_lines(program: Program) -> list[str]:
         return _entry("  graphs", f"off: {program.graphs_off_reason}")
     plan = graphs.plan
     static = "" if plan.token_symbol is not None else "; this graph has one size only"
-    lines = _entry("  graphs", f"{plan.settings.mode}, {plan.settings.device}; buckets of {plan.ladder} tokens{static}")
+    lines = _entry("  graphs", f"{plan.config.mode}, {plan.kind}; buckets of {plan.ladder} tokens{static}")
     for bucket, _ in graphs.buckets:
         lines += _entry(
             "  captured",

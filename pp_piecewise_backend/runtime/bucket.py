@@ -9,11 +9,12 @@ sound only because a call replays in that very order and nothing but what it ret
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
 from ..compilation.padding_rules import token_dims
 from ..compilation.specs import SymbolSpec, TensorSpec
@@ -62,6 +63,28 @@ class Verdicts:
         self.tested_tokens = (min(low, bucket), max(high, bucket))
 
 
+class Hoisted(NamedTuple):
+    """An eager step that takes its uninitialised output buffers after its arguments instead of making them."""
+
+    call: Callable[..., Sequence[Any]]
+    specs: tuple[TensorSpec, ...]
+    """Of the buffers."""
+
+
+class GivenBuffers(NamedTuple):
+    """Static memory for the output buffers of an eager step."""
+
+    call: Callable[..., Sequence[Any]]
+    """The step, which takes them after its arguments."""
+    buffers: list[StaticTensor]
+
+    def views(self, num_tokens: int) -> list[torch.Tensor]:
+        """What a call with so many real rows takes; nothing where a buffer would have other strides than traced."""
+        found = [buffer.exact(num_tokens) for buffer in self.buffers]
+        views = [view for view in found if view is not None]
+        return views if len(views) == len(found) else []
+
+
 @dataclass
 class Bucket:
     """The captured graphs of one bucket, for one set of parameters."""
@@ -71,7 +94,7 @@ class Bucket:
     """Step -> its graph."""
     static: dict[int, StaticTensor] = field(default_factory=dict)
     """Register -> the memory in which captured pieces find or leave its value."""
-    given_buffers: dict[int, list[StaticTensor]] = field(default_factory=dict)
+    given_buffers: dict[int, GivenBuffers] = field(default_factory=dict)
     """Eager step -> the static output buffers that it is given."""
     obstacles: dict[int, Obstacle] = field(default_factory=dict)
     """Steps that could not be captured in this bucket."""
@@ -99,6 +122,43 @@ class Bucket:
         self.static.clear()
 
 
+def hoist_buffers(plan: GraphPlan) -> dict[int, Hoisted]:
+    """The eager steps whose output buffers can be given to them: only captured pieces read what they write there."""
+    found = {}
+    for step, instruction in enumerate(plan.instructions):
+        allocations = instruction.piece.traits.allocations
+        wanted = {
+            spec.storage
+            for register, spec in zip(instruction.outputs, instruction.piece.output_specs, strict=True)
+            if spec is not None and register in plan.captured_readers and register not in plan.result_registers
+        }
+        specs = {
+            name: spec
+            for name, spec in allocations.items()
+            if spec.storage in wanted and spec.symbols <= {plan.token_symbol}
+        }
+        if specs:
+            call = _with_given_buffers(instruction.piece.graph_module, list(specs))
+            found[step] = Hoisted(call, tuple(specs.values()))
+    return found
+
+
+def _with_given_buffers(graph_module: fx.GraphModule, names: Sequence[str]) -> Any:
+    """The step as a callable that takes these uninitialised tensors as further arguments instead of making them."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    given: dict[str, fx.Node] = {}
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        copies[node] = graph.node_copy(node)
+    for name in names:
+        given[name] = graph.placeholder(f"given_{name}")
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            copies[node] = given[node.name] if node.name in given else graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(graph_module, graph).forward
+
+
 @dataclass
 class _Lease:
     """Memory that must not be reused while one of these registers is still to be read."""
@@ -110,8 +170,17 @@ class _Lease:
 class BucketCapture:
     """Runs one call and captures a bucket on the way. The call's results are right whatever is captured."""
 
-    def __init__(self, plan: GraphPlan, device: Device, memory: StageMemory, verdicts: Verdicts, tokens: int) -> None:
+    def __init__(
+        self,
+        plan: GraphPlan,
+        device: Device,
+        memory: StageMemory,
+        verdicts: Verdicts,
+        tokens: int,
+        hoisted: Mapping[int, Hoisted],
+    ) -> None:
         self._plan = plan
+        self._hoisted = hoisted
         self._device = device
         self._memory = memory
         self._verdicts = verdicts
@@ -230,15 +299,11 @@ class BucketCapture:
             for tail, first_row in static.tails(self._real_tokens):
                 tail.copy_(first_row)
 
-    def _inputs(self, step: int, instruction: Instruction) -> list[Any]:
-        """The arguments of a step as wide as the bucket. Raises CaptureError where one is not at hand."""
-        return inputs_as_wide_as_the_bucket(self._plan, self.bucket, step, instruction, self._registers)
-
     # --------------------------------------------------------------------------- capturing
 
     def _needs_test(self) -> bool:
         plan, bucket = self._plan, self.bucket.tokens
-        if plan.token_symbol is None or not plan.settings.pads or self._verdicts.covers(bucket):
+        if plan.token_symbol is None or not plan.pads or self._verdicts.covers(bucket):
             return False
         return self._test_rows() is not None
 
@@ -256,7 +321,7 @@ class BucketCapture:
         inputs: list[Any] = []
         outputs: list[Any] = []
         try:
-            inputs = self._inputs(step, instruction)
+            inputs = inputs_as_wide_as_the_bucket(self._plan, bucket, instruction, self._registers)
             if not instruction.holds(inputs):
                 raise _NotHere("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}")
             self._warm_up(step, instruction, inputs)
@@ -298,7 +363,7 @@ class BucketCapture:
                 self._leases[address(static.tensor)] = _Lease({register}, _ender(graph, index))
 
     def _is_to_be_examined(self, step: int, needs_test: bool) -> bool:
-        if not self._plan.settings.pads or self._plan.padding_obstacle(step) is not None:
+        if not self._plan.pads or self._plan.padding_obstacle(step) is not None:
             return False
         verdicts = self._verdicts.by_step
         return step not in verdicts or (needs_test and verdicts[step] is None)
@@ -370,12 +435,12 @@ class BucketCapture:
     def _run_on_real_rows(self, step: int, instruction: Instruction) -> list[Any]:
         plan = self._plan
         arguments = instruction.gather(self._registers)
-        buffers: list[StaticTensor] = []
-        if step in plan.hoisted:
-            buffers = self._given_buffers(step, instruction)
-        exact = [buffer.exact(self._real_tokens) for buffer in buffers]
-        if buffers and all(view is not None for view in exact):
-            outputs = plan.hoisted[step][0](*arguments, *exact)
+        views: list[torch.Tensor] = []
+        if step in self._hoisted:
+            given = self.bucket.given_buffers[step] = self._given_buffers(instruction, self._hoisted[step])
+            views = given.views(self._real_tokens)
+        if views:
+            outputs = self._hoisted[step].call(*arguments, *views)
         else:
             outputs, _ = instruction.run_where_valid(arguments)
         kept = []
@@ -389,10 +454,10 @@ class BucketCapture:
                 self._fill(static, self._registers[register])
         return kept
 
-    def _given_buffers(self, step: int, instruction: Instruction) -> list[StaticTensor]:
+    def _given_buffers(self, instruction: Instruction, hoisted: Hoisted) -> GivenBuffers:
         """Static memory for the output buffers of an eager step, and for the values that lie in it."""
         buffers = []
-        for spec in self._plan.hoisted[step][1]:
+        for spec in hoisted.specs:
             users = [
                 (register, output_spec)
                 for register, output_spec in zip(instruction.outputs, instruction.piece.output_specs, strict=True)
@@ -404,8 +469,7 @@ class BucketCapture:
                 assert static.block is not None
                 self.bucket.static[register] = self._static_tensor(register, output_spec, static.block)
             buffers.append(static)
-        self.bucket.given_buffers[step] = buffers
-        return buffers
+        return GivenBuffers(hoisted.call, buffers)
 
     def _separated(self, register: int, output: Any) -> Any:
         """The output, copied if it lies in static memory although its facts say that it does not."""
@@ -438,11 +502,11 @@ class BucketCapture:
 
 
 def inputs_as_wide_as_the_bucket(
-    plan: GraphPlan, bucket: Bucket, step: int, instruction: Instruction, registers: Sequence[Any]
+    plan: GraphPlan, bucket: Bucket, instruction: Instruction, registers: Sequence[Any]
 ) -> list[Any]:
     """The arguments with which a step is captured: static tensors, tensors read by address, the bucket's size."""
     inputs: list[Any] = []
-    for source, spec in zip(instruction.arguments, plan.piece_specs(step), strict=True):
+    for source, spec in zip(instruction.arguments, instruction.piece.input_specs, strict=True):
         if isinstance(spec, SymbolSpec):
             if spec.symbol == plan.token_symbol:
                 inputs.append(bucket.tokens)
@@ -461,7 +525,7 @@ def inputs_as_wide_as_the_bucket(
 
 def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Obstacle | None:
     """Why a step does not replay in padded calls; None if it does."""
-    if not plan.settings.pads:
+    if not plan.pads:
         return Obstacle("padding-off", "padding='never'")
     reason = plan.padding_obstacle(step) or verdicts.by_step.get(step)
     return None if reason is None else Obstacle("padding-unsafe", reason)

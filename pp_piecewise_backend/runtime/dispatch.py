@@ -22,7 +22,7 @@ import torch
 from .. import errors
 from ..utils import torch_compat
 from ..utils.counters import Stats
-from .bucket import Bucket, BucketCapture, Verdicts, addresses, may_pad, scalars
+from .bucket import Bucket, BucketCapture, Verdicts, addresses, hoist_buffers, may_pad, scalars
 from .capture_plan import REASONS, GraphPlan, Obstacle
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
@@ -87,8 +87,9 @@ class Graphs:
         self._events = events
         self.name = name
         self._memory = memory
+        self._hoisted = hoist_buffers(plan)
         self._stats = stats
-        self._device: Device = make_device(plan.settings.device, plan.settings.compiler_runs_ops)
+        self._device: Device = make_device(plan.kind, plan.config.compiler != "inductor")
         self._sets: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()
         self._last_set: tuple[tuple[Any, ...] | None, ParameterSet | None] = None, None
         """The set of the last call: to compare its addresses costs less than to hash them."""
@@ -144,7 +145,7 @@ class Graphs:
             memory.lock.release()
 
     def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
-        plan, settings = self.plan, self.plan.settings
+        plan, config = self.plan, self.plan.config
         if plan.lands_elsewhere(args, num_tokens) or self._meets_written_memory(args):
             return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
         key = self._parameter_addresses(args)
@@ -179,12 +180,12 @@ class Graphs:
         program = self._flat_program(parameters, bucket, num_tokens, moved)
         if not program.admits(args):
             return Obstacle("rows-disagree", REASONS["rows-disagree"])
-        if settings.strict:
+        if config.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
         if self._memory.given_out:
             self._memory.spoil_given_out()
-        if settings.verify_every and self._calls % settings.verify_every == 0:
+        if config.verify_every and self._calls % config.verify_every == 0:
             results, call = self._run_verified(program, args, size)
         else:
             results, call = program.run(args)
@@ -248,8 +249,8 @@ class Graphs:
         plan = self.plan
         storages = plan.split.result_storages
         static = bucket.overwritten
-        if plan.settings.static_outputs and may_be_static:
-            if plan.settings.strict and plan.settings.device == "emulate" and plan.listener is None:
+        if plan.config.static_outputs and may_be_static:
+            if plan.config.strict and plan.kind == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)
                 hand_over(results, storages, plan.input_storages, static)
@@ -285,7 +286,7 @@ class Graphs:
                 return obstacles[0]
         if (session := current_session()) is not None:
             return None if session.captures else Obstacle("first-call", REASONS["first-call"])
-        if not plan.settings.lazy:
+        if plan.config.capture == "warmup":
             return Obstacle("not-warmed-up", REASONS["not-warmed-up"])
         seen = parameters.calls_seen.get(size, 0)
         parameters.calls_seen[size] = seen + 1
@@ -304,7 +305,7 @@ class Graphs:
         if self.plan.listener is not None:
             self.plan.listener.results_are_written()
         refused_before = parameters.verdicts.refused
-        capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size)
+        capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size, self._hoisted)
         bucket, results = capture.run(args, num_tokens)
         if parameters.verdicts.refused != refused_before:
             for other in parameters.buckets.values():  # their programs were made when padding seemed right
@@ -314,7 +315,7 @@ class Graphs:
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
-        limit = self.plan.settings.memory_limit_bytes
+        limit = self.plan.config.graph_memory_bytes
         is_over_limit = limit is not None and self._memory.graph_bytes > limit
         # What the caller gets must not lie in graphs that are about to go.
         results, copied = self._hand_over(args, results, bucket, None, may_be_static=not is_over_limit)
@@ -378,7 +379,7 @@ class Graphs:
         """Whether what moved has stayed since the last call of this bucket."""
         stayed = parameters.moved_to.get(size) == here
         parameters.moved_to[size] = here
-        if not stayed or parameters.recaptures.get(size, 0) >= MAX_RECAPTURES or not self.plan.settings.lazy:
+        if not stayed or parameters.recaptures.get(size, 0) >= MAX_RECAPTURES or self.plan.config.capture == "warmup":
             return False
         parameters.recaptures[size] = parameters.recaptures.get(size, 0) + 1
         return True
@@ -390,7 +391,7 @@ class Graphs:
         outcome = program.run_verified(args, found.append)
         if found:
             sentence = errors.replay_differs(self.name, size, found[0])
-            if self.plan.settings.strict:
+            if self.plan.config.strict:
                 raise errors.ReplayDiffers(sentence)
             _LOG.error("%s", sentence)
             self._dropped[size] = Obstacle("verify-failed", sentence)
@@ -413,7 +414,7 @@ class Graphs:
             codes[own.code] = codes.get(own.code, 0) + 1
         if current_session() is not None:
             return
-        if self.plan.settings.strict:
+        if self.plan.config.strict:
             self._refuse(codes, num_tokens, obstacle)
         for code, pieces in codes.items():
             self._add_miss(code, pieces, num_tokens)

@@ -13,7 +13,7 @@ import torch
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
 from ..utils.counters import TOTALS, Stats
-from .capture_plan import REASONS, GraphPlan, GraphSettings
+from .capture_plan import REASONS, GraphKind, plan_graphs
 from .cudagraphs.memory import address
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
@@ -43,7 +43,7 @@ class Program:
         config: Config,
         *,
         stage: Stage | None = None,
-        graph_settings: GraphSettings | None = None,
+        graph_kind: GraphKind | None = None,
         graphs_off_reason: str = "",
         events: Events = NO_EVENTS,
     ) -> None:
@@ -71,8 +71,8 @@ class Program:
         self._merged_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
         self.graphs: Graphs | None = None
-        if graph_settings is not None:
-            plan = GraphPlan(self.layout, split, table, graph_settings, stage)
+        if graph_kind is not None:
+            plan = plan_graphs(self.layout, split, table, config, graph_kind, stage)
             memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
@@ -135,7 +135,7 @@ class Program:
             return {"mode": "off", "reason": self.graphs_off_reason, "buckets": [], "misses": [], "addresses": []}
         plan = graphs.plan
         return {
-            "mode": f"{plan.settings.mode}, {plan.settings.device}",
+            "mode": f"{plan.config.mode}, {plan.kind}",
             "reason": "",
             "ladder_tokens": list(plan.ladder.sizes_tokens),
             "buckets": [

@@ -417,12 +417,9 @@ class FlatProgram:
         body: Callable[..., Any] | None = instruction.call if instruction.piece.kind == "eager" else None
         buffers: list[torch.Tensor] = []
         first_buffer = len(self.template)
-        if step in bucket.given_buffers:
-            views = [static.exact(n) for static in bucket.given_buffers[step]]
-            if all(view is not None for view in views):
-                buffers = [view for view in views if view is not None]
-                body = plan.hoisted[step][0]
-                self.template += buffers
+        if step in bucket.given_buffers and (buffers := bucket.given_buffers[step].views(n)):
+            body = bucket.given_buffers[step].call
+            self.template += buffers
         copies = {
             index: _Copy(register, bucket.static[register], n)
             for index, register in enumerate(instruction.outputs)
@@ -561,7 +558,7 @@ class _Verified(_Step):
     def run(self, call: Call) -> None:
         program, plan, bucket = self.program, self.program.plan, self.program.bucket
         instruction = plan.instructions[self.step]
-        inputs = inputs_as_wide_as_the_bucket(plan, bucket, self.step, instruction, call.registers)
+        inputs = inputs_as_wide_as_the_bucket(plan, bucket, instruction, call.registers)
         written = plan.written_registers[self.step]
         positions = [at for at, source in enumerate(instruction.arguments) if source in written]
         for at in positions:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
+from pp_piecewise_backend.runtime.bucket import hoist_buffers
 from pp_piecewise_backend.runtime.capture_plan import REASONS, SMALL_TENSOR_BYTES, GraphPlan
 from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
 from pp_piecewise_backend.runtime.program import Program
@@ -237,14 +238,14 @@ def test_an_output_argument_costs_no_copy() -> None:
         return out @ WEIGHT
 
     plan = run_twice(function, (rows(),))
-    ((step, (_, specs)),) = plan.hoisted.items()
+    ((step, (_, specs)),) = hoist_buffers(plan).items()
     assert plan.instructions[step].piece.kind == "eager" and len(specs) == 1
     assert ppb.stats().replays == 4 and ppb.stats().input_copies == 2  # x, in two calls
 
 
 def test_a_returned_tensor_costs_one() -> None:
     plan = run_twice(lambda x: torch.ops.plantest.attention(x @ WEIGHT) @ WEIGHT, (rows(),))
-    assert plan.hoisted == {}
+    assert hoist_buffers(plan) == {}
     assert ppb.stats().replays == 4 and ppb.stats().input_copies == 4 - 1  # capturing counts no copies
 
 

@@ -6,18 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
-
-class Range(Protocol):
-    """Sizes ``first, first + step, ...`` up to and including ``last`` (None: without end)."""
-
-    @property
-    def first(self) -> int: ...
-    @property
-    def last(self) -> int | None: ...
-    @property
-    def step(self) -> int: ...
+from ...config import SizeRange
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Ladder:
             raise ValueError(f"bucket sizes must ascend from at least 1, got {sizes}")
 
     @classmethod
-    def from_ranges(cls, ranges: Iterable[Range], max_tokens: int) -> Ladder:
+    def from_ranges(cls, ranges: Iterable[SizeRange], max_tokens: int) -> Ladder:
         """The sizes of ``ranges`` below ``max_tokens``, and ``max_tokens`` itself, which is always the last."""
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
