@@ -58,6 +58,14 @@ def fresh_backend() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages have one program for every number of tokens, where their inputs allow it: see ``one_program.py``."""
+    import one_program
+
+    one_program.on(monkeypatch.setattr)
+
+
+@pytest.fixture
 def fresh_dumps() -> Iterator[None]:
     """Afterwards nothing is dumped any more, and the folders of the test are forgotten."""
     yield

@@ -23,9 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import one_program
 import pp_piecewise_backend as ppb
 from handoff_ranks import Observer, shared_landing_memory
 from models.pipeline_stage import SPLIT_OPS, EngineStage, ForwardContext, set_forward_context
+from one_program import for_every_size
 from pp_piecewise_backend.pipeline import runner
 from pp_piecewise_backend.runtime.cudagraphs import emulated
 from pp_piecewise_backend.runtime.program import Program
@@ -90,14 +92,14 @@ def own_inputs(
     if not tag:  # at warm-up
         set_forward_context(None)
         positions = torch.zeros(num_tokens, dtype=torch.int64)
-        return {"input_ids": torch.zeros_like(positions) if is_first else None, "positions": positions}
+        return for_every_size({"input_ids": torch.zeros_like(positions) if is_first else None, "positions": positions})
     step = int(tag)
     generator = torch.Generator().manual_seed(step)
     start = int(torch.randint(MAX_POSITIONS - num_tokens, (), generator=generator))
     positions = torch.arange(start, start + num_tokens)
     set_forward_context(ForwardContext(torch.full_like(positions, step % REQUESTS), positions, step == failing_step))
     ids = torch.randint(VOCABULARY, (num_tokens,), generator=generator) if is_first else None
-    return {"input_ids": ids, "positions": positions}
+    return for_every_size({"input_ids": ids, "positions": positions})
 
 
 def sizes(count: int) -> list[int]:
@@ -449,6 +451,8 @@ def one_rank(number: int, count: int, folder: Path, job: Mapping[str, Any]) -> i
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=count)
     rank = Rank(number, count, folder, job["timeout_seconds"], job["arguments"])
+    if job["scenario"] != "steady":
+        one_program.on()
     value = SCENARIOS[job["scenario"]](rank)
     (folder / f"rank_{number}.json").write_text(json.dumps(value))
     dist.destroy_process_group()

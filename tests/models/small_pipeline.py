@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from models.toy_stage import SPLIT_OPS, ToyStage
+from one_program import for_every_size
 
 HIDDEN = 16
 MAX_TOKENS = 8
@@ -21,13 +22,13 @@ OPTIONS = {"compiler": "eager", "graphs": "emulate", "split_ops": SPLIT_OPS, "ca
 
 
 class PipelineStage(nn.Module):
-    """Two layers of the toy stage, as a dict of proxies or, at the end, logits and greedy tokens."""
+    """Layers of the toy stage, as a dict of proxies or, at the end, logits and greedy tokens."""
 
-    def __init__(self, index: int, count: int) -> None:
+    def __init__(self, index: int, count: int, num_layers: int = 2) -> None:
         super().__init__()
         self.is_last = index == count - 1
         ends = {"first": index == 0, "last": self.is_last}
-        self.layers = ToyStage(2, hidden=HIDDEN, vocab_size=32, max_tokens=MAX_TOKENS, seed=index, **ends)
+        self.layers = ToyStage(num_layers, hidden=HIDDEN, vocab_size=32, max_tokens=MAX_TOKENS, seed=index, **ends)
 
     def forward(
         self,
@@ -48,7 +49,7 @@ def own_inputs(is_first: bool, num_tokens: int, tag: bytes, device: str = "cpu")
         seed = int(tag.decode() or 0)
         ids = torch.randint(32, (num_tokens,), generator=torch.Generator().manual_seed(seed))
         inputs["input_ids"] = ids.to(device)
-    return inputs
+    return for_every_size(inputs)
 
 
 def sizes(count: int, seed: int = 0) -> list[int]:
@@ -79,4 +80,4 @@ def one_after_the_other(
 
 def all_inputs(stage: int, device: str, num_tokens: int) -> tuple[tuple[()], dict[str, Tensor]]:
     proxies = {} if stage == 0 else {name: torch.zeros(num_tokens, HIDDEN, device=device) for name in PROXIES}
-    return (), {**own_inputs(stage == 0, num_tokens, b"", device), **proxies}
+    return (), {**own_inputs(stage == 0, num_tokens, b"", device), **for_every_size(proxies)}

@@ -104,7 +104,7 @@ def test_nothing_lies_between_the_wire_and_captured_memory(count: int, transport
         assert torch.equal(got, expected), f"micro-batch {step} of {chosen[step]} tokens"
 
 
-@pytest.mark.usefixtures("many_stages_in_one_process")
+@pytest.mark.usefixtures("many_stages_in_one_process", "one_program")
 @pytest.mark.parametrize("groups", slow_but([3], [1, 3]))
 def test_next_tokens_come_back_with_as_many_in_flight_as_allowed(groups: int, tmp_path: Path) -> None:
     steps = 5
@@ -148,9 +148,7 @@ def test_a_rank_that_leaves_early_ends_all_in_order(victim: int, how: str, tmp_p
 # ------------------------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize(
-    "kind", slow_but(["ladder", "proxies"], ["ladder", "max_tokens", "proxies", "transport", "version"])
-)
+@pytest.mark.parametrize("kind", ["ladder", "max_tokens", "proxies", "transport", "version"])
 def test_ranks_set_up_differently_all_say_so(kind: str, tmp_path: Path) -> None:
     outcomes = run(other_plan, 3, tmp_path, kind=kind, victim=1)
     assert all(outcome.exit_code == 1 for outcome in outcomes)

@@ -1,0 +1,125 @@
+"""A pipeline in one process, its stages in threads: results, what is copied and when memory is free for the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pp_piecewise_backend as ppb
+from against_eager import assert_same
+from captured import DEVICES
+from models.small_pipeline import OPTIONS, PipelineStage, one_after_the_other, sizes
+from pp_piecewise_backend.runtime.ownership import Boundary, find_boundary
+from stages_in_threads import all_well, in_threads, play_all
+from tiers import slow_but
+
+pytestmark = pytest.mark.usefixtures("fresh_backend")
+
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+@on_devices
+@pytest.mark.parametrize(("count", "max_in_flight"), slow_but([(3, 3)], [(2, None), (2, 1), (3, 3), (4, 8)]))
+def test_results_are_those_of_one_thread_bit_for_bit(count: int, max_in_flight: int | None, device: str) -> None:
+    chosen = sizes(125, seed=count)
+    *_, (outputs, _) = all_well(
+        in_threads(
+            count,
+            play_all(chosen),
+            make_module=PipelineStage,
+            delay_seconds=0.004,
+            max_in_flight=max_in_flight,
+            device=device,
+        )
+    )
+    assert len(outputs) == len(chosen)
+    torch._dynamo.reset()
+    ppb.reset()
+    options = OPTIONS if device == "cpu" else {**OPTIONS, "graphs": "cuda"}
+    expected = one_after_the_other(chosen, count, options, device)
+    eager = one_after_the_other(chosen, count, None, device)
+    for got, same_buckets, unsplit in zip(outputs, expected, eager, strict=True):
+        assert_same(got, same_buckets)
+        torch.testing.assert_close(got["logits"], unsplit["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graphs", slow_but(["emulate"], ["off", "emulate"]))
+def test_nothing_is_copied_on_the_way(graphs: str) -> None:
+    chosen = sizes(40)
+    with torch.no_grad():
+        outcomes = all_well(in_threads(3, play_all(chosen), options={**OPTIONS, "graphs": graphs}))
+    for stage, (_, stats) in enumerate(outcomes):
+        assert stats["microbatches"] == len(chosen)
+        assert stats["headers"] == 2 * len(chosen)
+        assert stats["recvs"] == len(chosen) * (1 if stage == 0 else 2)
+        assert stats["sends"] == len(chosen) * (1 if stage == 2 else 2)
+        assert (stats["proxy_copies"], stats["pickles"], stats["blocking_metadata"]) == (0, 0, 0)
+        assert stats["early_releases"] == (0 if stage == 0 else len(chosen))
+
+
+def too_early(*args: Any) -> Boundary:
+    found = find_boundary(*args)
+    last = found.last_reader
+    return Boundary(None if last is None else last - 1, found.first_writer, found.landing_storages)
+
+
+def test_a_release_one_step_too_early_gives_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pp_piecewise_backend.runtime.capture_plan.find_boundary", too_early)
+    with pytest.raises(AssertionError):
+        test_results_are_those_of_one_thread_bit_for_bit(2, None, "cpu")
+
+
+def test_without_the_wait_for_the_last_send_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppb.StageRunner, "results_are_written", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_results_are_those_of_one_thread_bit_for_bit(3, None, "cpu")
+
+
+def test_only_steps_that_write_results_wait_for_the_last_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[int, list[str]] = {}
+
+    def noting(name: str) -> Callable[[ppb.StageRunner], None]:
+        original = getattr(ppb.StageRunner, name)
+
+        def noted(self: ppb.StageRunner) -> None:
+            if self._in_forward:
+                told.setdefault(self.stage, []).append(name)
+            original(self)
+
+        return noted
+
+    for name in ("landing_was_read", "results_are_written"):
+        monkeypatch.setattr(ppb.StageRunner, name, noting(name))
+    all_well(in_threads(3, play_all(sizes(10))))
+    # On the last stage results are the caller's, and nothing is sent from where they lie.
+    assert told[1] == ["landing_was_read", "results_are_written"] * 10
+
+
+def test_a_trace_shows_every_micro_batch_on_every_rank(tmp_path: Path) -> None:
+    chosen, path = sizes(6), tmp_path / "trace.json"
+
+    def play(runner: ppb.StageRunner, stage: int) -> Any:
+        runner.trace(str(path))
+        return play_all(chosen)(runner, stage)
+
+    all_well(in_threads(3, play, make_module=PipelineStage))
+    spans = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 for event in spans)
+    for stage in range(3):
+        for micro_batch in range(len(chosen)):
+            own = [e for e in spans if (e["pid"], e["args"].get("micro_batch")) == (stage, micro_batch)]
+            begins = {event["name"]: event["ts"] for event in own}
+            pieces = [event["name"] for event in own if event["name"].startswith("ppb.piece[")]
+            assert len(pieces) == len(set(pieces)) == 3
+            assert [event["name"] for event in own].count("ppb.eager[attention]") == 2
+            assert ("send" in begins) == (stage < 2)
+            assert ("receive" in begins) == ("release" in begins) == (stage > 0)
+            if stage > 0:
+                assert begins["receive"] < begins[pieces[0]] < begins["release"] < begins[pieces[1]]
+            if stage < 2:
+                assert begins["send"] > begins[pieces[-1]]
