@@ -128,6 +128,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow  # .ci/run builds the wheel and uses it
 def test_the_wheel_holds_all_files_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith("pp_piecewise_backend/")}
@@ -137,10 +138,12 @@ def test_the_wheel_holds_all_files_of_the_package(wheel: Path) -> None:
     assert any(name.startswith("pp_piecewise_backend/demo/") and name.endswith(".safetensors") for name in inside)
 
 
+@pytest.mark.slow  # .ci/run builds the wheel and uses it
 def test_the_wheel_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < 6 * 2**20
 
 
+@pytest.mark.slow  # .ci/run builds the wheel and uses it
 def test_an_installed_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

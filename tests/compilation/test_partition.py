@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from against_eager import check, compute_ops, eager_ops, steps, tokens
+from tiers import slow_but
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 SIZES = (5, 9, 1)
@@ -123,7 +124,7 @@ def test_a_length_counter() -> None:
     check(layer, *[(torch.randn(n, 8), torch.randn(16, 8), torch.zeros((), dtype=torch.long)) for n in SIZES])
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", slow_but(["eager"], ["eager", "aot_eager"]))
 def test_caches_made_in_the_graph(compiler: str) -> None:
     def layers(x: Tensor) -> tuple[Tensor, list[Tensor]]:
         caches = [torch.zeros(16, 8) for _ in range(3)]
@@ -274,7 +275,7 @@ ALIASED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", slow_but(["eager"], ["eager", "aot_eager"]))
 @pytest.mark.parametrize("function", ALIASED, ids=lambda f: f.__name__)
 def test_no_renaming_while_another_alias_lives(function: Any, compiler: str) -> None:
     program = check(function, *tokens(*SIZES), compiler=compiler, tolerance=0 if compiler == "eager" else 1e-5)
@@ -352,7 +353,7 @@ IN_PLACE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", slow_but(["eager"], ["eager", "aot_eager"]))
 @pytest.mark.parametrize("function", IN_PLACE, ids=lambda f: f.__name__)
 def test_in_place_after_a_cut(function: Any, compiler: str) -> None:
     check(function, *tokens(*SIZES), compiler=compiler, tolerance=0 if compiler == "eager" else 1e-5)
@@ -403,13 +404,13 @@ def both_stage_inputs(hidden_states: Tensor, residual: Tensor) -> Tensor:
 OVERLAPPING = [written_first, written_between, independent_of_the_write, stage_input_written, both_stage_inputs]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", slow_but(["eager"], ["eager", "aot_eager"]))
 @pytest.mark.parametrize("function", OVERLAPPING, ids=lambda f: f.__name__)
 def test_two_inputs_over_one_storage(function: Any, compiler: str) -> None:
     check(function, *[overlapping(n) for n in SIZES], compiler=compiler, tolerance=0 if compiler == "eager" else 1e-5)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", slow_but(["eager"], ["eager", "aot_eager"]))
 @pytest.mark.parametrize("function", OVERLAPPING, ids=lambda f: f.__name__)
 def test_inputs_that_overlap_in_a_later_call_only(function: Any, compiler: str) -> None:
     """Dynamo does not guard on it."""

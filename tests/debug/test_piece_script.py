@@ -87,6 +87,7 @@ def test_every_piece_of_a_dynamic_toy_stage(run_script: RunScript) -> None:
 
 
 @pytest.mark.compat
+@pytest.mark.slow  # the toy stage has pieces of each kind
 def test_every_piece_of_a_llama(run_script: RunScript) -> None:
     model = make_model("llama", 2)
     run = torch.compile(model, backend="pp_piecewise", options=EAGER)

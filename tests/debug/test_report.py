@@ -207,6 +207,7 @@ window.addEventListener("load", () => {
 """
 
 
+@pytest.mark.slow
 def test_it_renders_folds_and_unfolds_in_chromium(tmp_path: Path) -> None:
     folder = dumped_stage(tmp_path, 6)
     _, log = in_chromium(folder / "report.html", tmp_path)
@@ -225,6 +226,7 @@ def test_it_renders_folds_and_unfolds_in_chromium(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_browser_would_have_shown_an_error(tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text("<!DOCTYPE html><script>null.nothing()</script>")

@@ -105,11 +105,10 @@ ATTENTION = {name: SDPA for name in hf.ARCHITECTURES} | {"gemma2": "softmax"}
 
 
 COMBINATIONS = [*itertools.product(hf.ARCHITECTURES, hf.CACHES)]
-# One for each mechanism: plain, with either cache; a sliding window and attention written out; experts; positions as
-# embeddings.
+# One for each mechanism: plain; a sliding window and attention written out; experts; learned positions, and a cache
+# that grows.
 ONE_PER_MECHANISM = [
     ("llama", "static"),
-    ("llama", "dynamic"),
     ("gemma2", "static"),
     ("qwen3_moe", "static"),
     ("gpt2", "dynamic"),
@@ -187,6 +186,7 @@ def test_gemma2_token_exact_with_flex_attention(cache_kind: str) -> None:
     assert_attention_was_split_out("flex_attention")
 
 
+@pytest.mark.slow  # test_partition.py has every way to write a cache
 def test_caches_are_written_in_eager_steps() -> None:
     assert_decodes_like_eager("gemma2", "static", "eager", FEWER_PROMPT_TOKENS)
     given_caches = [p for p in ppb.programs() if any(i.source.endswith(".keys") for i in p.inputs)]

@@ -571,6 +571,7 @@ def test_the_hugging_face_llama_with_caches_that_grow(batch: int) -> None:
     assert "varies, next to the token count" in report
 
 
+@pytest.mark.slow
 def test_the_hugging_face_llama_warmed_up_with_empty_caches_only() -> None:
     """Prefills compile nothing. Decoding does, for the first length, and for the second one, which makes it vary."""
     caches = GrowingCaches(batch=1)
