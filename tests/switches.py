@@ -40,7 +40,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "landing": [(capture_plan.GraphPlan, "lands_elsewhere", lambda self, args, num_tokens: False)],
     "rows": [(module, "real_rows", lambda static, num_tokens: static.tensor) for module in (bucket, replay)],
     "selection": [],
-    "meeting": [],
+    "mixing": [],
     "float indices": [],
     "random": [(split, "random_or_written", lambda *args: (False, _random_or_written(*args)[1]))],
     "tail": [(module, "fills_tail", lambda static: False) for module in (bucket, replay)],

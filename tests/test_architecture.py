@@ -28,7 +28,7 @@ ORDER = (
     "compilation.placeholders",
     "compilation.attention",
     "compilation.partition",
-    "compilation.token_mixing",
+    "compilation.op_table",
     "compilation.padding_rules",
     "compilation.cache_key",
     "compilation.split",

@@ -7,23 +7,22 @@ R1  every tensor that crosses its border has the bare token count in its shape, 
 R2  it writes nothing that outlives the call, stage inputs excepted;
 R4  it uses the token count as a size only, never as a value: not in ``x / n``, nor to build a mask.
 
-Ops that choose rows by their values (sort, top-k or scatter along the tokens), ops in which tokens meet (see
-``token_mixing.py``), and indices that are made from floats are refused too. All else is put to the test with poisoned
+Ops that choose rows by their values (sort, top-k or scatter along the tokens), ops that mix tokens (see
+``op_table.py``), and indices that are made from floats are refused too. All else is put to the test with poisoned
 padded rows (rule R3, see ``padding_test.py``). A test is no proof, hence these rules before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import sympy
-import torch
 from torch.fx import Node
 
 from .analysis import RANDOM, GraphFacts
-from .fx_utils import is_getitem, op_name, plain_op_name
+from .op_table import CASTS, INDEXING, Op, size_arguments
 from .partition import is_allocation
 from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
 
@@ -42,8 +41,8 @@ class Traits:
     """Ops that use the token count as a value (R4)."""
     selects_tokens: tuple[str, ...] = ()
     """Ops that choose rows among the tokens by their values."""
-    meeting_tokens: tuple[str, ...] = ()
-    """Ops in which tokens meet."""
+    mixes_tokens: tuple[str, ...] = ()
+    """Ops whose result for one token depends on other tokens."""
     float_indices: tuple[str, ...] = ()
     """Ops that index by integers made from floats."""
     allocations: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -119,7 +118,7 @@ PADDING_RULES: tuple[tuple[str, Callable[[_Padded], str | None]], ...] = (
     ("R1", _uncuttable_border),
     ("R4", _ops("token_values", "R4: the token count is used as a value by {}")),
     ("selection", _ops("selects_tokens", "rows are chosen by their values by {}")),
-    ("meeting", _ops("meeting_tokens", "tokens meet in {}")),
+    ("mixing", _ops("mixes_tokens", "tokens mix in {}")),
     ("float indices", _ops("float_indices", "padded rows may hold any float, and {} index by them")),
 )
 """Name and check of each rule, in the order in which they are asked; the first that refuses gives the reason."""
@@ -151,124 +150,41 @@ def random_or_written(facts: GraphFacts, nodes: Iterable[Node], renamed: Mapping
     return random, writes
 
 
-def token_values(facts: GraphFacts, nodes: Iterable[Node], token_count: Dim | None) -> tuple[str, ...]:
-    """The ops among ``nodes`` that use the token count other than as a size (R4)."""
-    if not isinstance(token_count, sympy.Symbol):
-        return ()
+def labels(ops: Iterable[Op], rule: Callable[[Op], bool]) -> tuple[str, ...]:
+    """The names of the ops for which a rule holds."""
+    return tuple(op.label for op in ops if rule(op))
+
+
+def uses_token_count(op: Op) -> bool:
+    """Whether it takes the token count other than as a size (R4)."""
+    counted = {
+        argument
+        for argument in op.node.all_input_nodes
+        if argument in op.facts.nodes
+        and op.spec(argument) is None
+        and op.token_count in op.facts.symbols_of_value(op.facts.nodes[argument].value)
+    }
+    return bool(counted) and not counted <= set(size_arguments(op))
+
+
+def indices_from_floats(ops: Iterable[Op]) -> tuple[str, ...]:
+    """Ops that index by integers which these ops made from floats: poison would send them anywhere.
+
+    On a GPU an index that is out of range ends all work of the process, so no test may try.
+    """
+    made: set[Node] = set()
     found = []
-    for node in nodes:
-        counted = {
-            argument
-            for argument in node.all_input_nodes
-            if argument in facts.nodes
-            and not isinstance(facts.nodes[argument].value, TensorSpec)
-            and token_count in facts.symbols_of_value(facts.nodes[argument].value)
-        }
-        if counted and not counted <= set(_size_arguments(node)):
-            found.append(op_name(node))
+    for op in ops:
+        takes_made = any(argument in made for argument in op.node.all_input_nodes)
+        if op.name in INDEXING and takes_made:
+            found.append(op.label)
+        spec = op.spec(op.node)
+        if spec is None or spec.dtype.is_floating_point or spec.dtype.is_complex:
+            continue
+        is_cast = op.name in CASTS and any(operand.dtype.is_floating_point for operand in op.operands[:1])
+        if is_cast or takes_made:
+            made.add(op.node)
     return tuple(found)
-
-
-# Ops whose integers are sizes, all but the arguments named here by position (counted with the tensor) and keyword.
-_SIZE_OPS: Mapping[str, tuple[tuple[int, str], ...]] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to", "unflatten", "repeat", "tile", "as_strided"), ()),
-    **dict.fromkeys(("empty", "zeros", "ones", "empty_strided", "empty_permuted"), ()),
-    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_empty_strided"), ()),
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "tensor_split"), ()),
-    **dict.fromkeys(("_check", "_check_is_size", "sym_constrain_range", "sym_constrain_range_for_size"), ()),
-    "full": ((1, "fill_value"),),
-    "new_full": ((2, "fill_value"),),
-    "narrow": ((2, "start"),),
-}
-
-
-def _size_arguments(node: Node) -> Iterator[Node]:
-    """The numbers that a node takes as sizes: more of them only append rows at the end."""
-    name = plain_op_name(node)
-    if is_getitem(node):
-        index = node.args[1]
-        for part in index if isinstance(index, tuple) else (index,):
-            if isinstance(part, slice) and isinstance(part.stop, Node):
-                yield part.stop
-    elif name == "arange":
-        ends = (node.args[:1] if len(node.args) == 1 else node.args[1:2]) or (node.kwargs.get("end"),)
-        yield from _nodes(ends)
-    elif name in _SIZE_OPS:
-        values = {position: value for position, value in enumerate(node.args)}
-        keywords = dict(node.kwargs)
-        excepted: set[Node] = set()
-        for position, keyword in _SIZE_OPS[name]:
-            excepted |= set(_nodes(values.pop(position, None))) | set(_nodes(keywords.pop(keyword, None)))
-        yield from (n for n in _nodes([*values.values(), *keywords.values()]) if n not in excepted)
-
-
-def _nodes(value: Any) -> list[Node]:
-    found: list[Node] = []
-    torch.fx.node.map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
-    return found
-
-
-# Ops that order or pick elements along one dimension by their values: (position of the dimension, its default).
-_ORDERING: Mapping[str, tuple[int | None, int | None]] = {
-    "sort": (1, -1),
-    "argsort": (1, -1),
-    "msort": (None, 0),
-    "topk": (2, -1),
-    "kthvalue": (2, -1),
-    "mode": (1, -1),
-    "median": (1, None),
-    "nanmedian": (1, None),
-}
-_ANY_DIMENSION = frozenset(
-    {"unique", "unique_consecutive", "_unique2", "unique_dim", "nonzero", "argwhere", "masked_select", "bincount"}
-    | {"masked_scatter", "masked_scatter_", "put", "put_", "histc"}
-)
-_SCATTERING = frozenset(
-    {"scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce"}
-)
-_INDEXED_WRITES = frozenset({"index_put", "_index_put_impl", "setitem", "_unsafe_index_put"})
-
-
-def selects_tokens(facts: GraphFacts, nodes: Iterable[Node], token_count: Dim | None) -> tuple[str, ...]:
-    """The ops among ``nodes`` that choose rows along the tokens by their values."""
-    if not isinstance(token_count, sympy.Symbol):
-        return ()
-    return tuple(op_name(node) for node in nodes if _selects(facts, node, token_count))
-
-
-def _selects(facts: GraphFacts, node: Node, token_count: sympy.Symbol) -> bool:
-    name = plain_op_name(node)
-    plain = name.rstrip("_")
-    specs = [s for n in node.all_input_nodes if n in facts.nodes and (s := facts.spec(n)) is not None]
-    if not specs:
-        return False
-    if name in _ANY_DIMENSION:
-        return any(token_count in s.symbols for s in specs)
-    if plain in _ORDERING:
-        position, default = _ORDERING[plain]
-        dim = _integer(node, position, "dim", default)
-        return _counts_tokens(specs[0], dim, token_count)
-    if plain in _SCATTERING:
-        dim = _integer(node, 1, "dim", None)
-        # Rows that line up one to one, as in a scatter over experts, do not meet.
-        return any(_counts_tokens(s, dim if len(s.shape) > 1 else 0, token_count) for s in specs[1:])
-    if plain in _INDEXED_WRITES:
-        index = node.args[1] if len(node.args) > 1 else node.kwargs.get("indices")
-        chosen = [facts.spec(n) for n in _nodes(index) if n in facts.nodes]
-        return any(s is not None and token_count in s.symbols for s in chosen)
-    return False
-
-
-def _integer(node: Node, position: int | None, keyword: str, default: int | None) -> int | None:
-    value: Any = node.kwargs.get(keyword, default)
-    if position is not None and len(node.args) > position:
-        value = node.args[position]
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
-
-
-def _counts_tokens(spec: TensorSpec, dim: int | None, token_count: sympy.Symbol) -> bool:
-    sizes = spec.shape if dim is None or not -len(spec.shape) <= dim < len(spec.shape) else (spec.shape[dim],)
-    return token_count in symbols_of(sizes)
 
 
 def handed_on_allocations(

@@ -26,19 +26,20 @@ from .analysis import GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
 from .fx_utils import op_name
+from .op_table import mixes_tokens, ops_of, selects_tokens
 from .padding_rules import (
     Traits,
     handed_on_allocations,
+    indices_from_floats,
     is_meaningless,
+    labels,
     padding_reason,
     random_or_written,
-    selects_tokens,
-    token_values,
+    uses_token_count,
 )
 from .partition import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
 from .placeholders import InputTable
 from .specs import SymbolSpec, TensorSpec
-from .token_mixing import indices_from_floats, tokens_that_meet
 
 
 class SizeOf(NamedTuple):
@@ -559,14 +560,15 @@ class _StepBuilder:
             if spec is not None
         }
         is_compute = self.step.kind == "compute"
+        ops = ops_of(facts, nodes, token_count) if is_compute else []
         return Traits(
             random=random,
             writes=tuple(writes),
             written_storages=frozenset(writes.values()),
-            token_values=token_values(facts, nodes, token_count) if is_compute else (),
-            selects_tokens=selects_tokens(facts, nodes, token_count) if is_compute else (),
-            meeting_tokens=tokens_that_meet(facts, nodes, token_count) if is_compute else (),
-            float_indices=indices_from_floats(facts, nodes) if is_compute else (),
+            token_values=labels(ops, uses_token_count),
+            selects_tokens=labels(ops, selects_tokens),
+            mixes_tokens=labels(ops, mixes_tokens),
+            float_indices=indices_from_floats(ops),
             allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),
             uninitialised=tuple(is_meaningless(output) for output in outputs),
         )

@@ -159,7 +159,7 @@ BROKEN: dict[str, tuple[Traits, list[TensorSpec | None]]] = {
     "R2": (Traits(writes=("cache",)), []),
     "R4": (Traits(token_values=("div", "div")), []),
     "selection": (Traits(selects_tokens=("sort",)), []),
-    "meeting": (Traits(meeting_tokens=("cumsum",)), []),
+    "mixing": (Traits(mixes_tokens=("cumsum",)), []),
     "float indices": (Traits(float_indices=("index_select",)), []),
 }
 

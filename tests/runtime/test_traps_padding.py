@@ -84,16 +84,16 @@ trap = TRAPS.trap
 # ------------------------------------------------------------------------------ rows that meet
 
 
-@trap("R3", "meeting")
+@trap("R3", "mixing")
 def last_row_gather(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w)
         return (x @ self.w)[-1] @ self.w
 
-    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens meet in getitem"})
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens mix in getitem"})
 
 
-@trap("R3", "R4", "meeting")
+@trap("R3", "R4", "mixing")
 def last_row_by_number(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w)
@@ -102,13 +102,13 @@ def last_row_by_number(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R4"})
 
 
-@trap("R3", "meeting")
+@trap("R3", "mixing")
 def mean_over_tokens(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
         return (x - x.mean(0)) @ self.w
 
-    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens meet in mean"})
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens mix in mean"})
 
 
 @trap("R3", "selection")
@@ -120,7 +120,7 @@ def sort_over_tokens(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "sort"})
 
 
-@trap("R3", "selection", "meeting")
+@trap("R3", "selection", "mixing")
 def routing_with_capacity(device: str) -> None:
     """Each expert takes the two tokens that like it best."""
 
@@ -134,7 +134,7 @@ def routing_with_capacity(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "topk"})
 
 
-@trap("selection", "meeting")
+@trap("selection", "mixing")
 def selection_that_the_test_cannot_see(device: str) -> None:
     """No token of the tested batches is flagged, so poison finds nothing; later ones are."""
 
@@ -183,7 +183,7 @@ def gate_that_is_zero_in_the_first_layer_only(device: str) -> None:
     assert pair.program.pieces[2].key == pair.program.pieces[4].key
 
 
-@trap("R3", "M1", "R2", "meeting")
+@trap("R3", "M1", "R2", "mixing")
 def batch_statistics_in_training_mode(device: str) -> None:
     """Running statistics outlive the call, and neither schema nor version tells that they are written."""
 
@@ -200,7 +200,7 @@ def batch_statistics_in_training_mode(device: str) -> None:
     assert any("batch_norm writes graph input mean" in reason for reason in eager), eager
 
 
-@trap("meeting")
+@trap("mixing")
 def rows_of_integers_that_are_all_alike_when_tested(device: str) -> None:
     """As in a warm-up with zeros: padded rows are then rows like all others, and poison finds nothing."""
 
@@ -213,18 +213,18 @@ def rows_of_integers_that_are_all_alike_when_tested(device: str) -> None:
     pair = Pair(net(forward, device, table=table), device)
     pair.run_sizes(
         lambda n: (torch.zeros(n, dtype=torch.int64, device=device),),
-        unsafe={0: "tokens meet in mean"},
+        unsafe={0: "tokens mix in mean"},
         then=[(6, (torch.arange(6, device=device),))],
     )
 
 
-@trap("R3", "meeting")
+@trap("R3", "mixing")
 def batch_statistics_without_running_ones(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
         return F.batch_norm(x, None, None, training=True) @ self.w
 
-    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens meet in batch_norm"})
+    Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens mix in batch_norm"})
 
 
 # ------------------------------------------------------------------- the number of tokens as a value

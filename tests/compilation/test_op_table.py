@@ -1,4 +1,4 @@
-"""Ops in which tokens meet, as the graph shows it, and those in which they do not."""
+"""Ops that mix tokens, as the graph shows it, and those in which they do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ids(x: Tensor) -> Tensor:
     return x.argmax(-1)
 
 
-MEETING: dict[str, Body] = {
+MIXING: dict[str, Body] = {
     "sum": lambda x: x + x.sum(0),
     "mean of integers": lambda x: x + ids(x).float().mean(),
     "max": lambda x: x + x.max(dim=0).values,
@@ -85,9 +85,9 @@ def padding(body: Body) -> str:
     )[0]
 
 
-@pytest.mark.parametrize("name", MEETING)
-def test_tokens_meet(name: str) -> None:
-    assert "tokens meet in" in padding(MEETING[name])
+@pytest.mark.parametrize("name", MIXING)
+def test_tokens_mix(name: str) -> None:
+    assert "tokens mix in" in padding(MIXING[name])
 
 
 @pytest.mark.parametrize("name", APART)
