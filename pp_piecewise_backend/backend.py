@@ -58,7 +58,7 @@ class PiecewiseBackend:
         mode: str | None = None,
         **unknown: object,
     ) -> Callable[..., Any]:
-        """Build the program for one graph. Dynamo calls it; see README for the options.
+        """Build the program for one graph. Dynamo calls it; see docs/options.md for the options.
 
         Raises:
             ConfigError: an option or environment variable is wrong.
@@ -293,7 +293,7 @@ def _read_options(options: Mapping[str, object] | None) -> tuple[Config, Stage |
 
 
 def _tail_ranks(config: Config, stage: Stage | None) -> Mapping[str, int | None]:
-    """Name of each stage input -> how many dimensions lie behind its tokens, if a ``Stage`` says so."""
+    """Name of each stage input -> how many dimensions come after its tokens, if a ``Stage`` says so."""
     if stage is None:
         return dict.fromkeys(config.stage_inputs)
     return {name: len(proxy.shape) for name, proxy in stage.inputs.items()}

@@ -261,12 +261,16 @@ class Config:
     mode: Annotated[
         Mode,
         _one_of(Mode),
-        "Capture the pieces between split ops, the full graph without splitting, or none (split and compile only).",
+        "piecewise: capture the pieces between split ops; full: the whole graph, not split; none: split and compile only.",
     ] = "piecewise"
     graphs: Annotated[
-        Graphs, _one_of(Graphs), "Kind of graphs to capture; auto takes cuda for CUDA tensors and off otherwise."
+        Graphs,
+        _one_of(Graphs),
+        "cuda, emulate (for tests, on any device) or off; auto: cuda for CUDA tensors, off otherwise.",
     ] = "auto"
-    compiler: Annotated[Compiler, _one_of(Compiler), "What compiles each distinct piece."] = "inductor"
+    compiler: Annotated[
+        Compiler, _one_of(Compiler), "What compiles each distinct piece: inductor, aot_eager or eager."
+    ] = "inductor"
     split_ops: Annotated[
         SplitOps, SPLIT_OPS, "Names or globs of ops to split at; 'a,b' replaces the built-in list, '+a,b' adds to it."
     ] = SplitOps()
@@ -282,10 +286,12 @@ class Config:
         "Names of the proxy tensors that the previous stage sends.",
     ] = ("hidden_states", "residual")
     padding: Annotated[
-        Padding, _one_of(Padding), "Pad calls up to a capture size where tests show it is safe, or never."
+        Padding,
+        _one_of(Padding),
+        "tested: pad calls where rules and tests allow it; never: only sizes that fit exactly replay.",
     ] = "tested"
     capture: Annotated[
-        Capture, _one_of(Capture), "Capture at the second call of a size (lazy) or only in warmup() (warmup)."
+        Capture, _one_of(Capture), "lazy: capture at the second call of a size; warmup: in warmup() only."
     ] = "lazy"
     graph_memory_bytes: Annotated[
         int | None, BYTES, "Most memory that graphs may hold; the smallest capture sizes are kept first."
@@ -293,7 +299,7 @@ class Config:
     strict: Annotated[
         bool,
         FLAG,
-        "Make unmatched names, unexpected misses, late recompiles and gradients errors.",
+        "Raise an error for unmatched names, unexpected misses, late recompiles and gradients.",
     ] = False
     static_outputs: Annotated[bool, FLAG, "Return views of static memory, which the next call overwrites."] = False
     verify_every: Annotated[

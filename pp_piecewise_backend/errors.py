@@ -231,7 +231,7 @@ def stage_on_other_device(name: str, got: object, expected: object) -> str:
 def graph_miss(program: str, num_tokens: int | None, code: str, sentence: str) -> str:
     return (
         f"{program}: a call of {num_tokens} tokens could not replay its graphs ({code}): {sentence}. strict=1 makes "
-        f"this an error; explain() tells more."
+        f"this an error; explain() says more."
     )
 
 
@@ -251,7 +251,7 @@ def replay_differs(program: str, bucket: int, where: str) -> str:
 
 def no_room_for_state(num_bytes: int) -> str:
     return (
-        f"warmup() copies the state that a call writes, to give it back, and there was no room for {num_bytes} bytes. "
+        f"warmup() copies the state that a call writes, to restore it, and there was no room for {num_bytes} bytes. "
         f"Let make_inputs give a smaller KV cache of its own, or warm up before the cache takes the memory."
     )
 
@@ -370,7 +370,7 @@ def ranks_missing_at_setup(rank: int, what: str, setup_seconds: float, error: ob
 
 
 def peer_silent(peer: int, silence_seconds: float) -> str:
-    return f"rank {peer} told nothing for {silence_seconds:g} s, not even that it lives"
+    return f"rank {peer} has sent nothing for {silence_seconds:g} s, not even a keep-alive"
 
 
 def peer_closed(peer: int, error: object) -> str:
@@ -386,7 +386,7 @@ def data_upstream(peer: int) -> str:
 
 
 def peer_failed(rank: int, reason: str, told_by: int) -> str:
-    return f"rank {rank} failed ({reason}), as rank {told_by} tells"
+    return f"rank {rank} failed ({reason}), as rank {told_by} reports"
 
 
 def own_failure(rank: int, reason: str) -> str:
@@ -410,10 +410,10 @@ def runner_argument(name: str, got: object, expected: str) -> str:
 
 
 def ranks_share_no_memory(transport: str, ends: Sequence[tuple[int, str]]) -> str:
-    told = " and ".join(f"rank {rank} on {place or 'a machine that shares none'}" for rank, place in ends)
+    places = " and ".join(f"rank {rank} on {place or 'a machine that shares none'}" for rank, place in ends)
     return (
         f"transport={transport!r} links ranks of one Linux machine that can reach one another's memory, but got "
-        f"{told}. transport='auto' goes over torch.distributed where they cannot."
+        f"{places}. transport='auto' goes over torch.distributed where they cannot."
     )
 
 

@@ -178,11 +178,11 @@ MESSAGES = {
         errors.ranks_missing_at_setup(1, "proxies", 2.0, "none"),
         ["rank 1", "set up proxies within 2 s: none", "setup_timeout_s"],
     ),
-    "peer_silent": (errors.peer_silent(1, 2.0), ["rank 1 told nothing for 2 s"]),
+    "peer_silent": (errors.peer_silent(1, 2.0), ["rank 1 has sent nothing for 2 s"]),
     "peer_closed": (errors.peer_closed(1, "reset"), ["connection to rank 1 broke (reset)"]),
     "peer_disagrees": (errors.peer_disagrees(1, "why"), ["rank 1 does not keep to the plan: why"]),
     "data_upstream": (errors.data_upstream(1), ["rank 1", "against the direction"]),
-    "peer_failed": (errors.peer_failed(2, "silent", 1), ["rank 2 failed (silent), as rank 1 tells"]),
+    "peer_failed": (errors.peer_failed(2, "silent", 1), ["rank 2 failed (silent), as rank 1 reports"]),
     "own_failure": (errors.own_failure(2, "KeyError"), ["rank 2 itself failed (KeyError)"]),
     "on_rank": (errors.on_rank(2, "waiting"), ["rank 2 was waiting"]),
     "runner_argument": (

@@ -67,7 +67,7 @@ BUILTIN_SPLIT_OPS: tuple[str, ...] = (
     "sglang::unified_attention_with_output",
     "sglang::unified_attention*",
 )
-"""Names or globs, matched against every spelling in ``op_names``; see the README for how to add to them."""
+"""Names or globs, matched against every spelling in ``op_names``; see docs/options.md for how to add to them."""
 
 
 _LOOKS_LIKE_ATTENTION = ("*attention*", "*attn*", "*sdpa*", "*mla*", "*fmha*")

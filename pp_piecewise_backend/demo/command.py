@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A job, and what is needed to tell people about it."""
+    """A job, and what is needed to report on it."""
 
     job: Job
     texts: list[str]

@@ -1,4 +1,4 @@
-"""What the demo's parent process tells its ranks, and what they report; both travel as JSON files."""
+"""What the demo's parent process sends its ranks, and what they report; both travel as JSON files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HANDOFF_COUNTERS = (
     "pickles",
     "blocking_metadata",
 )
-"""Names in ``ppb.stats()`` of what the table tells about the hand-off."""
+"""Names in ``ppb.stats()`` of what the table says about the hand-off."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def judge(
         if report.calls_without_program:
             problems.append(
                 f"rank {report.rank}: {report.calls_without_program} of {report.calls} calls ran without a "
-                "program of the backend (TORCH_LOGS=recompiles tells why; see also "
+                "program of the backend (TORCH_LOGS=recompiles says why; see also "
                 "torch._dynamo.config.recompile_limit)"
             )
     if right is not None:

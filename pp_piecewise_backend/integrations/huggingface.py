@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """Where a decoder may be cut, as its ``pp_plan`` tells: names of children of its base model, in order."""
+    """Where a decoder may be cut, as its ``pp_plan`` says: names of children of its base model, in order."""
 
     before_layers: tuple[str, ...]
     layers: str
@@ -486,7 +486,7 @@ def _load_weights(model: PreTrainedModel, checkpoint: _Checkpoint, names: set[st
     """Gives the parameters ``names`` of a model on the meta device their values; all others stay there.
 
     Checkpoints of mixtures of experts, and old ones, name and shape weights otherwise than the model: transformers
-    knows how and does it, told to load these only.
+    has the rules for it, and is asked to load these only.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model

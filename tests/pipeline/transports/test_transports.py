@@ -98,7 +98,7 @@ def test_a_stage_that_said_that_it_is_busy_may_be_silent(transport: str, tmp_pat
 @between_processes
 def test_a_stage_that_did_not_say_so_is_lost(transport: str, tmp_path: Path) -> None:
     first, _ = run(transport, holds_up_its_threads, 2, tmp_path, silence_seconds=1.0, says_so=False)
-    assert first.error == "PeerLost" and "told nothing for 1 s" in first.message
+    assert first.error == "PeerLost" and "has sent nothing for 1 s" in first.message
 
 
 @every_transport
@@ -173,14 +173,14 @@ def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transp
     outcomes = run(transport, fault, 4, tmp_path, SILENCE_SECONDS, kind=kind, victim=victim)
     for outcome in survivors_lose_their_peer(outcomes, victim, SILENCE_SECONDS):
         assert f"rank {victim}" in outcome.message
-        assert ("silent" in outcome.message or "told nothing" in outcome.message) is (kind == "SIGSTOP")
+        assert ("silent" in outcome.message or "has sent nothing" in outcome.message) is (kind == "SIGSTOP")
 
 
 @between_processes
 def test_without_feedback_a_loss_travels_along_the_chain(transport: str, tmp_path: Path) -> None:
     outcomes = run(transport, fault, 4, tmp_path, SILENCE_SECONDS, kind="SIGSTOP", victim=3, no_feedback=True)
     lost = survivors_lose_their_peer(outcomes, 3, SILENCE_SECONDS)
-    assert "rank 3 failed (silent), as rank 1 tells" in lost[0].message
+    assert "rank 3 failed (silent), as rank 1 reports" in lost[0].message
 
 
 @between_processes
