@@ -372,7 +372,7 @@ def two_threads(pair: Pair, phases: Sequence[tuple[int, int]], profiler: Any = N
     counts = [skipped + fewer(options.micro_batches, tokens) for tokens, _ in phases]
     ended: list[float] = []
     has_ended, failed = threading.Condition(), []
-    hub = LocalHub(2)
+    hub = LocalHub(2, device=options.device)
     # What attention is to do is set for the whole process, so warm-up has it to itself.
     warming_up, all_warm = threading.Lock(), threading.Barrier(2)
 

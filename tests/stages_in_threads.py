@@ -59,7 +59,7 @@ def in_threads(
     **arguments: Any,
 ) -> list[Any]:
     """What ``play(runner, stage)`` returned, or raised, on each stage. On a GPU each has a stream of its own."""
-    hub = LocalHub(count, LONGEST_SECONDS)
+    hub = LocalHub(count, LONGEST_SECONDS, device)
     outcomes: dict[int, Any] = {}
 
     def one(stage: int) -> None:

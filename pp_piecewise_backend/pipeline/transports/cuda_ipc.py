@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from ...utils import torch_compat
-from .one_machine import SharedBlock, machine
+from .one_machine import SharedBlock, Sharing, machine
 from .shared_memory import HostSharing
 from .sockets import receive_exactly
 
@@ -88,7 +88,7 @@ def _are_peers(one: int, other: int) -> bool:
     return torch.cuda.can_device_access_peer(one, other) and torch.cuda.can_device_access_peer(other, one)
 
 
-class DeviceSharing:
+class DeviceSharing(Sharing):
     """One end's way to the landing memory of a link; see Note [counters of a link].
 
     Args:
@@ -172,6 +172,7 @@ class DeviceSharing:
         ctypes.memmove(self._counters.address + self._awaited, ctypes.byref(ahead), 4)
 
     def close(self) -> None:
+        self._line.close()
         self._views.clear()
         streams = (self._stream, torch.cuda.current_stream(self._device))
         deadline = time.monotonic() + _CLOSING_SECONDS

@@ -1,8 +1,13 @@
-"""All stages in one process, each in a thread of its own: for tests, and for a look at a pipeline on one device."""
+"""All stages in one process, each in a thread of its own: for tests, and for a look at a pipeline on one device.
+
+Links are those of Note [one machine], over socket pairs of the process.
+"""
 
 from __future__ import annotations
 
-import queue
+import contextlib
+import mmap
+import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -10,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ... import errors
+from .one_machine import OneMachineWire, SharedBlock, Sharing
 
 
 class LocalHub:
@@ -18,14 +24,16 @@ class LocalHub:
     Args:
         stage_count: how many there are.
         setup_seconds: how long they wait for one another at set-up, and for data of a stage that lives.
+        device: where the tensors of all links lie.
     """
 
-    def __init__(self, stage_count: int, setup_seconds: float = 1800.0) -> None:
+    def __init__(self, stage_count: int, setup_seconds: float = 1800.0, device: torch.device | str = "cpu") -> None:
         self.stage_count = stage_count
         self.setup_seconds = setup_seconds
+        self.device = torch.device(device)
         self._texts: list[list[str]] = [[] for _ in range(stage_count)]
         """Stage -> what it brought, one text per round."""
-        self._pipes: dict[tuple[int, int, str], _Pipe] = {}
+        self._links: dict[tuple[int, int, str], _Link] = {}
         self._changed = threading.Condition()
 
     def transport(self, stage: int) -> LocalTransport:
@@ -42,9 +50,26 @@ class LocalHub:
                 raise errors.PeerLost(errors.ranks_missing_at_setup(stage, what, self.setup_seconds, "none came"))
             return [own[at] for own in self._texts]
 
-    def pipe(self, source: int, target: int, name: str) -> _Pipe:
+    def link(self, source: int, target: int, name: str) -> _Link:
         with self._changed:
-            return self._pipes.setdefault((source, target, name), _Pipe(self.setup_seconds))
+            ends = (source, target, name)
+            if ends not in self._links:
+                self._links[ends] = _Link()
+            return self._links[ends]
+
+
+class _Link:
+    """What both ends of a link share."""
+
+    def __init__(self) -> None:
+        self.ends = [*zip(socket.socketpair(), socket.socketpair(), strict=True)]
+        """Of the source and of the target: the sockets for messages and for data."""
+        self.blocks: deque[SharedBlock] = deque()
+        """That the sending end does not know yet."""
+        self.freed: deque[torch.Event | None] = deque()
+        """When each of the places that were named may be written; None on the CPU: now."""
+        self.landed: deque[torch.Event | None] = deque()
+        """When each write has run."""
 
 
 class LocalTransport:
@@ -61,146 +86,71 @@ class LocalTransport:
     def exchange(self, text: str) -> list[str]:
         return self._hub.exchange(self.stage, text)
 
-    def wire(self, source: int, target: int, name: str) -> LocalWire | None:
+    def wire(self, source: int, target: int, name: str) -> OneMachineWire | None:
         if self.stage not in (source, target):
             return None
-        pipe = self._hub.pipe(source, target, name)
-        down, up = pipe.messages
-        return LocalWire(pipe, tells=down, hears=up) if self.stage == source else LocalWire(pipe, tells=up, hears=down)
+        link = self._hub.link(source, target, name)
+        messages, data = link.ends[self.stage == target]
+        return OneMachineWire(messages, data, InProcess(link, self._hub.device), self._hub.setup_seconds)
 
     def close(self) -> None:
         pass
 
 
-_HANG_UP = None
-"""Behind the last message of an end that closed."""
+class InProcess(Sharing):
+    """One end's way to landing memory whose other end is a thread of this process: events go from end to end."""
 
-Messages = queue.SimpleQueue[bytes | None]
+    def __init__(self, link: _Link, device: torch.device) -> None:
+        self._link = link
+        self._device = device
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
+        """Where this end writes."""
+        self._landed_count = 0
 
+    def _now(self) -> torch.Event | None:
+        return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
 
-class LocalWire:
-    """One end of a pipe between two threads."""
+    def make(self, num_bytes: int) -> SharedBlock:
+        with torch.inference_mode(False), torch.no_grad():
+            if self._stream is None:
+                # Of its own pages, since the CPU allocator aligns to 64 bytes only.
+                tensor = torch.frombuffer(mmap.mmap(-1, max(num_bytes, 1)), dtype=torch.uint8)
+            else:
+                tensor = torch.zeros(max(num_bytes, 1), dtype=torch.uint8, device=self._device)
+                torch.accelerator.current_stream(self._device).synchronize()
+        block = SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
+        self._link.blocks.append(block)
+        return block
 
-    def __init__(self, pipe: _Pipe, tells: Messages, hears: Messages) -> None:
-        self._pipe = pipe
-        self._tells = tells
-        self._hears = hears
-        self._is_broken = False
+    def take(self) -> SharedBlock:
+        return self._link.blocks.popleft()
 
-    def tell(self, message: bytes) -> None:
-        if self._is_broken:
-            raise ConnectionError("this end was closed")
-        self._tells.put(message)
+    def free(self) -> None:
+        self._link.freed.append(self._now())
 
-    def flush(self, timeout_seconds: float) -> None:
-        pass
+    def ready(self) -> torch.Event | None:
+        return self._now()
 
-    def hear(self, timeout_seconds: float) -> bytes:
-        try:
-            message = self._hears.get(timeout=timeout_seconds)
-        except queue.Empty:
-            raise TimeoutError from None
-        if message is _HANG_UP:
-            raise ConnectionError("the other end was closed")
-        return message
+    def write(
+        self, ready: torch.Event | None, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]
+    ) -> torch.Event | None:
+        freed = self._link.freed.popleft()
+        stream = contextlib.nullcontext() if self._stream is None else self._stream
+        with stream, torch.inference_mode(False), torch.no_grad():
+            self.after(ready)
+            self.after(freed)
+            for block, offset, tensor in writes:
+                flat = tensor.view(-1).view(torch.uint8)
+                block.tensor[offset : offset + tensor.nbytes].copy_(flat, non_blocking=True)
+            written = self._now()
+        self._link.landed.append(written)
+        return written
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> _Side:
-        return self._pipe.put(self._pipe.sent, tensors)
+    def after(self, written: torch.Event | None) -> None:
+        if written is not None:
+            torch.accelerator.current_stream(self._device).wait_event(written)
 
-    def landing_memory(self, num_bytes: int) -> None:
-        return None  # all memory is that of one process
-
-    def receive(self, views: Sequence[torch.Tensor]) -> _Side:
-        return self._pipe.put(self._pipe.awaited, views)
-
-    def break_data(self) -> None:
-        self._pipe.break_off()
-
-    def break_control(self) -> None:
-        self._is_broken = True
-        self._tells.put(_HANG_UP)
-        self._hears.put(_HANG_UP)
-
-    def close(self) -> None:
-        self.break_control()
-        self.break_data()
-
-
-class _Side:
-    """Tensors that one end offers, or the views where the other end wants them."""
-
-    def __init__(self, pipe: _Pipe, tensors: Sequence[torch.Tensor]) -> None:
-        self.tensors = tensors
-        self.is_done = False
-        self.ready = _event_after_current_work(tensors)
-        """When the current stream has written the tensors, or no longer reads the views."""
-        self.copied: torch.Event | None = None
-        self._pipe = pipe
-
-    def wait(self) -> None:
-        self._pipe.wait(self)
-        if self.copied is not None:
-            self.copied.wait()
-
-
-class _Pipe:
-    """The shared part of both ends: whoever comes second copies, so that neither waits without need."""
-
-    def __init__(self, setup_seconds: float) -> None:
-        self.messages: tuple[Messages, Messages] = (queue.SimpleQueue(), queue.SimpleQueue())
-        self.sent: deque[_Side] = deque()
-        self.awaited: deque[_Side] = deque()
-        self._setup_seconds = setup_seconds
-        self._changed = threading.Condition()
-        self._is_broken = False
-        self._streams: dict[torch.device, torch.Stream] = {}
-
-    def put(self, waiting: deque[_Side], tensors: Sequence[torch.Tensor]) -> _Side:
-        side = _Side(self, tensors)
-        with self._changed:
-            if self._is_broken:
-                raise ConnectionError("the link was closed")
-            waiting.append(side)
-            if self.sent and self.awaited:
-                self._copy(self.sent.popleft(), self.awaited.popleft())
-                self._changed.notify_all()
-        return side
-
-    def _copy(self, source: _Side, target: _Side) -> None:
-        if source.ready is None or target.ready is None:
-            _copy_all(source, target)
-        else:
-            stream = self._stream(target.tensors[0].device)
-            with stream:
-                stream.wait_event(source.ready)
-                stream.wait_event(target.ready)
-                _copy_all(source, target)
-                source.copied = target.copied = stream.record_event()
-        source.is_done = target.is_done = True
-
-    def _stream(self, device: torch.device) -> torch.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.Stream(device)
-        return self._streams[device]
-
-    def wait(self, side: _Side) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: side.is_done or self._is_broken, self._setup_seconds)
-            if not side.is_done:
-                raise ConnectionError("the link was closed") if self._is_broken else TimeoutError
-
-    def break_off(self) -> None:
-        with self._changed:
-            self._is_broken = True
-            self._changed.notify_all()
-
-
-def _copy_all(source: _Side, target: _Side) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for sent, view in zip(source.tensors, target.tensors, strict=True):
-            view.copy_(sent, non_blocking=True)
-
-
-def _event_after_current_work(tensors: Sequence[torch.Tensor]) -> torch.Event | None:
-    device = tensors[0].device
-    return None if device.type == "cpu" else torch.accelerator.current_stream(device).record_event()
+    def after_landing(self, count: int) -> None:
+        while self._landed_count < count:
+            self.after(self._link.landed.popleft())
+            self._landed_count += 1

@@ -23,6 +23,7 @@ import socket
 import struct
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,38 +55,43 @@ class SharedBlock:
     num_bytes: int
 
 
-class Sharing(Protocol):
+class Sharing(ABC):
     """One end's way to the landing memory of a link.
 
-    On an accelerator nothing here waits: what must come after something else is enqueued behind it.
+    On an accelerator nothing here waits: what must come after something else is enqueued after it. What does nothing
+    here is for accelerators only: on the CPU, everything has run.
     """
 
+    @abstractmethod
     def make(self, num_bytes: int) -> SharedBlock:
         """At the receiving end: new memory of zeros, of which the other end is told."""
 
+    @abstractmethod
     def take(self) -> SharedBlock:
         """At the sending end: the next memory that the other end made."""
 
-    def free(self) -> None:
-        """At the receiving end: places may be written once what the current stream has enqueued has run."""
-
-    def ready(self) -> Any:
-        """At the sending end: when the current stream has written what is to be sent, for ``write``."""
-
+    @abstractmethod
     def write(self, ready: Any, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]) -> Any:
         """At the sending end: write each tensor to its offset, once that is free; the end of it, for ``after``."""
 
-    def after(self, written: Any) -> None:
+    def ready(self) -> Any:
+        """At the sending end: when the current stream has written what is to be sent, for ``write``."""
+        return None
+
+    def after(self, written: Any) -> None:  # noqa: B027
         """At the sending end: what the current stream enqueues from now on comes after that write."""
 
-    def after_landing(self, count: int) -> None:
-        """At the receiving end: likewise, after the first so many writes, of which the other end has told."""
+    def free(self) -> None:  # noqa: B027
+        """At the receiving end: places may be written once what the current stream has enqueued has run."""
 
-    def give_up(self) -> None:
+    def after_landing(self, count: int) -> None:  # noqa: B027
+        """At the receiving end: like ``after``, for the first so many writes, of which the other end has told."""
+
+    def give_up(self) -> None:  # noqa: B027
         """End what is waited for on an accelerator, from any thread: the other end may be dead."""
 
-    def close(self) -> None:
-        """Forget the other end, before its memory is given back."""
+    def close(self) -> None:  # noqa: B027
+        """Forget the other end, before its memory is released."""
 
 
 class KindOfSharing(Protocol):
@@ -157,7 +163,7 @@ class OneMachine:
         is_source = self.stage == source
         assert self._places is not None
         sharing = self._kind.end(memory, is_source, self._places[self.ranks[target if is_source else source]])
-        return OneMachineWire(messages, data, memory, sharing, self._p2p.setup_seconds)
+        return OneMachineWire(messages, data, sharing, self._p2p.setup_seconds)
 
     def _share_memory(self, source: int, target: int) -> bool:
         # In all pipelines alike: every rank of the world takes part when one of them has a link over torch.distributed.
@@ -181,25 +187,17 @@ def machine() -> str:
 
 
 class OneMachineWire:
-    """One end of a link between two processes; see Note [one machine].
+    """One end of a link; see Note [one machine].
 
     Args:
-        messages, data, memory: this end of the three socket pairs; the last one is used by ``sharing`` alone.
-        sharing: this end's way to the landing memory.
+        messages, data: this end of two socket pairs.
+        sharing: this end's way to the landing memory; the wire closes it.
         longest_seconds: how long the other end may take for anything but a message.
     """
 
-    def __init__(
-        self,
-        messages: socket.socket,
-        data: socket.socket,
-        memory: socket.socket,
-        sharing: Sharing,
-        longest_seconds: float,
-    ) -> None:
+    def __init__(self, messages: socket.socket, data: socket.socket, sharing: Sharing, longest_seconds: float) -> None:
         self._messages = Line(messages, longest_seconds)
         self._data = Line(data, longest_seconds)
-        self._memory = memory
         self._sharing = sharing
         self._longest_seconds = longest_seconds
         self._blocks: list[SharedBlock] = []
@@ -329,7 +327,6 @@ class OneMachineWire:
             self._writer.join(_CLOSING_SECONDS)
         self._messages.close()
         self._data.close()
-        self._memory.close()
         self._sharing.close()
         self._blocks.clear()
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .one_machine import SharedBlock, machine
+from .one_machine import SharedBlock, Sharing, machine
 from .sockets import connection_error
 
 _SIZE = struct.Struct("<Q")
@@ -38,7 +38,7 @@ def is_possible() -> bool:
     return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(socket, "send_fds")
 
 
-class HostSharing:
+class HostSharing(Sharing):
     """One end's way to the landing memory of a link: descriptors of memory files travel over ``line``."""
 
     def __init__(self, line: socket.socket) -> None:
@@ -66,27 +66,12 @@ class HostSharing:
         finally:
             os.close(descriptors[0])
 
-    def free(self) -> None:
-        pass  # whoever names a place has read it
-
-    def ready(self) -> None:
-        return None
-
     def write(self, ready: None, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]) -> None:
         for block, offset, tensor in writes:
             ctypes.memmove(block.address + offset, tensor.data_ptr(), tensor.nbytes)
 
-    def after(self, written: None) -> None:
-        pass
-
-    def after_landing(self, count: int) -> None:
-        pass
-
-    def give_up(self) -> None:
-        pass
-
     def close(self) -> None:
-        pass  # a mapping goes with its tensor
+        self._line.close()  # a mapping goes with its tensor
 
 
 def _mapped(descriptor: int, num_bytes: int) -> SharedBlock:

@@ -35,7 +35,7 @@ def wires() -> Iterator[tuple[OneMachineWire, OneMachineWire]]:
     """The sending and the receiving end of one link, here in one process."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
     ends = tuple(
-        OneMachineWire(messages, data, memory, HostSharing(memory), SECONDS)
+        OneMachineWire(messages, data, HostSharing(memory), SECONDS)
         for messages, data, memory in zip(*pairs, strict=True)
     )
     yield ends
