@@ -34,7 +34,7 @@ from ..debug.dump import versions
 from ..runtime.cudagraphs.ladder import Ladder
 from ..runtime.cudagraphs.memory import address
 from ..runtime.stage import Proxy, Stage
-from ..runtime.tracing import Timeline, chrome_trace, named, profiler_is_running
+from ..runtime.tracing import Timeline, chrome_trace, profiler_is_running, wrap
 from ..utils import torch_compat
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from .connect import connect, pick_transport
@@ -287,7 +287,7 @@ class StageRunner:
 
     def _take(self) -> tuple[Header, Views] | None:
         assert self._inbox is not None
-        take = named(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
+        take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
         return take()
 
     def _step(self, sequence: int, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views) -> Any:

@@ -10,7 +10,7 @@ from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
 from .ownership import undeclared_sharing
-from .tracing import named, profiler_is_running, step_name
+from .tracing import Timeline, profiler_is_running, step_name, wrap
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
@@ -86,7 +86,10 @@ class Layout:
     """Per result of the graph: ``Register``, or a constant."""
 
     def run(
-        self, args: Sequence[Any], watch: Callable[[int, Sequence[Any]], None] | None = None, timeline: Any = None
+        self,
+        args: Sequence[Any],
+        watch: Callable[[int, Sequence[Any]], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> tuple[list[Any], dict[int, Sequence[Any]]]:
         """The graph's results without any graph replayed, and the sizes for which a step ran as plain FX.
 
@@ -96,14 +99,14 @@ class Layout:
         """
         registers = self.fill(args)
         plain: dict[int, Sequence[Any]] = {}
-        is_watched = profiler_is_running()
+        is_watched = timeline is not None or profiler_is_running()
 
         def run_step(instruction: Instruction) -> Sequence[Any]:
             arguments = instruction.gather(registers)
             run = instruction.run_where_valid
-            if timeline is not None:
-                run = timeline.noting(run, step_name(instruction.piece))
-            outputs, was_compiled = (named(run, step_name(instruction.piece)) if is_watched else run)(arguments)
+            if is_watched:
+                run = wrap(run, step_name(instruction.piece), timeline)
+            outputs, was_compiled = run(arguments)
             if not was_compiled:
                 plain[instruction.piece.index] = instruction.sizes(arguments)
             return outputs

@@ -22,7 +22,7 @@ from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, address, without_repeats
 from .instructions import Instruction, Register, gather, run_steps
 from .ownership import shares_undeclared
-from .tracing import named, profiler_is_running, step_name
+from .tracing import profiler_is_running, step_name, wrap
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -476,10 +476,7 @@ class FlatProgram:
         timeline = None if listener is None else listener.timeline
         if timeline is None and not profiler_is_running():
             return None
-        return [
-            row.wrapped(lambda call, name: named(call if timeline is None else timeline.noting(call, name), name))
-            for row in self._rows
-        ]
+        return [row.wrapped(lambda call, name: wrap(call, name, timeline)) for row in self._rows]
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""

@@ -1,7 +1,7 @@
 """Names and times of steps: for profilers, and for a trace that Perfetto and ``chrome://tracing`` show.
 
 Profilers see ``ppb.piece[3]`` and ``ppb.eager[attention]``. A program asks ``profiler_is_running()`` once per call, and
-only then runs steps that ``named`` has wrapped.
+only then runs steps that ``wrap`` has wrapped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,16 +41,6 @@ def eager_label(ops: Sequence[str]) -> str:
 def profiler_is_running() -> bool:
     """Whether someone would see the names: ``torch.profiler``, the autograd profiler or ``emit_nvtx``."""
     return torch_compat.profiler_is_enabled()
-
-
-def named(call: Callable[..., Result], name: str) -> Callable[..., Result]:
-    """The same callable, shown under a name by a profiler."""
-
-    def run(*args: object) -> Result:
-        with torch.profiler.record_function(name):
-            return call(*args)
-
-    return run
 
 
 class Span(NamedTuple):
@@ -87,23 +77,23 @@ class Timeline:
         finally:
             self.add(lane, name, begin_ns, micro_batch=micro_batch)
 
-    def noting(self, call: Callable[..., Result], name: str) -> Callable[..., Result]:
-        """The same callable, noted as a step."""
-
-        def run(*args: Any) -> Result:
-            begin_ns = time.time_ns()
-            result = call(*args)
-            self.add("steps", name, begin_ns)
-            return result
-
-        return run
-
     def to_text(self) -> str:
         return json.dumps(self.spans)
 
     @staticmethod
     def spans_of(text: str) -> list[Span]:
         return [Span(*fields) for fields in json.loads(text)]
+
+
+def wrap(call: Callable[..., Result], name: str, timeline: Timeline | None = None) -> Callable[..., Result]:
+    """The same callable, shown under a name by a profiler, and noted as a step in the timeline if there is one."""
+
+    def run(*args: object) -> Result:
+        noted = nullcontext() if timeline is None else timeline.span("steps", name)
+        with torch.profiler.record_function(name), noted:
+            return call(*args)
+
+    return run
 
 
 LANES = ("steps", "receive", "send", "feedback")

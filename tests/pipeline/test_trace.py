@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pp_piecewise_backend.runtime.tracing import LANES, Span, Timeline, chrome_trace
+from pp_piecewise_backend.runtime.tracing import LANES, Span, Timeline, chrome_trace, wrap
 
 
 def test_spans_belong_to_the_micro_batch_that_runs_unless_they_say_otherwise() -> None:
@@ -36,11 +36,11 @@ def test_a_span_ends_when_its_body_does_even_if_that_raises() -> None:
 
 def test_a_noted_call_gives_what_the_call_gives() -> None:
     timeline = Timeline()
-    divide = timeline.noting(lambda a, b: a / b, "ppb.piece[0]")
+    divide = wrap(lambda a, b: a / b, "ppb.piece[0]", timeline)
     assert divide(6, 3) == 2
     with pytest.raises(ZeroDivisionError):
         divide(1, 0)
-    assert [(span.lane, span.name) for span in timeline.spans] == [("steps", "ppb.piece[0]")]
+    assert [(span.lane, span.name) for span in timeline.spans] == [("steps", "ppb.piece[0]")] * 2
 
 
 def test_threads_add_at_the_same_time() -> None:

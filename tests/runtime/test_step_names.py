@@ -37,7 +37,7 @@ def test_labels_of_eager_steps(ops: tuple[str, ...], label: str) -> None:
 
 
 def test_a_profiler_sees_the_names_and_is_noticed() -> None:
-    double = tracing.named(lambda x: x * 2, "ppb.piece[3]")
+    double = tracing.wrap(lambda x: x * 2, "ppb.piece[3]")
     assert not tracing.profiler_is_running()
     with torch.profiler.profile() as profile:
         assert tracing.profiler_is_running()
