@@ -1,4 +1,4 @@
-"""What the first stage hears from the last one: received as it comes, so that the last one never waits for it."""
+"""Feedback from the last stage to the first: received as it comes, so that the last stage never waits for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ..runtime.stage import Proxy
 from ..utils.counters import Stats
-from .inbox import Behind
+from .inbox import PostingStream
 from .link import Receiver, Transfer
 
 Tensors = Mapping[str, torch.Tensor]
@@ -52,7 +52,7 @@ class FeedbackReader:
         self._max_tokens = max_tokens
         self._device = device
         self._stats = stats
-        self._behind = Behind(device)
+        self._posting = PostingStream(device)
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(slot_count):
             self._free.put(self._new_slot())
@@ -74,7 +74,7 @@ class FeedbackReader:
             PeerLost: the pipeline broke.
         """
         if self._lent is not None:
-            self._lent.freed = self._behind.now()
+            self._lent.freed = self._posting.now()
             self._free.put(self._lent)
             self._lent = None
         with self._changed:
@@ -90,7 +90,7 @@ class FeedbackReader:
         return unread.tag, unread.tensors
 
     def wait_for(self, count: int) -> None:
-        """Return once ``count`` micro-batches were told of in all, or no more come."""
+        """Return once feedback of ``count`` micro-batches has come in all, or no more comes."""
         if self._heard < count:
             with self._changed:
                 self._changed.wait_for(lambda: self._heard >= count or self._has_ended)
@@ -100,7 +100,7 @@ class FeedbackReader:
             try:
                 while not self._has_ended and self._receiver.headers_waiting:
                     self._receive()
-            except Exception as error:  # told by next(), in the thread of the runner
+            except Exception as error:  # raised by next(), in the thread of the runner
                 self._error = error
                 self._has_ended = True
             self._changed.notify_all()
@@ -114,7 +114,7 @@ class FeedbackReader:
         views = {name: tensor[: header.num_tokens] for name, tensor in slot.tensors.items()}
         transfer = None
         if views:
-            with self._behind(slot.freed):
+            with self._posting.after(slot.freed):
                 transfer = self._receiver.receive(header, views)
         self._unread.append(_Unread(header.tag, views, slot, transfer))
         self._heard += 1

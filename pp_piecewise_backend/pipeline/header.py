@@ -12,7 +12,7 @@ bytes type  meaning
 24    I     tokens; 0 where no data follows
 28    I     bucket in tokens; 0 where no data follows
 32    I     rank: who announces, or whose failure is told
-36    24s   tag of the user, or why the rank failed; zeros behind its end
+36    24s   tag of the user, or why the rank failed; zeros after its end
 60    I     CRC-32 of the 60 bytes before
 ===== ===== ======================================================================
 
@@ -49,7 +49,7 @@ class Kind(IntEnum):
     FAILED = 4
     """The pipeline is broken: ``rank`` failed, and ``tag`` says how."""
     CLOSED = 5
-    """Behind STOP of both ends: the rank closes."""
+    """After STOP of both ends: the rank closes."""
 
 
 _KINDS: dict[int, Kind] = {kind.value: kind for kind in Kind}
@@ -122,7 +122,7 @@ class Header:
             expected = f"{plan.fingerprint:016x}"
             raise ValueError(errors.header_differs("plan", f"{self.fingerprint:016x}", expected))
         if self.kind is Kind.FAILED:
-            return  # its rank is another's, and the order is broken anyhow
+            return  # its rank is another's, and the order is broken anyway
         if self.rank != rank:
             raise ValueError(errors.header_differs("rank", self.rank, rank))
         if self.sequence != sequence:

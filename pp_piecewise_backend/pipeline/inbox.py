@@ -25,7 +25,7 @@ class _Posted:
     posted_ns: int
 
 
-class Behind:
+class PostingStream:
     """Where receives are posted, by whichever thread, so that on an accelerator they wait for the last reader only."""
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Behind:
         """What the current stream has enqueued; None on the CPU, where everything has run."""
         return None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device).record_event()
 
-    def __call__(self, event: torch.Event | None) -> contextlib.AbstractContextManager[object]:
+    def after(self, event: torch.Event | None) -> contextlib.AbstractContextManager[object]:
         """What is enqueued inside waits for ``event``, and for nothing else of its stream."""
         return _NOTHING if event is None else self._on_own_stream(event)
 
@@ -81,7 +81,7 @@ class Inbox:
         self._posted: _Posted | None = None
         self._at_end = False
         self._error: BaseException | None = None
-        self._behind = Behind(device)
+        self._posting = PostingStream(device)
         self._freed: torch.Event | None = None
         """When the last step that reads the memory has run."""
         receiver.on_news = self._hear_news
@@ -118,7 +118,7 @@ class Inbox:
         """The memory may be filled again once what was enqueued on this thread's stream has run."""
         with self._changed:
             self._is_free = True
-            self._freed = self._behind.now()
+            self._freed = self._posting.now()
             self._post(now=False)
 
     def _hear_news(self) -> None:
@@ -138,9 +138,9 @@ class Inbox:
                 self._at_end = True
                 return
             views = self._views(header.num_tokens)
-            with self._behind(self._freed):
+            with self._posting.after(self._freed):
                 transfer = self._receiver.receive(header, views)
-        except Exception as error:  # told by take(), in the thread of the runner
+        except Exception as error:  # raised by take(), in the thread of the runner
             self._error = error
             return
         self._is_free = False

@@ -114,7 +114,7 @@ class End:
             1 if self._tensor_parallel is None else self._tensor_parallel.size
         )
         self._amounts: dict[int, Amounts] = {}
-        """Number of tokens -> what a micro-batch of so many adds to the counters."""
+        """Number of tokens of a micro-batch -> what it adds to the counters."""
         self._told_data = 0
         self._heard_data = 0
         self._telling = threading.Lock()
@@ -312,7 +312,7 @@ class End:
         self.check(f"waiting for rank {self.peer_rank} to close")
 
     def close(self) -> None:
-        """Give back the wire."""
+        """Release the wire."""
         self._gone.set()
         if not self._silent.is_set():
             self._wire.break_control()
@@ -396,7 +396,7 @@ class Receiver(End):
         return self._headers.qsize()
 
     def landing_memory(self, num_tokens: int) -> dict[str, torch.Tensor | None]:
-        """Per tensor of the link flat uint8 zeros for so many tokens; None where any memory will do.
+        """For each proxy flat uint8 zeros for ``num_tokens`` tokens; None where any memory will do.
 
         Some transports write only into memory that they know. The tensors belong to the caller.
 

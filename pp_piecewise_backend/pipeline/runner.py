@@ -2,8 +2,8 @@
 
 Note [order of one micro-batch]
     1. take: the proxies have landed in the memory that captured pieces read.
-    2. announce: the next stage learns what comes before the work for it begins.
-    3. forward. Behind the last step that reads the proxies the landing memory is free, and the next receive is posted
+    2. announce: the next stage is told what comes before the work for it begins.
+    3. forward. After the last step that reads the proxies the landing memory is free, and the next receive is posted
        (``landing_was_read``). Before the first step that writes results, the previous send must have left
        (``results_are_written``); steps before it overlap with that send.
     4. send the results from where the last pieces wrote them.
@@ -331,7 +331,7 @@ class StageRunner:
         landing = self._stage.landing_addresses
         return any(isinstance(tensor, torch.Tensor) and address(tensor) in landing for tensor in tensors)
 
-    # What programs of the stage tell, within a call: see ``hooks.StageListener``.
+    # Called by programs of the stage, within a call: see ``hooks.StageListener``.
 
     def landing_was_read(self) -> None:
         if self._in_forward and not self._is_released:
@@ -450,7 +450,7 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """An exception inside is told to the other ranks."""
+        """The other ranks are told of an exception inside."""
         try:
             yield
         except GeneratorExit:
@@ -462,7 +462,7 @@ class StageRunner:
             raise
 
     def _finish(self) -> None:
-        """Stop in order: nothing more is sent, and what was announced to this stage is received, to no purpose."""
+        """Stop in order: nothing more is sent, and what was announced to this stage is received and dropped."""
         if self._links.is_broken:
             return
         self._wait_for_send()
@@ -478,10 +478,10 @@ class StageRunner:
                 self._inbox.release()
 
     def close(self) -> None:
-        """Stop all ranks in order, if ``run`` has not, and give everything back; a second call does nothing.
+        """Stop all ranks in order, if ``run`` has not, and release everything; a second call does nothing.
 
-        It returns once all ranks close, so that none takes a run for a good one that failed elsewhere at its very end;
-        it waits no longer than ``timeout_s`` for a rank that has stopped and does not come.
+        It returns once all ranks close, so that no rank reports success when another one failed at the very end; it
+        waits no longer than ``timeout_s`` for a rank that has stopped and does not close.
 
         Raises:
             PeerLost: the pipeline broke before all had stopped.
@@ -551,7 +551,7 @@ _stage_numbers = itertools.count()
 
 
 def _cloning(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """The module behind a clone of each proxy, in a frame of its own.
+    """The module, given a clone of each proxy, in a frame of its own.
 
     Dynamo keeps programs and their limits by code object, so each stage of a process needs one.
     """

@@ -27,7 +27,7 @@ class Proxy:
     """One tensor that travels from stage to stage, without its token dimension.
 
     Args:
-        shape: sizes behind the token dimension: ``(hidden,)`` for hidden states ``[tokens, hidden]``.
+        shape: sizes after the token dimension: ``(hidden,)`` for hidden states ``[tokens, hidden]``.
         dtype: of every element.
         layout: ``replicated`` or ``scattered`` over tensor parallel ranks.
 
@@ -123,12 +123,12 @@ class Stage:
     """The landing memory of one pipeline stage, shared by all programs that are compiled for it.
 
     ``torch.compile(module, backend="pp_piecewise", options={"stage": stage})`` makes every program of ``module`` read
-    its stage inputs from this memory. A caller (or a transport) that writes into ``views(n)`` and passes these views
+    its proxies from this memory. A caller (or a transport) that writes into ``views(n)`` and passes these views
     to the module pays no copy; any other tensor is copied and counted. Compared by identity: give each module instance
     a stage of its own.
 
     Args:
-        inputs: name of each stage input -> its ``Proxy``.
+        inputs: name of each argument that is a proxy -> its ``Proxy``.
         max_tokens: rows of the landing memory, and the largest call that runs with graphs.
         device: where the memory lies; the current accelerator, or the CPU without one.
 
@@ -180,19 +180,19 @@ class Stage:
         return dict(self._views[num_tokens])
 
     def land_in(self, blocks: Mapping[str, torch.Tensor]) -> None:
-        """Use these flat uint8 blocks for the stage inputs named, before anybody was given views of the old ones."""
+        """Use these flat uint8 blocks for the proxies named, before anybody was given views of the old ones."""
         assert not self.is_shown and not self._views
         for name, block in blocks.items():
             assert block.numel() >= self.max_tokens * self.inputs[name].bytes_per_token
             self._landing[name] = block
 
     def landing(self, name: str) -> torch.Tensor:
-        """The flat uint8 memory in which the stage input ``name`` lands."""
+        """The flat uint8 memory in which the proxy ``name`` lands."""
         return self._landing[name]
 
     @cached_property
     def landing_addresses(self) -> frozenset[int]:
-        """Where the landing memory of each stage input begins."""
+        """Where the landing memory of each proxy begins."""
         return frozenset(block.data_ptr() for block in self._landing.values())
 
     @property

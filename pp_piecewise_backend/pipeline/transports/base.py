@@ -81,7 +81,7 @@ class Wire(Protocol):
         """Make all waiting and later messages fail, from any thread."""
 
     def close(self) -> None:
-        """Give back what the wire holds; nothing waits in it any more."""
+        """Release what the wire holds; nothing waits in it any more."""
 
 
 class Transport(Protocol):
@@ -113,4 +113,4 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Give back what the transport holds beside its wires."""
+        """Release what the transport holds besides its wires."""

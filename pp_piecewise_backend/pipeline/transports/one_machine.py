@@ -85,7 +85,7 @@ class Sharing(ABC):
         """At the receiving end: places may be written once what the current stream has enqueued has run."""
 
     def after_landing(self, count: int) -> None:  # noqa: B027
-        """At the receiving end: like ``after``, for the first so many writes, of which the other end has told."""
+        """At the receiving end: like ``after``, for the first ``count`` writes, which the other end has announced."""
 
     def give_up(self) -> None:  # noqa: B027
         """End what is waited for on an accelerator, from any thread: the other end may be dead."""
