@@ -457,12 +457,16 @@ def stage_inputs_clash(names: Iterable[str]) -> str:
     return f"make_inputs gave {_listed(sorted(names))}, which the previous stage sends. Leave proxies out."
 
 
-def wrong_end_of_pipeline(method: str, stage: int) -> str:
-    return {
-        "run": f"run() got micro-batches on stage {stage}: only the first stage takes them, the others follow it.",
-        "no run": "run() got no micro-batches on the first stage: pass an iterable of MicroBatch.",
-        "feedback": f"feedback() was called on stage {stage}: only the first stage of a pipeline with feedback has it.",
-    }[method]
+def micro_batches_on_later_stage(stage: int) -> str:
+    return f"run() got micro-batches on stage {stage}: only the first stage takes them, the others follow it."
+
+
+def no_micro_batches() -> str:
+    return "run() got no micro-batches on the first stage: pass an iterable of MicroBatch."
+
+
+def no_feedback_here(stage: int) -> str:
+    return f"feedback() was called on stage {stage}: only the first stage of a pipeline with feedback has it."
 
 
 def ran_already() -> str:

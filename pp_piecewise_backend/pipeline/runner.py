@@ -240,9 +240,8 @@ class StageRunner:
             Whatever the module or ``make_inputs`` raises; the other ranks then raise `PeerLost`.
         """
         if (microbatches is not None) != self.is_first:
-            raise errors.PPPiecewiseError(
-                errors.wrong_end_of_pipeline("no run" if self.is_first else "run", self.stage)
-            )
+            sentence = errors.no_micro_batches() if self.is_first else errors.micro_batches_on_later_stage(self.stage)
+            raise errors.PPPiecewiseError(sentence)
         if self._has_run:
             raise errors.PPPiecewiseError(errors.ran_already())
         self._has_run = True
@@ -410,7 +409,7 @@ class StageRunner:
             PPPiecewiseError: there is no feedback here, or no more of it.
         """
         if self._feedback is None or not self._feedback_names:
-            raise errors.PPPiecewiseError(errors.wrong_end_of_pipeline("feedback", self.stage))
+            raise errors.PPPiecewiseError(errors.no_feedback_here(self.stage))
         found = self._feedback.next()
         if found is None:
             raise errors.PPPiecewiseError(errors.no_more_feedback())
