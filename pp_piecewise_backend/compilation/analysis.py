@@ -3,7 +3,7 @@
 Note [two sources of facts]
 Geometry comes from Dynamo: each node carries a fake tensor whose sizes are expressions over symbols. What happens to
 memory is seen by running the graph once, node by node, on fake tensors with the sizes of the traced call. Schemas do
-not tell enough (methods and ``setitem`` have none, ``.to()`` may return its input), and symbolic sizes would send some
+not say enough (methods and ``setitem`` have none, ``.to()`` may return its input), and symbolic sizes would send some
 ops through Python decompositions that copy where the kernel returns its input [ran: dropout in eval mode].
 """
 
@@ -334,7 +334,7 @@ class _Walk(Interpreter):
             if tensor._version != version and (storage := self._known_storage(tensor)) is not None:
                 writes.add(storage)
         if isinstance(node.target, torch_compat.HigherOrderOperator) and "mutation" in op_name(node) and not bodies:
-            writes |= reads  # user-written triton kernels: which argument is written is not told
+            writes |= reads  # user-written triton kernels: which argument is written is not known
         if recorder.random or _has_random_op(bodies):
             writes.add(RANDOM)
         if value is None and not writes:

@@ -63,7 +63,7 @@ class PieceCompiler:
     """Compiles pieces and remembers them by meaning. Threads may share it."""
 
     def __init__(self, share: bool = True) -> None:
-        """``share=False`` compiles every piece anew, for comparison."""
+        """``share=False`` compiles every piece again, for comparison."""
         self._share = share
         self._compiled: dict[tuple[object, ...], CompiledPiece] = {}
         self._in_progress: dict[tuple[object, ...], threading.Lock] = {}

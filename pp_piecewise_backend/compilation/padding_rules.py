@@ -121,7 +121,7 @@ PADDING_RULES: tuple[tuple[str, Callable[[_Padded], str | None]], ...] = (
     ("mixing", _ops("mixes_tokens", "tokens mix in {}")),
     ("float indices", _ops("float_indices", "padded rows may hold any float, and {} index by them")),
 )
-"""Name and check of each rule, in the order in which they are asked; the first that refuses gives the reason."""
+"""Name and check of each rule, in the order in which they are asked; the first that refuses says why."""
 
 
 def _uncuttable(spec: TensorSpec, token_count: sympy.Symbol) -> str | None:

@@ -5,7 +5,7 @@ The rules M1 to M4, by which a cut keeps its meaning:
 M1  A cut makes an in-place op visible across pieces, so an op that writes memory born outside its own piece is an
     eager step. Stage inputs are the exception: their memory is ours to write, and the caller sees the write. In-place
     ops on activations of this call are renamed to values instead, where no other alias is read later.
-M2  Views of memory that is written across pieces are never passed on; whoever needs one makes it anew (``split.py``).
+M2  Views of memory that is written across pieces are never passed on; whoever needs one recomputes it (``split.py``).
 M3  What lies between two eager steps without a matrix product is not worth a piece; the steps absorb it.
 M4  An eager step that needs nothing from a compute piece moves to the front, with the small ops that it needs.
 
@@ -68,7 +68,7 @@ class Cuts:
 
 
 class Scalars:
-    """Tells numbers from tensors: numbers are made anew where they are used, so that they are right for the real n."""
+    """Tells numbers from tensors: numbers are recomputed at each use, so that they are right for the real n."""
 
     def __init__(self, facts: GraphFacts) -> None:
         self._facts = facts
@@ -267,7 +267,7 @@ class _Cutter:
         return order
 
     def _arguments(self, node: Node) -> list[Node]:
-        """The scheduled nodes whose results this one takes, those behind its numbers included."""
+        """The scheduled nodes whose results this one takes, those that its numbers come from included."""
         found: dict[Node, None] = {}
         for argument in node.all_input_nodes:
             if argument not in self._facts.nodes:

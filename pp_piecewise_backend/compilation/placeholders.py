@@ -53,7 +53,7 @@ class InputTable:
 
     inputs: tuple[GraphInput, ...]
     token_count: Dim | None
-    """The symbol that counts tokens, the number itself in a static graph, or None when nothing tells."""
+    """The symbol that counts tokens, the number itself in a static graph, or None when no input says it."""
     token_reason: str
     unmatched_stage_inputs: tuple[str, ...]
     """Registered names that no input of this graph has."""
@@ -78,7 +78,7 @@ class _Candidate:
     """Whether it belongs to a module: a parameter, a buffer, or any other tensor that hangs on it."""
     is_stage_input: bool = False
     tail_rank: int | None = None
-    """Of a stage input: how many dimensions it was declared to have behind the token dimension, if it was."""
+    """Of a stage input: how many dimensions it was declared to have after the token dimension, if it was."""
 
 
 def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> InputTable:
@@ -86,7 +86,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
 
     Args:
         tail_ranks: names of the stage inputs, matched on the last component of an input's source -> how many
-            dimensions lie behind the token dimension; None where nobody declared it.
+            dimensions come after the token dimension; None where nobody declared it.
     """
     frame = torch_compat.frame_being_compiled()
     placeholders = [node for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
@@ -192,7 +192,7 @@ def _token_dim_size(candidate: _Candidate) -> Dim | None:
 def _usual_token_dim(candidate: _Candidate, spec: TensorSpec) -> int | None:
     """The dimension that counts tokens, or usually does.
 
-    Where a ``Proxy`` declares what lies behind it, this tells. Else it is the last one that varies, as the sequence in
+    If a ``Proxy`` declares what comes after it, that decides. Else it is the last one that varies, as the sequence in
     ``[batch, tokens, hidden]``; if none does, the one before the hidden size (stage inputs, floats) or the last one
     (ids and positions).
     """

@@ -6,7 +6,7 @@ A cut must never fall between ``enter`` and ``exit``, so the pairs are taken out
 - grad mode (outside the transforms below) and inference mode: dropped. A program runs without gradients from end to
   end, and an inference-mode guard object cannot cross from one piece to another.
 - profiler labels, usage logging: dropped. They change no value.
-- autocast: each node in between remembers its enclosing ``enter`` nodes, and every piece enters and leaves them anew
+- autocast: each node in between remembers its enclosing ``enter`` nodes, and every piece enters and leaves them again
   around the nodes that need them.
 - functorch transforms (vmap, grad, jvp) and any other state, such as the backends that attention may choose from:
   everything from the first such node to the one that undoes it stays together, in one step.

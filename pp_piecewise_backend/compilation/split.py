@@ -2,7 +2,7 @@
 
 Note [what crosses a border]
 - Tensors, each as one value. Views of memory that another step writes, or that the caller could see through two
-  results, do not cross: their base does, and whoever needs the view makes it anew (rule M2).
+  results, do not cross: their base does, and whoever needs the view recomputes it (rule M2).
 - Bare symbols of the inputs, as integers. Every other number is an expression over these and is computed where it is
   used, so that in an eager step it is right for the real n whatever the pieces were padded to.
 - Constants and attributes of the graph cross like inputs; bodies of higher-order ops are copied into the piece.
@@ -184,7 +184,7 @@ class _Splitter:
             for node in builder.step.nodes:
                 made_by[_Key(Value(node))] = builder
                 made_by.update({_Key(value, node): builder for value in self.cuts.renamed.get(node, ())})
-        last = _StepBuilder(self, Step("eager", (), "makes results anew from the memory that they share"))
+        last = _StepBuilder(self, Step("eager", (), "recomputes results from the memory that they share"))
         results: list[Any] = []
         result_storages: list[int | None] = []
         handed_out: list[_Key] = []
@@ -273,7 +273,7 @@ class _Splitter:
         return versions[-1] if versions else None
 
     def is_remade(self, value: Value) -> bool:
-        """Whether the value is a view that is made anew in each step that uses it."""
+        """Whether the value is a view that is recomputed in each step that uses it."""
         if value.node.op in ("placeholder", "get_attr"):
             return False
         storages = self.storages_of(_Key(value)) & self.shared

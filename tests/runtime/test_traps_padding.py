@@ -81,7 +81,7 @@ TRAPS = Traps()
 trap = TRAPS.trap
 
 
-# ------------------------------------------------------------------------------ rows that meet
+# ------------------------------------------------------------------------------ rows that mix
 
 
 @trap("R3", "mixing")
@@ -274,7 +274,7 @@ def integers_of_the_token_count_in_attention_arguments(device: str) -> None:
 
 @torch.library.custom_op("traps_few::few", mutates_args=())
 def few(x: Tensor) -> Tensor:
-    """A kernel that takes another way for few rows, on which rows meet."""
+    """A kernel that takes another way for few rows, which mixes rows."""
     return x + x.sum(0) if x.shape[0] <= 4 else x.clone()
 
 
