@@ -229,9 +229,11 @@ def stage_on_other_device(name: str, got: object, expected: object) -> str:
 
 
 def graph_miss(program: str, num_tokens: int | None, code: str, sentence: str) -> str:
+    """``num_tokens``: None where nothing says how many tokens the call has."""
+    size = "" if num_tokens is None else f" of {num_tokens} tokens"
     return (
-        f"{program}: a call of {num_tokens} tokens could not replay its graphs ({code}): {sentence}. strict=1 makes "
-        f"this an error; explain() says more."
+        f"{program}: a call{size} could not replay its graphs ({code}): {sentence}. strict=1 makes this an error; "
+        f"explain() says more."
     )
 
 

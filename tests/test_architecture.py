@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # A module may import only modules named before it, types included. A folder stands together.
 ORDER = (
     "errors",
+    "utils.reasons",
     "utils.counters",
     "utils.torch_compat",
     "config",

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import SplitError
 from ..utils import torch_compat
+from ..utils.reasons import Reason, miss
 from .analysis import GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
@@ -77,6 +78,8 @@ class Piece:
     """Whether a result of the graph comes from it."""
     padding: str
     """Whether it may run on padded rows: "safe", or why not. Eager steps never do: they see the real rows."""
+    padding_reason: Reason | None = field(repr=False)
+    """Why not, as far as its graph shows; None if a test may decide."""
     graph_module: GraphModule = field(repr=False, compare=False)
     inputs: tuple[Source, ...] = field(repr=False)
     input_specs: tuple[TensorSpec | SymbolSpec | None, ...] = field(repr=False)
@@ -523,6 +526,7 @@ class _StepBuilder:
         reads = dict.fromkeys(stage_labels.get(spec.storage) for spec in input_specs if isinstance(spec, TensorSpec))
         output_specs = tuple(spec for _, spec in self._exports.values())
         traits = self._traits(outputs, output_specs)
+        why_not_padded = self._padding(traits, input_specs, output_specs)
         return Piece(
             index=index,
             kind=self.step.kind,
@@ -531,7 +535,8 @@ class _StepBuilder:
             key=digest(piece_text(graph_module, [spec for spec in input_specs if spec is not None])),
             reads_stage_inputs=tuple(label for label in reads if label is not None),
             writes_stage_outputs=any(name in result_names for name in self._exports),
-            padding=self._padding(traits, input_specs, output_specs),
+            padding="not tested yet" if why_not_padded is None else why_not_padded,
+            padding_reason=None if why_not_padded is None else miss("padding-unsafe", why_not_padded),
             graph_module=graph_module,
             inputs=tuple(i.source for i in inputs),
             input_specs=input_specs,
@@ -578,11 +583,11 @@ class _StepBuilder:
         traits: Traits,
         input_specs: Sequence[TensorSpec | SymbolSpec | None],
         output_specs: Sequence[TensorSpec | None],
-    ) -> str:
+    ) -> str | None:
         if self.step.kind == "eager":
             return "never padded: an eager step sees the real rows"
         token_count, stage_inputs = self._splitter.token_count, self._splitter.stage_inputs
-        return padding_reason(traits, input_specs, output_specs, token_count, stage_inputs) or "not tested yet"
+        return padding_reason(traits, input_specs, output_specs, token_count, stage_inputs)
 
     def _drop_dead_nodes(self, live: list[Node]) -> None:
         """Remove views, sizes and inputs that only other steps need."""

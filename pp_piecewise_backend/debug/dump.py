@@ -42,6 +42,7 @@ from ..runtime.ownership import find_boundary
 from ..runtime.program import Program, UnsplitProgram
 from ..utils import torch_compat
 from ..utils.counters import Stats
+from ..utils.reasons import Reason
 from .explain import short_source
 from .piece_script import parent_text, piece_script, source_text, step_text
 from .report import report_page
@@ -237,7 +238,7 @@ class ProgramDump(Events):
         self._integer_ranges: dict[str, tuple[int, int]] = {}
         self._generated_before: frozenset[str] = frozenset()
         self._miss_events = 0
-        self._misses_seen: set[tuple[str, int | None]] = set()
+        self._misses_seen: set[tuple[Reason, int | None]] = set()
         self._refreshed_at = 0.0
         self._frame = _FrameWriter(self.path)
         _LOG.info("dumping %s into %s", name, self.path)
@@ -315,10 +316,11 @@ class ProgramDump(Events):
         self._refresh_if_due()
 
     @_never_fails
-    def missed(self, reason: str, sentence: str, pieces: int, tokens: int | None, call: int) -> None:
+    def missed(self, reason: Reason, pieces: int, tokens: int | None, call: int) -> None:
         if self._miss_events < _MOST_MISS_EVENTS:
             self._miss_events += 1
-            self._event("missed", reason=reason, sentence=sentence, pieces=pieces, tokens=tokens, call=call)
+            told = {"reason": reason.code, "sentence": reason.sentence}
+            self._event("missed", **told, pieces=pieces, tokens=tokens, call=call)
         is_new = (reason, tokens) not in self._misses_seen
         self._misses_seen.add((reason, tokens))
         if is_new:

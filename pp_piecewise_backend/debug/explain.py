@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..compilation.placeholders import GraphInput, InputKind
 from ..compilation.split import Piece
-from ..runtime.capture_plan import REASONS
+from ..utils.reasons import Reason
 
 if TYPE_CHECKING:
+    from ..runtime.dispatch import Misses
     from ..runtime.program import Program
 
 WIDTH = 120
@@ -109,13 +110,30 @@ def _graph_lines(program: Program) -> list[str]:
     for how, labels in by_arrival.items():
         names = ", ".join(dict.fromkeys(labels)) if how != "parameter" else f"{len(labels)} tensors"
         lines += _entry("  read from", f"{_ARRIVALS[how]}: {_shortened(names)}")
-    misses = program.stats.snapshot().miss_reasons
-    for code, pieces in misses.items():
-        calls = [(tokens, found.calls) for (logged, tokens), found in graphs.miss_log.items() if logged == code]
-        sizes = _ranges(tokens for tokens, _ in calls)
-        count = sum(count for _, count in calls)
-        lines += _entry("  missed", f"{code}: {pieces} pieces in {count} calls of {sizes} tokens: {REASONS[code]}")
+    return lines + _miss_lines(graphs.miss_log)
+
+
+def _miss_lines(log: Mapping[tuple[Reason, int | None], Misses]) -> list[str]:
+    """One line per reason; sentences that differ in numbers only, such as a layer's, share one."""
+    alike: dict[tuple[str, str], list[Reason]] = {}
+    for reason in dict.fromkeys(reason for reason, _ in log):
+        alike.setdefault((reason.code, without_numbers(reason.sentence)), []).append(reason)
+    lines = []
+    for (code, _), reasons in alike.items():
+        found = [(tokens, misses) for (reason, tokens), misses in log.items() if reason in reasons]
+        calls: dict[int | None, int] = {}
+        for tokens, misses in found:  # one call can miss for several of them
+            calls[tokens] = max(misses.calls, calls.get(tokens, 0))
+        sizes = _ranges(tokens for tokens in calls if tokens is not None)
+        where = f"of {sizes} tokens" if sizes else "without a token count"
+        pieces = counted(sum(misses.pieces for _, misses in found), "piece")
+        sentence = _shortened(_common_text([reason.sentence for reason in reasons]))
+        lines += _entry("  missed", f"{code}: {pieces} in {counted(sum(calls.values()), 'call')} {where}: {sentence}")
     return lines
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 _ARRIVALS = {

@@ -18,8 +18,9 @@ from torch import fx
 
 from ..compilation.padding_rules import token_dims
 from ..compilation.specs import SymbolSpec, TensorSpec
+from ..utils.reasons import Reason, miss
 from . import padding_test
-from .capture_plan import GraphPlan, Obstacle
+from .capture_plan import GraphPlan
 from .cudagraphs.device import CapturedGraph, CaptureError, Device
 from .cudagraphs.memory import (
     StaticTensor,
@@ -43,7 +44,7 @@ is still being sent."""
 class Verdicts:
     """What the poison runs found for the pieces of one set of parameters (rule R3)."""
 
-    by_step: dict[int, str | None] = field(default_factory=dict)
+    by_step: dict[int, Reason | None] = field(default_factory=dict)
     """Step -> why it must not be padded; None if nothing was found."""
     tested_tokens: tuple[int, int] | None = None
     """Smallest and largest bucket in which all were tested: buckets between them need no test of their own."""
@@ -96,7 +97,7 @@ class Bucket:
     """Register -> the memory in which captured pieces find or leave its value."""
     given_buffers: dict[int, GivenBuffers] = field(default_factory=dict)
     """Eager step -> the static output buffers that it is given."""
-    obstacles: dict[int, Obstacle] = field(default_factory=dict)
+    obstacles: dict[int, Reason] = field(default_factory=dict)
     """Steps that could not be captured in this bucket."""
     addresses: tuple[int, ...] = ()
     scalars: tuple[int, ...] = ()
@@ -323,18 +324,18 @@ class BucketCapture:
         try:
             inputs = inputs_as_wide_as_the_bucket(self._plan, bucket, instruction, self._registers)
             if not instruction.holds(inputs):
-                raise _NotHere("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}")
+                raise _NotHere(miss("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}"))
             self._warm_up(step, instruction, inputs)
             if self._is_to_be_examined(step, needs_test):
                 self._verdicts.by_step[step] = self._examine(step, instruction, inputs)
             name = OUTPUT_POOL if instruction.piece.writes_stage_outputs else GRAPH_POOL
             graph = self._device.capture(instruction.run, inputs, self._pool(name))
         except _NotHere as obstacle:
-            bucket.obstacles[step] = Obstacle(obstacle.code, str(obstacle))
+            bucket.obstacles[step] = obstacle.reason
             return
         except (CaptureError, RuntimeError) as error:
             # RuntimeError: out of memory, or an op that fails at this size; the call goes on without this graph.
-            bucket.obstacles[step] = Obstacle("capture-failed", f"{type(error).__name__}: {error}")
+            bucket.obstacles[step] = miss("capture-failed", f"{type(error).__name__}: {error}")
             return
         outputs = graph.outputs
         places: list[tuple[int, StaticTensor]] = []
@@ -343,8 +344,8 @@ class BucketCapture:
             shape, _ = geometry(spec, self._plan.symbols(bucket.tokens))
             if not isinstance(output, torch.Tensor) or tuple(output.shape) != shape or output.dtype != spec.dtype:
                 graph.release()
-                bucket.obstacles[step] = Obstacle(
-                    "capture-failed", f"output {register} is {_described(output)} where {spec} was traced"
+                bucket.obstacles[step] = miss(
+                    "capture-failed", f"output {register} is {described(output)} where {spec} was traced"
                 )
                 return
             dims = token_dims(spec, self._plan.token_symbol)
@@ -363,7 +364,7 @@ class BucketCapture:
                 self._leases[address(static.tensor)] = _Lease({register}, _ender(graph, index))
 
     def _is_to_be_examined(self, step: int, needs_test: bool) -> bool:
-        if not self._plan.pads or self._plan.padding_obstacle(step) is not None:
+        if not self._plan.pads or self._plan.instructions[step].piece.padding_reason is not None:
             return False
         verdicts = self._verdicts.by_step
         return step not in verdicts or (needs_test and verdicts[step] is None)
@@ -378,14 +379,14 @@ class BucketCapture:
             before = [(value, value.clone()) for value in left_alone]
         self._device.warm_up(lambda: instruction.run(given))
         if _undo_writes(before):
-            raise _NotHere("writes-state", "it writes an input although no op of it says so")
+            raise _NotHere(miss("writes-state", "it writes an input although no op of it says so"))
         self._verdicts.mutations_checked.add(step)
 
     def _written_positions(self, step: int, instruction: Instruction) -> tuple[int, ...]:
         written = self._plan.written_registers[step]
         return tuple(at for at, register in enumerate(instruction.arguments) if register in written)
 
-    def _examine(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> str | None:
+    def _examine(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> Reason | None:
         rows = self._test_rows()
         if rows is None:
             return None
@@ -413,7 +414,8 @@ class BucketCapture:
             written=self._written_positions(step, instruction),
             unpadded_inputs=unpadded,
         )
-        return self._device.warm_up(lambda: padding_test.examine(trial, inputs, rows))
+        why_not = self._device.warm_up(lambda: padding_test.examine(trial, inputs, rows))
+        return None if why_not is None else miss("padding-unsafe", why_not)
 
     # ----------------------------------------------------------------------------- running
 
@@ -519,16 +521,16 @@ def inputs_as_wide_as_the_bucket(
         elif plan.arrivals.get(source) in ("parameter", "address", "constant"):
             inputs.append(registers[source])
         else:
-            raise _NotHere("unexpected-tensor", f"{plan_name(plan, source)} was not of the traced size and dtype")
+            name = plan_name(plan, source)
+            raise _NotHere(miss("unexpected-tensor", f"{name} was not of the traced size and dtype"))
     return inputs
 
 
-def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Obstacle | None:
+def may_pad(plan: GraphPlan, verdicts: Verdicts, step: int) -> Reason | None:
     """Why a step does not replay in padded calls; None if it does."""
     if not plan.pads:
-        return Obstacle("padding-off", "padding='never'")
-    reason = plan.padding_obstacle(step) or verdicts.by_step.get(step)
-    return None if reason is None else Obstacle("padding-unsafe", reason)
+        return miss("padding-off")
+    return plan.instructions[step].piece.padding_reason or verdicts.by_step.get(step)
 
 
 def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
@@ -579,9 +581,9 @@ def _undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 
 
 class _NotHere(Exception):
-    def __init__(self, code: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
 
 
 def _ender(graph: CapturedGraph, index: int) -> Callable[[], None]:
@@ -596,5 +598,5 @@ def _both(first: Callable[[], None], graph: CapturedGraph, index: int) -> Callab
     return end
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

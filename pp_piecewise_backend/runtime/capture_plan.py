@@ -1,9 +1,4 @@
-"""What of a program can be captured, and how each value reaches the captured pieces. Fixed once the graph is split.
-
-Note [one reason per miss]
-Every compute piece that does not replay although graphs are on is counted under exactly one code of ``REASONS``. The
-codes are for counters and tests; the sentence that goes with one says what to do.
-"""
+"""What of a program can be captured, and how each value reaches the captured pieces. Fixed once the graph is split."""
 
 from __future__ import annotations
 
@@ -20,6 +15,7 @@ from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Split
 from ..config import Config
+from ..utils.reasons import Reason, miss
 from .cudagraphs.ladder import Ladder
 from .cudagraphs.memory import address, extent_bytes, geometry
 from .hooks import StageListener
@@ -34,41 +30,6 @@ GraphKind = Literal["cuda", "emulate"]
 
 Arrival = Literal["landing", "copied", "parameter", "address", "constant"]
 """How a graph input reaches captured pieces: in landing memory, by a copy, or read at its own (checked) address."""
-
-REASONS: Mapping[str, str] = {
-    "first-call": "the first call of a bucket runs without its graph; the second one captures it",
-    "not-warmed-up": "capture='warmup' captures in warmup() only, and this bucket was not warmed up",
-    "over-max": "the call has more tokens than max_tokens",
-    "padding-off": "padding='never', and no bucket has exactly this many tokens",
-    "padding-unsafe": "padded rows could change the real ones, so padded calls run the piece on the real rows",
-    "address-moved": "parameters or large tensors lie elsewhere than at capture; what stays is captured again",
-    "moved-too-often": "parameters or large tensors moved so often that nothing more is captured for them",
-    "scalar-changed": "an integer other than the token count differs from the one at capture",
-    "scalar-made-in-call": "an integer that the piece takes is made in the middle of the call",
-    "other-dynamic-dimension": "a size other than the token count varies in what the piece takes or gives",
-    "no-token-count": "no input tells the number of tokens",
-    "random": "the piece draws random numbers, which a graph would freeze or draw otherwise than eager",
-    "writes-state": "the piece writes a tensor that outlives the call",
-    "mixed-devices": "the piece takes or gives tensors of more than one device, or of another than the graphs'",
-    "guard": "the compiled code does not hold for the size of the bucket",
-    "capture-failed": "the piece could not be captured",
-    "no-tensor": "the piece takes or gives something that is no tensor",
-    "graph-memory": "graph_memory_bytes leaves no room for this bucket",
-    "verify-failed": "a replay differed from its piece, so this bucket is no longer replayed",
-    "concurrent-call": "another call is using the static memory of this stage",
-    "outer-capture": "the call was made inside another capture",
-    "rows-disagree": "an input has other sizes or another dtype than the token count and the capture say",
-    "unexpected-tensor": "an eager step gave a tensor of another size or dtype than traced",
-    "inputs-overlap": "inputs that the graph writes, or landing memory of another input, share memory with an input",
-}
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why something is not captured or replayed."""
-
-    code: str
-    sentence: str
 
 
 @dataclass(frozen=True)
@@ -96,7 +57,7 @@ class GraphPlan:
     ladder: Ladder
     """The buckets, cut at the largest token count that the graph is valid for."""
     compute_steps: tuple[int, ...]
-    obstacles: Mapping[int, Obstacle]
+    obstacles: Mapping[int, Reason]
     """Compute steps that no graph can hold, with the reason; whatever the bucket."""
     capturable: tuple[int, ...]
     """The other compute steps."""
@@ -168,11 +129,6 @@ class GraphPlan:
             return num_tokens if num_tokens <= self.ladder.max_tokens else None
         return self.ladder.bucket(num_tokens)
 
-    def padding_obstacle(self, step: int) -> str | None:
-        """Why the piece must not be padded, as far as its graph shows; None if a test may decide."""
-        padding = self.instructions[step].piece.padding
-        return None if padding in ("safe", "not tested yet") else padding
-
     def depends_on(self, step: int) -> tuple[set[int], set[int]]:
         """Indices into ``address_positions`` and ``scalar_sources`` of what a step reads."""
         arguments = self.instructions[step].arguments
@@ -216,7 +172,7 @@ def plan_graphs(
         ladder = ladder.cut_at(max(1, min(upper)))
     compute_steps = tuple(at for at, step in enumerate(steps) if step.piece.kind == "compute")
     if table.token_count is None or (symbol is not None and source is None):
-        obstacles = dict.fromkeys(compute_steps, Obstacle("no-token-count", table.token_reason))
+        obstacles = dict.fromkeys(compute_steps, miss("no-token-count", table.token_reason))
     else:
         found = {at: _obstacle(steps[at], inputs, symbol, device, config) for at in compute_steps}
         obstacles = {at: obstacle for at, obstacle in found.items() if obstacle is not None}
@@ -304,31 +260,31 @@ def _obstacle(
     symbol: sympy.Symbol | None,
     device: torch.device,
     config: Config,
-) -> Obstacle | None:
+) -> Reason | None:
     """Why no graph can hold the step, whatever the bucket; None if nothing speaks against it."""
     piece = step.piece
     if piece.traits.random:
-        return Obstacle("random", REASONS["random"])
+        return miss("random")
     specs = (*piece.input_specs, *piece.output_specs)
     if any(spec is None for spec in specs):
-        return Obstacle("no-tensor", REASONS["no-tensor"])
+        return miss("no-tensor")
     tensors = [spec for spec in specs if isinstance(spec, TensorSpec)]
     foreign = {str(s) for spec in tensors for s in spec.symbols if s != symbol}
     if foreign:
-        return Obstacle("other-dynamic-dimension", f"{', '.join(sorted(foreign))} varies, next to the token count")
+        return miss("other-dynamic-dimension", f"{', '.join(sorted(foreign))} varies, next to the token count")
     if any(spec.device != device for spec in tensors):
         devices = ", ".join(sorted({str(spec.device) for spec in tensors}))
-        return Obstacle("mixed-devices", f"tensors on {devices}; the graphs are for {device}")
+        return miss("mixed-devices", f"tensors on {devices}; the graphs are for {device}")
     for source, spec in zip(step.arguments, piece.input_specs, strict=True):
         register = source if isinstance(source, int) else source[0]
         if isinstance(spec, SymbolSpec) and spec.symbol != symbol and register >= len(inputs):
-            return Obstacle("scalar-made-in-call", f"{spec.symbol} is known only in the middle of the call")
+            return miss("scalar-made-in-call", f"{spec.symbol} is known only in the middle of the call")
     if writes_what_two_inputs_hold(step, inputs):
-        return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
+        return miss("inputs-overlap")
     if config.mode == "piecewise":
         stage_inputs = {i.name for i in inputs if i.kind == "stage-input"}
         if outliving := outliving_writes(piece.traits, stage_inputs):
-            return Obstacle("writes-state", f"it writes {', '.join(outliving)}")
+            return miss("writes-state", f"it writes {', '.join(outliving)}")
     return None
 
 

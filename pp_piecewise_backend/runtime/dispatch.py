@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from .. import errors
 from ..utils import torch_compat
 from ..utils.counters import Stats
+from ..utils.reasons import Reason, miss
 from .bucket import Bucket, BucketCapture, Verdicts, addresses, hoist_buffers, may_pad, scalars
-from .capture_plan import REASONS, GraphPlan, Obstacle
+from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
@@ -48,6 +49,9 @@ MAX_RECAPTURES = 4
 MAX_FLAT_PROGRAMS = 64
 """Flat programs kept per bucket; each holds the views for one number of tokens."""
 
+
+WhyNot: TypeAlias = Reason | Mapping[int, Reason]
+"""Why a call runs without graphs: one reason for all its pieces, or each with its own, by step."""
 
 _NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
 
@@ -94,10 +98,10 @@ class Graphs:
         self._last_set: tuple[tuple[Any, ...] | None, ParameterSet | None] = None, None
         """The set of the last call: to compare its addresses costs less than to hash them."""
         self._sets_captured = 0
-        self._dropped: dict[int, Obstacle] = {}
+        self._dropped: dict[int, Reason] = {}
         """Buckets that are captured no more, and why."""
-        self.miss_log: OrderedDict[tuple[str, int], Misses] = OrderedDict()
-        """(Reason, number of tokens) -> what was missed, for reports; the latest reasons are kept."""
+        self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
+        """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
         self.plain: dict[int, Sequence[Any]] = {}
         written, self._copied = plan.unseen_aliases
@@ -124,19 +128,19 @@ class Graphs:
         self._miss_all(outcome, num_tokens)
         return None
 
-    def _try(self, args: Sequence[Any], num_tokens: int | None) -> list[Any] | Obstacle | None:
-        """The results, or why the call runs without graphs (None where each piece has a reason of its own)."""
+    def _try(self, args: Sequence[Any], num_tokens: int | None) -> list[Any] | WhyNot:
+        """The results, or why the call runs without graphs."""
         plan = self.plan
         if not plan.capturable or num_tokens is None:
-            return None
+            return plan.obstacles
         size = plan.bucket(num_tokens)
         if size is None:
-            return Obstacle("over-max", REASONS["over-max"])
+            return miss("over-max")
         if self._device.is_capturing():
-            return Obstacle("outer-capture", REASONS["outer-capture"])
+            return miss("outer-capture")
         memory = self._memory
         if not memory.lock.acquire(blocking=False):
-            return Obstacle("concurrent-call", REASONS["concurrent-call"])
+            return miss("concurrent-call")
         try:
             memory.holder = get_ident()
             return self._run_in_bucket(args, num_tokens, size, warming_up=current_session() is not None)
@@ -144,17 +148,17 @@ class Graphs:
             memory.holder = None
             memory.lock.release()
 
-    def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | Obstacle:
+    def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | WhyNot:
         plan, config = self.plan, self.plan.config
         if plan.lands_elsewhere(args, num_tokens) or self._meets_written_memory(args):
-            return Obstacle("inputs-overlap", REASONS["inputs-overlap"])
+            return miss("inputs-overlap")
         key = self._parameter_addresses(args)
         last_key, parameters = self._last_set
         if key != last_key:
             parameters = self._sets.get(key)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
-                return Obstacle("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
+                return miss("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
             parameters = self._new_set(key)
         elif len(self._sets) > 1:
             self._sets.move_to_end(key)
@@ -162,7 +166,7 @@ class Graphs:
         if size in self._dropped:
             return self._dropped[size]
         bucket = parameters.buckets.get(size)
-        moved: dict[int, str] = {}
+        moved: dict[int, Reason] = {}
         if bucket is not None:
             here = (addresses(plan, args), scalars(plan, args)) if self._more_to_check else _NOTHING_CHECKED
             if here != (bucket.addresses, bucket.scalars):
@@ -179,7 +183,7 @@ class Graphs:
             return self._capture(parameters, args, num_tokens, size, warming_up)
         program = self._flat_program(parameters, bucket, num_tokens, moved)
         if not program.admits(args):
-            return Obstacle("rows-disagree", REASONS["rows-disagree"])
+            return miss("rows-disagree")
         if config.strict:
             self._refuse(program.miss_counts, num_tokens)
         self._calls += 1
@@ -220,9 +224,9 @@ class Graphs:
         return found if torch_compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
 
     def _flat_program(
-        self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, str]
+        self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, Reason]
     ) -> FlatProgram:
-        key = (num_tokens, tuple(sorted(moved.items()))) if moved else num_tokens
+        key = (num_tokens, tuple(moved.items())) if moved else num_tokens
         program = bucket.programs.get(key)
         if program is None:
             misses = dict(moved)
@@ -231,7 +235,7 @@ class Graphs:
                 if obstacle is None and num_tokens < bucket.tokens:
                     obstacle = may_pad(self.plan, parameters.verdicts, step)
                 if obstacle is not None:
-                    misses[step] = obstacle.code
+                    misses[step] = obstacle
             if len(bucket.programs) >= MAX_FLAT_PROGRAMS:
                 bucket.programs.pop(next(iter(bucket.programs)))
             program = bucket.programs[key] = FlatProgram(self.plan, bucket, num_tokens, misses)
@@ -277,24 +281,25 @@ class Graphs:
         parameters = self._sets[key] = ParameterSet()
         return parameters
 
-    def _why_not_capture(self, parameters: ParameterSet, num_tokens: int, size: int) -> Obstacle | None:
+    def _why_not_capture(self, parameters: ParameterSet, num_tokens: int, size: int) -> WhyNot | None:
         """Why this call does not capture the bucket; None if it does."""
         plan = self.plan
         if num_tokens < size:
-            obstacles = [may_pad(plan, parameters.verdicts, step) for step in plan.capturable]
-            if all(obstacle is not None for obstacle in obstacles):
-                return obstacles[0]
+            found = {step: may_pad(plan, parameters.verdicts, step) for step in plan.capturable}
+            refused = {step: reason for step, reason in found.items() if reason is not None}
+            if len(refused) == len(found):
+                return refused
         if (session := current_session()) is not None:
-            return None if session.captures else Obstacle("first-call", REASONS["first-call"])
+            return None if session.captures else miss("first-call")
         if plan.config.capture == "warmup":
-            return Obstacle("not-warmed-up", REASONS["not-warmed-up"])
+            return miss("not-warmed-up")
         seen = parameters.calls_seen.get(size, 0)
         parameters.calls_seen[size] = seen + 1
         if seen:
             return None
         if len(self._sets) > 1 and not parameters.buckets and seen == 0:
-            return Obstacle("address-moved", REASONS["address-moved"])
-        return Obstacle("first-call", REASONS["first-call"])
+            return miss("address-moved")
+        return miss("first-call")
 
     def _capture(
         self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool
@@ -330,8 +335,8 @@ class Graphs:
                 "output_copies": copied,
             }
             flat = self._flat_program(parameters, bucket, num_tokens, {})
-            for code, pieces in flat.miss_counts.items():
-                self._add_miss(code, pieces, num_tokens)
+            for reason, pieces in flat.miss_counts.items():
+                self._add_miss(reason, pieces, num_tokens)
             in_place = sum(copy.is_in_place(args[copy.register]) for copy in flat.landing)
             copied_in = len(flat.landing) - in_place
             amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
@@ -355,7 +360,7 @@ class Graphs:
         if any(bucket.tokens == tokens for bucket, _ in self.buckets):
             sentence = errors.bucket_dropped(self.name, tokens, held_bytes, limit_bytes)
             _LOG.warning("%s", sentence)
-            self._dropped[tokens] = Obstacle("graph-memory", sentence)
+            self._dropped[tokens] = miss("graph-memory", sentence)
         self._release_buckets()
 
     def _release_buckets(self) -> None:
@@ -365,14 +370,14 @@ class Graphs:
                 self._release_bucket(parameters, size)
                 parameters.calls_seen[size] = 1
 
-    def _moved(self, bucket: Bucket, here: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[int, str]:
-        moved: dict[int, str] = {}
+    def _moved(self, bucket: Bucket, here: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[int, Reason]:
+        moved: dict[int, Reason] = {}
         for step in bucket.graphs:
             by_address, by_value = self.plan.depends_on(step)
             if any(here[0][k] != bucket.addresses[k] for k in by_address):
-                moved[step] = "address-moved"
+                moved[step] = miss("address-moved")
             elif any(here[1][k] != bucket.scalars[k] for k in by_value):
-                moved[step] = "scalar-changed"
+                moved[step] = miss("scalar-changed")
         return moved
 
     def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[Any, ...]) -> bool:
@@ -394,7 +399,7 @@ class Graphs:
             if self.plan.config.strict:
                 raise errors.ReplayDiffers(sentence)
             _LOG.error("%s", sentence)
-            self._dropped[size] = Obstacle("verify-failed", sentence)
+            self._dropped[size] = miss("verify-failed", sentence)
         return outcome
 
     # ----------------------------------------------------------------------------- counting
@@ -402,42 +407,40 @@ class Graphs:
     def _count(self, program: FlatProgram, call: Call, copied: int, num_tokens: int) -> None:
         program.count(call, copied).add_to(self._stats)
         if program.miss_counts or call.misses:
-            for code, pieces in (*program.miss_counts.items(), *call.misses.items()):
-                self._add_miss(code, pieces, num_tokens)
+            for reason, pieces in (*program.miss_counts.items(), *call.misses.items()):
+                self._add_miss(reason, pieces, num_tokens)
 
-    def _miss_all(self, obstacle: Obstacle | None, num_tokens: int | None) -> None:
+    def _miss_all(self, reason: WhyNot, num_tokens: int | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""
-        codes: dict[str, int] = {}
+        reasons: Counter[Reason] = Counter()
         for step in self.plan.compute_steps:
-            own = self.plan.obstacles.get(step) or obstacle
-            assert own is not None
-            codes[own.code] = codes.get(own.code, 0) + 1
+            own = self.plan.obstacles.get(step)
+            reasons[own or (reason if isinstance(reason, Reason) else reason[step])] += 1
         if current_session() is not None:
             return
         if self.plan.config.strict:
-            self._refuse(codes, num_tokens, obstacle)
-        for code, pieces in codes.items():
-            self._add_miss(code, pieces, num_tokens)
+            self._refuse(reasons, num_tokens)
+        for own, pieces in reasons.items():
+            self._add_miss(own, pieces, num_tokens)
 
-    def miss(self, code: str, args: Sequence[Any]) -> None:
+    def miss(self, reason: Reason, args: Sequence[Any]) -> None:
         """Count a call that no piece of this program may run."""
-        self._miss_all(Obstacle(code, REASONS[code]), self.plan.count_tokens(args))
+        self._miss_all(reason, self.plan.count_tokens(args))
 
-    def _refuse(self, codes: dict[str, int], num_tokens: int | None, obstacle: Obstacle | None = None) -> None:
-        for code in codes:
-            if code not in ("first-call", "over-max"):
-                sentence = obstacle.sentence if obstacle is not None and obstacle.code == code else REASONS[code]
-                raise errors.GraphMiss(errors.graph_miss(self.name, num_tokens, code, sentence))
+    def _refuse(self, reasons: Iterable[Reason], num_tokens: int | None) -> None:
+        for reason in reasons:
+            if reason.code not in ("first-call", "over-max"):
+                raise errors.GraphMiss(errors.graph_miss(self.name, num_tokens, reason.code, reason.sentence))
 
-    def _add_miss(self, code: str, pieces: int, num_tokens: int | None) -> None:
-        self._stats.add_miss(code, pieces)
+    def _add_miss(self, reason: Reason, pieces: int, num_tokens: int | None) -> None:
+        self._stats.add_miss(reason.code, pieces)
         call = self._stats.calls + 1
-        before = self.miss_log.pop((code, num_tokens or 0), None)
+        before = self.miss_log.pop((reason, num_tokens), None)
         calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
-        self.miss_log[code, num_tokens or 0] = Misses(calls + 1, earlier + pieces, call)
+        self.miss_log[reason, num_tokens] = Misses(calls + 1, earlier + pieces, call)
         if len(self.miss_log) > MAX_MISSES_LOGGED:
             self.miss_log.popitem(last=False)
-        self._events.missed(code, REASONS[code], pieces=pieces, tokens=num_tokens, call=call)
+        self._events.missed(reason, pieces=pieces, tokens=num_tokens, call=call)
 
     # ------------------------------------------------------------------------------ release
 
@@ -476,19 +479,18 @@ class Graphs:
         return sorted(found, key=lambda pair: -pair[0].tokens)
 
     @property
-    def dropped(self) -> dict[int, Obstacle]:
+    def dropped(self) -> dict[int, Reason]:
         return dict(self._dropped)
 
     def padding_of(self, step: int) -> str:
         """Whether a compute step may be padded: "safe", or why not, or that no test has run yet."""
-        static = self.plan.padding_obstacle(step)
-        if static is not None:
-            return static
-        verdicts = [p.verdicts for p in self._sets.values() if step in p.verdicts.by_step]
-        for verdict in verdicts:
-            if (reason := verdict.by_step[step]) is not None:
-                return reason
-        return "safe" if verdicts else "not tested yet"
+        piece = self.plan.instructions[step].piece
+        if piece.padding_reason is not None:
+            return piece.padding
+        verdicts = [p.verdicts.by_step[step] for p in self._sets.values() if step in p.verdicts.by_step]
+        for reason in filter(None, verdicts):
+            return reason.sentence
+        return "safe" if verdicts else piece.padding
 
 
 def make_device(kind: str, compiler_runs_ops: bool) -> Device:

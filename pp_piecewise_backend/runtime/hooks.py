@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
     from ..compilation.placeholders import InputTable
     from ..compilation.split import Piece, Split
+    from ..utils.reasons import Reason
 
 
 class Events:
@@ -40,7 +41,7 @@ class Events:
     def captured(self, tokens: int, pieces: int, graph_bytes: int, seconds: float) -> None:
         """Pieces of the program were captured for a bucket."""
 
-    def missed(self, reason: str, sentence: str, pieces: int, tokens: int | None, call: int) -> None:
+    def missed(self, reason: Reason, pieces: int, tokens: int | None, call: int) -> None:
         """Compute pieces ran without their graph in a call although graphs are on."""
 
     def recompiled(self, programs_before: int) -> None:

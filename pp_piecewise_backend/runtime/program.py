@@ -13,7 +13,8 @@ import torch
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
 from ..utils.counters import TOTALS, Stats
-from .capture_plan import REASONS, GraphKind, plan_graphs
+from ..utils.reasons import Reason, miss
+from .capture_plan import GraphKind, plan_graphs
 from .cudagraphs.memory import address
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
@@ -152,14 +153,14 @@ class Program:
             "never_captured": {step: [o.code, o.sentence] for step, o in plan.obstacles.items()},
             "misses": [
                 {
-                    "reason": code,
-                    "sentence": REASONS[code],
+                    "reason": reason.code,
+                    "sentence": reason.sentence,
                     "pieces": misses.pieces,
                     "tokens": tokens,
                     "calls": misses.calls,
                     "call": misses.last_call,
                 }
-                for (code, tokens), misses in graphs.miss_log.items()
+                for (reason, tokens), misses in graphs.miss_log.items()
             ],
             "addresses": [
                 {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
@@ -173,10 +174,10 @@ class Program:
         graphs = self.graphs
         if self._exclusive and self._overlap(args):
             names = ", ".join(self.inputs[position].label for position in self._exclusive)
-            reason = f"inputs that the graph writes ({names}) share memory with other inputs"
-            return self._run_whole(args, "inputs-overlap", reason)
+            why = f"inputs that the graph writes ({names}) share memory with other inputs"
+            return self._run_whole(args, miss("inputs-overlap", why))
         if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-            return self._run_whole(args, "rows-disagree", "stage inputs have different numbers of rows")
+            return self._run_whole(args, miss("rows-disagree", "stage inputs have different numbers of rows"))
         if graphs is not None:
             results = graphs.run(args)
             if results is not None:
@@ -236,10 +237,10 @@ class Program:
                 return True
         return any(address(args[position]) in owner for position in self._others)
 
-    def _run_whole(self, args: Sequence[Any], code: str, reason: str) -> tuple[Any, ...]:
-        self.plain_runs[-1] = reason
+    def _run_whole(self, args: Sequence[Any], reason: Reason) -> tuple[Any, ...]:
+        self.plain_runs[-1] = reason.sentence
         if self.graphs is not None:
-            self.graphs.miss(code, args)
+            self.graphs.miss(reason, args)
         results = self.split.whole(*args)
         if current_session() is None:
             self.stats.add_many({"calls": 1})

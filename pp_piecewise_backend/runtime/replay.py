@@ -7,6 +7,7 @@ fills a list of registers and walks the steps; it makes no tensor but what eager
 from __future__ import annotations
 
 import copy as shallow
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..utils.counters import Amounts
+from ..utils.reasons import Reason, miss
 from . import padding_test
-from .bucket import Bucket, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
+from .bucket import Bucket, described, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, address, without_repeats
 from .instructions import Instruction, Register, gather, run_steps
@@ -41,7 +43,7 @@ class Call:
     stage_copies = 0
     bytes_copied = 0
     border_copies = 0
-    misses: Mapping[str, int] = _NOTHING
+    misses: Mapping[Reason, int] = _NOTHING
     plain: Mapping[int, Sequence[Any]] = _NOTHING
 
     def __init__(self, registers: list[Any]) -> None:
@@ -51,9 +53,9 @@ class Call:
         """A step ran as plain FX, since its compiled code does not hold for these sizes."""
         self.plain = {**self.plain, step: sizes}
 
-    def note_miss(self, code: str) -> None:
+    def note_miss(self, reason: Reason) -> None:
         """A piece that was to replay ran un-captured."""
-        self.misses = {**self.misses, code: self.misses.get(code, 0) + 1}
+        self.misses = {**self.misses, reason: self.misses.get(reason, 0) + 1}
 
 
 class _Row(NamedTuple):
@@ -98,9 +100,10 @@ class _Step:
 class UnexpectedTensor(Exception):
     """An eager step gave a tensor that its captured readers cannot take; the rest of the call runs without graphs."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
+    def __init__(self, step: int, detail: str) -> None:
+        super().__init__(detail)
         self.step = step
+        self.reason = miss("unexpected-tensor", detail)
 
 
 class _Copy:
@@ -124,6 +127,9 @@ class _Copy:
 
     def is_in_place(self, value: torch.Tensor) -> bool:
         return value.data_ptr() == self.pointer and value.stride() == self.stride
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.shape == self.shape and value.dtype is self.dtype
@@ -247,7 +253,7 @@ class _OnRealRows(_Step):
                 registers[register] = output
             if copy is not None and output is not given:
                 if not copy.fits(output):
-                    raise self._unexpected(registers, outputs)
+                    raise self._unexpected(registers, outputs, f"gave {described(output)}, expected {copy}")
                 copy.run(call, output)
         for copy, only_foreign in self.refreshed:
             if not only_foreign or copy.register in call.foreign:
@@ -255,10 +261,10 @@ class _OnRealRows(_Step):
         for register in self.ends:
             registers[register] = None
 
-    def _unexpected(self, registers: list[Any], outputs: Sequence[Any]) -> UnexpectedTensor:
+    def _unexpected(self, registers: list[Any], outputs: Sequence[Any], what: str) -> UnexpectedTensor:
         for register, output in zip(self.instruction.outputs, outputs, strict=True):
             registers[register] = output
-        return UnexpectedTensor(self.step)
+        return UnexpectedTensor(self.step, f"piece[{self.step}], an eager step, {what}")
 
     def _with_memory_of_their_own(self, outputs: Sequence[Any]) -> Sequence[Any]:
         if self.copied_outputs is None:
@@ -288,14 +294,13 @@ def _run_where_valid(instruction: Instruction, call: Call) -> Sequence[Any]:
 class FlatProgram:
     """What a call of ``num_tokens`` tokens runs in a bucket, given which steps do not replay."""
 
-    def __init__(self, plan: GraphPlan, bucket: Bucket, num_tokens: int, misses: Mapping[int, str]) -> None:
+    def __init__(self, plan: GraphPlan, bucket: Bucket, num_tokens: int, misses: Mapping[int, Reason]) -> None:
         self.plan = plan
         self.bucket = bucket
         self.num_tokens = num_tokens
         self.replayed = frozenset(step for step in bucket.graphs if step not in misses)
-        self.miss_counts: dict[str, int] = {}
-        for code in misses.values():
-            self.miss_counts[code] = self.miss_counts.get(code, 0) + 1
+        self.miss_counts: Mapping[Reason, int] = Counter(misses.values())
+        """Why pieces do not replay, and how many for each reason."""
         self.merged_results: tuple[int, ...] | None = None
         """Results to be copied since they share memory that eager's do not; None before the first call."""
         self._last_reader = {
@@ -467,7 +472,7 @@ class FlatProgram:
                     if outputs[0] is not given:
                         keep(call, outputs)
         except UnexpectedTensor as unexpected:
-            self._finish_without_graphs(unexpected.step + 1, call)
+            self._finish_without_graphs(unexpected.step + 1, call, unexpected.reason)
         return list(self._results(registers)), call
 
     def _watched_rows(self) -> list[_Row] | None:
@@ -520,14 +525,14 @@ class FlatProgram:
                 self.amounts[key] = amounts
         return amounts
 
-    def _finish_without_graphs(self, first: int, call: Call) -> None:
+    def _finish_without_graphs(self, first: int, call: Call, reason: Reason) -> None:
         registers = call.registers
         for register, static in self.bucket.static.items():
             if registers[register] is None:  # only replays were to read it
                 registers[register] = real_rows(static, self.num_tokens)
         for step in self.replayed:
             if step >= first:
-                call.note_miss("unexpected-tensor")
+                call.note_miss(reason)
         run_steps(self.plan.instructions[first:], registers, lambda instruction: _run_where_valid(instruction, call))
 
     # ------------------------------------------------------------------------- verifying

@@ -26,6 +26,7 @@ from pp_piecewise_backend.config import Config
 from pp_piecewise_backend.debug import dump
 from pp_piecewise_backend.runtime.hooks import NO_EVENTS, Events
 from pp_piecewise_backend.runtime.program import Program
+from pp_piecewise_backend.utils.reasons import miss
 from tiers import slow_but
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
@@ -164,7 +165,7 @@ def test_what_a_program_says_of_its_graphs(tmp_path: Path) -> None:
     events = dump._DUMPS[0]
     events.captured(tokens=8, pieces=2, graph_bytes=4096, seconds=0.25)
     graphs.misses.append({"reason": "over-max", "sentence": "9 of 8", "pieces": 2, "tokens": 9, "call": 7})
-    events.missed("over-max", "9 of 8", pieces=2, tokens=9, call=7)
+    events.missed(miss("over-max", "9 of 8"), pieces=2, tokens=9, call=7)
     events.sealed()
     (folder,) = program_folders(tmp_path)
     told = summary_of(folder).graphs
@@ -180,7 +181,7 @@ def test_misses_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     events = dump._DUMPS[0]
     monkeypatch.setattr(type(events), "refresh", lambda self: refreshed.append(1))
     for call in range(100):
-        events.missed("over-max", "too many", pieces=2, tokens=9, call=call)
+        events.missed(miss("over-max", "too many"), pieces=2, tokens=9, call=call)
     (folder,) = program_folders(tmp_path)
     assert sum(e["event"] == "missed" for e in events_of(folder)) == 20
     assert len(refreshed) < 50  # the first of its kind, then one a second
@@ -341,7 +342,7 @@ def test_somebody_reads_while_it_is_written(tmp_path: Path) -> None:
         call = 0
         while not stop.is_set():
             call += 1
-            events.missed("over-max", "too many", pieces=2, tokens=call, call=call)
+            events.missed(miss("over-max", "too many"), pieces=2, tokens=call, call=call)
 
     writer = threading.Thread(target=write)
     writer.start()

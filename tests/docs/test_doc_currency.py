@@ -9,7 +9,7 @@ import pytest
 
 from checkout import CHECKOUT, PACKAGE
 from pp_piecewise_backend.__main__ import main
-from pp_piecewise_backend.runtime.capture_plan import REASONS
+from pp_piecewise_backend.utils.reasons import SENTENCES
 
 DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -60,7 +60,7 @@ def test_files_that_the_walk_names_are_there() -> None:
 
 def test_debugging_explains_every_reason() -> None:
     assert set(re.findall(r"^\| `([\w-]+)` \|", (DOCS / "debugging.md").read_text(), flags=re.MULTILINE)) == set(
-        REASONS
+        SENTENCES
     )
 
 

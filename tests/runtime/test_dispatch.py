@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
 from checkout import CHECKOUT, TESTS
+from dumping import events_of, program_folders, summary_of
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.runtime.cudagraphs import emulated, memory
 
@@ -463,6 +465,90 @@ def test_strict_makes_a_miss_an_error(device: str) -> None:
     with pytest.raises(errors.GraphMiss, match="padding-unsafe"):
         pair.compiled(rows(6, device))
     torch.testing.assert_close(pair.compiled(rows(8, device)), model(rows(8, device)), rtol=1e-5, atol=1e-5)
+
+
+@torch.library.custom_op("graphstest::centred", mutates_args=())
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+@centred.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def mixing_tokens_in_an_opaque_op(self: Any, x: Tensor) -> Tensor:
+    x = torch.ops.graphstest.attention(x @ self.w)
+    return torch.ops.graphstest.centred(x @ self.w)
+
+
+FOUND_BY_THE_TEST = "R3: output 0 changes in the real rows with nan in the padded rows"
+
+
+@on_devices
+def test_a_miss_is_told_with_what_was_found_for_this_piece(device: str, tmp_path: Path) -> None:
+    """The reason stays whole from the test of the padding to the log, the report, the dump and its events."""
+    pair = pair_of(net(mixing_tokens_in_an_opaque_op, device), device, dump_dir=tmp_path)
+    pair.run_sizes(lambda n: (rows(n, device),), unsafe={2: FOUND_BY_THE_TEST})
+    assert pair.program.graphs is not None
+    logged = {reason.sentence for reason, _ in pair.program.graphs.miss_log if reason.code == "padding-unsafe"}
+    assert logged == {FOUND_BY_THE_TEST}
+    assert f"missed padding-unsafe: 3 pieces in 3 calls of 5..7 tokens: {FOUND_BY_THE_TEST}" in flat(ppb.explain())
+    pair.program.events.sealed()  # writes the dump as it is by now
+    folder = program_folders(tmp_path)[-1]
+    misses = [miss for miss in summary_of(folder).graphs.misses if miss.reason == "padding-unsafe"]
+    assert [(miss.tokens, miss.sentence) for miss in misses] == [(n, FOUND_BY_THE_TEST) for n in (6, 5, 7)]
+    told = {event["sentence"] for event in events_of(folder) if event.get("reason") == "padding-unsafe"}
+    assert told == {FOUND_BY_THE_TEST}
+
+
+@on_devices
+def test_a_strict_error_says_what_was_found_for_this_piece(device: str) -> None:
+    pair = pair_of(net(mixing_tokens_in_an_opaque_op, device), device, strict=True)
+    for num_tokens in (8, 8, 8):
+        pair(rows(num_tokens, device))
+    with pytest.raises(errors.GraphMiss, match=rf"a call of 6 tokens .*\(padding-unsafe\): {FOUND_BY_THE_TEST}"):
+        pair.compiled(rows(6, device))
+
+
+@on_devices
+def test_each_piece_that_must_not_be_padded_has_its_own_reason(device: str) -> None:
+    """Where no piece may be padded, a padded call captures nothing."""
+
+    def mixing_twice(self: Any, x: Tensor) -> Tensor:
+        x = torch.ops.graphstest.attention((x @ self.w).softmax(0))
+        return (x @ self.w) - x.mean(0)
+
+    pair = pair_of(net(mixing_twice, device), device)
+    for num_tokens in (7, 7):
+        pair(rows(num_tokens, device))
+    assert ppb.stats().miss_reasons == {"padding-unsafe": 4}, ppb.explain()
+    assert pair.program.graphs is not None
+    logged = {reason.sentence: misses.pieces for (reason, _), misses in pair.program.graphs.miss_log.items()}
+    assert len(logged) == 2 and set(logged.values()) == {2}, logged
+    assert [name for sentence in logged for name in ("softmax", "mean") if name in sentence] == ["softmax", "mean"]
+
+
+def flat(report: str) -> str:
+    """The report with wrapped lines joined, to look for sentences."""
+    return " ".join(report.split())
+
+
+@on_devices
+def test_a_miss_without_a_token_count_says_so(device: str) -> None:
+    """Not that the call had 0 tokens."""
+
+    def without_inputs(self: Any) -> Tensor:
+        return torch.ops.graphstest.attention(self.w @ self.w) @ self.w
+
+    pair = pair_of(net(without_inputs, device), device, mark=False)
+    for _ in range(2):
+        pair()
+    assert set(ppb.stats().miss_reasons) == {"no-token-count"}, ppb.explain()
+    assert pair.program.graphs is not None
+    assert {tokens for _, tokens in pair.program.graphs.miss_log} == {None}
+    assert "missed no-token-count: 4 pieces in 2 calls without a token count: " in flat(ppb.explain())
+    assert "0 tokens" not in ppb.explain()
 
 
 @on_devices
