@@ -261,7 +261,7 @@ class Config:
     mode: Annotated[
         Mode,
         _one_of(Mode),
-        "piecewise: capture the pieces between split ops; full: the whole graph, unsplit; none: split and compile only.",
+        "piecewise: capture the pieces between split ops; full: the whole graph; none: split and compile only.",
     ] = "piecewise"
     graphs: Annotated[
         Graphs,
