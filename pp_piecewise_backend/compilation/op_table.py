@@ -76,7 +76,7 @@ class Op:
         return [dim for dim, size in enumerate(spec.shape) if self.has_tokens(size)]
 
     def along_tokens(self, spec: TensorSpec | None, dims: object) -> bool:
-        """Whether one of these dimensions counts tokens; where they cannot be told, whether any one does."""
+        """Whether one of these dimensions counts tokens; where they are not known, whether any one does."""
         if spec is None:
             return False
         rank, given = len(spec.shape), dims if isinstance(dims, list | tuple) else (dims,)

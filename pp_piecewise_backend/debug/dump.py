@@ -345,9 +345,9 @@ class ProgramDump(Events):
         self._frame.write_guards()
         program = None if self._program is None else self._program()
         if program is not None:
-            told = describe(program, self._compile_states, self._summary)
-            self._summary = told
-            self._write(EXPLANATION, told.explanation + "\n")
+            described = describe(program, self._compile_states, self._summary)
+            self._summary = described
+            self._write(EXPLANATION, described.explanation + "\n")
         elif self._stats is not None:
             self._summary = self._summary.model_copy(update={"counters": self._stats.as_dict()})
         self._write_summary()
@@ -479,7 +479,7 @@ def describe_split(split: Split, table: InputTable) -> dict[str, Any]:
 
 
 def describe_graphs(program: AnyProgram) -> Graphs:
-    """What the program captured and missed, as its ``describe_graphs()`` tells."""
+    """What the program captured and missed, as its ``describe_graphs()`` says."""
     ask = getattr(program, "describe_graphs", None)
     told: Mapping[str, Any] = {"mode": "none"} if ask is None else ask()
     return Graphs(

@@ -239,7 +239,7 @@ def _step_lines(program: Program) -> list[str]:
 
 def _step(piece: Piece) -> _Line:
     reads = f"; reads {', '.join(piece.reads_stage_inputs)}" if piece.reads_stage_inputs else ""
-    writes = "; gives results" if piece.writes_stage_outputs else ""
+    writes = "; returns results" if piece.writes_stage_outputs else ""
     if piece.kind == "eager":
         text = f"eager: {piece.reason}{reads}{writes}"
         return _Line(piece, ("eager", without_numbers(text)), text)
@@ -269,7 +269,7 @@ def _summary(ops: Iterable[str]) -> str:
 
 
 def fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]:
-    """Cut a sequence into blocks ``(start, period, repeats)``, folding what repeats right behind itself."""
+    """Cut a sequence into blocks ``(start, period, repeats)``, folding what repeats right after itself."""
     blocks: list[tuple[int, int, int]] = []
     start = 0
     while start < len(signatures):

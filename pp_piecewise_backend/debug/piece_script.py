@@ -111,7 +111,7 @@ def parent_text(program_name: str, inputs: list[str], pieces: tuple[Piece, ...],
     for piece, file in zip(pieces, files, strict=True):
         why = f": {piece.reason}" if piece.reason else ""
         proxies = f"; reads {', '.join(piece.reads_stage_inputs)}" if piece.reads_stage_inputs else ""
-        gives = "; gives results" if piece.writes_stage_outputs else ""
+        gives = "; returns results" if piece.writes_stage_outputs else ""
         lines.append(f"    # piece[{piece.index}] {piece.kind}{why}{proxies}{gives}")
         outputs = f"{', '.join(piece.outputs)}, = " if piece.outputs else ""
         arguments = ", ".join(source_text(source) for source in piece.inputs)
@@ -217,7 +217,7 @@ def _header(piece: Piece, program_name: str) -> str:
 
 
 def _classes(graph_module: GraphModule, name: str) -> Iterator[str]:
-    """The graph as a module class, behind the classes of the bodies that it passes to higher-order ops."""
+    """The graph as a module class, after the classes of the bodies that it passes to higher-order ops."""
     bodies: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         target = str(node.target)

@@ -126,7 +126,7 @@ def _picture(summary: Summary) -> str:
     def box(piece: PieceEntry) -> str:
         marks = []
         if piece.index == summary.landing_free_behind:
-            marks.append("release: behind this step the next proxies may land")
+            marks.append("release: after this step the next proxies may land")
         if piece.index == summary.results_written_from:
             marks.append("send: this step writes results, so it waits until the last ones have left")
         look = f"{_status(piece, summary)} c{colours[piece.key]}" if piece.kind == "compute" else ""

@@ -130,7 +130,7 @@ class Summary(_Entry):
     )
     unmatched_stage_inputs: list[str] = Field(default_factory=list)
     landing_free_behind: int | None = Field(
-        default=None, description="Step behind which proxies may land again; None: only at the end of a call."
+        default=None, description="Step after which proxies may land again; None: only at the end of a call."
     )
     results_written_from: int | None = Field(
         default=None, description="Step that waits, under StageRunner, until the results of the last call have left."

@@ -220,7 +220,7 @@ def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParalle
 
 
 def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[Sibling]:
-    """A chain of links is enough: whoever hears of a failure tells all neighbours."""
+    """A chain of links is enough: whoever hears of a failure notifies all neighbours."""
     transport = tensor_parallel.transport
     siblings = []
     for lower in range(transport.stage_count - 1):

@@ -1,4 +1,4 @@
-"""The first loss that a rank learns of: recorded once, told to all its neighbours, and raised wherever the rank waits.
+"""The first loss that a rank learns of: recorded once, sent to all its neighbours, and raised wherever the rank waits.
 
 See Note [liveness] in ``link.py`` for who finds losses.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from .. import errors
 
 _TOLD_SECONDS = 1.0
-"""How long an error waits until the neighbours have been told."""
+"""How long an error waits until the neighbours have been notified."""
 _VERDICT_SECONDS = 0.5
 """How long a broken transfer waits for the listener to say why."""
 
@@ -30,7 +30,7 @@ class Breakable(Protocol):
     """One end of a link, as far as a loss concerns it."""
 
     def tell_failure(self, loss: Loss) -> None:
-        """Tell the neighbour, if it can be told soon."""
+        """Notify the neighbour, if that can be done soon."""
 
     def break_off(self) -> None:
         """End all transfers of tensors, and the wait for a header."""
@@ -54,7 +54,7 @@ class Fault:
         self._ends = []
 
     def record(self, loss: Loss, found_by: Breakable | None = None) -> None:
-        """Keep the first loss, tell all neighbours but the one that ``found_by`` lost, and break all transfers."""
+        """Keep the first loss, notify all neighbours but the one that ``found_by`` lost, and break all transfers."""
         with self._lock:
             if self.loss is not None:
                 return

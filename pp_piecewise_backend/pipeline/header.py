@@ -11,7 +11,7 @@ bytes type  meaning
 16    Q     sequence number: micro-batches of this link announced before it
 24    I     tokens; 0 where no data follows
 28    I     bucket in tokens; 0 where no data follows
-32    I     rank: who announces, or whose failure is told
+32    I     rank: who announces, or whose failure is reported
 36    24s   tag of the user, or why the rank failed; zeros after its end
 60    I     CRC-32 of the 60 bytes before
 ===== ===== ======================================================================

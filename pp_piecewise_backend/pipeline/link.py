@@ -1,10 +1,10 @@
 """Both ends of a link, on top of any transport: the order of micro-batches, signs of life, and how a link stops.
 
 Note [liveness]
-Both ends of a link tell one another a keep-alive every ``silence_seconds / 3``, from a thread of its own, and listen in
+Both ends of a link send one another a keep-alive every ``silence_seconds / 3``, from a thread of its own, and listen in
 another. So a peer that pauses is never taken for lost, and one that dies or is stopped is lost after at most
 ``silence_seconds``, whatever this rank does meanwhile. Waits for headers and data therefore need no short limit of
-their own: the thread that finds a peer lost ends them all. It records the ``Fault`` of this rank, tells the other
+their own: the thread that finds a peer lost ends them all. It records the ``Fault`` of this rank, notifies the other
 neighbours, so that a pipeline fails at once and not rank by rank, and breaks the transfers that are under way.
 A rank that compiles may hold up its own threads; it says so before (``Links.busy``), and has ``setup_seconds`` then.
 
@@ -39,7 +39,7 @@ from .tensor_parallel import Gathering, TensorParallel
 from .transports.base import Patience, Pending, Wire
 
 _TELLING_SECONDS = 0.3
-"""How long a failing rank tries to tell one neighbour."""
+"""How long a failing rank tries to notify one neighbour."""
 _BUSY = b"busy"
 """What a keep-alive says while its rank compiles and captures, which may hold up the thread that sends them."""
 
@@ -100,7 +100,7 @@ class _Raising:
 
 
 class End:
-    """What both ends of a link do: tell, listen, keep alive and stop."""
+    """What both ends of a link do: send, listen, keep alive and stop."""
 
     def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
         self.schema = schema
@@ -161,7 +161,7 @@ class End:
                 self._tell(Kind.STOP)
 
     def tell_failure(self, loss: Loss) -> None:
-        """Tell the neighbour, if it can be told soon."""
+        """Notify the neighbour, if that can be done soon."""
         tag = loss.reason.encode("ascii", "replace")[:MAX_TAG_BYTES]
         header = Header(Kind.FAILED, self._settings.plan.fingerprint, 0, loss.rank, tag=tag)
         if self._telling.acquire(timeout=_TELLING_SECONDS):
@@ -326,7 +326,7 @@ class _Lost(Exception):
         super().__init__(loss.sentence)
         self.loss = loss
         self.is_alive = is_alive
-        """Whether the peer can be told."""
+        """Whether the peer can be notified."""
         self.is_gone = is_gone
         """Whether it hung up, which it may do when it has stopped."""
 
@@ -477,7 +477,7 @@ class Receiver(End):
 
 
 class Sibling(End):
-    """The end of a link between two ranks of one stage, which only tell one another that they live, fail or stop."""
+    """The end of a link between two ranks of one stage, which only notify one another that they live, fail or stop."""
 
     def break_off(self) -> None:
         super().break_off()

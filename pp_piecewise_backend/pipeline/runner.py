@@ -2,7 +2,7 @@
 
 Note [order of one micro-batch]
     1. take: the proxies have landed in the memory that captured pieces read.
-    2. announce: the next stage is told what comes before the work for it begins.
+    2. announce: the next stage learns what comes before the work for it begins.
     3. forward. After the last step that reads the proxies the landing memory is free, and the next receive is posted
        (``landing_was_read``). Before the first step that writes results, the previous send must have left
        (``results_are_written``); steps before it overlap with that send.
@@ -136,7 +136,7 @@ class StageRunner:
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
         self._check_ends(inputs, outputs, feedback)
         if feedback is None and max_in_flight is not None and self.stage_count > 1 and (self.is_first or self.is_last):
-            feedback = {}  # carries no tensors: only the news that a micro-batch has ended
+            feedback = {}  # carries no tensors: only the notice that a micro-batch has ended
         plan = StagePlan(
             package_version=versions().get("pp_piecewise_backend", "not installed"),
             stage_count=self.stage_count,
@@ -419,7 +419,7 @@ class StageRunner:
 
     @property
     def stats(self) -> Snapshot:
-        """What this runner counted: see the counters of the hand-off in README."""
+        """What this runner counted: see the counters in docs/pipeline.md."""
         return self._stats.snapshot()
 
     def trace(self, path: str) -> None:
@@ -449,7 +449,7 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """The other ranks are told of an exception inside."""
+        """The other ranks are notified of an exception inside."""
         try:
             yield
         except GeneratorExit:

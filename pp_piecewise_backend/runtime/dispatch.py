@@ -364,7 +364,7 @@ class Graphs:
         self._release_buckets()
 
     def _release_buckets(self) -> None:
-        """Give back all graphs; the next call of a bucket captures it again."""
+        """Release all graphs; the next call of a bucket captures it again."""
         for parameters in self._sets.values():
             for size in list(parameters.buckets):
                 self._release_bucket(parameters, size)
@@ -448,7 +448,7 @@ class Graphs:
         parameters.buckets.pop(size).release()
 
     def release(self) -> None:
-        """Give back graphs, pools and static memory, in this order; see Note [release order].
+        """Release graphs, pools and static memory, in this order; see Note [release order].
 
         Waits for a call that is under way in another thread.
 

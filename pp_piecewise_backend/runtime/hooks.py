@@ -1,4 +1,4 @@
-"""What the backend and its programs tell about what happens, for a dump to write down.
+"""What the backend and its programs report of what happens, for a dump to write down.
 
 The methods of ``Events`` do nothing: they are what runs while dumping is off. ``dump.py`` has the other kind. None of
 them may raise or change what it is given.

@@ -74,7 +74,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Layout:
-    """A program's registers: graph inputs first, constants behind them, then one for each value that pieces make."""
+    """A program's registers: graph inputs first, constants after them, then one for each value that pieces make."""
 
     instructions: tuple[Instruction, ...]
     registers: Mapping[str, int]

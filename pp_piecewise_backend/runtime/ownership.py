@@ -5,12 +5,12 @@ Results belong to the caller: memory of their own, shared exactly where eager's 
 Note [early release]
 The landing memory of a stage may be filled again as soon as the last step that reads it has run. Which step that is
 follows from storages, not from who names the stage input: a slice that one piece returns and a later one reads keeps
-the memory alive. Facts tell the storages; where a step that runs un-captured returns a tensor that lies in landing
+the memory alive. The analysis says so; where a step that runs un-captured returns a tensor that lies in landing
 memory although its facts say otherwise, the memory is released at the end of that call. Replayed steps cannot do so:
 their outputs have addresses of their own, and eager steps between them are given copies (see ``replay.py``).
 
 Note [undeclared sharing]
-The graph tells which values share a storage: each spec has its number, the declared storage. What runs may know better
+The graph says which values share a storage: each spec has its number, the declared storage. What runs may know better
 or do otherwise: a compiler merges equal outputs, an op returns its argument although it says that it does not, a caller
 passes one tensor twice. Two tensors share undeclared if they lie at one address although their declared storages
 differ. ``shares_undeclared`` answers that, but for the three questions that replayed calls ask, too: these look at the

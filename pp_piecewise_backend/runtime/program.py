@@ -114,7 +114,7 @@ class Program:
                 return self._run(args)
 
     def release(self) -> None:
-        """Give back graphs and static memory; a later call takes them again. Raises inside a call of the program."""
+        """Release graphs and static memory; a later call takes them again. Raises inside a call of the program."""
         if self.graphs is not None:
             self.graphs.release()
 
@@ -205,7 +205,7 @@ class Program:
         return tuple(results)
 
     def _releasing(self, listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
-        """What to do behind each step of an un-captured call, see Note [early release]."""
+        """What to do after each step of an un-captured call, see Note [early release]."""
         assert self.stage is not None
         boundary = self.boundary
         landing = dict.fromkeys(self.stage.landing_addresses, boundary.landing_storages)
@@ -230,7 +230,7 @@ class Program:
             self.plain_runs[step] = f"the compiled code does not hold for sizes {list(sizes)}"
 
     def _overlap(self, args: Sequence[Any]) -> bool:
-        """Whether an input whose writes were moved shares memory with another input; no guard of Dynamo's tells."""
+        """Whether an input whose writes were moved shares memory with another input; no guard of Dynamo's notices."""
         owner: dict[int, int] = {}
         for position, storage in self._exclusive.items():
             if owner.setdefault(address(args[position]), storage) != storage:

@@ -309,7 +309,7 @@ class FlatProgram:
             if (reading := [step for step in steps if step in self.replayed])
         }
         self.template: list[Any] = [None] * len(plan.layout.registers)
-        """What is in the registers before the first step; static output buffers of eager steps come behind them."""
+        """What is in the registers before the first step; static output buffers of eager steps come after them."""
         given = len(plan.inputs)
         for offset, constant in enumerate(plan.layout.constants):
             self.template[given + offset] = constant
@@ -338,7 +338,7 @@ class FlatProgram:
         """Let calls run these steps, one per instruction.
 
         Args:
-            may_release: whether the landing memory is told to be free before the end of the call.
+            may_release: whether the landing memory may be declared free before the end of the call.
         """
         self.steps = steps
         self._rows: list[_Row] = []
@@ -566,7 +566,7 @@ class _Verified(_Step):
         for at in positions:
             inputs[at] = padding_test.like(inputs[at])
         expected = list(instruction.run(inputs)) + [inputs[at] for at in positions]
-        # A copy, since a piece may give back one of its inputs, which the replay may write.
+        # A copy, since a piece may return one of its inputs, which the replay may write.
         expected = [value.clone() if isinstance(value, torch.Tensor) else value for value in expected]
         self.normal.run(call)
         registers = [*instruction.outputs, *(instruction.arguments[at] for at in positions)]

@@ -77,7 +77,7 @@ class Session:
     def leaving_no_trace(
         self, inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None
     ) -> Iterator[None]:
-        """Give state and proxies the contents back that they had before the call."""
+        """Restore what state and proxies held before the call."""
         with self.restoring(written_tensors(inputs, args, stage)):
             yield
 

@@ -125,7 +125,7 @@ def test_toy_stage(num_layers: int) -> None:
         for label in ("hidden_states", "residual"):
             assert f"stage-input {label} float32[" in text and f"registered as '{label}'" in text
         assert f"k_cache x{num_layers} float32[64, 2, 16]: module buffer that the graph writes" in text
-        assert re.search(r"reads (hidden_states, residual|residual, hidden_states)", text) and "gives results" in text
+        assert re.search(r"reads (hidden_states, residual|residual, hidden_states)", text) and "returns results" in text
         assert num_layers == 2 or f"{num_layers - 1} times the same 2 steps" in text
         assert_every_input_is_counted(program, report)
         assert_every_step_is_counted(program, report)

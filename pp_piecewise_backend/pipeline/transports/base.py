@@ -28,7 +28,7 @@ class Patience:
     """
 
     silence_seconds: float = 60.0
-    """A peer that tells nothing for so long is lost. It tells without its main thread, so idle is not silent."""
+    """A peer that sends nothing for so long is lost. Keep-alives need no main thread, so idle is not silent."""
     setup_seconds: float = 1800.0
     """The longest set-up, and the longest wait for data of a peer that lives."""
 

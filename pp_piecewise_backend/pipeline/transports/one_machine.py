@@ -64,7 +64,7 @@ class Sharing(ABC):
 
     @abstractmethod
     def make(self, num_bytes: int) -> SharedBlock:
-        """At the receiving end: new memory of zeros, of which the other end is told."""
+        """At the receiving end: new memory of zeros, of which the other end is notified."""
 
     @abstractmethod
     def take(self) -> SharedBlock:
@@ -176,7 +176,7 @@ class OneMachine:
 
 
 def machine() -> str:
-    """Equal for processes that can find one another's sockets; empty where that cannot be told."""
+    """Equal for processes that can find one another's sockets; empty where that is not known."""
     if sys.platform != "linux":
         return ""
     try:
@@ -348,7 +348,7 @@ class _Sending:
 
 
 class _Receiving:
-    """Places that the sender was told of, the ``number``-th of their link."""
+    """Places that the sender was notified of, the ``number``-th of their link."""
 
     def __init__(self, wire: OneMachineWire, number: int) -> None:
         self._wire = wire

@@ -46,7 +46,7 @@ def tensor_in(block: torch.Tensor, shape: Sequence[int], stride: Sequence[int], 
 
 
 def extent_bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes from the first to behind the last element of a tensor with this geometry."""
+    """Bytes from the first to after the last element of a tensor with this geometry."""
     if 0 in shape:
         return 0
     return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize
