@@ -184,7 +184,7 @@ class Bench:
             if name in ("unchecked", "dispatch", "outputs"):
                 stack.enter_context(replaced(self.flat, "_stage_inputs", lambda args, call: None))
             if name in ("unchecked", "dispatch", "staging"):
-                stack.enter_context(replaced(self.graphs, "_hand_over", lambda args, results, *_: (results, 0)))
+                stack.enter_context(replaced(self.graphs, "_hand_over", lambda *_: None))
             if name == "unchecked":
                 addresses = self.graphs._parameter_addresses(self.args)
                 stack.enter_context(replaced(self.graphs, "_parameter_addresses", lambda args: addresses))
@@ -251,9 +251,9 @@ def arguments_of(program: Any, call: Callable[[], Any]) -> tuple[Any, ...]:
     seen: list[tuple[Any, ...]] = []
     run = program._run
 
-    def noting(args: tuple[Any, ...]) -> Any:
+    def noting(args: tuple[Any, ...], session: Any) -> Any:
         seen.append(args)
-        return run(args)
+        return run(args, session)
 
     with replaced(program, "_run", noting):
         call()

@@ -37,7 +37,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
         (capture_plan, "writes_what_two_inputs_hold", lambda step, inputs: False),
         (capture_plan, "inputs_in_memory_of", lambda storages, inputs: []),
     ],
-    "landing": [(capture_plan.GraphPlan, "lands_elsewhere", lambda self, args, num_tokens: False)],
+    "landing": [(capture_plan.GraphPlan, "overwrites_an_argument", lambda self, args, foreign: False)],
     "rows": [(module, "real_rows", lambda static, num_tokens: static.tensor) for module in (bucket, replay)],
     "selection": [],
     "mixing": [],

@@ -84,9 +84,8 @@ class GraphPlan:
     result_registers: frozenset[int]
     input_storages: frozenset[int]
     """Numbers of the storages of the graph's inputs."""
-    landing_places: tuple[tuple[int, int, tuple[int, ...] | None], ...]
-    """Register of each stage input that lands, the address where captured pieces read it, its strides if fixed."""
-
+    landing_blocks: Mapping[int, int]
+    """Position of each stage input that lands -> the address at which captured pieces read it."""
     passed_in_the_call: tuple[int, ...]
     """Tensors that may lie in landing memory: weights and state outlive a call, and landing memory does not."""
 
@@ -137,21 +136,18 @@ class GraphPlan:
             {k for k, source in enumerate(self.scalar_sources) if source in arguments},
         )
 
-    def lands_elsewhere(self, args: Sequence[Any], num_tokens: int) -> bool:
-        """Whether an argument lies in landing memory that this call is about to overwrite with another argument."""
-        if self.stage is None or not self.stage.is_shown:
+    def foreign_stage_inputs(self, args: Sequence[Any], num_tokens: int) -> list[int]:
+        """Positions of the stage inputs that do not lie in the landing memory where captured pieces read them."""
+        strides = {at: geometry(self.specs[at], self.symbols(num_tokens))[1] for at in self.landing_blocks}
+        places = self.landing_blocks.items()
+        return [at for at, block in places if args[at].data_ptr() != block or args[at].stride() != strides[at]]
+
+    def overwrites_an_argument(self, args: Sequence[Any], foreign: Collection[int]) -> bool:
+        """Whether an argument lies in memory to which one of these stage inputs is about to be brought."""
+        if not foreign or self.stage is None or not self.stage.is_shown:
             return False
-        elsewhere = []
-        for register, pointer, fixed_stride in self.landing_places:
-            value, stride = args[register], fixed_stride
-            if stride is None:
-                _, stride = geometry(self.specs[register], self.symbols(num_tokens))
-            if value.data_ptr() != pointer or value.stride() != stride:
-                elsewhere.append(register)
-        if not elsewhere:
-            return False
-        in_place = {register for register, _, _ in self.landing_places}.difference(elsewhere)
-        return any(at not in in_place and address(args[at]) in self.landing_addresses for at in self.passed_in_the_call)
+        blocks = {self.landing_blocks[at] for at in foreign}
+        return any(address(args[at]) in blocks for at in self.passed_in_the_call)
 
 
 def plan_graphs(
@@ -222,7 +218,11 @@ def plan_graphs(
         smallest_written_bytes=_smallest_bytes([specs[at] for at in unseen_aliases[0]]),
         result_registers=frozenset(result.index for result in layout.results if isinstance(result, Register)),
         input_storages=frozenset(i.spec.storage for i in inputs if i.spec is not None),
-        landing_places=_landing_places(inputs, arrivals, stage),
+        landing_blocks={
+            at: stage.landing(inputs[at].label).data_ptr()
+            for at, arrival in arrivals.items()
+            if arrival == "landing" and stage is not None
+        },
         passed_in_the_call=tuple(
             at
             for at, i in enumerate(inputs)
@@ -366,18 +366,3 @@ def _smallest_bytes(specs: Sequence[TensorSpec]) -> int:
     if any(spec.symbols for spec in specs):
         return 0
     return min((extent_bytes(*geometry(spec, {}), spec.dtype) for spec in specs), default=0)
-
-
-def _landing_places(
-    inputs: Sequence[GraphInput], arrivals: Mapping[int, Arrival], stage: Stage | None
-) -> tuple[tuple[int, int, tuple[int, ...] | None], ...]:
-    if stage is None:
-        return ()
-    found = []
-    for at in (at for at, arrival in arrivals.items() if arrival == "landing"):
-        spec = inputs[at].spec
-        assert spec is not None
-        stride = tuple(step for step in spec.stride if isinstance(step, int))
-        is_fixed = len(stride) == len(spec.stride)
-        found.append((at, stage.landing(inputs[at].label).data_ptr(), stride if is_fixed else None))
-    return tuple(found)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,7 +34,7 @@ from .hooks import NO_EVENTS, Events
 from .ownership import hand_over, merged_results
 from .replay import Call, FlatProgram
 from .stage import StageMemory
-from .warmup import current_session
+from .warmup import Session
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ WhyNot: TypeAlias = Reason | Mapping[int, Reason]
 """Why a call runs without graphs: one reason for all its pieces, or each with its own, by step."""
 
 _NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+_NOTHING_MOVED: Mapping[int, Reason] = MappingProxyType({})
 
 
 MAX_MISSES_LOGGED = 256
@@ -103,7 +105,6 @@ class Graphs:
         self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
-        self.plain: dict[int, Sequence[Any]] = {}
         written, self._copied = plan.unseen_aliases
         self._written = itemgetter(*written, written[0]) if written else None  # two at least, for a tuple
         self._written_pointers: tuple[int, ...] = ()
@@ -115,20 +116,25 @@ class Graphs:
 
     # ------------------------------------------------------------------------------ calls
 
-    def run(self, args: Sequence[Any]) -> list[Any] | None:
+    def run(self, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call] | None:
         """The graph's results, or None where the call is to run without graphs; then every miss is counted.
+
+        Args:
+            session: the warm-up that makes the call, if one does: its calls are not counted.
 
         Raises:
             GraphMiss: under ``strict``, for a miss other than the first call of a bucket or a call above the largest.
         """
         num_tokens = self.plan.count_tokens(args)
-        outcome = self._try(args, num_tokens)
-        if isinstance(outcome, list):
+        outcome = self._try(args, num_tokens, session)
+        if isinstance(outcome, tuple):
             return outcome
-        self._miss_all(outcome, num_tokens)
+        self._miss_all(outcome, num_tokens, session)
         return None
 
-    def _try(self, args: Sequence[Any], num_tokens: int | None) -> list[Any] | WhyNot:
+    def _try(
+        self, args: Sequence[Any], num_tokens: int | None, session: Session | None
+    ) -> tuple[list[Any], Call] | WhyNot:
         """The results, or why the call runs without graphs."""
         plan = self.plan
         if not plan.capturable or num_tokens is None:
@@ -143,15 +149,32 @@ class Graphs:
             return miss("concurrent-call")
         try:
             memory.holder = get_ident()
-            return self._run_in_bucket(args, num_tokens, size, warming_up=current_session() is not None)
+            return self._run_in_bucket(args, num_tokens, size, session)
         finally:
             memory.holder = None
             memory.lock.release()
 
-    def _run_in_bucket(self, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool) -> list[Any] | WhyNot:
-        plan, config = self.plan, self.plan.config
-        if plan.lands_elsewhere(args, num_tokens) or self._meets_written_memory(args):
+    def _run_in_bucket(
+        self, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
+    ) -> tuple[list[Any], Call] | WhyNot:
+        if self._meets_written_memory(args):
             return miss("inputs-overlap")
+        parameters = self._parameter_set(args)
+        if isinstance(parameters, Reason):
+            return parameters
+        usable = self._usable_bucket(parameters, args, size)
+        if isinstance(usable, Reason):
+            return usable
+        if usable is not None:
+            return self._run_flat(self._flat_program(parameters, *usable, num_tokens), args, session)
+        foreign = self.plan.foreign_stage_inputs(args, num_tokens)
+        if self.plan.overwrites_an_argument(args, foreign):
+            return miss("inputs-overlap")
+        why_not = self._why_not_capture(parameters, num_tokens, size, session)
+        return why_not if why_not is not None else self._capture(parameters, args, num_tokens, size, session)
+
+    def _parameter_set(self, args: Sequence[Any]) -> ParameterSet | Reason:
+        """The captures for the parameters of this call, none yet if they are new."""
         key = self._parameter_addresses(args)
         last_key, parameters = self._last_set
         if key != last_key:
@@ -163,42 +186,49 @@ class Graphs:
         elif len(self._sets) > 1:
             self._sets.move_to_end(key)
         self._last_set = key, parameters
+        return parameters
+
+    def _usable_bucket(
+        self, parameters: ParameterSet, args: Sequence[Any], size: int
+    ) -> tuple[Bucket, Mapping[int, Reason]] | Reason | None:
+        """What was captured, and the steps that cannot replay since what they read moved; None if it is to capture."""
         if size in self._dropped:
             return self._dropped[size]
         bucket = parameters.buckets.get(size)
-        moved: dict[int, Reason] = {}
-        if bucket is not None:
-            here = (addresses(plan, args), scalars(plan, args)) if self._more_to_check else _NOTHING_CHECKED
-            if here != (bucket.addresses, bucket.scalars):
-                if self._shall_recapture(parameters, size, here):
-                    self._release_bucket(parameters, size)
-                    bucket = None
-                    parameters.calls_seen[size] = 1
-                else:
-                    moved = self._moved(bucket, here)
         if bucket is None:
-            obstacle = self._why_not_capture(parameters, num_tokens, size)
-            if obstacle is not None:
-                return obstacle
-            return self._capture(parameters, args, num_tokens, size, warming_up)
-        program = self._flat_program(parameters, bucket, num_tokens, moved)
+            return None
+        here = (addresses(self.plan, args), scalars(self.plan, args)) if self._more_to_check else _NOTHING_CHECKED
+        if here == (bucket.addresses, bucket.scalars):
+            return bucket, _NOTHING_MOVED
+        if not self._shall_recapture(parameters, size, here):
+            return bucket, self._moved(bucket, here)
+        self._release_bucket(parameters, size)
+        parameters.calls_seen[size] = 1
+        return None
+
+    def _run_flat(
+        self, program: FlatProgram, args: Sequence[Any], session: Session | None
+    ) -> tuple[list[Any], Call] | Reason:
+        """The results of a call that replays, or why these inputs must not be brought to where replays read them."""
+        config = self.plan.config
         if not program.admits(args):
             return miss("rows-disagree")
+        call = program.begin(args)
+        if call.foreign and self.plan.overwrites_an_argument(args, call.foreign):
+            return miss("inputs-overlap")
         if config.strict:
-            self._refuse(program.miss_counts, num_tokens)
+            self._refuse(program.miss_counts, program.num_tokens)
         self._calls += 1
         if self._memory.given_out:
             self._memory.spoil_given_out()
         if config.verify_every and self._calls % config.verify_every == 0:
-            results, call = self._run_verified(program, args, size)
+            results = self._run_verified(program, args, call)
         else:
-            results, call = program.run(args)
-        if call.plain:
-            self.plain.update(call.plain)
-        results, copied = self._hand_over(args, results, bucket, program)
-        if not warming_up:
-            self._count(program, call, copied, num_tokens)
-        return results
+            results = program.run(args, call)
+        self._hand_over(args, results, program.bucket, call, program)
+        if session is None:
+            self._end(program, call)
+        return results, call
 
     def _meets_written_memory(self, args: Sequence[Any]) -> bool:
         """Whether pieces would read a copy of what an eager step of this very call writes."""
@@ -224,7 +254,7 @@ class Graphs:
         return found if torch_compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
 
     def _flat_program(
-        self, parameters: ParameterSet, bucket: Bucket, num_tokens: int, moved: dict[int, Reason]
+        self, parameters: ParameterSet, bucket: Bucket, moved: Mapping[int, Reason], num_tokens: int
     ) -> FlatProgram:
         key = (num_tokens, tuple(moved.items())) if moved else num_tokens
         program = bucket.programs.get(key)
@@ -246,10 +276,11 @@ class Graphs:
         args: Sequence[Any],
         results: list[Any],
         bucket: Bucket,
+        call: Call,
         program: FlatProgram | None,
         may_be_static: bool = True,
-    ) -> tuple[list[Any], int]:
-        """Results that belong to the caller, unless static outputs may be, and how many tensors were copied for it."""
+    ) -> None:
+        """Replace results by copies that belong to the caller, unless static outputs may be."""
         plan = self.plan
         storages = plan.split.result_storages
         static = bucket.overwritten
@@ -260,8 +291,8 @@ class Graphs:
                 hand_over(results, storages, plan.input_storages, static)
                 pairs = zip(results, in_static_memory, strict=True)
                 self._memory.given_out = [weakref.ref(given) for given, other in pairs if given is not other]
-            return results, 0
-        copied = hand_over(results, storages, plan.input_storages, static)
+            return
+        call.output_copies = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
         if merged is None:
             merged = merged_results(plan.inputs, args, results, storages)
@@ -269,7 +300,6 @@ class Graphs:
                 program.merged_results = merged
         for index in merged:
             results[index] = results[index].clone()
-        return results, copied
 
     # ------------------------------------------------------------------------- capturing
 
@@ -281,7 +311,9 @@ class Graphs:
         parameters = self._sets[key] = ParameterSet()
         return parameters
 
-    def _why_not_capture(self, parameters: ParameterSet, num_tokens: int, size: int) -> WhyNot | None:
+    def _why_not_capture(
+        self, parameters: ParameterSet, num_tokens: int, size: int, session: Session | None
+    ) -> WhyNot | None:
         """Why this call does not capture the bucket; None if it does."""
         plan = self.plan
         if num_tokens < size:
@@ -289,7 +321,7 @@ class Graphs:
             refused = {step: reason for step, reason in found.items() if reason is not None}
             if len(refused) == len(found):
                 return refused
-        if (session := current_session()) is not None:
+        if session is not None:
             return None if session.captures else miss("first-call")
         if plan.config.capture == "warmup":
             return miss("not-warmed-up")
@@ -302,8 +334,8 @@ class Graphs:
         return miss("first-call")
 
     def _capture(
-        self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, warming_up: bool
-    ) -> list[Any]:
+        self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
+    ) -> tuple[list[Any], Call]:
         if not parameters.buckets:
             self._sets_captured += 1
         self._memory.spoil_given_out()
@@ -319,37 +351,27 @@ class Graphs:
         self._memory.add_user(self)
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
-        amounts: dict[str, int | float] = {"captures": len(bucket.graphs), "capture_seconds": bucket.seconds}
         limit = self.plan.config.graph_memory_bytes
         is_over_limit = limit is not None and self._memory.graph_bytes > limit
+        call = Call([])
+        if session is None:
+            program = self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens)
+            call = program.begin(args)
+            call.stage_input_copies += capture.copied_back
         # What the caller gets must not lie in graphs that are about to go.
-        results, copied = self._hand_over(args, results, bucket, None, may_be_static=not is_over_limit)
-        if not warming_up:
-            replayed = [s for s in bucket.graphs if num_tokens == size or
-                        may_pad(self.plan, parameters.verdicts, s) is None]  # fmt: skip
-            amounts |= {
-                "calls": 1,
-                "eager_steps": len(self.plan.instructions) - len(self.plan.compute_steps),
-                "replays": len(replayed),
-                "padded_tokens": size - num_tokens if replayed else 0,
-                "output_copies": copied,
-            }
-            flat = self._flat_program(parameters, bucket, num_tokens, {})
-            for reason, pieces in flat.miss_counts.items():
-                self._add_miss(reason, pieces, num_tokens)
-            in_place = sum(copy.is_in_place(args[copy.register]) for copy in flat.landing)
-            copied_in = len(flat.landing) - in_place
-            amounts |= {"stage_inputs_in_place": in_place, "stage_input_copies": copied_in + capture.copied_back}
-        self._stats.add_many(amounts)
+        self._hand_over(args, results, bucket, call, None, may_be_static=not is_over_limit)
+        if session is None:
+            self._end(program, call)
+        self._stats.add_many({"captures": len(bucket.graphs), "capture_seconds": bucket.seconds})
         self._events.captured(
             tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
         )
         if limit is not None and is_over_limit:
             self._memory.drop_largest(limit)
-            if (session := current_session()) is not None:
+            if session is not None:
                 session.must_repeat = True
         self._memory.update_gauges(self._stats)
-        return results
+        return results, call
 
     @property
     def largest_tokens(self) -> int:
@@ -391,41 +413,41 @@ class Graphs:
 
     # --------------------------------------------------------------------------- verifying
 
-    def _run_verified(self, program: FlatProgram, args: Sequence[Any], size: int) -> tuple[list[Any], Call]:
+    def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call) -> list[Any]:
         found: list[str] = []
-        outcome = program.run_verified(args, found.append)
+        results, size = program.run_verified(args, call, found.append), program.bucket.tokens
         if found:
             sentence = errors.replay_differs(self.name, size, found[0])
             if self.plan.config.strict:
                 raise errors.ReplayDiffers(sentence)
             _LOG.error("%s", sentence)
             self._dropped[size] = miss("verify-failed", sentence)
-        return outcome
+        return results
 
     # ----------------------------------------------------------------------------- counting
 
-    def _count(self, program: FlatProgram, call: Call, copied: int, num_tokens: int) -> None:
-        program.count(call, copied).add_to(self._stats)
+    def _end(self, program: FlatProgram, call: Call) -> None:
+        program.end(call)
         if program.miss_counts or call.misses:
             for reason, pieces in (*program.miss_counts.items(), *call.misses.items()):
-                self._add_miss(reason, pieces, num_tokens)
+                self._add_miss(reason, pieces, program.num_tokens)
 
-    def _miss_all(self, reason: WhyNot, num_tokens: int | None) -> None:
+    def _miss_all(self, reason: WhyNot, num_tokens: int | None, session: Session | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""
         reasons: Counter[Reason] = Counter()
         for step in self.plan.compute_steps:
             own = self.plan.obstacles.get(step)
             reasons[own or (reason if isinstance(reason, Reason) else reason[step])] += 1
-        if current_session() is not None:
+        if session is not None:
             return
         if self.plan.config.strict:
             self._refuse(reasons, num_tokens)
         for own, pieces in reasons.items():
             self._add_miss(own, pieces, num_tokens)
 
-    def miss(self, reason: Reason, args: Sequence[Any]) -> None:
+    def miss(self, reason: Reason, args: Sequence[Any], session: Session | None) -> None:
         """Count a call that no piece of this program may run."""
-        self._miss_all(reason, self.plan.count_tokens(args))
+        self._miss_all(reason, self.plan.count_tokens(args), session)
 
     def _refuse(self, reasons: Iterable[Reason], num_tokens: int | None) -> None:
         for reason in reasons:

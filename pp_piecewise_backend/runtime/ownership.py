@@ -13,8 +13,8 @@ Note [undeclared sharing]
 The graph says which values share a storage: each spec has its number, the declared storage. What runs may know better
 or do otherwise: a compiler merges equal outputs, an op returns its argument although it says that it does not, a caller
 passes one tensor twice. Two tensors share undeclared if they lie at one address although their declared storages
-differ. ``shares_undeclared`` answers that, but for the three questions that replayed calls ask, too: these look at the
-few addresses that matter (``Program._overlap``, ``Graphs._meets_written_memory``, ``GraphPlan.lands_elsewhere``).
+differ. ``shares_undeclared`` answers that, but for the three questions that replayed calls ask, too, which look at few
+addresses (``Program._overlap``, ``Graphs._meets_written_memory``, ``GraphPlan.overwrites_an_argument``).
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import lay_out
 from .ownership import find_boundary, merged_results, shares_undeclared
+from .replay import Call
 from .stage import Stage, StageMemory
-from .warmup import current_session
+from .warmup import Session, current_session
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
@@ -104,14 +105,14 @@ class Program:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         session = current_session()
         if not torch.is_grad_enabled() and session is None:
-            return self._run(args)
+            return self._run(args, None)
         with torch.no_grad():
             if session is None:
-                return self._run(args)
+                return self._run(args, None)
             max_tokens = self.config.max_tokens if self.stage is None else self.stage.max_tokens
             session.note(self.name, max_tokens, None if self.graphs is None else self.graphs.plan)
             with session.leaving_no_trace(self.inputs, args, self.stage):
-                return self._run(args)
+                return self._run(args, session)
 
     def release(self) -> None:
         """Release graphs and static memory; a later call takes them again. Raises inside a call of the program."""
@@ -170,39 +171,45 @@ class Program:
 
     # ---------------------------------------------------------------------- running
 
-    def _run(self, args: Sequence[Any]) -> tuple[Any, ...]:
+    def _run(self, args: Sequence[Any], session: Session | None) -> tuple[Any, ...]:
+        results, call = self._results(args, session)
+        if call.plain:
+            for step, sizes in call.plain.items():
+                self.plain_runs[step] = f"the compiled code does not hold for sizes {list(sizes)}"
+        if session is None:
+            call.amounts.add_to(self.stats)
+        return tuple(results)
+
+    def _results(self, args: Sequence[Any], session: Session | None) -> tuple[Sequence[Any], Call]:
         graphs = self.graphs
         if self._exclusive and self._overlap(args):
             names = ", ".join(self.inputs[position].label for position in self._exclusive)
             why = f"inputs that the graph writes ({names}) share memory with other inputs"
-            return self._run_whole(args, miss("inputs-overlap", why))
+            return self._run_whole(args, miss("inputs-overlap", why), session)
         if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-            return self._run_whole(args, miss("rows-disagree", "stage inputs have different numbers of rows"))
+            return self._run_whole(args, miss("rows-disagree", "stage inputs have different numbers of rows"), session)
         if graphs is not None:
-            results = graphs.run(args)
-            if results is not None:
-                if graphs.plain:
-                    self._note_plain(graphs.plain)
-                return tuple(results)
+            outcome = graphs.run(args, session)
+            if outcome is not None:
+                return outcome
         return self._run_uncaptured(args)
 
-    def _run_uncaptured(self, args: Sequence[Any]) -> tuple[Any, ...]:
+    def _run_uncaptured(self, args: Sequence[Any]) -> tuple[list[Any], Call]:
+        call = Call([])
+        call.eager_steps = self._eager_steps
         listener = None if self.stage is None else self.stage.listener
         if listener is None:
-            results, plain = self.layout.run(args)
+            results, call.plain = self.layout.run(args)
         else:
-            results, plain = self.layout.run(args, self._releasing(listener), listener.timeline)
-        self._note_plain(plain)
+            results, call.plain = self.layout.run(args, self._releasing(listener), listener.timeline)
         merged = self._merged_results
         if merged is None:
             merged = merged_results(self.inputs, args, results, self.split.result_storages)
             # Plain FX does not merge what compiled code may.
-            self._merged_results = None if plain else merged
+            self._merged_results = None if call.plain else merged
         for index in merged:
             results[index] = results[index].clone()
-        if current_session() is None:
-            self.stats.add_many({"calls": 1, "eager_steps": self._eager_steps})
-        return tuple(results)
+        return results, call
 
     def _releasing(self, listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
         """What to do after each step of an un-captured call, see Note [early release]."""
@@ -225,10 +232,6 @@ class Program:
 
         return watch
 
-    def _note_plain(self, plain: dict[int, Sequence[Any]]) -> None:
-        for step, sizes in plain.items():
-            self.plain_runs[step] = f"the compiled code does not hold for sizes {list(sizes)}"
-
     def _overlap(self, args: Sequence[Any]) -> bool:
         """Whether an input whose writes were moved shares memory with another input; no guard of Dynamo's notices."""
         owner: dict[int, int] = {}
@@ -237,14 +240,11 @@ class Program:
                 return True
         return any(address(args[position]) in owner for position in self._others)
 
-    def _run_whole(self, args: Sequence[Any], reason: Reason) -> tuple[Any, ...]:
+    def _run_whole(self, args: Sequence[Any], reason: Reason, session: Session | None) -> tuple[Sequence[Any], Call]:
         self.plain_runs[-1] = reason.sentence
         if self.graphs is not None:
-            self.graphs.miss(reason, args)
-        results = self.split.whole(*args)
-        if current_session() is None:
-            self.stats.add_many({"calls": 1})
-        return tuple(results)
+            self.graphs.miss(reason, args, session)
+        return self.split.whole(*args), Call([])
 
 
 class UnsplitProgram:

@@ -29,25 +29,44 @@ from .tracing import profiler_is_running, step_name, wrap
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
+_COUNTED = (
+    *("eager_steps", "replays", "padded_tokens", "input_copies", "input_bytes_copied", "stage_inputs_in_place"),
+    *("stage_input_copies", "border_copies", "output_copies"),
+)
+
+
 class Call:
-    """What one call of a flat program counts, and which of its stage inputs came from elsewhere.
+    """What one call of a program counts, and which of its stage inputs came from elsewhere.
 
     Most calls have nothing to say here, so all but the registers begin as values that the class holds.
     """
 
     foreign: Collection[int] = ()
-    """Registers of the stage inputs that did not lie in landing memory."""
-    in_place = 0
-    """Stage inputs that lay there."""
-    copies = 0
-    stage_copies = 0
-    bytes_copied = 0
+    """Registers of the stage inputs that replays read and that did not lie in landing memory."""
+    # The counters of these names, see ``COUNTERS``.
+    eager_steps = 0
+    replays = 0
+    padded_tokens = 0
+    input_copies = 0
+    input_bytes_copied = 0
+    stage_inputs_in_place = 0
+    stage_input_copies = 0
     border_copies = 0
+    output_copies = 0
+    known_amounts: Amounts | None = None
+    """What an earlier call counted that did the same."""
     misses: Mapping[Reason, int] = _NOTHING
     plain: Mapping[int, Sequence[Any]] = _NOTHING
 
     def __init__(self, registers: list[Any]) -> None:
         self.registers = registers
+
+    @property
+    def amounts(self) -> Amounts:
+        """What it adds to the counters: the only place where a call of a split graph becomes numbers."""
+        if self.known_amounts is not None:
+            return self.known_amounts
+        return Amounts({"calls": 1, **{name: amount for name in _COUNTED if (amount := getattr(self, name))}})
 
     def note_plain(self, step: int, sizes: Sequence[Any]) -> None:
         """A step ran as plain FX, since its compiled code does not hold for these sizes."""
@@ -142,10 +161,10 @@ class _Copy:
         if not self.is_in_place(value):
             self.rows.copy_(self.taken(value))
             if self.lands:
-                call.stage_copies += 1
+                call.stage_input_copies += 1
             else:
-                call.copies += 1
-                call.bytes_copied += self.num_bytes
+                call.input_copies += 1
+                call.input_bytes_copied += self.num_bytes
         for tail, first_row in self.tails:
             tail.copy_(first_row)
 
@@ -169,7 +188,7 @@ class _Replay(_Step):
         for register, rows in self.back:
             if register in call.foreign:
                 call.registers[register].copy_(rows)
-                call.stage_copies += 1
+                call.stage_input_copies += 1
         for register, static in self.border:
             call.registers[register] = real_rows(static, self.num_tokens)
             call.border_copies += 1
@@ -329,7 +348,7 @@ class FlatProgram:
         if len(places) == len(layout.results) > 1:
             self._results = itemgetter(*places)  # type: ignore[assignment]
         self._made_in_call = self.template[given:]
-        self.amounts: dict[tuple[int, ...], Amounts] = {}
+        self._amounts: dict[tuple[int, ...], Amounts] = {}
         self.bind(steps)
 
     # ------------------------------------------------------------------------- building
@@ -455,10 +474,19 @@ class FlatProgram:
                 return False
         return True
 
-    def run(self, args: Sequence[Any]) -> tuple[list[Any], Call]:
-        """The graph's results, some of them in static memory, and what to count."""
-        registers = [*args, *self._made_in_call]
-        call = Call(registers)
+    def begin(self, args: Sequence[Any]) -> Call:
+        """A call with these inputs, of which those are noted that must be brought to landing memory."""
+        call = Call([*args, *self._made_in_call])
+        foreign = [copy.register for copy in self.landing if not copy.is_in_place(args[copy.register])]
+        if foreign:
+            call.foreign = foreign
+            call.stage_input_copies = len(foreign)
+        call.stage_inputs_in_place = len(self.landing) - len(foreign)
+        return call
+
+    def run(self, args: Sequence[Any], call: Call) -> list[Any]:
+        """The graph's results, some of them in static memory."""
+        registers = call.registers
         self._stage_inputs(args, call)
         rows: Sequence[Any] = self._watched_rows() or self._plain_rows
         try:
@@ -473,7 +501,7 @@ class FlatProgram:
                         keep(call, outputs)
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call, unexpected.reason)
-        return list(self._results(registers)), call
+        return list(self._results(registers))
 
     def _watched_rows(self) -> list[_Row] | None:
         """The rows as a profiler, or the timeline of the stage, shows them; None where neither is there."""
@@ -488,17 +516,12 @@ class FlatProgram:
         targets = self._admitted_rows
         values = [copy.taken(args[copy.register]) for copy in self.admitted]
         if targets:
-            call.copies = len(targets)
-            call.bytes_copied = self._admitted_bytes
-        for copy in self.landing:
-            value = args[copy.register]
-            if copy.is_in_place(value):
-                call.in_place += 1
-            else:
-                call.foreign = (*call.foreign, copy.register)
-                call.stage_copies += 1
-                targets = [*targets, copy.rows]
-                values.append(copy.taken(value))
+            call.input_copies = len(targets)
+            call.input_bytes_copied = self._admitted_bytes
+        if call.foreign:
+            copies = [copy for copy in self.landing if copy.register in call.foreign]
+            targets = [*targets, *(copy.rows for copy in copies)]
+            values += [copy.taken(args[copy.register]) for copy in copies]
         if len(targets) == 1:
             targets[0].copy_(values[0])
         elif targets:
@@ -506,24 +529,19 @@ class FlatProgram:
         for tail, first_row in self._tails:
             tail.copy_(first_row)
 
-    def count(self, call: Call, output_copies: int) -> Amounts:
-        """The counters of one call. The next call is likely to count the same, so they are kept."""
-        key = (call.in_place, call.stage_copies, call.copies, call.bytes_copied, call.border_copies, output_copies)
-        amounts = None if call.misses else self.amounts.get(key)
-        if amounts is None:
-            names = ("stage_inputs_in_place", "stage_input_copies", "input_copies", "input_bytes_copied")
-            plan = self.plan
-            found = {
-                "calls": 1,
-                "eager_steps": len(plan.instructions) - len(plan.compute_steps),
-                "replays": len(self.replayed) - sum(call.misses.values()),
-                "padded_tokens": self.bucket.tokens - self.num_tokens if self.replayed else 0,
-                **dict(zip((*names, "border_copies", "output_copies"), key, strict=True)),
-            }
-            amounts = Amounts({name: amount for name, amount in found.items() if amount})
-            if not call.misses and len(self.amounts) < 16:
-                self.amounts[key] = amounts
-        return amounts
+    def end(self, call: Call) -> None:
+        """Note what every call of this program counts. The next call is likely to count the same, so that is kept."""
+        copies = call.stage_input_copies, call.input_copies, call.input_bytes_copied
+        key = (call.stage_inputs_in_place, *copies, call.border_copies, call.output_copies)
+        amounts = None if call.misses else self._amounts.get(key)
+        if amounts is not None:
+            call.known_amounts = amounts
+            return
+        call.eager_steps = len(self.plan.instructions) - len(self.plan.compute_steps)
+        call.replays = len(self.replayed) - sum(call.misses.values())
+        call.padded_tokens = self.bucket.tokens - self.num_tokens if self.replayed else 0
+        if not call.misses and len(self._amounts) < 16:
+            self._amounts[key] = call.amounts
 
     def _finish_without_graphs(self, first: int, call: Call, reason: Reason) -> None:
         registers = call.registers
@@ -537,7 +555,7 @@ class FlatProgram:
 
     # ------------------------------------------------------------------------- verifying
 
-    def run_verified(self, args: Sequence[Any], report: Callable[[str], None]) -> tuple[list[Any], Call]:
+    def run_verified(self, args: Sequence[Any], call: Call, report: Callable[[str], None]) -> list[Any]:
         """As ``run``, comparing each replay with its piece on the same inputs; differences go to ``report``."""
         steps = [
             _Verified(self, number, step, args, report) if isinstance(step, _Replay) else step
@@ -545,7 +563,7 @@ class FlatProgram:
         ]
         twin = shallow.copy(self)
         twin.bind(steps, may_release=False)  # the comparison reads stage inputs again
-        return twin.run(args)
+        return twin.run(args, call)
 
 
 class _Verified(_Step):
