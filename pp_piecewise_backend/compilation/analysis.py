@@ -121,7 +121,7 @@ class GraphFacts:
         return {self.equal_symbols.get(s, s) for number in numbers for s in number.node.expr.free_symbols}
 
     def expression(self, value: Any) -> Any:
-        """The expression behind a symbolic number; a plain number comes back as it is."""
+        """The expression behind a symbolic number; a plain number unchanged."""
         expression = torch_compat.symint_expression(value)
         return expression.xreplace(dict(self.equal_symbols)) if isinstance(expression, sympy.Basic) else expression
 
@@ -372,8 +372,11 @@ class _Walk(Interpreter):
         example = node.meta["example_value"]
         for leaf in torch_compat.tree_leaves(example):
             self._learn_sizes(leaf, None)
-        return torch_compat.tree_map(lambda leaf: self._adopt(leaf) if isinstance(leaf, torch.Tensor) else
-                                self._concrete(leaf), example)  # fmt: skip
+
+        def adopted(leaf: Any) -> Any:
+            return self._adopt(leaf) if isinstance(leaf, torch.Tensor) else self._concrete(leaf)
+
+        return torch_compat.tree_map(adopted, example)
 
     def _adopt(self, example: torch.Tensor) -> torch.Tensor:
         """A fake tensor of ours with the geometry of Dynamo's."""

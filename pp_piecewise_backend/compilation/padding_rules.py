@@ -1,7 +1,7 @@
 """What a step does beyond its geometry: whether it is random, what it writes, whether padded rows could change it.
 
 Note [padding rules]
-A piece may run on more rows than are real only if no real row can tell. What the graph alone shows is decided here:
+A piece may run on more rows than are real only if no real row changes. What the graph alone shows is decided here:
 
 R1  every tensor that crosses its border has the bare token count in its shape, or no token count at all;
 R2  it writes nothing that outlives the call, stage inputs excepted;
@@ -29,7 +29,7 @@ from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
 
 @dataclass(frozen=True)
 class Traits:
-    """What capture and padding must know of one step."""
+    """What capture and padding ask about one step."""
 
     random: bool = False
     """Whether it draws random numbers."""
@@ -46,7 +46,7 @@ class Traits:
     float_indices: tuple[str, ...] = ()
     """Ops that index by integers made from floats."""
     allocations: Mapping[str, TensorSpec] = field(default_factory=dict)
-    """Uninitialised tensors made in the step that it hands on, by node name: usual for the output of attention."""
+    """Uninitialised tensors made in the step that later steps read, by node name: usual for the output of attention."""
     uninitialised: tuple[bool, ...] = ()
     """For each output, whether its contents mean nothing."""
 
@@ -194,7 +194,7 @@ def handed_on_allocations(
 
     Args:
         copies: node of the step's graph -> the node of the whole graph that it copies.
-        exported: name of each value that the step hands on -> its storages.
+        exported: name of each value that later steps read -> its storages.
     """
     storages = frozenset().union(*exported.values()) if exported else frozenset()
     found = {}
@@ -208,5 +208,5 @@ def handed_on_allocations(
 
 
 def is_meaningless(node: Any) -> bool:
-    """Whether a node of a step's graph gives memory that the step hands on without having filled it."""
+    """Whether a node of a step's graph returns memory that later steps read although the step did not fill it."""
     return isinstance(node, Node) and is_allocation(node) and all(user.op == "output" for user in node.users)

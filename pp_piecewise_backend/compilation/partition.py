@@ -33,6 +33,8 @@ Kind = Literal["compute", "eager"]
 
 WRITTEN_OUT = "attention written out as matmul, softmax, matmul"
 _FLOATS = (float, torch.SymFloat)
+_SETTINGS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN = (bool, int, float, complex, str, slice, torch.SymInt, torch.SymBool, torch.SymFloat, *_SETTINGS)
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
 
@@ -136,7 +138,7 @@ def plain_numbers(value: Any) -> Any:
 
 
 def does_nothing(facts: GraphFacts, node: Node) -> bool:
-    """Whether the node only hands on what another made: an element of a tuple, or an argument left unchanged."""
+    """Whether the node only returns what another made: an element of a tuple, or an argument left unchanged."""
     if facts.nodes[node].region is not None and not is_getitem(node):
         return False  # such as marking a tensor for a gradient transform
     return canonical(facts, node).node is not node and not facts.nodes[node].writes
@@ -369,12 +371,8 @@ class _Cutter:
 
     def _results_in(self, storage: int) -> int:
         """How many different results of the graph lie in this memory."""
-        results = self._nodes[-1].all_input_nodes
-        return len({
-            canonical(self._facts, node)
-            for node in results
-            if node in self._facts.nodes and storage in self._facts.nodes[node].storages
-        })  # fmt: skip
+        results = (node for node in self._nodes[-1].all_input_nodes if node in self._facts.nodes)
+        return len({canonical(self._facts, node) for node in results if storage in self._facts.nodes[node].storages})
 
     # ------------------------------------------------------------------- arranging
 
@@ -495,8 +493,4 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_plain(leaf: Any) -> bool:
     """Whether FX can write this value into a graph as it is."""
-    return leaf is None or isinstance(
-        leaf,
-        (bool, int, float, complex, str, torch.SymInt, torch.SymBool, torch.SymFloat, torch.dtype, torch.device,
-         torch.layout, torch.memory_format, slice, type(Ellipsis)),
-    )  # fmt: skip
+    return leaf is None or leaf is Ellipsis or isinstance(leaf, _PLAIN)

@@ -15,9 +15,7 @@ from .analysis import GraphFacts
 from .sources import AccessPath, Frame, argument_path
 from .specs import Dim, TensorSpec, as_dim
 
-InputKind = Literal[
-    "token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"
-]  # fmt: skip
+InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
 
 _PER_TOKEN_NAMES = (
     "input_ids", "inputs_embeds", "hidden_states", "positions", "position_ids", "input_embeds", "tokens", "x",
@@ -246,7 +244,7 @@ def _mark_module_members(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     """Tell which inputs belong to modules, whatever the frame calls these.
 
     Dynamo writes registered members as ``model._buffers['k']`` and plain attributes as ``model.k``, so one registered
-    member shows that everything behind the same ``model`` belongs to a module.
+    member shows that everything under the same ``model`` belongs to a module.
     """
     modules: set[AccessPath] = {("self",)}
     for candidate in candidates:

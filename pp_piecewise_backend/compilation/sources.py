@@ -24,7 +24,7 @@ _COMPONENT = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\.([A-Za-z_]\w*)|\[(-?\
 
 
 def argument_path(source: str, frame: Frame | None) -> AccessPath:
-    """The way to what ``source`` means, with positions turned into names where the frame tells them.
+    """The way to what ``source`` means, with positions turned into names where the frame has them.
 
     Args:
         source: where Dynamo takes an input from, as a Python expression in the frame.

@@ -1,7 +1,7 @@
 """What is known of a tensor or an integer without having it: shapes with symbols, strides, dtype, device.
 
-A dimension is a plain ``int`` or a sympy expression over the symbols of one program. Such a symbol belongs to a
-shape environment of our own (`facts.py`), never to Dynamo's.
+A dimension is a plain ``int`` or a sympy expression over the symbols of one program. Symbols serve as
+names: nothing here adds a guard to Dynamo's shape environment, and each piece is compiled in one of its own.
 """
 
 from __future__ import annotations

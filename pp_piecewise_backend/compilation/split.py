@@ -156,7 +156,7 @@ class _Input(NamedTuple):
 
 
 class _Splitter:
-    """What all steps of one graph need to know."""
+    """What the steps of one graph share."""
 
     def __init__(self, facts: GraphFacts, table: InputTable, cuts: Cuts) -> None:
         self.facts = facts
@@ -224,7 +224,7 @@ class _Splitter:
         )
 
     def _result(self, item: Any, last: _StepBuilder) -> tuple[Any, _Key | None, int | None]:
-        """One result of the graph: what it is, the value that a step must hand over for it, its storage."""
+        """One result of the graph: what it is, the value that a step must return for it, its storage."""
         if not isinstance(item, Node):
             return item, None, None
         if self.scalars.is_scalar(item):
@@ -334,17 +334,17 @@ class _StepBuilder:
             self._position += 1  # what later steps ask for is asked for as it stands at the end of this one
 
     def make_number(self, node: Node) -> str:
-        """Compute a number in this step and hand it over; its name comes back."""
+        """Compute a number in this step and return its name; later steps may ask for it."""
         self._exports[node.name] = (self._scalar(node), None)
         return node.name
 
     def make_result(self, key: _Key) -> str:
-        """Make a view in this step and hand it over; its name comes back."""
+        """Make a view in this step and return its name; later steps may ask for it."""
         self._exports[key.name] = (self._resolve(key.value), self._splitter.spec(key))
         return key.name
 
     def export(self, key: _Key) -> None:
-        """Hand a value that was made here to later steps."""
+        """Make a value of this step one of its outputs."""
         if key.name not in self._exports:
             made = self._versions[key] if key in self._versions else self._resolve(key.value)
             self._exports[key.name] = (made, self._splitter.spec(key))
@@ -502,7 +502,7 @@ class _StepBuilder:
     # ----------------------------------------------------------------- closing
 
     def close(self) -> list[_Key]:
-        """Finish the graph once its outputs are known; the values that earlier steps must hand over come back."""
+        """Finish the graph once its outputs are known; returns the values that it needs from earlier steps."""
         self._drop_dead_nodes([made for made, _ in self._exports.values() if isinstance(made, Node)])
         if self.step.kind == "compute":
             # A compiler must be able to name every size that it sees.
