@@ -89,7 +89,7 @@ def test_a_stage_of_any_depth(num_layers: int, tmp_path: Path) -> None:
     assert f"self.layers.{{0..{num_layers - 1}}}.mlp.down.weight {num_layers} float32[64, 128]" in page.text
     assert "class Piece(torch.nn.Module)" in page.text and "def differences(" not in page.text
     assert "argparse" not in page.text  # the graph, not what is the same in every script
-    for mark in ("release: behind this step", "send: this step writes results"):
+    for mark in ("release: after this step", "send: this step writes results"):
         assert text.count(f'title="{mark}') == 1
 
 

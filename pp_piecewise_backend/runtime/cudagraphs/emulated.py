@@ -157,7 +157,7 @@ _CAPTURING = threading.local()
 
 
 def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int | None]) -> None:
-    """Give inputs their contents back: a real capture runs nothing."""
+    """Restore what inputs held: a real capture runs nothing."""
     with torch.no_grad():
         for tensor, copy, version in zip(tensors, copies, versions, strict=True):
             if copy is None:
