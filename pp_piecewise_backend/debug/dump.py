@@ -433,7 +433,7 @@ def describe(
             )
             for entry, compiled in zip(told["pieces"], program.compiled, strict=True)
         ]
-        told["whole_plain_run"] = program.plain_runs.get(-1)
+        told["whole_plain_run"] = program.whole_plain_run
     return (base or _begin(program.name, program.config)).model_copy(update=told)
 
 

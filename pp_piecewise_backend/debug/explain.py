@@ -45,9 +45,10 @@ def explain_program(program: Program) -> str:
     lines += _step_lines(program)
     if program.table.unmatched_stage_inputs:
         lines += _entry("  not found", f"stage inputs {', '.join(program.table.unmatched_stage_inputs)}")
+    if program.whole_plain_run:
+        lines += _entry("  ran as plain FX", f"the whole graph: {program.whole_plain_run}")
     for index, reason in sorted(program.plain_runs.items()):
-        which = "the whole graph" if index < 0 else f"piece[{index}]"
-        lines += _entry("  ran as plain FX", f"{which}: {reason}")
+        lines += _entry("  ran as plain FX", f"piece[{index}]: {reason}")
     failures: dict[str, list[int]] = {}
     for index, compiled in enumerate(program.compiled):
         if compiled is not None and compiled.failure is not None:

@@ -61,7 +61,9 @@ class Program:
         self.graphs_off_reason = graphs_off_reason
         """Why there are no graphs, if there are none."""
         self.plain_runs: dict[int, str] = {}
-        """Compute pieces that ran as plain FX at least once, with the reason; -1 stands for the whole graph."""
+        """Compute pieces that ran as plain FX at least once, with the reason."""
+        self.whole_plain_run: str | None = None
+        """Why a call ran the graph as it came, if one did."""
         self.layout = lay_out(split, table, compiled, pieces_are_exact=config.compiler == "eager")
         tensors = [(at, i.spec.storage, i) for at, i in enumerate(table.inputs) if i.spec is not None]
         self._exclusive = {at: storage for at, storage, i in tensors if i.name in split.exclusive_inputs}
@@ -241,7 +243,7 @@ class Program:
         return any(address(args[position]) in owner for position in self._others)
 
     def _run_whole(self, args: Sequence[Any], reason: Reason, session: Session | None) -> tuple[Sequence[Any], Call]:
-        self.plain_runs[-1] = reason.sentence
+        self.whole_plain_run = reason.sentence
         if self.graphs is not None:
             self.graphs.miss(reason, args, session)
         return self.split.whole(*args), Call([])

@@ -209,7 +209,7 @@ def test_pieces_that_did_not_compile_or_ran_plain() -> None:
     failure = "inductor could not compile this piece: RuntimeError: " + "no C++ compiler found\n" * 200
     program.compiled = tuple(None if c is None else dataclasses.replace(c, failure=failure) for c in program.compiled)
     program.plain_runs[2] = "the compiled code does not hold for sizes [5000]"
-    program.plain_runs[-1] = "inputs that the graph writes share memory"
+    program.whole_plain_run = "inputs that the graph writes share memory"
     report = program.explain()
     assert_fits(report)
     assert "ran as plain FX the whole graph: inputs that the graph writes share memory" in flat(report)
