@@ -25,7 +25,8 @@ sys.path.insert(0, str(TEST_MODELS))
 import torch
 
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend.debug import dump
+from pp_piecewise_backend.backend import backend
+from pp_piecewise_backend.debug import dump, dynamo_frame
 
 
 def main() -> None:
@@ -40,17 +41,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = _Stopwatch()
         seconds.watch(dump.ProgramDump, ["traced", "split", "compiled", "reused", "built", "refresh"])
-        seconds.watch(dump, ["decompile"])
+        seconds.watch(dynamo_frame, ["decompile"])
         on = _program(options, dump_dir=folder)
-        dump.finish()
+        backend.dumps.finish()
         off = _program(options)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         body = {
             "summary": {
                 "dump_seconds": seconds.of("traced", "split", "compiled", "reused", "built", "refresh"),
                 "depyf_seconds": seconds.of("decompile"),
-                "dump_bytes": sum(path.stat().st_size for path in files if path.name != dump.TRANSFORMED_CODE),
-                "depyf_bytes": sum(path.stat().st_size for path in files if path.name == dump.TRANSFORMED_CODE),
+                "dump_bytes": sum(path.stat().st_size for path in files if path.name != dynamo_frame.TRANSFORMED_CODE),
+                "depyf_bytes": sum(path.stat().st_size for path in files if path.name == dynamo_frame.TRANSFORMED_CODE),
                 "programs": 1,
                 "call_seconds": _call_seconds(options, {"dumping": on, "not dumping": off}),
             }

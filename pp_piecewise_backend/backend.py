@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -22,7 +23,9 @@ from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.split import Split, split_graph
 from .config import Config
 from .debug import dump
-from .debug.explain import explain_all, short_source
+from .debug.describe import describe, short_source
+from .debug.explain import explain as explanation
+from .debug.explain import explain_all
 from .runtime.capture_plan import GraphKind
 from .runtime.hooks import Events
 from .runtime.program import Program, UnsplitProgram
@@ -48,6 +51,8 @@ class PiecewiseBackend:
         self._stages: dict[tuple[object, ...], weakref.ref[Stage]] = {}
         """Stages made here, by code, module instance and what lands in them: its programs share one."""
         self._sealed = False
+        self.dumps = dump.Dumps()
+        atexit.register(self.dumps.close)
 
     def __call__(
         self,
@@ -74,7 +79,7 @@ class PiecewiseBackend:
         if self._sealed:
             return self._refuse_after_seal(graph_module, config)
         name = self._count_graph()
-        events = dump.start(name, config)
+        events = self.dumps.start(name, config)
         events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops)
         try:
@@ -100,7 +105,7 @@ class PiecewiseBackend:
 
     def reset(self) -> None:
         """Forget programs and compiled pieces. ``torch._dynamo.reset()`` calls it too."""
-        dump.finish()
+        self.dumps.close()
         with self._lock:
             for program in self._live():
                 program.release()
@@ -163,6 +168,7 @@ class PiecewiseBackend:
             graph_kind=graph_kind,
             graphs_off_reason=reason,
             events=events,
+            explain=_explain,
         )
         program.stats.add_many(
             {
@@ -220,7 +226,7 @@ class PiecewiseBackend:
             raise errors.SplitError(reason)
         _LOG.warning("%s is not split: %s", name, reason)
         call = compile_whole(graph_module, example_inputs, config.compiler)
-        program = UnsplitProgram(name, call, config, reason, counter)
+        program = UnsplitProgram(name, call, config, reason, counter, _explain)
         program.stats.add("programs")
         return self._register(program)
 
@@ -340,6 +346,10 @@ def _log_program(program: Program) -> None:
         stats.pieces_reused,
         graphs,
     )
+
+
+def _explain(program: AnyProgram) -> str:
+    return explanation(describe(program))
 
 
 def _told(events: Events, program: Any) -> Any:

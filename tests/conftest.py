@@ -65,16 +65,6 @@ def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     one_program.on(monkeypatch.setattr)
 
 
-@pytest.fixture
-def fresh_dumps() -> Iterator[None]:
-    """Afterwards nothing is dumped any more, and the folders of the test are forgotten."""
-    yield
-    from pp_piecewise_backend.debug import dump
-
-    dump._RANK_FOLDERS.clear()
-    dump._DUMPS.clear()
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers")
     group.addoption("--begin-within", type=float, metavar="SECONDS", help="skip what could only begin later than that")

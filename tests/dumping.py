@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.toy_stage import SPLIT_OPS, ToyStage
-from pp_piecewise_backend.debug import dump
+from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.debug.summary import Summary
 
 EAGER = {"compiler": "eager"}
@@ -36,7 +36,7 @@ def run_small(folder: Path, module: nn.Module | None = None, **options: Any) -> 
     module = module or Small()
     run = torch.compile(module, backend="pp_piecewise", options={**EAGER, "dump_dir": folder, **options})
     result = run(torch.randn(3, 4))
-    dump.finish()
+    backend.dumps.finish()
     return result
 
 
@@ -47,7 +47,7 @@ def run_toy_stage(folder: Path, num_layers: int = 2, sizes: tuple[int, ...] = (5
     run = torch.compile(stage, backend="pp_piecewise", options=options)
     for tokens in sizes:
         run(**stage.make_inputs(tokens))
-    dump.finish()
+    backend.dumps.finish()
     return stage
 
 

@@ -19,6 +19,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import errors
+from ..utils.counters import counted
+from .explain import explain
 from .summary import EVENTS, REPORT, SCHEMA_VERSION, SUMMARY, PieceEntry, Summary
 
 DESCRIPTION = """\
@@ -150,11 +152,9 @@ def program_lines(folder: Path, call: int | None = None, tokens: int | None = No
     if summary.graphs.buckets:
         yield "buckets"
         for bucket in summary.graphs.buckets:
-            yield (
-                f"  {bucket.tokens} tokens: {bucket.pieces} pieces, {bucket.bytes} bytes, "
-                f"captured in {bucket.seconds:.3f} s"
-            )
-    yield from summary.explanation.splitlines()
+            size, pieces = counted(bucket.tokens, "token"), counted(bucket.pieces, "piece")
+            yield f"  {size}: {pieces}, {bucket.bytes} bytes, captured in {bucket.seconds:.3f} s"
+    yield from explain(summary).splitlines()
     given = [f"{o.option}={o.value} ({o.source})" for o in summary.config if o.source != "default"]
     yield f"settings that were given: {', '.join(given) or 'none'}"
     for problem in summary.extras.problems:
@@ -190,8 +190,8 @@ def misses(summary: Summary, call: int | None = None, tokens: int | None = None)
     ]
     for miss in wanted:
         where = "" if miss.call is None else f"call {miss.call}, "
-        size = "" if miss.tokens is None else f"{miss.tokens} tokens, "
-        lines.append(f"{where}{size}{miss.pieces} pieces: {miss.reason}: {miss.sentence}")
+        size = "" if miss.tokens is None else f"{counted(miss.tokens, 'token')}, "
+        lines.append(f"{where}{size}{counted(miss.pieces, 'piece')}: {miss.reason}: {miss.sentence}")
     if not wanted:
         picked = "" if call is None and tokens is None else " that was asked for"
         lines.append(f"every piece of every call{picked} replayed")

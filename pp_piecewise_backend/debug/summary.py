@@ -82,6 +82,25 @@ class BucketEntry(_Entry):
     bytes: int = Field(description="Graph memory that the bucket holds.")
     seconds: float = Field(description="Time that its capture took.")
     pieces: int = Field(description="Number of pieces captured.")
+    not_captured: dict[int, str] = Field(
+        default_factory=dict, description="Piece -> why it could not be captured in this bucket."
+    )
+
+
+class DroppedEntry(_Entry):
+    """A bucket that is captured no more."""
+
+    tokens: int
+    reason: str = Field(description="The code that miss_reasons counts by.")
+    sentence: str = Field(description="The same for a person, with what to do.")
+
+
+class NeverCapturedEntry(_Entry):
+    """A compute piece that no graph can hold, whatever the bucket."""
+
+    piece: int = Field(description="Its index.")
+    reason: str = Field(description="The code that miss_reasons counts by.")
+    sentence: str = Field(description="The same for a person, with what to do.")
 
 
 class MissEntry(_Entry):
@@ -90,13 +109,25 @@ class MissEntry(_Entry):
     reason: str = Field(description="The code that miss_reasons counts by.")
     sentence: str = Field(description="The same for a person, with what to do.")
     pieces: int = Field(description="How many compute pieces.")
-    tokens: int | None = Field(default=None, description="Bucket, or number of tokens, of the call.")
-    call: int | None = Field(default=None, description="Which call of the program; the first is 1.")
+    tokens: int | None = Field(default=None, description="Number of tokens of the call, if anything says it.")
+    calls: int = Field(default=1, description="How many calls.")
+    call: int | None = Field(
+        default=None, description="Which call of the program was the last of them; the first is 1."
+    )
 
 
 class Graphs(_Entry):
-    mode: str = Field(description="'cuda', 'emulate', 'off', or 'none' for a graph that was not built or not split.")
+    mode: str = Field(
+        description="'piecewise, cuda' or alike, 'off', or 'none' for a graph that was not built or not split."
+    )
+    reason: str = Field(default="", description="Why there are no graphs, if there are none.")
+    ladder: str = Field(default="", description="The buckets, in tokens.")
+    has_one_size: bool = Field(default=False, description="Whether the graph has a static token count.")
     buckets: list[BucketEntry] = Field(default_factory=list)
+    dropped: list[DroppedEntry] = Field(default_factory=list, description="Buckets that are captured no more.")
+    never_captured: list[NeverCapturedEntry] = Field(
+        default_factory=list, description="Compute pieces that no graph can hold."
+    )
     misses: list[MissEntry] = Field(default_factory=list)
     addresses: list[Any] = Field(default_factory=list, description="Memory whose address the graphs rely on.")
 
@@ -119,6 +150,7 @@ class Summary(_Entry):
     written_at: str = Field(description="Time of writing, ISO 8601, UTC.")
     versions: dict[str, str]
     config: list[OptionEntry]
+    settings: str = Field(default="", description="The options that differ from the defaults.")
     not_split: str | None = Field(default=None, description="Why the graph went to the stock backend whole, if it did.")
     token_count: str | None = Field(default=None, description="Symbol or number that counts the tokens of a call.")
     token_reason: str = ""
@@ -141,7 +173,6 @@ class Summary(_Entry):
     graphs: Graphs = Graphs(mode="none")
     counters: dict[str, Any] = Field(default_factory=dict, description="Of this program; see stats.COUNTERS.")
     extras: Extras = Extras()
-    explanation: str = Field(default="", description="What explain() says.")
 
     @property
     def distinct_keys(self) -> list[str]:

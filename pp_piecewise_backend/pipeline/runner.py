@@ -30,13 +30,13 @@ from torch import nn
 from .. import errors
 from ..backend import warmup
 from ..config import Config
-from ..debug.dump import versions
 from ..runtime.cudagraphs.ladder import Ladder
 from ..runtime.cudagraphs.memory import address
 from ..runtime.stage import Proxy, Stage
 from ..runtime.tracing import Timeline, chrome_trace, profiler_is_running, wrap
 from ..utils import torch_compat
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
+from ..utils.versions import versions
 from .connect import connect, pick_transport
 from .header import MAX_TAG_BYTES, Header
 from .inbox import Views

@@ -12,7 +12,7 @@ import torch
 
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
-from ..utils.counters import TOTALS, Stats
+from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
 from .capture_plan import GraphKind, plan_graphs
 from .cudagraphs.memory import address
@@ -48,8 +48,10 @@ class Program:
         graph_kind: GraphKind | None = None,
         graphs_off_reason: str = "",
         events: Events = NO_EVENTS,
+        explain: Callable[[Any], str] = repr,
     ) -> None:
         self.name = name
+        self._explain = explain
         self.split = split
         self.table = table
         self.config = config
@@ -128,48 +130,13 @@ class Program:
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
-        from ..debug.explain import explain_program
+        return self._explain(self)
 
-        return explain_program(self)
-
-    def describe_graphs(self) -> dict[str, Any]:
-        """What is captured and what missed, as plain data for reports and dumps."""
-        graphs = self.graphs
-        if graphs is None:
-            return {"mode": "off", "reason": self.graphs_off_reason, "buckets": [], "misses": [], "addresses": []}
-        plan = graphs.plan
-        return {
-            "mode": f"{plan.config.mode}, {plan.kind}",
-            "reason": "",
-            "ladder_tokens": list(plan.ladder.sizes_tokens),
-            "buckets": [
-                {
-                    "tokens": bucket.tokens,
-                    "bytes": bucket.graph_bytes,
-                    "seconds": bucket.seconds,
-                    "pieces": len(bucket.graphs),
-                    "not_captured": {step: obstacle.sentence for step, obstacle in bucket.obstacles.items()},
-                }
-                for bucket, _ in graphs.buckets
-            ],
-            "dropped": {tokens: obstacle.sentence for tokens, obstacle in graphs.dropped.items()},
-            "never_captured": {step: [o.code, o.sentence] for step, o in plan.obstacles.items()},
-            "misses": [
-                {
-                    "reason": reason.code,
-                    "sentence": reason.sentence,
-                    "pieces": misses.pieces,
-                    "tokens": tokens,
-                    "calls": misses.calls,
-                    "call": misses.last_call,
-                }
-                for (reason, tokens), misses in graphs.miss_log.items()
-            ],
-            "addresses": [
-                {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
-                for at, arrival in plan.arrivals.items()
-            ],
-        }
+    def __repr__(self) -> str:
+        stats, keys = self.stats.snapshot(), [piece.key for piece in self.split.pieces if piece.kind == "compute"]
+        steps, pieces = counted(len(self.split.pieces), "step"), counted(len(keys), "piece")
+        calls, misses = counted(stats.calls, "call"), counted(stats.graph_misses, "miss", "misses")
+        return f"<{self.name}: {steps}, {pieces} ({len(set(keys))} distinct), {calls}, {misses}>"
 
     # ---------------------------------------------------------------------- running
 
@@ -259,9 +226,16 @@ class UnsplitProgram:
     events = NO_EVENTS
 
     def __init__(
-        self, name: str, call: Callable[..., Any], config: Config, reason: str, counter: str | None = None
+        self,
+        name: str,
+        call: Callable[..., Any],
+        config: Config,
+        reason: str,
+        counter: str | None = None,
+        explain: Callable[[Any], str] = repr,
     ) -> None:
         self.name = name
+        self._explain = explain
         self.config = config
         self.reason = reason
         self.stats = Stats(parent=TOTALS)
@@ -285,6 +259,7 @@ class UnsplitProgram:
 
     def explain(self) -> str:
         """Why the graph is not split."""
-        from ..debug.explain import explain_unsplit
+        return self._explain(self)
 
-        return explain_unsplit(self.name, self.config.compiler, self.reason)
+    def __repr__(self) -> str:
+        return f"<{self.name}: not split, {counted(self.stats.calls, 'call')}>"

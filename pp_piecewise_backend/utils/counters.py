@@ -10,6 +10,11 @@ from typing import Any, NamedTuple
 from ..errors import nearest
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """``1 call``, ``2 calls``; ``several`` where it is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 class Counter(NamedTuple):
     """What one counter counts."""
 
@@ -99,6 +104,10 @@ class Snapshot(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Snapshot({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+
+    def __str__(self) -> str:
+        """Without the counters that are at zero."""
+        return f"Snapshot({', '.join(f'{name}={value!r}' for name, value in self.items() if value)})"
 
 
 MAX_TO_SUM_UP = 256

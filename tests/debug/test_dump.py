@@ -21,15 +21,18 @@ from torch import nn
 import pp_piecewise_backend as ppb
 from checkout import TESTS
 from dumping import EAGER, Small, events_of, program_folders, run_small, run_toy_stage, summary_of
+from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.compilation.inductor import PieceCompiler
 from pp_piecewise_backend.config import Config
-from pp_piecewise_backend.debug import dump
+from pp_piecewise_backend.debug import describe, dump, dynamo_frame
+from pp_piecewise_backend.debug.explain import explain
+from pp_piecewise_backend.debug.summary import BucketEntry, Graphs, MissEntry
 from pp_piecewise_backend.runtime.hooks import NO_EVENTS, Events
 from pp_piecewise_backend.runtime.program import Program
 from pp_piecewise_backend.utils.reasons import miss
 from tiers import slow_but
 
-pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 
 WHOLE_FILES = {"dynamo_graph.py", "split_parent.py", "explain.txt", "events.jsonl", "summary.json", "report.html"}
@@ -64,7 +67,7 @@ def test_the_summary_says_what_the_program_says(tmp_path: Path) -> None:
             (p.kind, p.key, p.reason) for p in program.pieces
         ]
         assert summary.counters == program.stats.as_dict() and summary.counters["calls"] == 1
-        assert summary.explanation == program.explain()
+        assert explain(summary) == program.explain()
         assert (folder / "explain.txt").read_text().strip() == program.explain()
         assert {o.option: o.source for o in summary.config}["dump_dir"] == "option"
         assert summary.versions["torch"] == torch.__version__
@@ -132,10 +135,10 @@ def test_final_counters_of_a_program_that_is_gone(tmp_path: Path) -> None:
     torch._dynamo.reset()
     gc.collect()
     assert ppb.programs() == ()
-    dump.finish()
+    backend.dumps.finish()
     (folder,) = program_folders(tmp_path)
     assert summary_of(folder).counters["calls"] == 3
-    assert summary_of(folder).pieces and not dump._DUMPS
+    assert summary_of(folder).pieces and not backend.dumps.unfinished
 
 
 def test_inductor_output_is_there(tmp_path: Path) -> None:
@@ -144,32 +147,26 @@ def test_inductor_output_is_there(tmp_path: Path) -> None:
     assert "def call(" in (folder / "piece_00_inductor.py").read_text()
 
 
-class _Graphs:
-    """What a program that captures graphs tells."""
-
-    mode = "emulate"
-
-    def __init__(self) -> None:
-        self.misses: list[dict[str, Any]] = []
-
-    def __call__(self) -> dict[str, Any]:
-        buckets = [{"tokens": 8, "bytes": 4096, "seconds": 0.25, "pieces": 2}]
-        return {"mode": self.mode, "buckets": buckets, "misses": self.misses, "addresses": [{"input": "weight"}]}
-
-
-def test_what_a_program_says_of_its_graphs(tmp_path: Path) -> None:
+def test_what_a_program_says_of_its_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_small(tmp_path)
-    (program,) = ppb.programs()
-    graphs = _Graphs()
-    program.describe_graphs = graphs  # type: ignore[union-attr]
-    events = dump._DUMPS[0]
+    graphs = Graphs(
+        mode="emulate",
+        buckets=[BucketEntry(tokens=8, bytes=4096, seconds=0.25, pieces=2)],
+        addresses=[{"input": "weight", "arrival": "parameter"}],
+    )
+    monkeypatch.setattr(describe, "describe_graphs", lambda program: graphs)
+    (events,) = backend.dumps.unfinished
     events.captured(tokens=8, pieces=2, graph_bytes=4096, seconds=0.25)
-    graphs.misses.append({"reason": "over-max", "sentence": "9 of 8", "pieces": 2, "tokens": 9, "call": 7})
+    graphs.misses.append(MissEntry(reason="over-max", sentence="9 of 8", pieces=2, tokens=9, call=7))
     events.missed(miss("over-max", "9 of 8"), pieces=2, tokens=9, call=7)
     events.sealed()
     (folder,) = program_folders(tmp_path)
     told = summary_of(folder).graphs
-    assert told.mode == "emulate" and told.buckets[0].bytes == 4096 and told.addresses == [{"input": "weight"}]
+    assert (
+        told.mode == "emulate"
+        and told.buckets[0].bytes == 4096
+        and told.addresses == [{"input": "weight", "arrival": "parameter"}]
+    )
     assert (told.misses[0].reason, told.misses[0].tokens, told.misses[0].call) == ("over-max", 9, 7)
     assert [e["event"] for e in events_of(folder)][-3:] == ["captured", "missed", "sealed"]
 
@@ -178,7 +175,7 @@ def test_misses_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dump, "_MOST_MISS_EVENTS", 20)
     run_small(tmp_path)
     refreshed: list[int] = []
-    events = dump._DUMPS[0]
+    events = backend.dumps.unfinished[0]
     monkeypatch.setattr(type(events), "refresh", lambda self: refreshed.append(1))
     for call in range(100):
         events.missed(miss("over-max", "too many"), pieces=2, tokens=9, call=call)
@@ -190,7 +187,7 @@ def test_misses_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_dump_that_was_removed_is_not_brought_up_to_date(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_small(tmp_path)
     shutil.rmtree(tmp_path / "rank_0")
-    dump.finish()
+    backend.dumps.finish()
     assert not list(tmp_path.iterdir()) and messages(caplog) == []
 
 
@@ -199,9 +196,9 @@ def test_a_dump_that_was_removed_is_not_brought_up_to_date(tmp_path: Path, caplo
 
 def test_off_means_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert dump.start("Model#0", Config()) is NO_EVENTS
+    assert backend.dumps.start("Model#0", Config()) is NO_EVENTS
     torch.compile(Small(), backend="pp_piecewise", options=EAGER)(torch.randn(3, 4))
-    assert not dump._DUMPS and not list(tmp_path.iterdir())
+    assert not backend.dumps.unfinished and not list(tmp_path.iterdir())
 
 
 def test_every_event_is_there_while_dumping_is_off() -> None:
@@ -294,7 +291,7 @@ def test_a_mistake_of_ours_ends_one_dump_and_the_run_goes_on(
         raise KeyError("no such thing")
 
     with monkeypatch.context() as patched:
-        patched.setattr(dump, "_files", wrong)
+        patched.setattr(dump, "piece_files", wrong)
         assert torch.equal(run_small(tmp_path), right_result())
     said = [message for message in messages(caplog) if "structured trace" not in message]
     assert len(said) == 1 and "the dump of Small#0" in said[0] and "KeyError: 'no such thing'" in said[0]
@@ -336,7 +333,7 @@ def test_integers_of_subclasses_and_fakes_are_not_read() -> None:
 def test_somebody_reads_while_it_is_written(tmp_path: Path) -> None:
     run_small(tmp_path)
     (folder,) = program_folders(tmp_path)
-    events, stop, seen = dump._DUMPS[0], threading.Event(), []
+    events, stop, seen = backend.dumps.unfinished[0], threading.Event(), []
 
     def write() -> None:
         call = 0
@@ -419,7 +416,7 @@ def test_a_depyf_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_frames_that_depyf_would_take_minutes_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dump, "_MOST_INSTRUCTIONS", 3)
+    monkeypatch.setattr(dynamo_frame, "_MOST_INSTRUCTIONS", 3)
     run_small(tmp_path)
     (folder,) = program_folders(tmp_path)
     (problem,) = summary_of(folder).extras.problems

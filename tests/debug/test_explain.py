@@ -16,7 +16,8 @@ import pp_piecewise_backend as ppb
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.backend import backend
-from pp_piecewise_backend.debug import explain
+from pp_piecewise_backend.debug import describe, explain
+from pp_piecewise_backend.debug.text import fold, ranges
 from pp_piecewise_backend.runtime.program import Program, UnsplitProgram
 from tiers import slow_but
 
@@ -240,16 +241,30 @@ def test_the_report_on_all_programs() -> None:
     assert ppb.explain().startswith("0 live programs")
     program = _small_program()
     report = ppb.explain()
-    assert report.startswith("1 live programs") and program.explain() in report
+    assert report.startswith("1 live program\n") and program.explain() in report
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize("reason", ["short", "word " * 500, "x" * 1000])
-def test_explain_unsplit(reason: str) -> None:
-    assert_fits(explain.explain_unsplit("Model#0", "inductor", reason), lines=10)
-    assert flat(explain.explain_unsplit("Model#0", "eager", "a reason")) == (
-        "Model#0: not split, given whole to eager: a reason"
-    )
+def test_a_long_reason_not_to_split_is_shortened(reason: str) -> None:
+    program = UnsplitProgram("Model#0", lambda: (), ppb.Config(compiler="eager"), reason)
+    report = explain.explain(describe.describe(program))
+    assert_fits(report, lines=10)
+    assert flat(report).startswith("Model#0: not split, given whole to eager: ")
+    assert reason in flat(report) or report.endswith("[...]")
+
+
+def test_numbers_agree_with_what_they_count() -> None:
+    report = _small_program({"graphs": "emulate"}).explain()
+    assert not re.search(r"\b1 (\w+ )?(pieces|steps|calls|ops|tokens|programs|tensors|times)\b", flat(report))
+    assert "2 compute pieces (2 distinct), 1 eager step, 1 call" in report
+
+
+def test_a_program_shows_what_it_is() -> None:
+    assert repr(_small_program()) == "<Small#0: 3 steps, 2 pieces (2 distinct), 1 call, 0 misses>"
+    program = UnsplitProgram("Model#0", lambda: (), ppb.Config(), "a tensor subclass")
+    program(), program()
+    assert repr(program) == "<Model#0: not split, 2 calls>"
 
 
 # ------------------------------------------------------------------------------------ folding
@@ -260,7 +275,7 @@ def test_explain_unsplit(reason: str) -> None:
 def test_unfolding_gives_back_the_sequence(letters: list[str]) -> None:
     signatures = [(letter,) for letter in letters]
     unfolded: list[tuple[object, ...]] = []
-    for start, period, repeats in explain.fold(signatures):
+    for start, period, repeats in fold(signatures):
         assert start == len(unfolded) and period >= 1 and repeats >= 1
         unfolded += signatures[start : start + period] * repeats
     assert unfolded == signatures
@@ -270,7 +285,7 @@ def test_unfolding_gives_back_the_sequence(letters: list[str]) -> None:
 @given(st.text("ab", min_size=1, max_size=5), st.integers(3, 40), st.text("cd", max_size=3))
 def test_a_repeated_block_folds_into_few_lines(block: str, repeats: int, tail: str) -> None:
     signatures = [(letter,) for letter in block * repeats + tail]
-    folded = explain.fold(signatures)
+    folded = fold(signatures)
     assert folded[0][0] == 0 and folded[0][1] * folded[0][2] >= len(block) * (repeats - 1)
     assert len(folded) <= 1 + len(block) + len(tail)
 
@@ -279,7 +294,7 @@ def test_a_repeated_block_folds_into_few_lines(block: str, repeats: int, tail: s
 @given(st.sets(st.integers(0, 99), min_size=1, max_size=30))
 def test_ranges_say_exactly_which_numbers(numbers: set[int]) -> None:
     found: set[int] = set()
-    parts = explain._ranges(numbers).split(", ")
+    parts = ranges(numbers).split(", ")
     previous: int | None = None
     for part in parts:
         if ".." not in part:
@@ -297,10 +312,10 @@ def test_ranges_say_exactly_which_numbers(numbers: set[int]) -> None:
 
 @pytest.mark.compat
 def test_ranges() -> None:
-    assert explain._ranges([0, 1, 2, 3, 5, 8, 9]) == "0..3, 5, 8..9"
-    assert explain._ranges([0, 2, 4, 6]) == "0, 2..6"
-    assert explain._ranges([7]) == "7"
-    assert explain._ranges([0, 2]) == "0, 2"
+    assert ranges([0, 1, 2, 3, 5, 8, 9]) == "0..3, 5, 8..9"
+    assert ranges([0, 2, 4, 6]) == "0, 2..6"
+    assert ranges([7]) == "7"
+    assert ranges([0, 2]) == "0, 2"
 
 
 @pytest.mark.compat
@@ -315,4 +330,4 @@ def test_ranges() -> None:
     ],
 )
 def test_short_source(source: str, short: str) -> None:
-    assert explain.short_source(source) == short
+    assert describe.short_source(source) == short

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pp_piecewise_backend as ppb
+from checkout import PACKAGE
 from dumping import EAGER
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.compilation.split import Piece
-from pp_piecewise_backend.debug.piece_script import piece_script, step_text, uninitialised_outputs
+from pp_piecewise_backend.debug.piece_script import HARNESS_MARK, piece_script, step_text, uninitialised_outputs
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -54,6 +56,38 @@ def pieces_of(function: Callable[..., Any], *args: Any, options: dict[str, Any] 
 
 
 # ---------------------------------------------------------------------------------- they run
+
+
+def test_the_file_that_every_script_ends_with_is_a_script_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["piece_harness.py", "s0=5", *FAST])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PACKAGE / "debug" / "piece_harness.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert "an example: equal: 1 outputs and 1 inputs afterwards" in capsys.readouterr().out
+
+
+def test_a_script_ends_with_that_file_and_defines_all_that_it_uses() -> None:
+    (piece,) = pieces_of(lambda x: (x @ x.t()).relu() + 1, torch.randn(3, 4))
+    script, harness = piece_script(piece, "Model#0", {}), (PACKAGE / "debug" / "piece_harness.py").read_text()
+    written, example = (text.partition(HARNESS_MARK) for text in (script, harness))
+    assert written[2] == example[2] and "def main() -> int:" in written[2]
+    assert _defined(example[0]) <= _defined(written[0])
+
+
+def _defined(source: str) -> set[str]:
+    """Names that a module binds."""
+    bound: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return bound
 
 
 def test_in_a_fresh_process_through_inductor(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dumping import program_folders, run_small, run_toy_stage, summary_of
 from pp_piecewise_backend.debug.report import report_page
 from pp_piecewise_backend.debug.summary import BucketEntry, Graphs, MissEntry, Summary
 
-pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -117,7 +117,7 @@ def test_captured_missed_and_broken_are_told_apart(tmp_path: Path) -> None:
     summary, text = example(tmp_path, graphs=graphs)
     page = _Page(text)
     assert "address input weight moved 1 8 7" in page.text and "8 2 5.0 MiB 0.250" in page.text
-    assert '1 addresses that the graphs rely on {"input": "weight", "pointer": 4096}' in page.text
+    assert '1 address that the graphs rely on {"input": "weight", "pointer": 4096}' in page.text
     assert len(page.with_class("captured")) == 3  # two pieces and the legend
     pieces = [p.model_copy(update={"failure": "no C++ compiler"}) if p.index == 2 else p for p in summary.pieces]
     page = _Page(report_page(summary.model_copy(update={"pieces": pieces}), {}))

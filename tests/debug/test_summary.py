@@ -15,10 +15,11 @@ import torch
 import pp_piecewise_backend as ppb
 from dumping import EAGER, Small, program_folders, run_small, run_toy_stage
 from models.hf import greedy_decode, make_model, make_prompts
-from pp_piecewise_backend.debug import dump
-from pp_piecewise_backend.debug.summary import SCHEMA_VERSION, Summary
+from pp_piecewise_backend.backend import backend
+from pp_piecewise_backend.debug import describe
+from pp_piecewise_backend.debug.summary import SCHEMA_VERSION, Graphs, Summary
 
-pytestmark = pytest.mark.usefixtures("fresh_backend", "fresh_dumps", "no_gradients")
+pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def test_case_2_a_llama_with_a_static_cache(tmp_path: Path) -> None:
     model = make_model("llama", 2)
     run = torch.compile(model, backend="pp_piecewise", options={**EAGER, "dump_dir": tmp_path})
     greedy_decode(run, model.config, make_prompts([5]), cache_kind="static", steps=2)
-    dump.finish()
+    backend.dumps.finish()
     summary = read(program_folders(tmp_path)[-1])
     assert summary["split_matches"] == {"scaled_dot_product_attention": 2}
     reasons = [piece["reason"] for piece in summary["pieces"] if piece["kind"] == "eager"]
@@ -89,7 +90,7 @@ def test_case_2_a_llama_with_a_static_cache(tmp_path: Path) -> None:
 # Why did call k of bucket b not replay?
 
 
-def test_case_3_a_call_that_did_not_replay(tmp_path: Path) -> None:
+def test_case_3_a_call_that_did_not_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_small(tmp_path)
     told = {
         "mode": "emulate",
@@ -98,14 +99,16 @@ def test_case_3_a_call_that_did_not_replay(tmp_path: Path) -> None:
             {"reason": "first-call", "sentence": "first call of bucket 8", "pieces": 2, "tokens": 8, "call": 1},
             {"reason": "address", "sentence": "input weight moved", "pieces": 1, "tokens": 8, "call": 7},
         ],
-        "addresses": [{"input": "weight", "pointer": 4096}],
+        "addresses": [{"input": "weight", "arrival": "parameter"}],
     }
-    ppb.programs()[0].describe_graphs = lambda: told  # type: ignore[union-attr]
-    dump.finish()
+    monkeypatch.setattr(describe, "describe_graphs", lambda program: Graphs.model_validate(told))
+    backend.dumps.finish()
     (folder,) = program_folders(tmp_path)
     graphs = read(folder)["graphs"]
     (why,) = [miss for miss in graphs["misses"] if miss["call"] == 7 and miss["tokens"] == 8]
-    assert why == {"reason": "address", "sentence": "input weight moved", "pieces": 1, "tokens": 8, "call": 7}
+    assert why == {
+        "reason": "address", "sentence": "input weight moved", "pieces": 1, "tokens": 8, "calls": 1, "call": 7,
+    }  # fmt: skip
     assert [bucket["tokens"] for bucket in graphs["buckets"]] == [8]
     assert not [miss for miss in graphs["misses"] if miss["call"] == 8]  # that one replayed
 

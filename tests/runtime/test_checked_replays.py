@@ -117,7 +117,7 @@ def test_a_broken_replay_is_put_right_and_its_bucket_dropped(device: str, caplog
     assert misses_between(before, ppb.stats()) == {"verify-failed": 4 * 3}
     assert ppb.stats().replays == before.replays
     assert any("piece[0]" in r.getMessage() and "row 1" in r.getMessage() for r in caplog.records)
-    assert "piece[0]" in pair.program.describe_graphs()["dropped"][8]
+    assert "piece[0]" in pair.program.graphs.dropped[8].sentence
     pair(rows(4, device))  # other buckets are captured as ever
     pair(rows(3, device))
     pair(rows(4, device))

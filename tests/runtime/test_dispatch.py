@@ -21,6 +21,7 @@ from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
 from checkout import CHECKOUT, TESTS
 from dumping import events_of, program_folders, summary_of
 from pp_piecewise_backend import errors
+from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime.cudagraphs import emulated, memory
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
@@ -261,8 +262,8 @@ def test_inputs_with_an_offset_run_without_graphs_and_say_so(device: str) -> Non
     for offset, num_tokens in enumerate(SIZES, 1):
         pair(rows(num_tokens, device), rows(num_tokens + offset, device)[offset:])
     assert ppb.stats().miss_reasons == {"first-call": 1, "other-dynamic-dimension": 5}
-    (obstacle,) = pair.program.describe_graphs()["never_captured"].values()
-    assert "varies, next to the token count" in obstacle[1]
+    (obstacle,) = describe_graphs(pair.program).never_captured
+    assert "varies, next to the token count" in obstacle.sentence
 
 
 @on_devices
@@ -331,7 +332,7 @@ def test_a_new_large_cache_for_each_conversation(device: str) -> None:
     # Captured again four times at most; the piece that does not read it always replays.
     moved = {"address-moved": 1}
     assert found == [moved, {}, {}] * 4 + [moved] * 6
-    assert "address-moved" in {miss["reason"] for miss in pair.program.describe_graphs()["misses"]}
+    assert "address-moved" in {miss.reason for miss in describe_graphs(pair.program).misses}
 
 
 @on_devices
@@ -402,7 +403,7 @@ def test_graph_memory_is_kept_within_its_limit(device: str, caplog: pytest.LogCa
     reasons = ppb.stats().miss_reasons
     assert reasons["graph-memory"] > 0
     assert ppb.stats().graph_bytes <= limit
-    dropped = pair.program.describe_graphs()["dropped"]
+    dropped = {entry.tokens: entry.sentence for entry in describe_graphs(pair.program).dropped}
     assert 8 in dropped and "graph_memory_bytes" in dropped[8]
     assert any("bucket of 8 tokens" in record.getMessage() for record in caplog.records)
     assert device == "cuda" or ppb.stats().replays > 0  # the smaller buckets are kept
@@ -558,7 +559,7 @@ def test_padding_never_replays_exact_sizes_only(device: str) -> None:
         pair(rows(num_tokens, device))
     assert ppb.stats().miss_reasons == {"first-call": 2 * 3, "padding-off": 2 * 3}
     assert ppb.stats().replays == 4 * 3 and ppb.stats().padded_tokens == 0
-    assert "padding-off" in {miss["reason"] for miss in pair.program.describe_graphs()["misses"]}
+    assert "padding-off" in {miss.reason for miss in describe_graphs(pair.program).misses}
 
 
 @torch.library.custom_op("graphstest::reading_on_the_host", mutates_args=())
@@ -582,7 +583,7 @@ def test_a_piece_that_cannot_be_captured_runs_without_its_graph(device: str) -> 
         pair(rows(num_tokens, device))
     assert ppb.stats().miss_reasons == {"first-call": 2, "capture-failed": 4}
     assert ppb.stats().replays == 4
-    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
+    (reason,) = describe_graphs(pair.program).buckets[0].not_captured.values()
     assert "from the host" in reason
 
 

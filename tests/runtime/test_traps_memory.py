@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
 from models.toy_stage import SPLIT_OPS, ToyStage
+from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime import dispatch, padding_test, replay
 from pp_piecewise_backend.runtime.stage import StageMemory
 
@@ -456,7 +457,7 @@ def tensor_replaced_at_the_same_shape(device: str) -> None:
         pair(rows(5 + call, device), masks[1])
         assert misses_between(before, ppb.stats()) == reasons, call
         assert ppb.stats().replays - before.replays == 2 - len(reasons)
-    assert "address-moved" in [miss["reason"] for miss in pair.program.describe_graphs()["misses"]]
+    assert "address-moved" in [miss.reason for miss in describe_graphs(pair.program).misses]
 
 
 @trap("R7")

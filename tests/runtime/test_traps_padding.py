@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, misses_between, net, rows
 from pp_piecewise_backend.compilation.inductor import CompiledPiece
+from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime.capture_plan import GraphPlan
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
@@ -420,7 +421,7 @@ def guard_that_the_bucket_breaks(device: str) -> None:
         pair(rows(num_tokens, device))
     assert ppb.stats().miss_reasons == {"first-call": 2, "guard": 4}
     assert ppb.stats().replays == 4
-    (reason,) = pair.program.describe_graphs()["buckets"][0]["not_captured"].values()
+    (reason,) = describe_graphs(pair.program).buckets[0].not_captured.values()
     assert "does not hold" in reason
     assert pair.program.plain_runs == {0: "the compiled code does not hold for sizes [8]"}
 

@@ -224,3 +224,11 @@ def test_an_exception_of_the_body_wins() -> None:
 def test_expects_nest() -> None:
     with expect(pieces=3), expect(pieces=3):
         TOTALS.add("pieces", 3)
+
+
+def test_as_text_a_snapshot_leaves_out_what_is_zero() -> None:
+    stats = Stats()
+    stats.add("calls", 2)
+    stats.add_miss("first-call", 3)
+    assert str(stats.snapshot()) == "Snapshot(calls=2, graph_misses=3, miss_reasons={'first-call': 3})"
+    assert "replays=0" in repr(stats.snapshot())

@@ -1,0 +1,220 @@
+"""The only description of a program: a ``Summary``, which explain, report, inspect and dumps render.
+
+It may be made while another thread runs the program; then counters and graphs may be a call apart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any, TypeAlias
+
+from ..compilation.inductor import CompiledPiece
+from ..compilation.placeholders import GraphInput, InputTable
+from ..compilation.specs import TensorSpec
+from ..compilation.split import Piece, Split
+from ..config import Config, rank_in_environment
+from ..runtime.ownership import find_boundary
+from ..runtime.program import Program, UnsplitProgram
+from ..utils.versions import versions
+from .piece_script import source_text
+from .summary import (
+    BucketEntry,
+    DroppedEntry,
+    Graphs,
+    InputEntry,
+    MissEntry,
+    NeverCapturedEntry,
+    OptionEntry,
+    PieceEntry,
+    Progress,
+    Summary,
+)
+
+AnyProgram: TypeAlias = Program | UnsplitProgram
+
+
+def describe(
+    program: AnyProgram, compile_states: Mapping[int, str] | None = None, base: Summary | None = None
+) -> Summary:
+    """Everything that a program says of itself.
+
+    Args:
+        compile_states: "compiled", "reused" or "failed" by piece index, where it is known.
+        base: gives what is not the program's to say; made here without one.
+    """
+    described: dict[str, Any] = {
+        "progress": progress_of(program), "counters": program.stats.as_dict(), "graphs": describe_graphs(program),
+    }  # fmt: skip
+    if isinstance(program, UnsplitProgram):
+        described["not_split"] = program.reason
+    else:
+        described |= describe_split(program.split, program.table, program.pieces)
+        seconds = program.step_seconds
+        described["pieces"] = [
+            entry.model_copy(
+                update=_describe_compiled(compiled, (compile_states or {}).get(entry.index))
+                | {"plain_run": program.plain_runs.get(entry.index), "step_seconds": seconds.get(entry.index)}
+            )
+            for entry, compiled in zip(described["pieces"], program.compiled, strict=True)
+        ]
+        described["whole_plain_run"] = program.whole_plain_run
+    return (base or begin(program.name, program.config)).model_copy(update=described)
+
+
+def begin(name: str, config: Config) -> Summary:
+    """What is known before anything has happened to the graph."""
+    return Summary(
+        progress="traced",
+        name=name,
+        rank=rank_in_environment(),
+        process_id=os.getpid(),
+        written_at=now(),
+        versions=versions(),
+        settings=repr(config),
+        config=[
+            OptionEntry(option=row.name, environment=row.environment_name, value=row.value, source=row.source)
+            for row in config.table()
+        ],
+    )
+
+
+def describe_split(split: Split, table: InputTable, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The fields of a ``Summary`` that are known once the graph is cut."""
+    boundary = find_boundary(split, table)
+    return {
+        "token_count": None if table.token_count is None else str(table.token_count),
+        "token_reason": table.token_reason,
+        "unmatched_stage_inputs": list(table.unmatched_stage_inputs),
+        "split_matches": dict(split.cuts.matches),
+        "attention_like": list(split.cuts.attention_like),
+        "landing_free_behind": boundary.last_reader,
+        "results_written_from": boundary.first_writer,
+        "inputs": [_describe_input(graph_input) for graph_input in table.inputs],
+        "pieces": [_describe_piece(piece, file) for piece, file in zip(pieces, piece_files(pieces), strict=True)],
+    }
+
+
+def describe_graphs(program: AnyProgram) -> Graphs:
+    """What is captured and what missed."""
+    if isinstance(program, UnsplitProgram):
+        return Graphs(mode="none")
+    graphs = program.graphs
+    if graphs is None:
+        return Graphs(mode="off", reason=program.graphs_off_reason)
+    plan = graphs.plan
+    return Graphs(
+        mode=f"{plan.config.mode}, {plan.kind}",
+        ladder=str(plan.ladder),
+        has_one_size=plan.token_symbol is None,
+        buckets=[
+            BucketEntry(
+                tokens=bucket.tokens,
+                bytes=bucket.graph_bytes,
+                seconds=bucket.seconds,
+                pieces=len(bucket.graphs),
+                not_captured={step: reason.sentence for step, reason in bucket.obstacles.items()},
+            )
+            for bucket, _ in graphs.buckets
+        ],
+        dropped=[
+            DroppedEntry(tokens=tokens, reason=reason.code, sentence=reason.sentence)
+            for tokens, reason in graphs.dropped.items()
+        ],
+        never_captured=[
+            NeverCapturedEntry(piece=step, reason=reason.code, sentence=reason.sentence)
+            for step, reason in plan.obstacles.items()
+        ],
+        misses=[
+            MissEntry(
+                reason=reason.code,
+                sentence=reason.sentence,
+                pieces=missed.pieces,
+                tokens=tokens,
+                calls=missed.calls,
+                call=missed.last_call,
+            )
+            for (reason, tokens), missed in list(graphs.miss_log.items())
+        ],
+        addresses=[
+            {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
+            for at, arrival in plan.arrivals.items()
+        ],
+    )
+
+
+def short_source(source: str) -> str:
+    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` as ``self.layers.0.weight``."""
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", source)
+    return re.sub(r"^[LG]\['([^']+)'\]", r"\1", text)
+
+
+def progress_of(program: AnyProgram) -> Progress:
+    return "not split" if isinstance(program, UnsplitProgram) else "built"
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def piece_file(piece: Piece) -> str:
+    return f"piece_{piece.index:02d}_compute.py" if piece.kind == "compute" else f"piece_{piece.index:02d}_eager.txt"
+
+
+def piece_files(pieces: Sequence[Piece]) -> list[str]:
+    """Per piece the file of the first one with its key."""
+    first: dict[tuple[str, str], str] = {}
+    return [first.setdefault((piece.kind, piece.key), piece_file(piece)) for piece in pieces]
+
+
+def _describe_input(graph_input: GraphInput) -> InputEntry:
+    spec = graph_input.spec
+    return InputEntry(
+        name=graph_input.name,
+        source=short_source(graph_input.source),
+        label=graph_input.label,
+        kind=graph_input.kind,
+        reason=graph_input.reason,
+        type=str(graph_input.expression if spec is None else spec),
+        stride=None if spec is None else [str(step) for step in spec.stride],
+        device=None if spec is None else str(spec.device),
+        storage=None if spec is None else spec.storage,
+        token_dim=graph_input.token_dim,
+    )
+
+
+def _describe_piece(piece: Piece, file: str) -> PieceEntry:
+    return PieceEntry(
+        index=piece.index,
+        kind=piece.kind,
+        ops=list(piece.ops),
+        reason=piece.reason,
+        key=piece.key,
+        file=file,
+        inputs=[source_text(source) for source in piece.inputs],
+        input_types=[_type_text(spec) for spec in piece.input_specs],
+        outputs=list(piece.outputs),
+        output_types=[_type_text(spec) for spec in piece.output_specs],
+        reads_stage_inputs=list(piece.reads_stage_inputs),
+        writes_stage_outputs=piece.writes_stage_outputs,
+        padding=piece.padding,
+    )
+
+
+def _describe_compiled(compiled: CompiledPiece | None, state: str | None) -> dict[str, Any]:
+    if compiled is None:
+        return {}
+    return {
+        "compiled": state or ("compiled" if compiled.failure is None else "failed"),
+        "compile_seconds": round(compiled.compile_seconds, 6),
+        "failure": compiled.failure,
+        "conditions": [str(condition) for condition in compiled.conditions],
+    }
+
+
+def _type_text(spec: object) -> str:
+    if isinstance(spec, TensorSpec):
+        return f"{spec} stride [{', '.join(map(str, spec.stride))}]"
+    return "number" if spec is None else str(spec)
