@@ -8,6 +8,10 @@ their own: the thread that finds a peer lost ends them all. It records the ``Fau
 neighbours, so that a pipeline fails at once and not rank by rank, and breaks the transfers that are under way.
 A rank that compiles may hold up its own threads; it says so before (``Links.busy``), and has ``setup_seconds`` then.
 
+Note [who may wait for the verdict]
+A transfer that breaks waits for the listener to say why. The listener itself posts receives, and others do so holding
+what it needs to go on, so posting never waits: a receive that finds its wire broken fails in its transfer's ``wait()``.
+
 Note [stopping]
 Each end says STOP when it has nothing more to say, and listens on until the other has said it too; who then hears STOP
 repeats it, since the other may wait for it. A receiving end that says STOP first asks for an early end: what was
@@ -435,7 +439,7 @@ class Receiver(End):
 
         Raises:
             ValueError: the views are not what the plan says, or it is not their turn.
-            PeerLost: the pipeline broke.
+            PeerLost: the pipeline is known to be broken; what breaks here shows in ``wait()``.
         """
         if header.sequence != self._received:
             raise ValueError(errors.wrong_turn("received", header.sequence, self._received))
@@ -444,8 +448,12 @@ class Receiver(End):
         def doing() -> str:
             return f"receiving {_what(header, slot)} from rank {self.peer_rank}"
 
-        with _Raising(self, doing):
+        if self.is_broken:
+            self.check(doing())
+        try:
             pending = self._landing(ordered)
+        except (ConnectionError, TimeoutError) as error:
+            pending = _NeverLands(error)  # see Note [who may wait for the verdict]
         self._received += 1
         self._count("recvs", "bytes_received", header.num_tokens)
         return Transfer(self, pending, doing)
@@ -474,6 +482,16 @@ class Receiver(End):
         self._headers.put(header)
         if self.on_news is not None:
             self.on_news()
+
+
+class _NeverLands:
+    """A receive whose wire was broken when it was posted."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error
 
 
 class Sibling(End):

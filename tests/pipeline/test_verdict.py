@@ -1,0 +1,91 @@
+"""Why a transfer broke is for the listener to say, whichever thread finds it broken and whatever it holds meanwhile."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import pp_piecewise_backend as ppb
+from pp_piecewise_backend.pipeline.fault import Fault
+from pp_piecewise_backend.pipeline.feedback import FeedbackReader
+from pp_piecewise_backend.pipeline.header import Header, Kind
+from pp_piecewise_backend.pipeline.inbox import Inbox
+from pp_piecewise_backend.pipeline.link import LinkSettings, Receiver
+from pp_piecewise_backend.pipeline.plan import Plan, Schema
+from pp_piecewise_backend.pipeline.transports.base import Patience
+from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
+from pp_piecewise_backend.utils.counters import Stats
+
+PROXIES = {"hidden_states": ppb.Proxy((4,), torch.float32)}
+LADDER = Ladder((1, 2, 4))
+CPU = torch.device("cpu")
+
+
+class HungUp:
+    """A wire whose other end hangs up: it announced a micro-batch, and then another one, and that it failed.
+
+    The second half is heard once somebody asks for the tensors of the first, which finds the wire broken.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def say(self, kind: Kind, sequence: int, num_tokens: int = 0, tag: bytes = b"") -> None:
+        header = Header(kind, self._plan.fingerprint, sequence, 0, num_tokens, bucket_tokens=num_tokens, tag=tag)
+        self._messages.put(header.pack())
+
+    def hear(self, timeout_seconds: float) -> bytes:
+        return self._messages.get(timeout=timeout_seconds)
+
+    def receive(self, tensors: Sequence[torch.Tensor]) -> Any:
+        self.say(Kind.DATA, 1, 2)
+        self.say(Kind.FAILED, 0, tag=b"ValueError")
+        raise ConnectionResetError("the other end hung up")
+
+    def landing_memory(self, num_bytes: int) -> None:
+        return None
+
+    def tell(self, message: bytes) -> None: ...
+
+    def flush(self, timeout_seconds: float) -> None: ...
+
+    def break_data(self) -> None: ...
+
+    def break_control(self) -> None: ...
+
+
+def receiver() -> tuple[HungUp, Receiver]:
+    plan = Plan(LADDER, stage_count=2, has_feedback=False, fingerprint=7)
+    wire = HungUp(plan)
+    settings = LinkSettings(plan, Patience(silence_seconds=30.0), Fault(), Stats())
+    return wire, Receiver(wire, Schema(PROXIES), own_rank=1, peer_rank=0, settings=settings)  # type: ignore[arg-type]
+
+
+def views(num_tokens: int) -> dict[str, torch.Tensor]:
+    return {"hidden_states": torch.zeros(num_tokens, 4)}
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["posted by the listener", "posted by the reader"])
+def test_a_receive_posted_too_late_names_what_failed(early: bool) -> None:
+    wire, incoming = receiver()
+    inbox = Inbox(incoming, views, CPU, early=early, timeline=lambda: None)
+    inbox.release()
+    threading.Timer(0.2, wire.say, (Kind.DATA, 0, 2)).start()  # the reader waits by then
+    incoming.start()
+    with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
+        inbox.take()
+
+
+def test_feedback_that_never_lands_names_what_failed() -> None:
+    wire, incoming = receiver()
+    reader = FeedbackReader(incoming, 4, CPU, slot_count=1, stats=Stats())
+    incoming.start()
+    wire.say(Kind.DATA, 0, 2)
+    with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
+        reader.next()
