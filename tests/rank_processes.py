@@ -90,7 +90,8 @@ class _Server:
         path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            # Asked otherwise whether there are GPUs, CUDA would begin in the server, and not work in forked ranks.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -119,8 +120,9 @@ def _serve() -> None:
     import pp_piecewise_backend.pipeline.transports.torch_distributed  # noqa: F401
 
     torch.set_num_threads(1)
-    torch.compile(torch.sin, backend="eager")(torch.ones(2))  # Dynamo makes its tables
-    torch._dynamo.reset()
+    if not torch.cuda.is_available():  # Dynamo begins CUDA where there are GPUs
+        torch.compile(torch.sin, backend="eager")(torch.ones(2))  # Dynamo makes its tables
+        torch._dynamo.reset()
     for line in sys.stdin:
         request = json.loads(line)
         importlib.import_module(request["target"].partition(":")[0])  # once, and not in each rank

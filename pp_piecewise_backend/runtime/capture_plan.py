@@ -143,11 +143,15 @@ class GraphPlan:
         return [at for at, block in places if args[at].data_ptr() != block or args[at].stride() != strides[at]]
 
     def overwrites_an_argument(self, args: Sequence[Any], foreign: Collection[int]) -> bool:
-        """Whether an argument lies in memory to which one of these stage inputs is about to be brought."""
+        """Whether bringing these stage inputs to landing memory may overwrite what the caller passes.
+
+        What the graph does not use is not among ``args``: where one proxy lies in the memory of another, the other one
+        may lie in that of the first, so any argument in landing memory counts that is not in its own place.
+        """
         if not foreign or self.stage is None or not self.stage.is_shown:
             return False
-        blocks = {self.landing_blocks[at] for at in foreign}
-        return any(address(args[at]) in blocks for at in self.passed_in_the_call)
+        in_place = self.landing_blocks.keys() - foreign
+        return any(at not in in_place and address(args[at]) in self.landing_addresses for at in self.passed_in_the_call)
 
 
 def plan_graphs(

@@ -61,23 +61,22 @@ def test_one_feedback_is_read_while_all_that_may_be_in_flight_arrive() -> None:
     thread.start()
 
     def microbatches(first: ppb.StageRunner) -> Iterator[ppb.MicroBatch]:
-        def read(arrivals: int) -> None:
-            """One feedback, looked at again when ``arrivals`` have come in all."""
-            tag, tensors = first.feedback()
-            before = tensors["tokens"].tolist()
+        def all_arrive(arrivals: int) -> None:
             deadline = time.monotonic() + LONGEST_SECONDS
             while first.stats.recvs < arrivals and time.monotonic() < deadline:
                 time.sleep(0.001)
             assert first.stats.recvs == arrivals
-            told.append((tag, before, tensors["tokens"].tolist()))
 
-        for sequence in range(count):
-            inputs: dict[str, Any] = {"input_ids": torch.full((2,), sequence)}
-            yield ppb.MicroBatch(2, str(sequence).encode(), inputs)
+        for sequence in range(count + in_flight):
             if sequence >= in_flight:
-                read(arrivals=sequence + 1)
-        while len(told) < count:
-            read(arrivals=count)
+                tag, tensors = first.feedback()
+                before = tensors["tokens"].tolist()
+            if sequence < count:
+                inputs: dict[str, Any] = {"input_ids": torch.full((2,), sequence)}
+                yield ppb.MicroBatch(2, str(sequence).encode(), inputs)
+            if sequence >= in_flight:  # as many are in flight as may be, besides the one that is read
+                all_arrive(min(sequence + 1, count))
+                told.append((tag, before, tensors["tokens"].tolist()))
 
     with runner(hub, 0, in_flight) as first:
         assert list(first.run(microbatches(first))) == [None] * count

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
+from against_eager import assert_same
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.debug.describe import describe_graphs
@@ -211,6 +212,25 @@ def proxies_in_swapped_order(device: str) -> None:
     before = ppb.stats()
     pair(*in_landing_memory(landing, 5, device))
     assert ppb.stats().replays - before.replays == 2
+
+
+@trap("landing")
+def proxy_in_the_memory_of_one_that_the_graph_does_not_use(device: str) -> None:
+    """Bringing it to its own memory would overwrite the other one, which the program never sees."""
+    landing = stage(device)
+
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return torch.ops.traps.mix(hidden_states @ self.w) @ self.w
+
+    pair = Pair(net(forward, device), device, stage=landing)
+    for num_tokens in SIZES:
+        pair(*in_landing_memory(landing, num_tokens, device))
+    for num_tokens in SIZES:
+        hidden_states, residual = in_landing_memory(landing, num_tokens, device)
+        before, kept = ppb.stats(), hidden_states.clone()
+        pair(residual, hidden_states)
+        assert_same(hidden_states, kept)
+        assert misses_between(before, ppb.stats()) == {"inputs-overlap": 2}
 
 
 @trap("landing")
