@@ -33,7 +33,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges
 
-TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0")
+TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0", "2.14.1")
 
 GUARDS_PARAMETER_STRIDES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 """Whether Dynamo notices that a parameter was given other strides at its old address; 2.11 does not [ran]."""
