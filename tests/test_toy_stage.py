@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from models.toy_stage import SPLIT_OPS, ToyStage
+from tiers import slow_but
 
 ATTENTION = "toy::attention"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,9 @@ def attention_steps(program: Any) -> int:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", slow_but(["middle", "middle-inplace-norm", "first-inplace-norm", "last-inplace-norm"], list(VARIANTS))
+)
 def test_equal_to_eager_bit_by_bit(variant: str) -> None:
     stage = ToyStage(3, **VARIANTS[variant])
     reference = copy.deepcopy(stage)
@@ -99,7 +101,7 @@ def test_equal_to_eager_bit_by_bit(variant: str) -> None:
     assert ppb.stats().unmatched_split_ops == 0
 
 
-@pytest.mark.parametrize("variant", ["middle", "middle-inplace-norm", "whole"])
+@pytest.mark.parametrize("variant", slow_but(["middle-inplace-norm"], ["middle", "middle-inplace-norm", "whole"]))
 def test_equal_to_eager_with_inductor(variant: str) -> None:
     stage = ToyStage(2, **VARIANTS[variant])
     reference = copy.deepcopy(stage)
@@ -111,7 +113,7 @@ def test_equal_to_eager_with_inductor(variant: str) -> None:
 
 @pytest.mark.compat
 @pytest.mark.parametrize("inplace_norm", [False, True], ids=["functional-norm", "inplace-norm"])
-@pytest.mark.parametrize("num_layers", [4, 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_layers", [4, 10, pytest.param(64, marks=pytest.mark.slow)])
 def test_three_pieces_are_compiled_at_any_depth(num_layers: int, inplace_norm: bool) -> None:
     stage = ToyStage(num_layers, inplace_norm=inplace_norm)
     compiled = compile_stage(stage)
@@ -191,13 +193,9 @@ def test_stages_of_one_process_share_pieces() -> None:
             compile_stage(stage)(**inputs)
 
 
-@pytest.mark.parametrize(
-    "variants",
-    [("middle-inplace-norm", "first", "last-inplace-norm"), pytest.param(tuple(VARIANTS), marks=pytest.mark.slow)],
-    ids=["three", "all"],
-)
-def test_different_models_do_not_disturb_one_another(variants: Sequence[str]) -> None:
-    stages = [ToyStage(2, **VARIANTS[variant]) for variant in variants]
+@pytest.mark.slow
+def test_different_models_do_not_disturb_one_another() -> None:
+    stages = [ToyStage(2, **options) for options in VARIANTS.values()]
     references = [copy.deepcopy(stage) for stage in stages]
     compiled = [compile_stage(stage) for stage in stages]
     with torch._dynamo.config.patch(recompile_limit=32):
@@ -209,7 +207,7 @@ def test_different_models_do_not_disturb_one_another(variants: Sequence[str]) ->
 
 @pytest.mark.timeout(120)
 def test_threads_compile_at_the_same_time() -> None:
-    stages = [ToyStage(2, inplace_norm=bool(index % 2), hidden=32 * (1 + index // 2)) for index in range(4)]
+    stages = [ToyStage(2, inplace_norm=bool(index % 2), hidden=32 * (1 + index // 2)) for index in range(3)]
     references = [copy.deepcopy(stage) for stage in stages]
     compiled = [compile_stage(stage) for stage in stages]
     barrier = threading.Barrier(len(stages))
@@ -218,7 +216,7 @@ def test_threads_compile_at_the_same_time() -> None:
     def run(index: int) -> None:
         try:
             barrier.wait(timeout=30)
-            # One code object for all: four models with three programs each. The setting is a thread's own.
+            # One code object for all: three models with three programs each. The setting is a thread's own.
             with torch._dynamo.config.patch(recompile_limit=32):
                 for tokens, start in CALLS:
                     assert_call_equals_eager(compiled[index], stages[index], references[index], tokens, start)

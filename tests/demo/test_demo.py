@@ -320,7 +320,7 @@ def handoff_of(output: str) -> list[dict[str, int]]:
     return rows
 
 
-@pytest.mark.parametrize(("ranks", "asked"), slow_but([(2, 20)], [(2, 20), (2, 200), (4, 200)]))
+@pytest.mark.parametrize(("ranks", "asked"), slow_but([(2, 10)], [(2, 10), (2, 200), (4, 200)]))
 def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int, asked: int) -> None:
     result = run_demo("--ranks", str(ranks), "--compiler", "eager", "--questions", str(asked))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -373,6 +373,7 @@ def test_one_rank_alone_needs_no_feedback() -> None:
     assert "18 of 18" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_fails_the_command_and_shows_its_error(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(OWN_MODEL_DIR, broken)

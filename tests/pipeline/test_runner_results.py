@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,38 +65,6 @@ def too_early(*args: Any) -> Boundary:
     found = find_boundary(*args)
     last = found.last_reader
     return Boundary(None if last is None else last - 1, found.first_writer, found.landing_storages)
-
-
-def test_a_release_one_step_too_early_gives_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pp_piecewise_backend.runtime.capture_plan.find_boundary", too_early)
-    with pytest.raises(AssertionError):
-        test_results_are_those_of_one_thread_bit_for_bit(2, None, "cpu")
-
-
-def test_without_the_wait_for_the_last_send_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppb.StageRunner, "results_are_written", lambda self: None)
-    with pytest.raises(AssertionError):
-        test_results_are_those_of_one_thread_bit_for_bit(3, None, "cpu")
-
-
-def test_only_steps_that_write_results_wait_for_the_last_send(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[int, list[str]] = {}
-
-    def noting(name: str) -> Callable[[ppb.StageRunner], None]:
-        original = getattr(ppb.StageRunner, name)
-
-        def noted(self: ppb.StageRunner) -> None:
-            if self._in_forward:
-                told.setdefault(self.stage, []).append(name)
-            original(self)
-
-        return noted
-
-    for name in ("landing_was_read", "results_are_written"):
-        monkeypatch.setattr(ppb.StageRunner, name, noting(name))
-    all_well(in_threads(3, play_all(sizes(10))))
-    # On the last stage results are the caller's, and nothing is sent from where they lie.
-    assert told[1] == ["landing_was_read", "results_are_written"] * 10
 
 
 def test_a_trace_shows_every_micro_batch_on_every_rank(tmp_path: Path) -> None:
