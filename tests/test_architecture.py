@@ -101,9 +101,6 @@ MUST_NOT_KNOW = {
     **dict.fromkeys(TRANSPORTS, COMPILATION | RUNTIME | DEBUG | {"backend", "config"}),
 }
 
-# Arrows against the order that are still to be turned round; nothing may be added.
-STILL_AGAINST_THE_ORDER: set[tuple[str, str]] = set()
-
 # Outside the library core: these may import the public package and what they like besides.
 OUTSIDE_THE_CORE = {"__init__", "__main__", "demo", "integrations"}
 
@@ -238,9 +235,8 @@ def violations_of_doors(module: str, tree: ast.AST) -> list[str]:
 
 def violations_of_order(module: str, tree: ast.AST) -> list[str]:
     allowed = set(ORDER[: ORDER.index(module)]) - MUST_NOT_KNOW.get(module, set())
-    known = {imported for importer, imported in STILL_AGAINST_THE_ORDER if importer == module}
     imported = {name for name in own_imports(module, tree) if name != module}
-    return [f"{module} imports {name}" for name in sorted(imported - allowed - known)]
+    return [f"{module} imports {name}" for name in sorted(imported - allowed)]
 
 
 # ------------------------------------------------------------------------------------- the rules
@@ -275,11 +271,6 @@ def test_a_folder_stands_together_in_the_order() -> None:
     runs = [folder for index, folder in enumerate(folders) if index == 0 or folder != folders[index - 1]]
     inner = [folder for folder in runs if folder]
     assert len(inner) == len(set(inner)), runs
-
-
-def test_no_arrow_against_the_order_is_excused_longer_than_needed() -> None:
-    arrows = {(module, name) for module, path in core_sources() for name in own_imports(module, parse(path))}
-    assert arrows >= STILL_AGAINST_THE_ORDER
 
 
 @pytest.mark.parametrize(("module", "path"), CORE)
@@ -361,10 +352,7 @@ def test_what_the_order_lets_through() -> None:
     assert violations_of_order("compilation.split", ast.parse(source)) == []
 
 
-@pytest.mark.parametrize(
-    "module",
-    [module for module in ORDER[:-1] if (module, ORDER[ORDER.index(module) + 1]) not in STILL_AGAINST_THE_ORDER],
-)
+@pytest.mark.parametrize("module", ORDER[:-1])
 def test_an_arrow_turned_round_is_refused(module: str) -> None:
     """Each module with an import of the next one in the order, under ``TYPE_CHECKING`` and in a function."""
     later = ORDER[ORDER.index(module) + 1].removesuffix(".__init__")

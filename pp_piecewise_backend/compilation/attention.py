@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..config import SplitOps
 from .analysis import GraphFacts
-from .fx_utils import nested_graphs, op_names, plain_op_name
+from .fx_utils import nested_graphs, op_names, plain_op_name, reachable
 from .placeholders import GraphInput
 
 BUILTIN_SPLIT_OPS: tuple[str, ...] = (
@@ -170,11 +170,4 @@ def _ways(
                 ends.add(neighbour)
             elif not known and not facts.nodes[neighbour].heavy:
                 waiting.append(neighbour)
-    found: set[Node] = set()
-    back = list(ends)
-    while back:
-        node = back.pop()
-        if node not in found:
-            found.add(node)
-            back += came_from[node]
-    return found
+    return reachable(ends, came_from)

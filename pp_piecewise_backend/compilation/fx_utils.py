@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch.fx import GraphModule, Node
 
@@ -76,3 +76,15 @@ def nested_graphs(node: Node) -> Iterator[GraphModule]:
             value = operator.attrgetter(str(argument.target))(owner)
             if isinstance(value, GraphModule):
                 yield value
+
+
+def reachable(nodes: Iterable[Node], edges: Mapping[Node, Collection[Node]]) -> set[Node]:
+    """These nodes and all that edges lead to from them."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += edges[node]
+    return found

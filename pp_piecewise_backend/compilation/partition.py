@@ -14,7 +14,7 @@ Each new cut can separate a birth from a write, so the rules are applied until n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from ..errors import SplitError
 from ..utils import torch_compat
 from .analysis import EFFECT, GraphFacts
 from .attention import SplitOpMatcher, find_written_out_attention, looks_like_attention
-from .fx_utils import is_getitem, op_name
+from .fx_utils import is_getitem, op_name, reachable
 from .placeholders import GraphInput
 from .specs import TensorSpec
 
@@ -414,7 +414,7 @@ class _Cutter:
         for step in _absorb(self._runs(self._order), self._facts)[1:]:
             if step.kind == "compute":
                 continue
-            closure = _closure(step.nodes, needs)
+            closure = reachable(step.nodes, needs)
             if not any(self._facts.nodes[node].heavy or node in self._split_ops for node in closure):
                 front |= closure
         return [n for n in self._order if n in front], [n for n in self._order if n not in front]
@@ -474,17 +474,6 @@ def _absorb(steps: list[Step], facts: GraphFacts) -> list[Step]:
 def _is_trivial(node: Node, facts: GraphFacts) -> bool:
     """Whether the node makes a view and nothing else."""
     return not facts.nodes[node].born and not facts.nodes[node].writes
-
-
-def _closure(nodes: Iterable[Node], needs: Mapping[Node, set[Node]]) -> set[Node]:
-    found: set[Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += needs[node]
-    return found
 
 
 def _is_sequence(value: Any) -> bool:
