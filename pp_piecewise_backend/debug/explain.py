@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..utils.counters import counted
 from .summary import Graphs, MissEntry, PieceEntry, Summary
-from .text import (
-    common_text,
-    entry,
-    fold,
-    folded_inputs,
-    ranges,
-    shortened,
-    steps_by_reason,
-    without_numbers,
-)  # fmt: skip
+from .text import common_text, entry, fold, folded_inputs, grouped, ranges, shortened, signature, without_numbers
 
 
 def explain(summary: Summary) -> str:
@@ -48,12 +39,8 @@ def explain(summary: Summary) -> str:
         lines += entry("  not found", f"stage inputs {', '.join(summary.unmatched_stage_inputs)}")
     if summary.whole_plain_run is not None:
         lines += entry("  ran as plain FX", f"the whole graph: {summary.whole_plain_run}")
-    for piece in compute:
-        if piece.plain_run is not None:
-            lines += entry("  ran as plain FX", f"piece[{piece.index}]: {piece.plain_run}")
-    lines += _by_reason(
-        "  not compiled", {piece.index: piece.failure for piece in compute if piece.failure is not None}
-    )
+    lines += _by_reason("  ran as plain FX", {piece.index: piece.plain_run for piece in compute})
+    lines += _by_reason("  not compiled", {piece.index: piece.failure for piece in compute})
     lines += entry(
         "  compiled",
         f"{counted(counters.get('pieces_compiled', 0), 'piece')} in {counters.get('compile_seconds', 0.0):.2f} s, "
@@ -84,7 +71,6 @@ _ARRIVALS = {
     "copied": "static memory, copied in each call",
     "parameter": "parameters at their own addresses, checked in each call",
     "address": "large tensors at their own addresses, checked in each call",
-    "constant": "constants of the graph",
 }
 
 
@@ -106,23 +92,18 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry]) -> list[str]:
     never = {never.piece: f"{never.reason}: {never.sentence}" for never in graphs.never_captured}
     lines += _by_reason("  never captured", never)
     lines += _by_reason("  padding", {piece.index: piece.padding for piece in compute if piece.index not in never})
-    by_arrival: dict[str, list[str]] = {}
-    for address in graphs.addresses:
-        if address["arrival"] != "constant":
-            by_arrival.setdefault(address["arrival"], []).append(address["input"])
-    for how, labels in by_arrival.items():
-        names = ", ".join(dict.fromkeys(labels)) if how != "parameter" else counted(len(labels), "tensor")
-        lines += entry("  read from", f"{_ARRIVALS[how]}: {shortened(names)}")
+    for how, addresses in grouped(graphs.addresses, lambda address: address["arrival"]).items():
+        if how in _ARRIVALS:
+            labels = dict.fromkeys(address["input"] for address in addresses)
+            names = ", ".join(labels) if how != "parameter" else counted(len(addresses), "tensor")
+            lines += entry("  read from", f"{_ARRIVALS[how]}: {shortened(names)}")
     return lines + _miss_lines(graphs.misses)
 
 
 def _miss_lines(misses: Sequence[MissEntry]) -> list[str]:
     """One line per reason; sentences that differ in numbers only, such as a layer's, share one."""
-    alike: dict[tuple[str, str], list[MissEntry]] = {}
-    for miss in misses:
-        alike.setdefault((miss.reason, without_numbers(miss.sentence)), []).append(miss)
     lines = []
-    for (code, _), members in alike.items():
+    for (code, _), members in grouped(misses, lambda miss: (miss.reason, without_numbers(miss.sentence))).items():
         calls: dict[int | None, int] = {}
         for miss in members:  # one call can miss for several of them
             calls[miss.tokens] = max(miss.calls, calls.get(miss.tokens, 0))
@@ -134,52 +115,43 @@ def _miss_lines(misses: Sequence[MissEntry]) -> list[str]:
     return lines
 
 
-def _by_reason(head: str, reasons: dict[int, str]) -> list[str]:
-    """One line per reason, with the pieces that it holds for."""
+def _by_reason(head: str, reasons: Mapping[int, str | None]) -> list[str]:
+    """One line per reason, with the pieces that it holds for; none for pieces without one."""
     lines = []
-    for reason, steps in steps_by_reason(reasons).items():
-        lines += entry(head, f"piece[{ranges(steps)}]: {shortened(reason)}")
+    for reason, steps in grouped(reasons, lambda step: reasons[step]).items():
+        if reason is not None:
+            lines += entry(head, f"piece[{ranges(steps)}]: {shortened(reason)}")
     return lines
 
 
 # -------------------------------------------------------------------------------- steps
 
 
-class _Step(NamedTuple):
-    signature: tuple[object, ...]
-    text: str
-
-
 def _step_lines(pieces: Sequence[PieceEntry]) -> list[str]:
-    steps = [_step(piece) for piece in pieces]
     lines = []
-    for start, period, repeats in fold([step.signature for step in steps]):
+    for start, period, repeats in fold([signature(piece) for piece in pieces]):
         if repeats > 1:
             last = start + period * repeats - 1
             lines.append(f"    piece[{start}..{last}]: {repeats} times the same {counted(period, 'step')}:")
         for at in range(start, start + period):
-            text = common_text([steps[at + period * repeat].text for repeat in range(repeats)])
+            text = common_text([_step_text(piece) for piece in pieces[at : start + period * repeats : period]])
             lines += entry(f"    {'  ' if repeats > 1 else ''}piece[{pieces[at].index}]", text, indent=18)
     return lines
 
 
-def _step(piece: PieceEntry) -> _Step:
+def _step_text(piece: PieceEntry) -> str:
+    what = piece.reason if piece.kind == "eager" else f"{_ops(piece.ops)}; key {piece.key}"
     reads = f"; reads {', '.join(piece.reads_stage_inputs)}" if piece.reads_stage_inputs else ""
-    writes = "; returns results" if piece.writes_stage_outputs else ""
-    if piece.kind == "eager":
-        text = f"eager: {piece.reason}{reads}{writes}"
-        return _Step(("eager", without_numbers(text)), text)
-    text = f"compute: {_ops(piece.ops)}; key {piece.key}{reads}{writes}"
-    return _Step(("compute", piece.key, reads, writes), text)
+    return f"{piece.kind}: {what}{reads}{'; returns results' if piece.writes_stage_outputs else ''}"
 
 
 def _ops(ops: Iterable[str]) -> str:
     """The ops of a piece, most frequent kinds only, in the order of their first appearance."""
     names = [name.rpartition(".")[2] for name in ops]
-    counts = {name: names.count(name) for name in dict.fromkeys(names)}
-    shown = sorted(counts, key=lambda name: counts[name], reverse=True)[:5]
+    counts = Counter(names)
+    shown = dict(counts.most_common(5))
     listed = ", ".join(f"{name} x{counts[name]}" if counts[name] > 1 else name for name in counts if name in shown)
-    rest = len(names) - sum(counts[name] for name in shown)
+    rest = len(names) - sum(shown.values())
     return f"{counted(len(names), 'op')} ({listed}{f', {rest} more' if rest else ''})"
 
 

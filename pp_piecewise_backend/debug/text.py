@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-from .summary import InputEntry
+from .summary import InputEntry, PieceEntry
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 WIDTH = 120
 _LONGEST_REPEAT = 12
@@ -34,7 +38,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def without_numbers(text: str) -> str:
     """What is left of a text when layers and the suffixes of node names no longer count."""
-    return re.sub(r"\d+", "#", re.sub(r"_\d+\b", "", text))
+    return pattern(re.sub(r"_\d+\b", "", text))
+
+
+def pattern(text: str) -> str:
+    """The text with one sign for every number."""
+    return re.sub(r"\d+", "#", text)
 
 
 def folded_name(names: Sequence[str]) -> str:
@@ -49,7 +58,7 @@ def folded_name(names: Sequence[str]) -> str:
 
 def common_text(texts: Sequence[str]) -> str:
     """One text for several that are equal but for numbers."""
-    patterns = {re.sub(r"\d+", "#", text) for text in texts}
+    patterns = set(map(pattern, texts))
     return texts[0] if len(set(texts)) == 1 or len(patterns) > 1 else folded_name(texts)
 
 
@@ -71,22 +80,37 @@ def fold(signatures: Sequence[tuple[object, ...]]) -> list[tuple[int, int, int]]
     return blocks
 
 
-def steps_by_reason(reasons: Mapping[int, str]) -> dict[str, list[int]]:
-    """Reason -> the steps that it holds for."""
-    steps: dict[str, list[int]] = {}
-    for step, reason in reasons.items():
-        steps.setdefault(reason, []).append(step)
-    return steps
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Key -> the items that have it, in order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def folded_inputs(inputs: Sequence[InputEntry]) -> list[tuple[str, list[InputEntry]]]:
     """Inputs of one kind, reason and shape whose names differ in numbers only, each group with one name for all."""
-    groups: dict[tuple[str, ...], list[InputEntry]] = {}
-    for entry in sorted(inputs, key=lambda i: _KIND_ORDER.index(i.kind) if i.kind in _KIND_ORDER else len(_KIND_ORDER)):
-        pattern = re.sub(r"\d+", "#", entry.source or entry.name)
-        key = (entry.kind, entry.reason, pattern, re.sub(r"\bs\d+", "s#", entry.type))
-        groups.setdefault(key, []).append(entry)
+    groups = grouped(
+        sorted(inputs, key=lambda i: _KIND_ORDER.index(i.kind) if i.kind in _KIND_ORDER else len(_KIND_ORDER)),
+        lambda i: (i.kind, i.reason, pattern(i.source or i.name), re.sub(r"\bs\d+", "s#", i.type)),
+    )
     return [(folded_name([m.source or m.name for m in members]), members) for members in groups.values()]
+
+
+def plain_runs(pieces: Iterable[PieceEntry]) -> dict[str, list[int]]:
+    """Why pieces ran as plain FX -> which."""
+    why = {piece.index: piece.failure or piece.plain_run or "" for piece in pieces}
+    return grouped(filter(why.get, why), lambda index: why[index])
+
+
+def meaning(piece: PieceEntry) -> tuple[object, ...]:
+    """Equal for steps that a reader takes for the same; eager ones may differ in numbers, such as the layer's."""
+    return piece.kind, piece.key if piece.kind == "compute" else without_numbers(piece.reason)
+
+
+def signature(piece: PieceEntry) -> tuple[object, ...]:
+    """Equal for steps of one meaning that also take proxies and give results alike."""
+    return (*meaning(piece), tuple(piece.reads_stage_inputs), piece.writes_stage_outputs)
 
 
 def shortened(text: str) -> str:
