@@ -93,21 +93,20 @@ class Snapshot(Mapping[str, Any]):
             raise AttributeError(f"{type(self).__name__} has no counter {name!r}")
         return self._values[name]
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError(f"a {type(self).__name__} is read-only")
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a {type(self).__name__} is read-only")
+    __delattr__ = __setattr__
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[dict[str, Any]]]:
         return Snapshot, (self._values,)
 
     def __repr__(self) -> str:
-        return f"Snapshot({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+        return _text(self, self)
 
     def __str__(self) -> str:
         """Without the counters that are at zero."""
-        return f"Snapshot({', '.join(f'{name}={value!r}' for name, value in self.items() if value)})"
+        return _text(self, {name: value for name, value in self.items() if value})
 
 
 MAX_TO_SUM_UP = 256
@@ -124,31 +123,34 @@ class Amounts:
 
     def __init__(self, amounts: Mapping[str, int | float]) -> None:
         for name, amount in amounts.items():
-            if name not in COUNTERS or amount.__class__ is not int or amount < 0:
-                _check_amount(name, amount)
+            counter = COUNTERS.get(name)
+            if counter is None:
+                raise ValueError(_unknown(name))
+            if amount < 0 and not counter.is_gauge:
+                raise ValueError(f"counter {name!r} only rises, got {amount}")
+            if isinstance(amount, float) and isinstance(counter.zero, int):
+                raise TypeError(f"counter {name!r} counts {counter.unit} in whole numbers, got {amount}")
         self.pairs = tuple(amounts.items())
 
     def add_to(self, stats: Stats) -> None:
         """Add them. Nothing is summed up before somebody reads: a call has no time for that."""
-        inner: Stats | None = stats
-        while inner is not None:
-            times = inner._times
-            with inner._lock:
+        for each in stats._with_ancestors():
+            times = each._times
+            with each._lock:
                 times[self] = times.get(self, 0) + 1
-            inner = inner._parent
-        if len(stats._times) > MAX_TO_SUM_UP:
-            stats._sum_up()
+                if len(times) > MAX_TO_SUM_UP:
+                    each._sum_up()
 
 
 class Stats:
     """A set of counters that threads may add to; each is readable as an attribute.
 
     Everything added is added to ``parent`` too, so what a program counted stays in the process totals
-    after the program is gone. A program calls ``add_many`` once per run.
+    after the program is gone.
     """
 
     def __init__(self, parent: Stats | None = None) -> None:
-        self._parent = parent
+        self._ancestors: tuple[Stats, ...] = () if parent is None else parent._with_ancestors()
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = {name: counter.zero for name, counter in COUNTERS.items()}
         self._miss_reasons: dict[str, int] = {}
@@ -167,27 +169,20 @@ class Stats:
                 amount below 0 for a counter that is not a gauge.
             TypeError: a fraction for a counter that counts whole things.
         """
-        checked = Amounts(amounts)
-        stats: Stats | None = self
-        while stats is not None:
-            with stats._lock:
-                stats._count(checked, 1)
-            stats = stats._parent
+        Amounts(amounts).add_to(self)
 
     def add_miss(self, reason: str, pieces: int = 1) -> None:
         """Count compute pieces that ran un-captured although graphs are on, all for one reason."""
         if pieces < 0:
             raise ValueError(f"cannot count {pieces} missed pieces")
-        stats: Stats | None = self if pieces else None
-        while stats is not None:
+        for stats in self._with_ancestors() if pieces else ():
             with stats._lock:
                 stats._miss_reasons[reason] = stats._miss_reasons.get(reason, 0) + pieces
-            stats = stats._parent
 
     def as_dict(self) -> dict[str, Any]:
         """A copy of all counters, which no later addition changes."""
-        self._sum_up()
         with self._lock:
+            self._sum_up()
             misses = dict(self._miss_reasons)
             return {**self._counts, "graph_misses": sum(misses.values()), "miss_reasons": misses}
 
@@ -196,23 +191,20 @@ class Stats:
 
     def reset(self) -> None:
         """Zero all counters but the gauges, here only: a parent keeps its totals."""
-        self._sum_up()
         with self._lock:
+            self._sum_up()
             self._counts.update({name: c.zero for name, c in COUNTERS.items() if not c.is_gauge})
             self._miss_reasons.clear()
 
-    def _sum_up(self) -> None:
-        stats: Stats | None = self
-        while stats is not None:
-            with stats._lock:
-                for amounts, times in stats._times.items():
-                    stats._count(amounts, times)
-                stats._times.clear()
-            stats = stats._parent
+    def _with_ancestors(self) -> tuple[Stats, ...]:
+        return (self, *self._ancestors)
 
-    def _count(self, amounts: Amounts, times: int) -> None:
-        for name, amount in amounts.pairs:
-            self._counts[name] += amount * times
+    def _sum_up(self) -> None:
+        """Turn what was added into counts; the caller holds the lock."""
+        for amounts, times in self._times.items():
+            for name, amount in amounts.pairs:
+                self._counts[name] += amount * times
+        self._times.clear()
 
     def __getattr__(self, name: str) -> Any:
         if name not in NAMES:
@@ -220,8 +212,7 @@ class Stats:
         return self.as_dict()[name]
 
     def __repr__(self) -> str:
-        counted = {name: value for name, value in self.as_dict().items() if value}
-        return f"Stats({', '.join(f'{name}={value!r}' for name, value in counted.items())})"
+        return _text(self, {name: value for name, value in self.as_dict().items() if value})
 
 
 TOTALS = Stats()
@@ -266,14 +257,8 @@ def _delta(before: Any, after: Any) -> Any:
     return {key: delta for key, delta in deltas.items() if delta}
 
 
-def _check_amount(name: str, amount: int | float) -> None:
-    counter = COUNTERS.get(name)
-    if counter is None:
-        raise ValueError(_unknown(name))
-    if amount < 0 and not counter.is_gauge:
-        raise ValueError(f"counter {name!r} only rises, got {amount}")
-    if isinstance(amount, float) and isinstance(counter.zero, int):
-        raise TypeError(f"counter {name!r} counts {counter.unit} in whole numbers, got {amount}")
+def _text(counted: object, counts: Mapping[str, Any]) -> str:
+    return f"{type(counted).__name__}({', '.join(f'{name}={value!r}' for name, value in counts.items())})"
 
 
 def _unknown(name: str) -> str:
