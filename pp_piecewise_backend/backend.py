@@ -85,23 +85,28 @@ class PiecewiseBackend:
         try:
             facts = collect_facts(graph_module, example_inputs)
             table = classify_inputs(facts, _tail_ranks(config, stage))
+            if facts.needs_gradient:
+                sources = {i.name: short_source(i.source) or i.label for i in table.inputs}
+                names = [sources[name] for name in facts.needs_gradient]
+                raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
             facts = facts.with_equal_symbols(table.equal_symbols)
-            whole = config.mode == "full"
-            split = None if facts.needs_gradient else split_graph(facts, table, matcher, whole=whole)
-        except errors.SplitError as error:
-            return _told(events, self._unsplit(name, graph_module, example_inputs, config, str(error)))
+            split = split_graph(facts, table, matcher, whole=config.mode == "full")
+        except (errors.SplitError, errors.GradientFallback) as error:
+            program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, error)
         except Exception as error:
             # A graph that we do not understand must still run; the traceback is for the report of the bug.
             _LOG.error("%s: internal error while splitting", name, exc_info=True)
-            reason = errors.internal_error(error)
-            return _told(events, self._unsplit(name, graph_module, example_inputs, config, reason))
-        if split is None:
-            sources = {i.name: short_source(i.source) or i.label for i in table.inputs}
-            needs = [sources[name] for name in facts.needs_gradient]
-            return _told(events, self._fall_back_for_gradients(name, graph_module, example_inputs, config, needs))
-        events.split(split, table)
-        self._report_unmatched(config, matcher, table, split)
-        return self._register(_told(events, self._build(name, split, table, config, stage, events)))
+            refusal = errors.SplitError(errors.internal_error(error))
+            program = _unsplit(name, graph_module, example_inputs, config, refusal)
+        else:
+            events.split(split, table)
+            _report_unmatched(config, matcher, table, split)
+            program = self._build(name, split, table, config, stage, events)
+        with self._lock:
+            self._programs.append(weakref.ref(program))
+        events.built(program)
+        dump.trace_program(program)
+        return program
 
     def reset(self) -> None:
         """Forget programs and compiled pieces. ``torch._dynamo.reset()`` calls it too."""
@@ -117,19 +122,26 @@ class PiecewiseBackend:
             # Dynamo's own counters outlive its reset.
             self._dynamo_before = (torch_compat.recompile_limit_hits(), torch_compat.graph_breaks())
 
-    def seal(self, sealed: bool) -> None:
-        """Whether further graphs are refused."""
-        self._sealed = sealed
-        for program in self.programs() if sealed else ():
+    def seal(self) -> None:
+        """Refuse further graphs: a new kind of input runs eagerly, with a warning and a counter (``strict``: an error).
+
+        Call it after ``warmup()``. ``unseal()`` and ``reset()`` end it.
+        """
+        self._sealed = True
+        for program in self.programs():
             program.events.sealed()
 
+    def unseal(self) -> None:
+        """Compile new graphs again."""
+        self._sealed = False
+
     def programs(self) -> tuple[AnyProgram, ...]:
-        """The live programs, oldest first."""
+        """The live programs of this process, oldest first."""
         with self._lock:
             return tuple(self._live())
 
     def explain(self) -> str:
-        """What was split where and why, for every live program."""
+        """What was split where and why, for every live program of this process."""
         given_up, breaks = self._dynamo_before
         return explain_all(
             [program.explain() for program in self.programs()],
@@ -213,47 +225,8 @@ class PiecewiseBackend:
         code = None if frame is None else frame[0]
         name = "a graph" if code is None else code.co_name
         sentence = errors.recompile_after_seal(name, self._graphs_of_code.get(code, 0) if code is not None else 0)
-        if config.strict:
-            raise errors.RecompileAfterSeal(sentence)
-        warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
+        _warn(errors.RecompileAfterSeal(sentence), config.strict)
         return graph_module.forward
-
-    def _unsplit(
-        self, name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, reason: str,
-        counter: str | None = None,
-    ) -> UnsplitProgram:  # fmt: skip
-        if config.strict:
-            raise errors.SplitError(reason)
-        _LOG.warning("%s is not split: %s", name, reason)
-        call = compile_whole(graph_module, example_inputs, config.compiler)
-        program = UnsplitProgram(name, call, config, reason, counter, _explain)
-        program.stats.add("programs")
-        return self._register(program)
-
-    def _fall_back_for_gradients(
-        self, name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, names: Sequence[str]
-    ) -> UnsplitProgram:
-        sentence = errors.gradient_fallback(names, config.compiler)
-        if config.strict:
-            raise errors.GradientFallback(sentence)
-        warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
-        return self._unsplit(name, graph_module, example_inputs, config, sentence, counter="grad_fallbacks")
-
-    def _report_unmatched(self, config: Config, matcher: SplitOpMatcher, table: InputTable, split: Split) -> None:
-        sentences = []
-        unmatched = [pattern for pattern in matcher.required if pattern not in split.cuts.matches]
-        if unmatched:
-            TOTALS.add("unmatched_split_ops", len(unmatched))
-            sentences.append(errors.unmatched_split_ops(unmatched, split.cuts.attention_like))
-        if table.unmatched_stage_inputs and config.sources["stage_inputs"] != "default":
-            candidates = [i.label for i in table.inputs if i.spec is not None and i.kind != "parameter"]
-            sentences.append(errors.unmatched_stage_inputs(table.unmatched_stage_inputs, candidates))
-        for sentence in sentences:
-            if config.strict:
-                raise errors.UnmatchedName(sentence)
-            warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
-
-    # ----------------------------------------------------------------------- registry
 
     def _count_graph(self) -> str:
         """Count a graph of the frame that Dynamo is compiling; the frame's name and the graph's number come back."""
@@ -270,11 +243,6 @@ class PiecewiseBackend:
             TOTALS.add("recompiles")
         return f"{name}#{number}"
 
-    def _register(self, program: Any) -> Any:
-        with self._lock:
-            self._programs.append(weakref.ref(program))
-        return program
-
     def _live(self) -> list[AnyProgram]:
         self._programs = [reference for reference in self._programs if reference() is not None]
         return [program for reference in self._programs if (program := reference()) is not None]
@@ -282,15 +250,15 @@ class PiecewiseBackend:
 
 def _read_options(options: Mapping[str, object] | None) -> tuple[Config, Stage | None]:
     """The config, and the ``Stage`` among the options; where both say the same thing, they must agree."""
-    if not isinstance(options, Mapping) or "stage" not in options:
-        return Config.resolve(options), None
-    rest = {name: value for name, value in options.items() if name != "stage"}
-    stage = options["stage"]
-    if stage is None:
-        return Config.resolve(rest), None
-    if not isinstance(stage, Stage):
+    stage = None
+    if isinstance(options, Mapping):
+        options = dict(options)
+        stage = options.pop("stage", None)
+    if stage is not None and not isinstance(stage, Stage):
         raise errors.ConfigError(errors.not_a_stage(stage))
-    config = Config.resolve(rest)
+    config = Config.resolve(options)
+    if stage is None:
+        return config, None
     if config.sources["max_tokens"] != "default" and config.max_tokens != stage.max_tokens:
         raise errors.ConfigError(errors.two_max_tokens(config.max_tokens, stage.max_tokens))
     if config.sources["stage_inputs"] != "default" and set(config.stage_inputs) != set(stage.inputs):
@@ -330,6 +298,38 @@ def _checked(stage: Stage, table: InputTable) -> Stage:
     return stage
 
 
+def _unsplit(
+    name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, why: errors.PPPiecewiseError
+) -> UnsplitProgram:
+    """The program of a graph that goes to the stock backend whole; under ``strict``, ``why`` is raised."""
+    needs_gradient = isinstance(why, errors.GradientFallback)
+    if config.strict or needs_gradient:
+        _warn(why, config.strict)
+    _LOG.warning("%s is not split: %s", name, why)
+    call = compile_whole(graph_module, example_inputs, config.compiler)
+    program = UnsplitProgram(name, call, config, str(why), "grad_fallbacks" if needs_gradient else None, _explain)
+    program.stats.add("programs")
+    return program
+
+
+def _report_unmatched(config: Config, matcher: SplitOpMatcher, table: InputTable, split: Split) -> None:
+    unmatched = [pattern for pattern in matcher.required if pattern not in split.cuts.matches]
+    if unmatched:
+        TOTALS.add("unmatched_split_ops", len(unmatched))
+        _warn(errors.UnmatchedName(errors.unmatched_split_ops(unmatched, split.cuts.attention_like)), config.strict)
+    if table.unmatched_stage_inputs and config.sources["stage_inputs"] != "default":
+        candidates = [i.label for i in table.inputs if i.spec is not None and i.kind != "parameter"]
+        sentence = errors.unmatched_stage_inputs(table.unmatched_stage_inputs, candidates)
+        _warn(errors.UnmatchedName(sentence), config.strict)
+
+
+def _warn(problem: errors.PPPiecewiseError, strict: bool) -> None:
+    """Warn of a problem; raise it under ``strict``."""
+    if strict:
+        raise problem
+    warnings.warn(str(problem), errors.PPPiecewiseWarning, stacklevel=3)
+
+
 def _log_program(program: Program) -> None:
     """One line about a program that was just built, so that a first call of many seconds does not look hung."""
     stats = program.stats.snapshot()
@@ -352,44 +352,16 @@ def _explain(program: AnyProgram) -> str:
     return explanation(describe(program))
 
 
-def _told(events: Events, program: Any) -> Any:
-    """The finished program, after whoever writes things down has heard of it."""
-    events.built(program)
-    dump.trace_program(program)
-    return program
-
-
 backend = PiecewiseBackend()
 """The object behind ``backend="pp_piecewise"``."""
 
-
-def programs() -> tuple[AnyProgram, ...]:
-    """The live programs of this process, oldest first."""
-    return backend.programs()
-
-
-def explain() -> str:
-    """What was split where and why, for every live program of this process."""
-    return backend.explain()
+programs, explain, seal, unseal = backend.programs, backend.explain, backend.seal, backend.unseal
 
 
 def reset() -> None:
     """Forget programs and compiled pieces, and zero the counters."""
     backend.reset()
     TOTALS.reset()
-
-
-def seal() -> None:
-    """Refuse further graphs: a new kind of input runs eagerly, with a warning and a counter (``strict``: an error).
-
-    Call it after ``warmup()``. ``unseal()`` and ``reset()`` end it.
-    """
-    backend.seal(True)
-
-
-def unseal() -> None:
-    """Compile new graphs again."""
-    backend.seal(False)
 
 
 def warmup(
