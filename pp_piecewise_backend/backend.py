@@ -120,7 +120,7 @@ class PiecewiseBackend:
             self._sealed = False
             self._compiler.reset()
             # Dynamo's own counters outlive its reset.
-            self._dynamo_before = (torch_compat.recompile_limit_hits(), torch_compat.graph_breaks())
+            self._dynamo_before = torch_compat.frames_given_up_and_graph_breaks()
 
     def seal(self) -> None:
         """Refuse further graphs: a new kind of input runs eagerly, with a warning and a counter (``strict``: an error).
@@ -142,12 +142,9 @@ class PiecewiseBackend:
 
     def explain(self) -> str:
         """What was split where and why, for every live program of this process."""
-        given_up, breaks = self._dynamo_before
-        return explain_all(
-            [program.explain() for program in self.programs()],
-            frames_given_up=torch_compat.recompile_limit_hits() - given_up,
-            graph_breaks=torch_compat.graph_breaks() - breaks,
-        )
+        texts = [program.explain() for program in self.programs()]
+        now, before = torch_compat.frames_given_up_and_graph_breaks(), self._dynamo_before
+        return explain_all(texts, frames_given_up=now[0] - before[0], graph_breaks=now[1] - before[1])
 
     # ------------------------------------------------------------------------ building
 

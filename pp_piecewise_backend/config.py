@@ -98,15 +98,16 @@ def _read_flag(value: object) -> bool:
     return bool(value)
 
 
-def _at_least(minimum: int) -> TextForm:
-    def read(value: object) -> int:
-        if isinstance(value, str) and re.fullmatch("[0-9]+", value):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError
-        return value
+def _read_integer(value: object, minimum: int) -> int:
+    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError
+    return value
 
-    return TextForm(read, str, f"a whole number, at least {minimum}")
+
+def _at_least(minimum: int) -> TextForm:
+    return TextForm(lambda value: _read_integer(value, minimum), str, f"a whole number, at least {minimum}")
 
 
 _BYTES_PER_UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -117,9 +118,7 @@ def _read_bytes(value: object) -> int | None:
         return None
     if isinstance(value, str) and (match := re.fullmatch("([0-9]+)([KMG]?)", value.upper())):
         value = int(match[1]) * _BYTES_PER_UNIT[match[2]]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError
-    return value
+    return _read_integer(value, minimum=0)
 
 
 def _write_bytes(value: int | None) -> str:

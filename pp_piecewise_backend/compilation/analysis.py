@@ -218,7 +218,7 @@ class _Walk(Interpreter):
             grad_mode = torch.is_grad_enabled()
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(grad_mode))
-            stack.callback(_leave_functorch, torch_compat.functorch_level())
+            stack.callback(torch_compat.leave_functorch, torch_compat.functorch_level())
             stack.enter_context(self._fake_mode)
             self._read_inputs(placeholders)
             stack.enter_context(self._recorder)
@@ -516,11 +516,6 @@ def _has_random_op(bodies: Sequence[GraphModule]) -> bool:
         for body in bodies
         for node in body.graph.nodes
     )
-
-
-def _leave_functorch(level: int) -> None:
-    while torch_compat.functorch_level() > level:
-        torch_compat.pop_functorch_level()
 
 
 def _leave_autocast(open_autocast: dict[Node, object]) -> None:

@@ -9,7 +9,6 @@ does not hold, the piece runs as plain FX.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import sys
@@ -26,7 +25,7 @@ from torch.fx import GraphModule
 
 from ..config import Config
 from ..utils import torch_compat
-from .specs import SymbolSpec, TensorSpec
+from .specs import Dim, SymbolSpec, TensorSpec, evaluate
 from .split import Piece
 
 _OWN_GRAPHS_OFF = {"triton.cudagraphs": False, "triton.cudagraph_trees": False}
@@ -45,18 +44,17 @@ class CompiledPiece:
     failure: str | None = None
     """Why the compiler gave up, if it did; ``call`` is then the plain FX graph."""
 
-    def accepts(self, sizes: Sequence[int]) -> bool:
-        """Whether the compiled code may run for these values of the piece's symbols."""
-        return self._holds(sizes)
-
     @cached_property
-    def _holds(self) -> Callable[[Sequence[int]], bool]:
-        """The conditions as Python: each un-captured run asks, and sympy would take a hundred times as long."""
+    def accepts(self) -> Callable[[Sequence[int]], bool]:
+        """Whether the compiled code may run for these values of the piece's symbols.
+
+        The conditions as Python: each un-captured run asks, and sympy would take a hundred times as long.
+        """
         symbols = {symbol for condition in self.conditions for symbol in condition.free_symbols}
         sizes = {symbol: sympy.Symbol(f"sizes[{symbol.name.removeprefix('s')}]") for symbol in symbols}
         texts = [f"({torch_compat.expression_text(condition.xreplace(sizes))})" for condition in self.conditions]
-        holds: Callable[[Sequence[int]], bool] = eval(f"lambda sizes: {' and '.join(texts) or True}", {"math": math})
-        return holds
+        accepts: Callable[[Sequence[int]], bool] = eval(f"lambda sizes: {' and '.join(texts) or True}", {"math": math})
+        return accepts
 
 
 class PieceCompiler:
@@ -91,10 +89,6 @@ class PieceCompiler:
 
 def compile_whole(graph_module: GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
     """Give an unsplit graph to the stock backend of this name, as if this package were not there."""
-    if compiler == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(graph_module, list(example_inputs))  # type: ignore[return-value, arg-type]
     return torch_compat.stock_backend(compiler)(graph_module, list(example_inputs))
 
 
@@ -126,25 +120,25 @@ def ambient_state() -> tuple[object, ...]:
 
 def _compile(piece: Piece, key: tuple[object, ...], compiler: str) -> CompiledPiece:
     started = time.perf_counter()
-    if compiler == "eager":
-        return CompiledPiece(key, piece.graph_module.forward, (), time.perf_counter() - started)
-    shapes = _PrivateShapes(piece.input_specs)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch_compat.private_tracing(shapes.fake_mode))
-            graph_module = copy.deepcopy(piece.graph_module)
-            if compiler == "inductor":
-                from torch._inductor.compile_fx import compile_fx
+    call: Callable[..., Any] = piece.graph_module.forward
+    conditions: tuple[sympy.Basic, ...] = ()
+    failure = None
+    if compiler != "eager":
+        try:
+            call, conditions = _compiled(piece, compiler)
+        except Exception as error:
+            failure = f"{compiler} could not compile this piece: {type(error).__name__}: {error}"
+    return CompiledPiece(key, call, conditions, time.perf_counter() - started, failure)
 
-                compiled: Any = compile_fx(graph_module, shapes.inputs, config_patches=dict(_OWN_GRAPHS_OFF))
-            else:
-                compiled = torch_compat.stock_backend(compiler)(graph_module, shapes.inputs)
-    except Exception as error:
-        reason = f"{compiler} could not compile this piece: {type(error).__name__}: {error}"
-        return CompiledPiece(key, piece.graph_module.forward, (), time.perf_counter() - started, failure=reason)
-    return CompiledPiece(key, compiled, shapes.conditions(), time.perf_counter() - started)
+
+def _compiled(piece: Piece, compiler: str) -> tuple[Callable[..., Any], tuple[sympy.Basic, ...]]:
+    """What the compiler made of a piece, and the conditions under which it holds."""
+    shapes = _PrivateShapes(piece.input_specs)
+    settings = {"config_patches": dict(_OWN_GRAPHS_OFF)} if compiler == "inductor" else {}
+    with torch.inference_mode(False), torch.no_grad(), torch_compat.private_tracing(shapes.fake_mode):
+        graph_module = copy.deepcopy(piece.graph_module)
+        call = torch_compat.stock_backend(compiler)(graph_module, shapes.inputs, **settings)
+    return call, shapes.conditions()
 
 
 class _PrivateShapes:
@@ -153,20 +147,13 @@ class _PrivateShapes:
     def __init__(self, specs: Sequence[TensorSpec | SymbolSpec | None]) -> None:
         self._env = torch_compat.new_shape_env()
         self.fake_mode = torch_compat.FakeTensorMode(shape_env=self._env)
-        self._hints: dict[sympy.Symbol, int | None] = {}
-        self._private: dict[sympy.Symbol, sympy.Expr] = {}
-        self._canonical: dict[sympy.Symbol, sympy.Symbol] = {}
-        self._given: dict[sympy.Symbol, SymbolSpec] = {}
-        symints: dict[sympy.Symbol, torch.SymInt] = {}
-        for spec in specs:
-            if isinstance(spec, SymbolSpec):
-                symint = torch_compat.new_symbol(self._env, f"s{len(symints)}", spec.hint, spec.lower, spec.upper)
-                private = symint.node.expr
-                self._canonical[private] = sympy.Symbol(f"s{len(symints)}")
-                self._private[spec.symbol] = private
-                self._hints[private] = spec.hint
-                self._given[private] = spec
-                symints[spec.symbol] = symint
+        self._given = [spec for spec in specs if isinstance(spec, SymbolSpec)]
+        symints = {
+            spec.symbol: torch_compat.new_symbol(self._env, f"s{index}", spec.hint, spec.lower, spec.upper)
+            for index, spec in enumerate(self._given)
+        }
+        self._hints = {spec.symbol: spec.hint for spec in self._given if spec.hint is not None}
+        self._private = {symbol: torch_compat.symint_expression(symint) for symbol, symint in symints.items()}
         with self.fake_mode:
             self.inputs: list[Any] = [
                 symints[spec.symbol] if isinstance(spec, SymbolSpec) else self._tensor(spec)
@@ -179,24 +166,24 @@ class _PrivateShapes:
         stride = [self._integer(dim) for dim in spec.stride]
         return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
 
-    def _integer(self, dim: Any) -> int | torch.SymInt:
+    def _integer(self, dim: Dim) -> int | torch.SymInt:
         if isinstance(dim, int):
             return dim
-        expression = dim.xreplace(self._private)
-        known = all(self._hints[symbol] is not None for symbol in expression.free_symbols)
-        hint = int(torch_compat.build_expression(expression, self._hints)) if known else None
-        return torch_compat.symint_from_expression(self._env, expression, hint)
+        hint = evaluate(dim, self._hints) if dim.free_symbols <= self._hints.keys() else None
+        return torch_compat.symint_from_expression(self._env, dim.xreplace(self._private), hint)
 
     def conditions(self) -> tuple[sympy.Basic, ...]:
         """What the compiler relied on beyond the ranges that it was given."""
         found = list(torch_compat.shape_env_conditions(self._env))
-        for symbol, (lower, upper) in torch_compat.shape_env_ranges(self._env).items():
-            given = self._given.get(symbol)
-            if given is None:
-                continue
-            if lower is not None and (given.lower is None or lower > given.lower):
+        ranges = torch_compat.shape_env_ranges(self._env)
+        canonical = {}
+        for index, spec in enumerate(self._given):
+            symbol = self._private[spec.symbol]
+            canonical[symbol] = sympy.Symbol(f"s{index}")
+            lower, upper = ranges[symbol]
+            if lower is not None and (spec.lower is None or lower > spec.lower):
                 found.append(sympy.Ge(symbol, lower, evaluate=False))
-            if upper is not None and (given.upper is None or upper < given.upper):
+            if upper is not None and (spec.upper is None or upper < spec.upper):
                 found.append(sympy.Le(symbol, upper, evaluate=False))
-        renamed = dict.fromkeys(condition.xreplace(self._canonical) for condition in found)
+        renamed = dict.fromkeys(condition.xreplace(canonical) for condition in found)
         return tuple(condition for condition in renamed if condition != sympy.true)

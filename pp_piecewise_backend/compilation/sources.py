@@ -10,8 +10,6 @@ from typing import TypeAlias
 
 import torch
 
-from ..utils import torch_compat
-
 AccessPath: TypeAlias = tuple[str | int, ...]
 """The way to a value from the traced frame: names of variables and attributes, keys, positions."""
 Frame: TypeAlias = tuple[CodeType, Mapping[str, object]]
@@ -97,8 +95,10 @@ def _positional_name(function: object, position: int, depth: int) -> str | None:
         return _positional_name(function.forward, position, depth - 1) or (
             _positional_name(inner[0], position, depth - 1) if len(inner) == 1 else None
         )
-    signature = torch_compat.unwrapped_signature(function)
-    parameters = [] if signature is None else list(signature.parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # Python cannot tell, as of builtins
+        return None
     if position < len(parameters) and parameters[position].kind in (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any
 
@@ -59,14 +59,8 @@ exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
 
 def placeholder_source(node: torch.fx.Node) -> str | None:
     """The Python expression, in the traced frame, of what Dynamo feeds to a placeholder; None without Dynamo."""
-    graph_argument = node.meta.get("grapharg")
-    source = getattr(graph_argument, "source", None)
-    if source is None:
-        source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return None
-    name = source.name
-    return str(name() if callable(name) else name)
+    source = getattr(node, "_dynamo_source", None)
+    return None if source is None else str(source.name)
 
 
 def is_python_float(node: torch.fx.Node) -> bool:
@@ -81,9 +75,8 @@ def frame_being_compiled() -> tuple[CodeType, Mapping[str, object]] | None:
     with contextlib.suppress(Exception):
         translator = InstructionTranslator.current_tx()
         root = translator.output.root_tx
-        closure = root.closure if hasattr(root, "closure") else ()
         values = dict(root.f_locals)
-        for name, cell in zip(root.f_code.co_freevars, closure or (), strict=False):
+        for name, cell in zip(root.f_code.co_freevars, root.closure or (), strict=False):
             with contextlib.suppress(ValueError):
                 values.setdefault(name, cell.cell_contents)
         return root.f_code, values
@@ -185,9 +178,10 @@ def functorch_level() -> int:
     return 0 if stack is None else len(stack)
 
 
-def pop_functorch_level() -> None:
-    """Leave the innermost functorch transform, whichever kind it is."""
-    torch._C._functorch.pop_dynamic_layer_stack()
+def leave_functorch(level: int) -> None:
+    """Leave functorch transforms, whichever kind they are, until no more than ``level`` are active."""
+    while functorch_level() > level:
+        torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def schema_name(op: Callable[..., object]) -> str | None:
@@ -227,33 +221,17 @@ def autocast_state() -> tuple[object, ...]:
     return (torch.is_autocast_cache_enabled(), tuple(enabled)) if enabled else ()
 
 
-@contextlib.contextmanager
-def private_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
+def private_tracing(fake_mode: FakeTensorMode) -> AbstractContextManager[object]:
     """Compile under a tracing context of our own, so that nothing reaches Dynamo's shape environment."""
-    with tracing(TracingContext(fake_mode)):
-        yield
+    return tracing(TracingContext(fake_mode))
 
 
-def unwrapped_signature(function: Callable[..., object]) -> inspect.Signature | None:
-    """The signature behind decorators that used ``functools.wraps``; None where Python cannot tell."""
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-
-
-def recompile_limit_hits() -> int:
-    """How often Dynamo gave up on a frame in this process because it had too many programs."""
+def frames_given_up_and_graph_breaks() -> tuple[int, int]:
+    """How often Dynamo, in this process, gave up on a frame for having too many programs, and broke a graph."""
     from torch._dynamo.utils import counters
 
-    return sum(count for text, count in counters["unimplemented"].items() if "recompile limit exceeded" in text)
-
-
-def graph_breaks() -> int:
-    """How many graph breaks Dynamo counted in this process."""
-    from torch._dynamo.utils import counters
-
-    return sum(counters["graph_break"].values())
+    given_up = (count for text, count in counters["unimplemented"].items() if "recompile limit exceeded" in text)
+    return sum(given_up), sum(counters["graph_break"].values())
 
 
 def profiler_is_enabled() -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import subprocess
 import sys
@@ -93,8 +91,8 @@ def test_frame_being_compiled() -> None:
     assert torch_compat.frame_being_compiled() is None
 
 
-def test_recompile_limit_hits_and_graph_breaks() -> None:
-    before = torch_compat.recompile_limit_hits(), torch_compat.graph_breaks()
+def test_frames_given_up_and_graph_breaks() -> None:
+    before = torch_compat.frames_given_up_and_graph_breaks()
 
     def function(x: Tensor, kind: str) -> Tensor:
         x = x + len(kind)
@@ -105,8 +103,8 @@ def test_recompile_limit_hits_and_graph_breaks() -> None:
         run = torch.compile(function, backend="eager")
         for kind in ("a", "bb", "ccc"):
             run(torch.zeros(2), kind)
-    assert torch_compat.graph_breaks() > before[1]
-    assert torch_compat.recompile_limit_hits() > before[0]
+    given_up, breaks = torch_compat.frames_given_up_and_graph_breaks()
+    assert given_up > before[0] and breaks > before[1]
 
 
 # ------------------------------------------------------------------------------ shapes
@@ -260,10 +258,12 @@ def test_storage_identity_and_level_inside_a_transform() -> None:
     assert torch_compat.functorch_level() == 0
 
 
-def test_pop_functorch_level() -> None:
-    torch._C._functorch._vmap_increment_nesting(3, "error")
+def test_leave_functorch() -> None:
+    for _ in range(3):
+        torch._C._functorch._vmap_increment_nesting(3, "error")
+    torch_compat.leave_functorch(1)
     assert torch_compat.functorch_level() == 1
-    torch_compat.pop_functorch_level()
+    torch_compat.leave_functorch(0)
     assert torch_compat.functorch_level() == 0
 
 
@@ -305,19 +305,6 @@ def test_schema_and_overload_names() -> None:
     )
     assert torch_compat.schema_name(torch.nn.functional.softmax) is None
     assert torch_compat.overload_name(torch.ops.aten.add_) is None
-
-
-def test_unwrapped_signature() -> None:
-    def wrapped(a: int, b: int) -> int:
-        return a + b
-
-    @functools.wraps(wrapped)
-    def wrapper(*args: Any) -> Any:
-        return wrapped(*args)
-
-    signature = torch_compat.unwrapped_signature(wrapper)
-    assert isinstance(signature, inspect.Signature) and list(signature.parameters) == ["a", "b"]
-    assert torch_compat.unwrapped_signature(torch.add) is None  # a builtin without a text signature
 
 
 # -------------------------------------------------------------------------------- state
