@@ -70,7 +70,14 @@ class DelayedWire:
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         stamp = self._next_stamp(lands=True)
         named_at = time.monotonic() if self._transport.waits_for_memory else 0.0
-        return _Arrival(self._wire.receive([*views, stamp.tensor]), stamp, named_at, self._transport.seconds)
+        seconds, pending = self._transport.seconds, self._wire.receive([*views, stamp.tensor])
+
+        def wait() -> None:
+            pending.wait()
+            left_at = max(stamp.seconds.value, named_at)
+            time.sleep(max(0.0, left_at + seconds - time.monotonic()))
+
+        return Pending(wait)
 
     def _next_stamp(self, lands: bool) -> _Stamp:
         if not self._stamps:
@@ -92,16 +99,3 @@ class _Stamp:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.seconds = ctypes.c_double.from_address(tensor.data_ptr())
-
-
-class _Arrival:
-    def __init__(self, pending: Pending, stamp: _Stamp, named_at: float, seconds: float) -> None:
-        self._pending = pending
-        self._stamp = stamp
-        self._named_at = named_at
-        self._seconds = seconds
-
-    def wait(self) -> None:
-        self._pending.wait()
-        left_at = max(self._stamp.seconds.value, self._named_at)
-        time.sleep(max(0.0, left_at + self._seconds - time.monotonic()))

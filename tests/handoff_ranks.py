@@ -112,9 +112,8 @@ def landing_memory(receiver: Receiver | None) -> dict[str, torch.Tensor]:
         return {}
     whole = memory(receiver.schema)
     for name, block in receiver.landing_memory(MAX_TOKENS).items():
-        if block is not None:
-            assert block.data_ptr() % 256 == 0 and block.storage_offset() == 0 and not block.any()
-            whole[name] = block[: whole[name].nbytes].view(whole[name].dtype).view(whole[name].shape)
+        assert block.data_ptr() % 256 == 0 and block.storage_offset() == 0 and not block.any()
+        whole[name] = block[: whole[name].nbytes].view(whole[name].dtype).view(whole[name].shape)
     return whole
 
 

@@ -262,7 +262,7 @@ def connect(
     inbox = feedback = None
     if links.incoming is not None:
         known = links.incoming.landing_memory(stage.max_tokens)
-        stage.land_in({name: block for name, block in known.items() if block is not None})
+        stage.land_in(known)
         inbox = Inbox(links.incoming, stage.views, stage.device, receives_early, timeline)
     if links.feedback_in is not None:
         slots = 1 + (max_in_flight or 2 * own.stage_count)  # one is lent to the caller of ``feedback``

@@ -13,7 +13,8 @@ import torch
 from ..runtime.stage import Proxy
 from ..utils.counters import Stats
 from .inbox import PostingStream
-from .link import Receiver, Transfer
+from .link import Receiver
+from .transports.base import Pending
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -30,7 +31,7 @@ class _Unread:
     tag: bytes
     tensors: Tensors
     slot: _Slot
-    transfer: Transfer | None
+    transfer: Pending | None
     """None: the link carries no tensors."""
 
 
@@ -130,7 +131,7 @@ class FeedbackReader:
     def _new_slot(self) -> _Slot:
         known = self._receiver.landing_memory(self._max_tokens)
         proxies = self._receiver.schema.proxies
-        return _Slot({name: self._memory_for(proxy, known[name]) for name, proxy in proxies.items()})
+        return _Slot({name: self._memory_for(proxy, known.get(name)) for name, proxy in proxies.items()})
 
     def _memory_for(self, proxy: Proxy, known: torch.Tensor | None) -> torch.Tensor:
         shape = (self._max_tokens, *proxy.shape)

@@ -12,7 +12,8 @@ import torch
 
 from ..runtime.tracing import Timeline
 from .header import Header
-from .link import Receiver, Transfer
+from .link import Receiver
+from .transports.base import Pending
 
 Views = Mapping[str, torch.Tensor]
 
@@ -21,7 +22,7 @@ Views = Mapping[str, torch.Tensor]
 class _Posted:
     header: Header
     views: Views
-    transfer: Transfer
+    transfer: Pending
     posted_ns: int
 
 

@@ -31,6 +31,8 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,8 +41,10 @@ from ..utils.counters import Amounts, Stats
 from .fault import Fault, Loss
 from .header import MAX_TAG_BYTES, Header, Kind
 from .plan import Plan, Schema
-from .tensor_parallel import Gathering, TensorParallel
+from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Pending, Wire
+
+Result = TypeVar("Result")
 
 _TELLING_SECONDS = 0.3
 """How long a failing rank tries to notify one neighbour."""
@@ -58,49 +62,6 @@ class LinkSettings:
     stats: Stats
     tensor_parallel: TensorParallel | None = None
     """None: each stage is one rank."""
-
-
-class Transfer:
-    """The tensors of one micro-batch on their way; they belong to the link until ``wait()`` has returned."""
-
-    __slots__ = ("_doing", "_end", "_pending")
-
-    def __init__(self, end: End, pending: Pending, doing: Callable[[], str]) -> None:
-        self._end = end
-        self._pending = pending
-        self._doing = doing
-
-    def wait(self) -> None:
-        """Return once what follows on this thread (on its current stream) may use the tensors.
-
-        Raises:
-            PeerLost: the pipeline broke; names this rank, the micro-batch, its slot and its bucket.
-        """
-        try:
-            self._pending.wait()
-        except (ConnectionError, TimeoutError) as error:
-            raise self._end.lost_in_transfer(error, self._doing()) from error
-
-
-class _Raising:
-    """Checks for a failure before the body, and turns one of the wire in it into `PeerLost`.
-
-    ``doing`` says what the body does, once somebody wants to know: a micro-batch has no time for texts.
-    """
-
-    __slots__ = ("_doing", "_end")
-
-    def __init__(self, end: End, doing: Callable[[], str]) -> None:
-        self._end = end
-        self._doing = doing
-
-    def __enter__(self) -> None:
-        if self._end.is_broken:
-            self._end.check(self._doing())
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ConnectionError | TimeoutError):
-            raise self._end.lost_in_transfer(error, self._doing()) from error
 
 
 class End:
@@ -161,8 +122,7 @@ class End:
         """Say that this end has nothing more to say; see Note [stopping]."""
         if not self._said_stop.is_set():
             self._said_stop.set()
-            with _Raising(self, lambda: "saying STOP"):
-                self._tell(Kind.STOP)
+            self._checked(lambda: "saying STOP", self._tell, Kind.STOP)
 
     def tell_failure(self, loss: Loss) -> None:
         """Notify the neighbour, if that can be done soon."""
@@ -180,8 +140,7 @@ class End:
     def say_busy(self, busy: bool) -> None:
         """Say whether silence of this end means nothing for a while: it may hold up its own threads."""
         self._state = _BUSY if busy else b""
-        with _Raising(self, lambda: "saying what it does"):
-            self._tell(Kind.KEEP_ALIVE, tag=self._state)
+        self._checked(lambda: "saying what it does", self._tell, Kind.KEEP_ALIVE, 0, self._state)
 
     def say_closed(self) -> None:
         """Say that this end, which has stopped, closes; nobody may be there to hear it."""
@@ -293,9 +252,22 @@ class End:
         """Raises `PeerLost` if the pipeline is broken."""
         self._fault.check(errors.on_rank(self.own_rank, doing))
 
-    def lost_in_transfer(self, error: Exception, doing: str) -> errors.PeerLost:
-        loss = Loss(self.peer_rank, "connection closed", errors.peer_closed(self.peer_rank, error))
-        return self._fault.verdict(errors.on_rank(self.own_rank, doing), loss, self)
+    def _checked(self, doing: Callable[[], str], call: Callable[..., Result], *arguments: Any) -> Result:
+        """What ``call`` returns; `PeerLost` if the pipeline is broken, also without it.
+
+        ``doing`` says what it does, once somebody wants to know: a micro-batch has no time for texts.
+        """
+        if self.is_broken:
+            self.check(doing())
+        return self._judged(doing, call, *arguments)
+
+    def _judged(self, doing: Callable[[], str], call: Callable[..., Result], *arguments: Any) -> Result:
+        """What ``call`` returns; what goes wrong on the wire in it becomes `PeerLost`."""
+        try:
+            return call(*arguments)
+        except (ConnectionError, TimeoutError) as error:
+            loss = Loss(self.peer_rank, "connection closed", errors.peer_closed(self.peer_rank, error))
+            raise self._fault.verdict(errors.on_rank(self.own_rank, doing()), loss, self) from error
 
     def wait_for_stop(self) -> None:
         """Return once the other end, too, has said STOP.
@@ -350,19 +322,22 @@ class Sender(End):
         ladder = self._settings.plan.ladder
         if ladder.bucket(num_tokens) is None:
             raise ValueError(errors.announced_rows_out_of_range(num_tokens, ladder.max_tokens))
-        with _Raising(self, lambda: f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"):
-            header = self._tell(Kind.DATA, num_tokens, tag)
+
+        def doing() -> str:
+            return f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"
+
+        header = self._checked(doing, self._tell, Kind.DATA, num_tokens, tag)
         _ONE_HEADER.add_to(self._settings.stats)
         return header
 
-    def send(self, header: Header, tensors: Mapping[str, torch.Tensor], slot: int = 0) -> Transfer:
+    def send(self, header: Header, tensors: Mapping[str, torch.Tensor], slot: int = 0) -> Pending:
         """Send the tensors of the micro-batch ``header``, in the order of the announcements and without a copy.
 
         Nobody may write into the tensors until ``wait()`` of what this returns; the bytes may leave as late as that.
 
         Raises:
             ValueError: the tensors are not what the plan says, or it is not their turn.
-            PeerLost: the pipeline broke.
+            PeerLost: the pipeline broke, here or in ``wait()``; names this rank, the micro-batch, its slot and bucket.
         """
         if header.sequence != self._sent:
             raise ValueError(errors.wrong_turn("sent", header.sequence, self._sent))
@@ -371,11 +346,10 @@ class Sender(End):
         def doing() -> str:
             return f"sending {_what(header, slot)} to rank {self.peer_rank}"
 
-        with _Raising(self, doing):
-            pending = self._wire.send(self._travelling(ordered))
+        pending = self._checked(doing, self._wire.send, self._travelling(ordered))
         self._sent += 1
         self._count("sends", "bytes_sent", header.num_tokens)
-        return Transfer(self, pending, doing)
+        return Pending(partial(self._judged, doing, pending.wait))
 
     @property
     def stop_requested(self) -> bool:
@@ -399,19 +373,21 @@ class Receiver(End):
         """Headers that ``next_header`` would return without waiting."""
         return self._headers.qsize()
 
-    def landing_memory(self, num_tokens: int) -> dict[str, torch.Tensor | None]:
-        """For each proxy flat uint8 zeros for ``num_tokens`` tokens; None where any memory will do.
+    def landing_memory(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """For each proxy flat uint8 zeros for ``num_tokens`` tokens; nothing where any memory will do.
 
         Some transports write only into memory that they know. The tensors belong to the caller.
 
         Raises:
             PeerLost: the pipeline broke.
         """
-        with _Raising(self, lambda: "sharing landing memory"):
-            return {
-                name: self._wire.landing_memory(num_tokens * proxy.bytes_per_token)
-                for name, proxy in self.schema.proxies.items()
-            }
+        blocks = {}
+        for name, proxy in self.schema.proxies.items():
+            num_bytes = num_tokens * proxy.bytes_per_token
+            block = self._checked(lambda: "sharing landing memory", self._wire.landing_memory, num_bytes)
+            if block is not None:
+                blocks[name] = block
+        return blocks
 
     def next_header(self) -> Header | None:
         """The next micro-batch that was announced, however long that takes; None once the sender has stopped.
@@ -431,7 +407,7 @@ class Receiver(End):
         _ONE_HEADER.add_to(self._settings.stats)
         return header
 
-    def receive(self, header: Header, views: Mapping[str, torch.Tensor], slot: int = 0) -> Transfer:
+    def receive(self, header: Header, views: Mapping[str, torch.Tensor], slot: int = 0) -> Pending:
         """Let the tensors of the micro-batch ``header`` land in ``views``, in the order of the headers.
 
         ``views`` are contiguous ``[num_tokens, *shape]``, in ``landing_memory`` where there is one; they may be written
@@ -451,20 +427,26 @@ class Receiver(End):
         if self.is_broken:
             self.check(doing())
         try:
-            pending = self._landing(ordered)
+            landed = self._landing(ordered)
         except (ConnectionError, TimeoutError) as error:
-            pending = _NeverLands(error)  # see Note [who may wait for the verdict]
+            landed = partial(_fail, error)  # see Note [who may wait for the verdict]
         self._received += 1
         self._count("recvs", "bytes_received", header.num_tokens)
-        return Transfer(self, pending, doing)
+        return Pending(partial(self._judged, doing, landed))
 
-    def _landing(self, views: Sequence[torch.Tensor]) -> Pending:
-        pending = self._wire.receive(self._travelling(views))
-        if self._tensor_parallel is None:
-            return pending
+    def _landing(self, views: Sequence[torch.Tensor]) -> Callable[[], None]:
+        pending, parallel = self._wire.receive(self._travelling(views)), self._tensor_parallel
+        if parallel is None:
+            return pending.wait
         pairs = zip(self.schema.proxies.values(), views, strict=True)
         scattered = [view for proxy, view in pairs if proxy.layout == "scattered"]
-        return Gathering(pending, scattered, self._tensor_parallel)
+
+        def landed() -> None:
+            pending.wait()  # for all: no rank may wait for its siblings while its own neighbour waits for it
+            for view in scattered:
+                parallel.gather(view)
+
+        return landed
 
     def _waiting_for_header(self) -> str:
         return f"waiting for the header of micro-batch {self._received}"
@@ -484,14 +466,8 @@ class Receiver(End):
             self.on_news()
 
 
-class _NeverLands:
-    """A receive whose wire was broken when it was posted."""
-
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    def wait(self) -> None:
-        raise self._error
+def _fail(error: Exception) -> None:
+    raise error
 
 
 class Sibling(End):

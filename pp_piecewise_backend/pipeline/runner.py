@@ -40,9 +40,8 @@ from ..utils.versions import versions
 from .connect import connect, pick_transport
 from .header import MAX_TAG_BYTES, Header
 from .inbox import Views
-from .link import Transfer
 from .plan import Schema, StagePlan
-from .transports.base import Patience, Transport
+from .transports.base import Patience, Pending, Transport
 
 _LOG = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ class StageRunner:
         self._compiled: Any = None
         self._trace_path: Path | None = None
         self._sent: _Sent | None = None
-        self._sent_feedback: Transfer | None = None
+        self._sent_feedback: Pending | None = None
         self._is_whole_graph = True
         self._in_forward = False
         self._is_released = self._inbox is None
@@ -516,7 +515,7 @@ class StageRunner:
 
 @dataclass(frozen=True)
 class _Sent:
-    transfer: Transfer
+    transfer: Pending
     sequence: int
     begin_ns: int
 

@@ -8,12 +8,10 @@ are faster than those between stages, without further memory and without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .transports.base import Pending
 from .transports.torch_distributed import P2P, break_group, gather
 
 
@@ -53,18 +51,3 @@ class TensorParallel:
     def break_off(self) -> None:
         """End all collectives of the group, from any thread."""
         break_group(self.group)
-
-
-class Gathering:
-    """Tensors whose shares are on their way, to be gathered when they have landed."""
-
-    def __init__(self, shares: Pending, tensors: Sequence[torch.Tensor], tensor_parallel: TensorParallel) -> None:
-        self._shares = shares
-        self._tensors = tensors
-        self._tensor_parallel = tensor_parallel
-
-    def wait(self) -> None:
-        self._shares.wait()  # all of them: no rank may wait for its siblings while its own neighbour waits for it
-        for tensor in self._tensors:
-            self._tensor_parallel.gather(tensor)
-        self._tensors = ()  # a second wait is none: the other ranks would not be in it

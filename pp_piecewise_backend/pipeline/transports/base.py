@@ -7,7 +7,7 @@ goes wrong on a wire is a ``ConnectionError``, or a ``TimeoutError`` where a tim
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,11 +42,12 @@ class Patience:
         return self.silence_seconds / 3
 
 
-class Pending(Protocol):
+@dataclass(frozen=True, slots=True)
+class Pending:
     """Tensors on their way."""
 
-    def wait(self) -> None:
-        """Return once what follows on this thread (on its current stream) may use the tensors again."""
+    wait: Callable[[], None]
+    """Returns once what follows on this thread (on its current stream) may use the tensors again. Called once."""
 
 
 class Wire(Protocol):

@@ -27,13 +27,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ... import errors
-from .base import MESSAGE_BYTES
+from .base import MESSAGE_BYTES, Pending
 from .sockets import Line, Listener, connected
 from .torch_distributed import P2P, P2PWire
 
@@ -230,12 +231,12 @@ class OneMachineWire:
         self._blocks.append(block)
         return block.tensor
 
-    def receive(self, views: Sequence[torch.Tensor]) -> _Receiving:
+    def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         places = b"".join([self._place(view) for view in views])
         self._sharing.free()
         self._data.send(places)
         self._awaited_count += 1
-        return _Receiving(self, self._awaited_count)
+        return Pending(partial(self._wait_until_landed, self._awaited_count))
 
     def _place(self, view: torch.Tensor) -> bytes:
         start = view.data_ptr()
@@ -245,15 +246,15 @@ class OneMachineWire:
                 return _PLACE.pack(number, offset, view.nbytes)
         raise ValueError(errors.not_in_landing_memory(tuple(view.shape)))
 
-    def wait_until_landed(self, count: int) -> None:
+    def _wait_until_landed(self, count: int) -> None:
         while self._landed_count < count:
             self._landed_count += len(self._data.receive_some(self._longest_seconds))
         self._sharing.after_landing(count)
 
     # ------------------------------------------------------------------------------- sending end
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> _Sending:
-        sending = _Sending(self, tensors, self._sharing.ready())
+    def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
+        sending = _Sending(tensors, self._sharing.ready())
         with self._changed:
             if self._is_broken:
                 raise ConnectionError("the link was closed")
@@ -261,13 +262,13 @@ class OneMachineWire:
             places = None if self._waiting else self._data.receive_at_once(sending.places_bytes)
             if places is not None:
                 self._write(sending, places)
-                return sending
-            self._waiting.append(sending)
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._write_late, name="handoff writer", daemon=True)
-                self._writer.start()
-            self._changed.notify_all()
-        return sending
+            else:
+                self._waiting.append(sending)
+                if self._writer is None:
+                    self._writer = threading.Thread(target=self._write_late, name="handoff writer", daemon=True)
+                    self._writer.start()
+                self._changed.notify_all()
+        return Pending(partial(self._wait_until_written, sending))
 
     def _write_late(self) -> None:
         """Writes what was sent before its places were known."""
@@ -298,7 +299,7 @@ class OneMachineWire:
         self._data.send(_LANDED)
         sending.is_done = True
 
-    def wait_until_written(self, sending: _Sending) -> None:
+    def _wait_until_written(self, sending: _Sending) -> None:
         if not sending.is_done:
             with self._changed:
                 ended = self._changed.wait_for(lambda: sending.is_done or sending.error, self._longest_seconds)
@@ -334,25 +335,10 @@ class OneMachineWire:
 class _Sending:
     """Tensors that are sent; they are kept, and must not change, until they were written to where they land."""
 
-    def __init__(self, wire: OneMachineWire, tensors: Sequence[torch.Tensor], ready: Any) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], ready: Any) -> None:
         self.tensors = tensors
         self.ready = ready
         self.places_bytes = _PLACE.size * len(tensors)
         self.written: Any = None
         self.is_done = False
         self.error: Exception | None = None
-        self._wire = wire
-
-    def wait(self) -> None:
-        self._wire.wait_until_written(self)
-
-
-class _Receiving:
-    """Places that the sender was notified of, the ``number``-th of their link."""
-
-    def __init__(self, wire: OneMachineWire, number: int) -> None:
-        self._wire = wire
-        self._number = number
-
-    def wait(self) -> None:
-        self._wire.wait_until_landed(self._number)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from ... import errors
-from .base import MESSAGE_BYTES
+from .base import MESSAGE_BYTES, Pending
 
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """Its name in this torch."""
@@ -204,18 +204,25 @@ class P2PWire:
         _wait(work, timedelta(seconds=timeout_seconds))
         return bytes(self._incoming_bytes)
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> _Works:
+    def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
+        return self._move(dist.isend, tensors)
+
+    def receive(self, views: Sequence[torch.Tensor]) -> Pending:
+        return self._move(dist.irecv, views)
+
+    def _move(self, move: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Pending:
         with connection_errors():
-            works = [_posted(dist.isend(tensor, self._peer, group=self._data)) for tensor in tensors]
-        return _Works(works, tensors, self._longest_transfer)
+            # With its tensor, which gloo reads and writes until then.
+            moving = [(_posted(move(tensor, self._peer, group=self._data)), tensor) for tensor in tensors]
+
+        def wait() -> None:
+            for work, _ in moving:
+                _wait(work, self._longest_transfer)
+
+        return Pending(wait)
 
     def landing_memory(self, num_bytes: int) -> None:
         return None  # gloo and NCCL receive anywhere
-
-    def receive(self, views: Sequence[torch.Tensor]) -> _Works:
-        with connection_errors():
-            works = [_posted(dist.irecv(view, self._peer, group=self._data)) for view in views]
-        return _Works(works, views, self._longest_transfer)
 
     def break_data(self) -> None:
         break_pair(self._data, self._peer)
@@ -225,17 +232,6 @@ class P2PWire:
 
     def close(self) -> None:
         pass  # the transport destroys the groups, when all links have stopped
-
-
-class _Works:
-    def __init__(self, works: Sequence[Any], tensors: Sequence[torch.Tensor], longest: timedelta | None) -> None:
-        self._works = works
-        self._tensors = tensors  # gloo reads and writes them until then
-        self._longest = longest
-
-    def wait(self) -> None:
-        for work in self._works:
-            _wait(work, self._longest)
 
 
 def _posted(work: Any) -> Any:
