@@ -77,7 +77,6 @@ ORDER = (
     "pipeline.fault",
     "pipeline.link",
     "pipeline.inbox",
-    "pipeline.feedback",
     "pipeline.connect",
     "pipeline.runner",
 )

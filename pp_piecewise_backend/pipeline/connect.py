@@ -1,22 +1,18 @@
-"""Set-up of one rank: which transport it takes, the plan that all ranks agree on, its links and what waits at them."""
+"""Set-up of one rank: which transport it takes, the plan that all ranks agree on, and its links."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .. import errors
-from ..runtime.stage import Stage
-from ..runtime.tracing import Timeline
 from ..utils.counters import TOTALS, Stats
 from .fault import Fault, Loss
-from .feedback import FeedbackReader
-from .inbox import Inbox
 from .link import End, LinkSettings, Receiver, Sender, Sibling
 from .plan import Plan, Schema, StagePlan, agree
 from .tensor_parallel import TensorParallel
@@ -237,34 +233,3 @@ def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[S
 def _known(schema: Schema | None) -> Schema:
     assert schema is not None, "agree() has seen to it"
     return schema
-
-
-def connect(
-    transport: Transport,
-    own: StagePlan,
-    stage: Stage,
-    *,
-    patience: Patience,
-    stats: Stats,
-    tensor_parallel: TensorParallel | None,
-    receives_early: bool,
-    max_in_flight: int | None,
-    timeline: Callable[[], Timeline | None],
-) -> tuple[Links, Inbox | None, FeedbackReader | None]:
-    """``make_links``, what fills the landing memory of ``stage`` (None on the first), and the reader of feedback.
-
-    Args:
-        stage: its memory is replaced by that of the transport where that has some; nobody has views of it yet.
-        receives_early, timeline: see ``Inbox``.
-        max_in_flight: feedback that may wait to be read; as much as the stages hold by default.
-    """
-    links = make_links(transport, own, patience, stats, tensor_parallel)
-    inbox = feedback = None
-    if links.incoming is not None:
-        known = links.incoming.landing_memory(stage.max_tokens)
-        stage.land_in(known)
-        inbox = Inbox(links.incoming, stage.views, stage.device, receives_early, timeline)
-    if links.feedback_in is not None:
-        slots = 1 + (max_in_flight or 2 * own.stage_count)  # one is lent to the caller of ``feedback``
-        feedback = FeedbackReader(links.feedback_in, stage.max_tokens, stage.device, slots, stats)
-    return links, inbox, feedback

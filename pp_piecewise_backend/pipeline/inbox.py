@@ -1,16 +1,19 @@
-"""The receiving side of a stage: headers meet free landing memory, and whoever comes second posts the receive."""
+"""The receiving side of a link: headers meet free memory, and whoever comes second posts the receive."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from ..runtime.stage import Stage
 from ..runtime.tracing import Timeline
+from ..utils.counters import Stats
 from .header import Header
 from .link import Receiver
 from .transports.base import Pending
@@ -18,77 +21,68 @@ from .transports.base import Pending
 Views = Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class _Posted:
+class _Posted(NamedTuple):
     header: Header
+    memory: Stage
     views: Views
-    transfer: Pending
+    transfer: Pending | None
+    """None: the link carries no tensors."""
     posted_ns: int
 
 
-class PostingStream:
-    """Where receives are posted, by whichever thread, so that on an accelerator they wait for the last reader only."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: torch.Stream | None = None
-
-    def now(self) -> torch.Event | None:
-        """What the current stream has enqueued; None on the CPU, where everything has run."""
-        return None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device).record_event()
-
-    def after(self, event: torch.Event | None) -> contextlib.AbstractContextManager[object]:
-        """What is enqueued inside waits for ``event``, and for nothing else of its stream."""
-        return _NOTHING if event is None else self._on_own_stream(event)
-
-    @contextlib.contextmanager
-    def _on_own_stream(self, event: torch.Event) -> Iterator[None]:
-        if self._stream is None:
-            self._stream = torch.Stream(self._device)
-        with self._stream:
-            self._stream.wait_event(event)
-            yield
-
-
-_NOTHING: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-
-
 class Inbox:
-    """The landing memory of one link, which is free, being filled or being read. It is free from ``release`` on.
+    """Landing memory of one link, for one micro-batch or several: free, being filled, or lent to who took it.
 
     Args:
         receiver: where headers and tensors come from.
-        views: number of tokens -> views of the landing memory.
-        device: where that memory lies.
-        early: whether a receive is posted as soon as the memory is free and a header is there, by whichever thread
-            learns of that last; else only in ``take``.
+        landing: memory for one micro-batch, lent until ``release``. What the transport has for it replaces its own, so
+            nobody may have views of it yet.
+        stats: counts ``recv_allocations``.
+        spare_count: how much more memory of that kind is made at once. Further memory is then made, and counted,
+            whenever a header finds none free; with None the header waits for ``landing``.
+        early: whether a receive is posted as soon as memory is free and a header is there, by whichever thread learns
+            of that last; else only in ``take``.
         timeline: gives the place where receives are noted, if anywhere.
     """
 
     def __init__(
         self,
         receiver: Receiver,
-        views: Callable[[int], Views],
-        device: torch.device,
-        early: bool,
-        timeline: Callable[[], Timeline | None],
+        landing: Stage,
+        stats: Stats,
+        *,
+        spare_count: int | None = None,
+        early: bool = True,
+        timeline: Callable[[], Timeline | None] = lambda: None,
     ) -> None:
         self._receiver = receiver
-        self._views = views
+        self._stats = stats
+        self._grows = spare_count is not None
         self._early = early
         self._timeline = timeline
+        self._device = landing.device
+        self._stream = None if self._device.type == "cpu" else torch.Stream(self._device)
+        """Where receives are posted, by whichever thread, so that they wait for the last reader only."""
         self._changed = threading.Condition()
-        self._is_free = False
-        self._posted: _Posted | None = None
-        self._at_end = False
+        self._landing = self._shared(landing)
+        self._lent: Stage | None = landing
+        self._free: deque[tuple[Stage, torch.Event | None]] = deque(
+            (self._spare(), None) for _ in range(spare_count or 0)
+        )
+        """With the event, on an accelerator, at which its last reader has run."""
+        self._posted: deque[_Posted] = deque()
+        self._posted_count = 0
+        self._has_ended = False
         self._error: BaseException | None = None
-        self._posting = PostingStream(device)
-        self._freed: torch.Event | None = None
-        """When the last step that reads the memory has run."""
         receiver.on_news = self._hear_news
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether the caller has memory to release."""
+        return self._lent is not None
+
     def take(self) -> tuple[Header, Views] | None:
-        """The next micro-batch once it has landed; None when the sender has stopped. The memory is then the caller's.
+        """The next micro-batch once it has landed; None when the sender has stopped. Its memory is lent to the caller.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -97,30 +91,39 @@ class Inbox:
         begin_ns = time.time_ns()
         with self._changed:
             self._post(now=True)
-            while self._posted is None and not self._at_end and self._error is None:
+            while not self._posted and not self._has_ended:
                 self._changed.wait()
                 self._post(now=True)
-            posted, self._posted = self._posted, None
-        if timeline is not None and posted is not None:
-            timeline.add("steps", "wait for a header", begin_ns, micro_batch=posted.header.sequence)
-        if self._error is not None:
-            raise self._error
+            posted = self._posted.popleft() if self._posted else None
         if posted is None:
+            if self._error is not None:
+                raise self._error
             return None
-        begin_ns = time.time_ns()
-        posted.transfer.wait()
+        header, self._lent, views, transfer, posted_ns = posted
         if timeline is not None:
-            sequence = posted.header.sequence
-            timeline.add("steps", "wait for proxies", begin_ns, micro_batch=sequence)
-            timeline.add("receive", "receive", posted.posted_ns, micro_batch=sequence)
-        return posted.header, posted.views
+            timeline.add("steps", "wait for a header", begin_ns, micro_batch=header.sequence)
+        begin_ns = time.time_ns()
+        if transfer is not None:
+            transfer.wait()
+        if timeline is not None:
+            timeline.add("steps", "wait for proxies", begin_ns, micro_batch=header.sequence)
+            timeline.add("receive", "receive", posted_ns, micro_batch=header.sequence)
+        return header, views
 
     def release(self) -> None:
-        """The memory may be filled again once what was enqueued on this thread's stream has run."""
+        """What is lent, if anything, may be filled once what was enqueued on this thread's stream has run."""
         with self._changed:
-            self._is_free = True
-            self._freed = self._posting.now()
+            if self._lent is not None:
+                read = None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
+                self._free.append((self._lent, read))
+                self._lent = None
             self._post(now=False)
+
+    def wait_for(self, count: int) -> None:
+        """Return once ``count`` micro-batches were announced in all and found memory, or no more comes."""
+        if self._posted_count < count:
+            with self._changed:
+                self._changed.wait_for(lambda: self._posted_count >= count or self._has_ended)
 
     def _hear_news(self) -> None:
         with self._changed:
@@ -128,21 +131,44 @@ class Inbox:
             self._changed.notify_all()
 
     def _post(self, now: bool) -> None:
-        """Receive into the memory if it is free and a header is there; the lock is held."""
-        if not (now or self._early) or not self._is_free or self._posted is not None or self._at_end:
-            return
-        if self._error is not None or not self._receiver.headers_waiting:
-            return
+        """Receive into free memory what was announced; the lock is held."""
         try:
-            header = self._receiver.next_header()
-            if header is None:
-                self._at_end = True
-                return
-            views = self._views(header.num_tokens)
-            with self._posting.after(self._freed):
-                transfer = self._receiver.receive(header, views)
+            while (now or self._early) and (self._free or self._grows) and not self._has_ended:
+                if not self._receiver.headers_waiting:
+                    return
+                header = self._receiver.next_header()
+                if header is None:
+                    self._has_ended = True
+                else:
+                    self._receive(header)
         except Exception as error:  # raised by take(), in the thread of the runner
             self._error = error
-            return
-        self._is_free = False
-        self._posted = _Posted(header, views, transfer, time.time_ns())
+            self._has_ended = True
+
+    def _receive(self, header: Header) -> None:
+        if not self._free:
+            self._free.append((self._spare(), None))
+            self._stats.add("recv_allocations", len(self._landing.inputs))
+        memory, read = self._free.popleft()
+        views = memory.views(header.num_tokens)
+        transfer = None
+        if views:
+            with contextlib.nullcontext() if read is None else self._after(read):
+                transfer = self._receiver.receive(header, views)
+        self._posted.append(_Posted(header, memory, views, transfer, time.time_ns()))
+        self._posted_count += 1
+
+    def _spare(self) -> Stage:
+        return self._shared(Stage(self._landing.inputs, self._landing.max_tokens, self._device))
+
+    def _shared(self, memory: Stage) -> Stage:
+        memory.land_in(self._receiver.landing_memory(memory.max_tokens))
+        return memory
+
+    @contextlib.contextmanager
+    def _after(self, event: torch.Event) -> Iterator[None]:
+        """What is enqueued inside waits for ``event``, and for nothing else of this thread's stream."""
+        assert self._stream is not None
+        with self._stream:
+            self._stream.wait_event(event)
+            yield

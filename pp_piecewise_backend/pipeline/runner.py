@@ -37,9 +37,9 @@ from ..runtime.tracing import Timeline, chrome_trace, profiler_is_running, wrap
 from ..utils import torch_compat
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from ..utils.versions import versions
-from .connect import connect, pick_transport
+from .connect import make_links, pick_transport
 from .header import MAX_TAG_BYTES, Header
-from .inbox import Views
+from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
 from .transports.base import Patience, Pending, Transport
 
@@ -146,17 +146,18 @@ class StageRunner:
         )
         self._stats = Stats(parent=TOTALS)
         self.timeline: Timeline | None = None
-        self._links, self._inbox, self._feedback = connect(
-            way,
-            plan,
-            self._stage,
-            patience=patience,
-            stats=self._stats,
-            tensor_parallel=siblings,
-            receives_early=receive == "early",
-            max_in_flight=max_in_flight,
-            timeline=lambda: self.timeline,
-        )
+        self._links = make_links(way, plan, patience, self._stats, siblings)
+        self._inbox: Inbox | None = None
+        self._feedback: Inbox | None = None
+        if self._links.incoming is not None:
+            self._inbox = Inbox(
+                self._links.incoming, self._stage, self._stats, early=receive == "early", timeline=lambda: self.timeline
+            )
+        if self._links.feedback_in is not None:
+            spare_count = max_in_flight or 2 * self.stage_count  # besides what is lent to the caller of ``feedback``
+            slot = Stage(feedback or {}, max_tokens, self._stage.device)
+            self._feedback = Inbox(self._links.feedback_in, slot, self._stats, spare_count=spare_count)
+            self._feedback.release()  # nobody reads yet
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
         self._output_names, self._feedback_names = tuple(outputs or ()), tuple(feedback or ())
@@ -169,7 +170,6 @@ class StageRunner:
         self._sent_feedback: Pending | None = None
         self._is_whole_graph = True
         self._in_forward = False
-        self._is_released = self._inbox is None
         self._has_run = self._is_closed = False
         self._has_failed = False
         """Whether this rank has raised, so that ``close`` has nothing more to say."""
@@ -274,8 +274,7 @@ class StageRunner:
 
     def _following_steps(self) -> Iterator[Any]:
         assert self._inbox is not None
-        if not self._is_released:  # warm-up has used the memory until now
-            self._release()
+        self._release()  # warm-up has used the memory until now
         while (taken := self._take()) is not None:
             header, proxies = taken
             yield self._step(header.sequence, header.num_tokens, header.tag, None, proxies)
@@ -314,13 +313,12 @@ class StageRunner:
         arguments = self._arguments(num_tokens, tag, given, proxies)
         if not self._is_whole_graph:
             self._wait_for_send()
-        self._is_released = self._inbox is None
         self._in_forward = self._is_whole_graph
         try:
             output = self._compiled(**arguments)
         finally:
             self._in_forward = False
-        if not self._is_released and not self._has_landing_memory(output):
+        if self._uses_landing_memory and not self._has_landing_memory(output):
             self._release()
         return output, began_at
 
@@ -332,7 +330,7 @@ class StageRunner:
     # Called by programs of the stage, within a call: see ``hooks.StageListener``.
 
     def landing_was_read(self) -> None:
-        if self._in_forward and not self._is_released:
+        if self._in_forward and self._uses_landing_memory:
             self._release()
             self._stats.add("early_releases")
 
@@ -340,11 +338,15 @@ class StageRunner:
         if self._in_forward:
             self._wait_for_send()
 
+    @property
+    def _uses_landing_memory(self) -> bool:
+        return self._inbox is not None and self._inbox.is_lent
+
     def _release(self) -> None:
-        assert self._inbox is not None
-        self._is_released = True
-        with self._spanning("steps", "release"):
-            self._inbox.release()
+        """Let the next proxies land."""
+        if self._inbox is not None and self._inbox.is_lent:
+            with self._spanning("steps", "release"):
+                self._inbox.release()
 
     # --------------------------------------------------------------------------------- send
 
@@ -354,7 +356,7 @@ class StageRunner:
         self._wait_for_send()
         transfer = self._links.outgoing.send(header, tensors)
         self._sent = _Sent(transfer, header.sequence, time.time_ns())
-        if not self._is_released:  # what is sent lies in landing memory
+        if self._uses_landing_memory:  # what is sent lies in landing memory
             self._wait_for_send()
             self._release()
 
@@ -409,10 +411,12 @@ class StageRunner:
         """
         if self._feedback is None or not self._feedback_names:
             raise errors.PPPiecewiseError(errors.no_feedback_here(self.stage))
-        found = self._feedback.next()
-        if found is None:
+        self._feedback.release()
+        taken = self._feedback.take()
+        if taken is None:
             raise errors.PPPiecewiseError(errors.no_more_feedback())
-        return found
+        header, tensors = taken
+        return header.tag, tensors
 
     # --------------------------------------------------------------------------------- end
 
@@ -470,8 +474,7 @@ class StageRunner:
                 sender.say_stop()
         if self._inbox is not None and self._links.incoming is not None:
             self._links.incoming.say_stop()
-            if not self._is_released:
-                self._release()
+            self._release()
             while self._inbox.take() is not None:
                 self._inbox.release()
 

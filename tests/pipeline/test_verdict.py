@@ -12,7 +12,6 @@ import torch
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.pipeline.fault import Fault
-from pp_piecewise_backend.pipeline.feedback import FeedbackReader
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
 from pp_piecewise_backend.pipeline.link import LinkSettings, Receiver
@@ -23,7 +22,6 @@ from pp_piecewise_backend.utils.counters import Stats
 
 PROXIES = {"hidden_states": ppb.Proxy((4,), torch.float32)}
 LADDER = Ladder((1, 2, 4))
-CPU = torch.device("cpu")
 
 
 class HungUp:
@@ -67,25 +65,13 @@ def receiver() -> tuple[HungUp, Receiver]:
     return wire, Receiver(wire, Schema(PROXIES), own_rank=1, peer_rank=0, settings=settings)  # type: ignore[arg-type]
 
 
-def views(num_tokens: int) -> dict[str, torch.Tensor]:
-    return {"hidden_states": torch.zeros(num_tokens, 4)}
-
-
+@pytest.mark.parametrize("spare_count", [None, 1])
 @pytest.mark.parametrize("early", [True, False], ids=["posted by the listener", "posted by the reader"])
-def test_a_receive_posted_too_late_names_what_failed(early: bool) -> None:
+def test_a_receive_posted_too_late_names_what_failed(early: bool, spare_count: int | None) -> None:
     wire, incoming = receiver()
-    inbox = Inbox(incoming, views, CPU, early=early, timeline=lambda: None)
+    inbox = Inbox(incoming, ppb.Stage(PROXIES, 4, "cpu"), Stats(), spare_count=spare_count, early=early)
     inbox.release()
     threading.Timer(0.2, wire.say, (Kind.DATA, 0, 2)).start()  # the reader waits by then
     incoming.start()
     with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
         inbox.take()
-
-
-def test_feedback_that_never_lands_names_what_failed() -> None:
-    wire, incoming = receiver()
-    reader = FeedbackReader(incoming, 4, CPU, slot_count=1, stats=Stats())
-    incoming.start()
-    wire.say(Kind.DATA, 0, 2)
-    with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
-        reader.next()
