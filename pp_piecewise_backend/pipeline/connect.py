@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,7 +16,9 @@ from .fault import Fault, Loss
 from .link import End, LinkSettings, Receiver, Sender, Sibling
 from .plan import Plan, Schema, StagePlan, agree
 from .tensor_parallel import TensorParallel
-from .transports.base import Patience, Transport
+from .transports.base import Patience, Transport, Wire
+
+AnyEnd = TypeVar("AnyEnd", bound=End)
 
 
 def pick_transport(
@@ -63,7 +65,6 @@ class Links:
     """All that one rank holds of the hand-off."""
 
     stage: int
-    plan: Plan
     incoming: Receiver | None
     """From the previous stage; None on the first."""
     outgoing: Sender | None
@@ -173,34 +174,26 @@ def make_links(
     try:
         plan = _agreed(transport, own, tensor_parallel)
         settings = LinkSettings(plan, patience or Patience(), fault, stats, tensor_parallel)
-        ranks = transport.ranks
+        stage, last = transport.stage, plan.stage_count - 1
         incoming = outgoing = feedback_in = feedback_out = None
-        # Each end starts at once: the other one listens from now on, while this rank may have to wait for further ones.
-        for hop in range(plan.stage_count - 1):
+        for hop in range(last):
             wire = transport.wire(hop, hop + 1, "proxies")
-            source, target = ranks[hop], ranks[hop + 1]
-            if wire is not None and transport.stage == hop:
-                outgoing = Sender(wire, _known(own.outputs), source, target, settings)
-                outgoing.start(closes_in_turn=True)
+            if wire is not None and stage == hop:
+                outgoing = _started(Sender, wire, own.outputs, transport, hop + 1, settings, closes_in_turn=True)
             elif wire is not None:
-                incoming = Receiver(wire, _known(own.inputs), target, source, settings)
-                incoming.start(closes_in_turn=True)
-        if plan.has_feedback:
-            last = plan.stage_count - 1
-            wire = transport.wire(last, 0, "feedback")
-            if wire is not None and transport.stage == last:
-                feedback_out = Sender(wire, _known(own.feedback), ranks[last], ranks[0], settings)
-                feedback_out.start()
-            elif wire is not None:
-                feedback_in = Receiver(wire, _known(own.feedback), ranks[0], ranks[last], settings)
-                feedback_in.start()
-        siblings = [] if tensor_parallel is None else _siblings(tensor_parallel, settings)
+                incoming = _started(Receiver, wire, own.inputs, transport, hop, settings, closes_in_turn=True)
+        if plan.has_feedback and (wire := transport.wire(last, 0, "feedback")) is not None:
+            if stage == last:
+                feedback_out = _started(Sender, wire, own.feedback, transport, 0, settings)
+            else:
+                feedback_in = _started(Receiver, wire, own.feedback, transport, last, settings)
+        siblings = [] if tensor_parallel is None else _siblings(tensor_parallel.transport, settings)
     except BaseException:
         fault.forget_ends()
         for opened in transports:
             opened.close()
         raise
-    return Links(transport.stage, plan, incoming, outgoing, feedback_in, feedback_out, siblings, fault, transports)
+    return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, fault, transports)
 
 
 def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:
@@ -215,21 +208,28 @@ def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParalle
     return agree([json.loads(one) for one in tensor_parallel.transport.exchange(json.dumps(pipeline))])
 
 
-def _siblings(tensor_parallel: TensorParallel, settings: LinkSettings) -> list[Sibling]:
+def _siblings(transport: Transport, settings: LinkSettings) -> list[Sibling]:
     """A chain of links is enough: whoever hears of a failure notifies all neighbours."""
-    transport = tensor_parallel.transport
     siblings = []
     for lower in range(transport.stage_count - 1):
         wire = transport.wire(lower, lower + 1, "siblings")
         if wire is not None:
             peer = lower + 1 if transport.stage == lower else lower
-            ranks = transport.ranks[transport.stage], transport.ranks[peer]
-            sibling = Sibling(wire, Schema({}), *ranks, settings)
-            sibling.start()
-            siblings.append(sibling)
+            siblings.append(_started(Sibling, wire, Schema({}), transport, peer, settings))
     return siblings
 
 
-def _known(schema: Schema | None) -> Schema:
+def _started(
+    kind: type[AnyEnd],
+    wire: Wire,
+    schema: Schema | None,
+    transport: Transport,
+    peer: int,
+    settings: LinkSettings,
+    closes_in_turn: bool = False,
+) -> AnyEnd:
+    """This rank's end of a link; the other one listens from now on, while this rank may have to wait for further ones."""
     assert schema is not None, "agree() has seen to it"
-    return schema
+    end = kind(wire, schema, transport.ranks[transport.stage], transport.ranks[peer], settings)
+    end.start(closes_in_turn)
+    return end

@@ -76,18 +76,8 @@ class Header:
             raise ValueError(errors.tag_too_long(self.tag, MAX_TAG_BYTES))
 
     def pack(self) -> bytes:
-        body = _LAYOUT.pack(
-            MAGIC,
-            self.kind,
-            len(self.tag),
-            0,
-            self.fingerprint,
-            self.sequence,
-            self.num_tokens,
-            self.bucket_tokens,
-            self.rank,
-            self.tag,
-        )
+        numbers = self.fingerprint, self.sequence, self.num_tokens, self.bucket_tokens, self.rank
+        body = _LAYOUT.pack(MAGIC, self.kind, len(self.tag), 0, *numbers, self.tag)
         return body + _CHECKSUM.pack(zlib.crc32(body))
 
     @classmethod
@@ -97,15 +87,11 @@ class Header:
         Raises:
             ValueError: it is none, with what was got and expected.
         """
-        if len(message) != MESSAGE_BYTES:
-            raise ValueError(errors.header_differs("length in bytes", len(message), MESSAGE_BYTES))
+        _expect("length in bytes", len(message), MESSAGE_BYTES)
         body, (got_checksum,) = message[: _LAYOUT.size], _CHECKSUM.unpack_from(message, _LAYOUT.size)
-        checksum = zlib.crc32(body)
         magic, kind, tag_bytes, _, fingerprint, sequence, num_tokens, bucket_tokens, rank, tag = _LAYOUT.unpack(body)
-        if magic != MAGIC:
-            raise ValueError(errors.header_differs("magic", magic, MAGIC))
-        if got_checksum != checksum:
-            raise ValueError(errors.header_differs("checksum", f"{got_checksum:08x}", f"{checksum:08x}"))
+        _expect("magic", magic, MAGIC)
+        _expect("checksum", got_checksum, zlib.crc32(body), "08x")
         if kind not in _KINDS:
             raise ValueError(errors.header_differs("kind", kind, "one of " + ", ".join(str(k.value) for k in Kind)))
         if tag_bytes > MAX_TAG_BYTES:
@@ -118,21 +104,20 @@ class Header:
         Raises:
             ValueError: with the first difference, what was got and expected.
         """
-        if self.fingerprint != plan.fingerprint:
-            expected = f"{plan.fingerprint:016x}"
-            raise ValueError(errors.header_differs("plan", f"{self.fingerprint:016x}", expected))
+        _expect("plan", self.fingerprint, plan.fingerprint, "016x")
         if self.kind is Kind.FAILED:
             return  # its rank is another's, and the order is broken anyway
-        if self.rank != rank:
-            raise ValueError(errors.header_differs("rank", self.rank, rank))
-        if self.sequence != sequence:
-            raise ValueError(errors.header_differs("sequence number", self.sequence, sequence))
+        _expect("rank", self.rank, rank)
+        _expect("sequence number", self.sequence, sequence)
         if self.kind is not Kind.DATA:
             return
         bucket_tokens = plan.ladder.bucket(self.num_tokens)
         if bucket_tokens is None:
             expected = f"1 to {plan.ladder.max_tokens}"
             raise ValueError(errors.header_differs("number of tokens", self.num_tokens, expected))
-        if self.bucket_tokens != bucket_tokens:
-            what = f"bucket of {self.num_tokens} tokens"
-            raise ValueError(errors.header_differs(what, self.bucket_tokens, bucket_tokens))
+        _expect(f"bucket of {self.num_tokens} tokens", self.bucket_tokens, bucket_tokens)
+
+
+def _expect(what: str, got: object, expected: object, spelling: str = "") -> None:
+    if got != expected:
+        raise ValueError(errors.header_differs(what, format(got, spelling), format(expected, spelling)))

@@ -75,9 +75,7 @@ class End:
         self._settings = settings
         self._fault = settings.fault
         self._tensor_parallel = settings.tensor_parallel
-        self._sent_bytes_per_token = schema.sent_bytes_per_token(
-            1 if self._tensor_parallel is None else self._tensor_parallel.size
-        )
+        self._sent_bytes_per_token = schema.bytes_per_token(self._tensor_parallel.size if self._tensor_parallel else 1)
         self._amounts: dict[int, Amounts] = {}
         """Number of tokens of a micro-batch -> what it adds to the counters."""
         self._told_data = 0

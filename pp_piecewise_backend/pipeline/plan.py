@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,11 +26,7 @@ class Schema:
 
     proxies: Mapping[str, Proxy]
 
-    @cached_property
-    def bytes_per_token(self) -> int:
-        return self.sent_bytes_per_token(1)
-
-    def sent_bytes_per_token(self, tensor_parallel_size: int) -> int:
+    def bytes_per_token(self, tensor_parallel_size: int = 1) -> int:
         """What one of the links between two stages carries."""
         return sum(
             proxy.bytes_per_token // (tensor_parallel_size if proxy.layout == "scattered" else 1)
@@ -86,7 +81,8 @@ class StagePlan:
             tensor_parallel_rank: its place among the ranks of its stage.
             tensor_parallel_size: how many these are.
         """
-        shared = {
+        schemas = {key: getattr(self, key) for key in _LINKS}
+        entries = {
             "package_version": self.package_version,
             "torch_version": self.torch_version,
             "stage_count": self.stage_count,
@@ -94,14 +90,12 @@ class StagePlan:
             "max_tokens": self.ladder.max_tokens,
             "partition": self.partition,
             "transport": self.transport,
-        }
-        links = {key: schema and schema.describe() for key in _LINKS for schema in [getattr(self, key)]}
-        place = {
             "rank": rank,
             "tensor_parallel_rank": tensor_parallel_rank,
             "tensor_parallel_size": tensor_parallel_size,
+            **{key: schema and schema.describe() for key, schema in schemas.items()},
         }
-        return json.dumps({**shared, **links, **place}, sort_keys=True)
+        return json.dumps(entries, sort_keys=True)
 
 
 @dataclass(frozen=True)

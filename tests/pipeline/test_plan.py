@@ -26,7 +26,7 @@ def test_equal_plans_agree_and_have_a_stable_fingerprint() -> None:
 
 
 def test_bytes_per_token() -> None:
-    assert (PROXIES.bytes_per_token, FEEDBACK.bytes_per_token) == (8 * 4 + 6 * 2, 8)
+    assert (PROXIES.bytes_per_token(), FEEDBACK.bytes_per_token()) == (8 * 4 + 6 * 2, 8)
 
 
 def test_every_difference_is_named() -> None:

@@ -22,7 +22,7 @@ def test_tensors_arrive_whole_in_landing_memory(layout: str, share: int, tmp_pat
     for rank, outcome in enumerate(outcomes):
         assert outcome.error is None and outcome.exit_code == 0, f"rank {rank}: {outcome}\n{outcome.log}"
     tokens = sum(num_tokens for num_tokens, _ in outcomes[0].value["seen"])
-    proxy_bytes, feedback_bytes = tokens * PROXIES.bytes_per_token // share, tokens * 8
+    proxy_bytes, feedback_bytes = tokens * PROXIES.bytes_per_token() // share, tokens * 8
     for rank, outcome in enumerate(outcomes):
         is_first, stats, observed = rank < 2, outcome.value["stats"], outcome.value["observed"]
         assert stats["bytes_sent"] == (proxy_bytes if is_first else feedback_bytes)

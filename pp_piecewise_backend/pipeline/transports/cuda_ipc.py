@@ -70,7 +70,7 @@ class DeviceMemory:
         a, b = json.loads(one), json.loads(other)
         return a["machine"] == b["machine"] and a["gpu"] in b["reaches"] and b["gpu"] in a["reaches"]
 
-    def end(self, line: socket.socket, is_source: bool, peer_place: str) -> DeviceSharing:
+    def end(self, line: socket.socket, is_source: bool) -> DeviceSharing:
         return DeviceSharing(line, is_source, self._device)
 
 

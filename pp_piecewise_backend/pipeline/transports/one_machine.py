@@ -101,12 +101,12 @@ class KindOfSharing(Protocol):
     name: str
 
     def place(self) -> str:
-        """Where the memory of this process is, in words for ``joins`` and ``end``; empty where nobody can share it."""
+        """Where the memory of this process is, in words for ``joins``; empty where nobody can share it."""
 
     def joins(self, one: str, other: str) -> bool:
         """Whether processes with memory at these places can share it."""
 
-    def end(self, line: socket.socket, is_source: bool, peer_place: str) -> Sharing:
+    def end(self, line: socket.socket, is_source: bool) -> Sharing:
         """One end of a link, which has ``line`` for itself; both ends are made at the same time."""
 
 
@@ -123,15 +123,12 @@ class OneMachine:
         self.name = kind.name if is_required else "auto"
         self.stage = p2p.stage
         self.stage_count = p2p.stage_count
+        self.ranks: Sequence[int] = p2p.ranks
         self._p2p = p2p
         self._kind = kind
         self._is_required = is_required
         self._places: list[str] | None = None
         """Rank -> where its memory is, once all have met."""
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        return self._p2p.ranks
 
     def exchange(self, text: str) -> list[str]:
         return self._p2p.exchange(text)
@@ -153,18 +150,13 @@ class OneMachine:
             seconds, count = self._p2p.setup_seconds, _SOCKETS_PER_LINK
             try:
                 ends = connected(address, count, seconds) if listener is None else listener.accepted(count, seconds)
-                return self._wire(ends, source, target)
+                messages, data, memory = ends
+                memory.settimeout(seconds)
+                sharing = self._kind.end(memory, is_source=listener is None)
+                return OneMachineWire(messages, data, sharing, seconds)
             except OSError as error:
                 what = f"{name} from stage {source} to stage {target}"
                 raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
-
-    def _wire(self, ends: Sequence[socket.socket], source: int, target: int) -> OneMachineWire:
-        messages, data, memory = ends
-        memory.settimeout(self._p2p.setup_seconds)
-        is_source = self.stage == source
-        assert self._places is not None
-        sharing = self._kind.end(memory, is_source, self._places[self.ranks[target if is_source else source]])
-        return OneMachineWire(messages, data, sharing, self._p2p.setup_seconds)
 
     def _share_memory(self, source: int, target: int) -> bool:
         # In all pipelines alike: every rank of the world takes part when one of them has a link over torch.distributed.

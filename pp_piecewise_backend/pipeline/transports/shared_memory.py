@@ -29,7 +29,7 @@ class HostMemory:
     def joins(self, one: str, other: str) -> bool:
         return one == other
 
-    def end(self, line: socket.socket, is_source: bool, peer_place: str) -> HostSharing:
+    def end(self, line: socket.socket, is_source: bool) -> HostSharing:
         return HostSharing(line)
 
 

@@ -63,8 +63,8 @@ def test_micro_batches_arrive_in_order_and_whole(transport: str, stages: int, tm
         assert stats["headers"] == 2 * 40
         assert stats["sends"] == 40 * (1 if is_last else 2)
         assert stats["recvs"] == 40 * (1 if is_first else 2)
-        assert stats["bytes_sent"] == tokens * (8 if is_last else PROXIES.bytes_per_token)
-        assert stats["bytes_received"] == tokens * (8 if is_first else PROXIES.bytes_per_token)
+        assert stats["bytes_sent"] == tokens * (8 if is_last else PROXIES.bytes_per_token())
+        assert stats["bytes_received"] == tokens * (8 if is_first else PROXIES.bytes_per_token())
 
 
 @pytest.mark.process
