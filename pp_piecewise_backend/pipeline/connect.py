@@ -228,7 +228,7 @@ def _started(
     settings: LinkSettings,
     closes_in_turn: bool = False,
 ) -> AnyEnd:
-    """This rank's end of a link; the other one listens from now on, while this rank may have to wait for further ones."""
+    """This rank's end of a link; the other one listens from now on, while this rank may have to wait for more links."""
     assert schema is not None, "agree() has seen to it"
     end = kind(wire, schema, transport.ranks[transport.stage], transport.ranks[peer], settings)
     end.start(closes_in_turn)

@@ -25,8 +25,7 @@ class _Posted(NamedTuple):
     header: Header
     memory: Stage
     views: Views
-    transfer: Pending | None
-    """None: the link carries no tensors."""
+    transfer: Pending
     posted_ns: int
 
 
@@ -71,7 +70,7 @@ class Inbox:
         )
         """With the event, on an accelerator, at which its last reader has run."""
         self._posted: deque[_Posted] = deque()
-        self._posted_count = 0
+        self._heard_count = 0
         self._has_ended = False
         self._error: BaseException | None = None
         receiver.on_news = self._hear_news
@@ -83,6 +82,8 @@ class Inbox:
 
     def take(self) -> tuple[Header, Views] | None:
         """The next micro-batch once it has landed; None when the sender has stopped. Its memory is lent to the caller.
+
+        Never one of a link that carries no tensors, of which ``wait_for`` alone has news.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -103,8 +104,7 @@ class Inbox:
         if timeline is not None:
             timeline.add("steps", "wait for a header", begin_ns, micro_batch=header.sequence)
         begin_ns = time.time_ns()
-        if transfer is not None:
-            transfer.wait()
+        transfer.wait()
         if timeline is not None:
             timeline.add("steps", "wait for proxies", begin_ns, micro_batch=header.sequence)
             timeline.add("receive", "receive", posted_ns, micro_batch=header.sequence)
@@ -121,9 +121,9 @@ class Inbox:
 
     def wait_for(self, count: int) -> None:
         """Return once ``count`` micro-batches were announced in all and found memory, or no more comes."""
-        if self._posted_count < count:
+        if self._heard_count < count:
             with self._changed:
-                self._changed.wait_for(lambda: self._posted_count >= count or self._has_ended)
+                self._changed.wait_for(lambda: self._heard_count >= count or self._has_ended)
 
     def _hear_news(self) -> None:
         with self._changed:
@@ -139,8 +139,9 @@ class Inbox:
                 header = self._receiver.next_header()
                 if header is None:
                     self._has_ended = True
-                else:
+                elif self._landing.inputs:
                     self._receive(header)
+                self._heard_count += header is not None
         except Exception as error:  # raised by take(), in the thread of the runner
             self._error = error
             self._has_ended = True
@@ -151,12 +152,9 @@ class Inbox:
             self._stats.add("recv_allocations", len(self._landing.inputs))
         memory, read = self._free.popleft()
         views = memory.views(header.num_tokens)
-        transfer = None
-        if views:
-            with contextlib.nullcontext() if read is None else self._after(read):
-                transfer = self._receiver.receive(header, views)
+        with contextlib.nullcontext() if read is None else self._after(read):
+            transfer = self._receiver.receive(header, views)
         self._posted.append(_Posted(header, memory, views, transfer, time.time_ns()))
-        self._posted_count += 1
 
     def _spare(self) -> Stage:
         return self._shared(Stage(self._landing.inputs, self._landing.max_tokens, self._device))

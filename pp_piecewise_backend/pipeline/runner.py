@@ -256,8 +256,7 @@ class StageRunner:
             except GeneratorExit as left:
                 if self._links.siblings and not self.is_first:
                     # The ranks of the first stage would hear of it at different micro-batches, and hang apart.
-                    self._has_failed = True
-                    self._links.fail(left)
+                    self._fail(left)
                     raise
                 self._finish()
                 raise
@@ -458,10 +457,12 @@ class StageRunner:
         except GeneratorExit:
             raise
         except BaseException as error:
-            self._has_failed = True
-            if not isinstance(error, errors.PeerLost):
-                self._links.fail(error)
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        self._has_failed = True
+        self._links.fail(error)
 
     def _finish(self) -> None:
         """Stop in order: nothing more is sent, and what was announced to this stage is received and dropped."""
@@ -506,9 +507,7 @@ class StageRunner:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
-            self._has_failed = True
-            if not self._links.is_broken:
-                self._links.fail(error)
+            self._fail(error)
         try:
             self.close()
         except errors.PeerLost:
