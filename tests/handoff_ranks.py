@@ -41,6 +41,9 @@ from rank_processes import LONGEST_SECONDS, SETUP_SECONDS, Ended, run_ranks, wai
 MAX_TOKENS = 16
 PROXIES = Schema({"hidden_states": Proxy((8,), torch.float32), "residual": Proxy((2, 3), torch.bfloat16)})
 FEEDBACK = Schema({"tokens": Proxy((), torch.int64)})
+SILENCE_SECONDS = 2.0
+MARGIN_SECONDS = 2.0
+"""On top of what ranks measurably waited for a processor."""
 ON_GPUS = ("cuda_ipc", "nccl")
 """Transports under which each rank has its tensors on a GPU, which several may share under the first."""
 
@@ -711,6 +714,25 @@ def fault_time(outcomes: list[Outcome]) -> float:
     """When the fault happened, in seconds since the epoch."""
     printed = [line for outcome in outcomes for line in outcome.log.splitlines() if line.startswith("fault at ")]
     return float(printed[0].split()[-1]) if printed else _faults[-1]
+
+
+def all_well(outcomes: list[Outcome]) -> list[Outcome]:
+    for number, outcome in enumerate(outcomes):
+        assert outcome.error is None and outcome.exit_code == 0, f"stage {number}: {outcome}\n{outcome.log}"
+    return outcomes
+
+
+def survivors_lose_their_peer(outcomes: list[Outcome], victim: int, silence_seconds: float) -> list[Outcome]:
+    """Those, who all raised ``PeerLost`` in time after the fault."""
+    begin = fault_time(outcomes)
+    survivors = [outcome for number, outcome in enumerate(outcomes) if number != victim]
+    waited = sum(outcome.waited_seconds for outcome in survivors)
+    for outcome in survivors:
+        assert outcome.error == "PeerLost" and outcome.exit_code != 0, f"{outcome}\n{outcome.log}"
+        assert outcome.ended_at - begin < silence_seconds + MARGIN_SECONDS + waited, outcome
+    slowest = max(outcome.ended_at - begin for outcome in survivors)
+    print(f"slowest rank raised {slowest:.2f} s after the fault, at {silence_seconds} s of silence")
+    return survivors
 
 
 def _wake_gpus() -> None:

@@ -39,6 +39,8 @@ PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states
 FEEDBACK = {"next_tokens": ppb.Proxy((), torch.int64)}
 OPTIONS = {"compiler": "eager", "graphs": "emulate", "split_ops": SPLIT_OPS, "capture_sizes": "2,4"}
 FAULTY_STEP = 3
+TIMEOUT_SECONDS = 2.0
+"""For ranks that die or stop."""
 
 
 @dataclass
@@ -443,6 +445,12 @@ def run(
         report = folder / f"rank_{number}.json"
         value = json.loads(report.read_text()) if report.exists() else None
         outcomes.append(Outcome(**vars(ended), value=value))
+    return outcomes
+
+
+def all_well(outcomes: list[Outcome]) -> list[Outcome]:
+    for number, outcome in enumerate(outcomes):
+        assert outcome.exit_code == 0, f"rank {number}\n{outcome.log}"
     return outcomes
 
 

@@ -7,23 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from handoff_ranks import fault_time
-from runner_ranks import (
-    Outcome,
-    fault,
-    other_plan,
-    run,
-)
+from handoff_ranks import MARGIN_SECONDS, fault_time
+from runner_ranks import TIMEOUT_SECONDS, Outcome, fault, other_plan, run
 from tiers import slow_but
 
 pytestmark = [
     pytest.mark.process,
     pytest.mark.usefixtures("fresh_backend", "no_gradients"),
 ]
-
-TIMEOUT_SECONDS = 2.0
-MARGIN_SECONDS = 2.0
-"""On top of what ranks measurably waited for a processor."""
 
 
 @pytest.mark.parametrize("kind", ["ladder", "max_tokens", "proxies", "transport", "version"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 
 import pp_piecewise_backend as ppb
 from runner_ranks import (
-    Outcome,
+    TIMEOUT_SECONDS,
+    all_well,
     autoregressive,
     group_inputs,
     in_one_process,
@@ -28,16 +29,6 @@ pytestmark = [
     pytest.mark.process,
     pytest.mark.usefixtures("fresh_backend", "no_gradients"),
 ]
-
-TIMEOUT_SECONDS = 2.0
-MARGIN_SECONDS = 2.0
-"""On top of what ranks measurably waited for a processor."""
-
-
-def all_well(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-    for number, outcome in enumerate(outcomes):
-        assert outcome.exit_code == 0, f"rank {number}\n{outcome.log}"
-    return outcomes
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 
 from handoff_ranks import (
     PROXIES,
-    Outcome,
+    SILENCE_SECONDS,
+    all_well,
     early_end,
     fault,
-    fault_time,
     further_exchanges,
     headers_ahead,
     holds_up_its_threads,
@@ -22,6 +22,7 @@ from handoff_ranks import (
     slow_first_stage,
     slow_last_stage,
     steady,
+    survivors_lose_their_peer,
 )
 
 pytestmark = pytest.mark.compat
@@ -34,15 +35,6 @@ TRANSPORTS = (
 
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 between_processes = pytest.mark.parametrize("transport", TRANSPORTS[1:])
-SILENCE_SECONDS = 2.0
-MARGIN_SECONDS = 2.0
-"""On top of what ranks measurably waited for a processor."""
-
-
-def all_well(outcomes: list[Outcome]) -> list[Outcome]:
-    for number, outcome in enumerate(outcomes):
-        assert outcome.error is None and outcome.exit_code == 0, f"stage {number}: {outcome}\n{outcome.log}"
-    return outcomes
 
 
 # ------------------------------------------------------------------------------- what goes right
@@ -152,18 +144,6 @@ def test_all_ranks_raise_the_same_error_when_plans_differ(transport: str, tmp_pa
     ):
         assert difference in message
     assert all(outcome.exit_code != 0 for outcome in outcomes)
-
-
-def survivors_lose_their_peer(outcomes: list[Outcome], victim: int, silence_seconds: float) -> list[Outcome]:
-    begin = fault_time(outcomes)
-    survivors = [outcome for number, outcome in enumerate(outcomes) if number != victim]
-    waited = sum(outcome.waited_seconds for outcome in survivors)
-    for outcome in survivors:
-        assert outcome.error == "PeerLost" and outcome.exit_code != 0, f"{outcome}\n{outcome.log}"
-        assert outcome.ended_at - begin < silence_seconds + MARGIN_SECONDS + waited, outcome
-    slowest = max(outcome.ended_at - begin for outcome in survivors)
-    print(f"slowest rank raised {slowest:.2f} s after the fault, at {silence_seconds} s of silence")
-    return survivors
 
 
 @between_processes
