@@ -295,14 +295,13 @@ class End:
         self._wire.close()
 
 
+@dataclass(eq=False)
 class _Lost(Exception):
-    def __init__(self, loss: Loss, is_alive: bool = False, is_gone: bool = False) -> None:
-        super().__init__(loss.sentence)
-        self.loss = loss
-        self.is_alive = is_alive
-        """Whether the peer can be notified."""
-        self.is_gone = is_gone
-        """Whether it hung up, which it may do when it has stopped."""
+    loss: Loss
+    is_alive: bool = False
+    """Whether the peer can be notified."""
+    is_gone: bool = False
+    """Whether it hung up, which it may do when it has stopped."""
 
 
 class Sender(End):

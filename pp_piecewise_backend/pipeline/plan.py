@@ -7,9 +7,10 @@ each of them, so that all raise the same ``PlanMismatch`` or all hold the same `
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,19 +143,17 @@ def agree(pipelines: Sequence[Sequence[str]]) -> Plan:
     )
 
 
-def _shared_differences(pipelines: Sequence[Sequence[PlanDict]]) -> list[str]:
+def _shared_differences(pipelines: Sequence[Sequence[PlanDict]]) -> Iterator[str]:
     plans = sorted((plan for pipeline in pipelines for plan in pipeline), key=lambda plan: plan["rank"])
     counts = {"stage_count": len(pipelines[0]), "tensor_parallel_size": len(pipelines)}
-    differences = []
     for key in sorted({key for plan in plans for key in plan} - {*_LINKS, *_PLACE}):
         ranks_with: dict[str, list[int]] = {}
         for plan in plans:
             ranks_with.setdefault(json.dumps(plan[key]) if key in plan else "not known", []).append(plan["rank"])
         if len(ranks_with) > 1:
-            differences.append(errors.plan_entry_differs(key, ranks_with))
+            yield errors.plan_entry_differs(key, ranks_with)
         elif key in counts and plans[0][key] != counts[key]:
-            differences.append(errors.wrong_count(key, plans[0][key], counts[key]))
-    return differences
+            yield errors.wrong_count(key, plans[0][key], counts[key])
 
 
 def _place_differences(pipelines: Sequence[Sequence[PlanDict]]) -> list[str]:
@@ -166,20 +165,16 @@ def _place_differences(pipelines: Sequence[Sequence[PlanDict]]) -> list[str]:
     ]
 
 
-def _link_differences(plans: Sequence[PlanDict]) -> list[str]:
-    last = len(plans) - 1
-    ends = [((stage, "outputs"), (stage + 1, "inputs")) for stage in range(last)]
-    ends.append(((last, "feedback"), (0, "feedback")))
-    differences = []
-    for (source, sent), (target, taken) in ends:
-        sends, takes = plans[source].get(sent), plans[target].get(taken)
+def _link_differences(plans: Sequence[PlanDict]) -> Iterator[str]:
+    first, last = plans[0], plans[-1]
+    hops = [(source, "outputs", target, "inputs") for source, target in itertools.pairwise(plans)]
+    for source, sent, target, taken in [*hops, (last, "feedback", first, "feedback")]:
+        sends, takes = source.get(sent), target.get(taken)
         if sends != takes or (sends is None and sent == "outputs"):
-            ranks = plans[source]["rank"], plans[target]["rank"]
-            differences.append(errors.link_differs(ranks[0], sent, sends, ranks[1], taken, takes))
-    for stage, key in ((0, "inputs"), (last, "outputs")):
-        if plans[stage].get(key) is not None:
-            differences.append(errors.link_leads_nowhere(plans[stage]["rank"], key))
-    return differences
+            yield errors.link_differs(source["rank"], sent, sends, target["rank"], taken, takes)
+    for plan, key in ((first, "inputs"), (last, "outputs")):
+        if plan.get(key) is not None:
+            yield errors.link_leads_nowhere(plan["rank"], key)
 
 
 def _sibling_differences(pipeline: Sequence[PlanDict], other: Sequence[PlanDict]) -> list[str]:
@@ -191,12 +186,10 @@ def _sibling_differences(pipeline: Sequence[PlanDict], other: Sequence[PlanDict]
     ]
 
 
-def _share_differences(plans: Sequence[PlanDict]) -> list[str]:
-    differences = []
+def _share_differences(plans: Sequence[PlanDict]) -> Iterator[str]:
     for plan in plans:
         size = plan.get("tensor_parallel_size", 1)
         for key in _LINKS:
             for name, shape, _, layout in plan.get(key) or ():
                 if layout == "scattered" and math.prod(shape) % size:
-                    differences.append(errors.not_divisible(plan["rank"], key, name, math.prod(shape), size))
-    return differences
+                    yield errors.not_divisible(plan["rank"], key, name, math.prod(shape), size)

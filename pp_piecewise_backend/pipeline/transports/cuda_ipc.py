@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from ...utils import torch_compat
 from .one_machine import SharedBlock, Sharing, machine
 from .shared_memory import HostSharing
 from .sockets import receive_exactly
@@ -114,10 +113,14 @@ class DeviceSharing(Sharing):
         with torch.inference_mode(False), torch.no_grad():
             tensor = torch.zeros(padded, dtype=torch.uint8, device=self._device)
         torch.accelerator.synchronize(self._device)
+        from ...utils import torch_compat  # imports Dynamo, for which the choice of a transport need not wait
+
         _send(self._line, json.dumps(torch_compat.shared_cuda_memory(tensor)).encode())
         return SharedBlock(tensor, tensor.data_ptr(), padded)
 
     def take(self) -> SharedBlock:
+        from ...utils import torch_compat
+
         tensor = torch_compat.opened_cuda_memory(json.loads(_received(self._line)), self._device)
         return SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
 

@@ -124,14 +124,12 @@ class OneMachine:
         self.stage = p2p.stage
         self.stage_count = p2p.stage_count
         self.ranks: Sequence[int] = p2p.ranks
+        self.exchange = p2p.exchange
         self._p2p = p2p
         self._kind = kind
         self._is_required = is_required
         self._places: list[str] | None = None
         """Rank -> where its memory is, once all have met."""
-
-    def exchange(self, text: str) -> list[str]:
-        return self._p2p.exchange(text)
 
     def wire(self, source: int, target: int, name: str) -> OneMachineWire | P2PWire | None:
         if self._places is None:
@@ -324,13 +322,16 @@ class OneMachineWire:
         self._blocks.clear()
 
 
+@dataclass(eq=False)
 class _Sending:
     """Tensors that are sent; they are kept, and must not change, until they were written to where they land."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], ready: Any) -> None:
-        self.tensors = tensors
-        self.ready = ready
-        self.places_bytes = _PLACE.size * len(tensors)
-        self.written: Any = None
-        self.is_done = False
-        self.error: Exception | None = None
+    tensors: Sequence[torch.Tensor]
+    ready: Any
+    written: Any = None
+    is_done: bool = False
+    error: Exception | None = None
+
+    @property
+    def places_bytes(self) -> int:
+        return _PLACE.size * len(self.tensors)
