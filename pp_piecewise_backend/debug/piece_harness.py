@@ -1,4 +1,4 @@
-"""The script of a piece that adds one. Every piece's script is this file, with what is above the line written for it.
+"""A piece that adds one, as an example. Every piece's script is this file with its own lines between the two marks.
 
     python FILE                      run it eagerly and through Inductor, compare, time
     python FILE s0=16                with other sizes
@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
+import operator
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+# --------------------------------------------------------------------------------------- this piece
+
 PIECE = "an example"
-CUSTOM_OPS: tuple[str, ...] = ()  # must be registered: --import the module that does it
+FUNCTIONS: dict[str, tuple[str, str]] = {}  # name below: module and path within it
 MODULES: tuple[str, ...] = ()  # of torch, that hold functions used below
-DEVICES: tuple[str, ...] = ("cpu",)
+CUSTOM_OPS: tuple[str, ...] = ()  # must be registered: --import the module that does it
 MISSING: list[str] = []  # what is used below and cannot be imported from anywhere
+DEVICES: tuple[str, ...] = ("cpu",)
 SIZES = {"s0": 3}  # of the traced call; give others as s0=16
+DYNAMIC_DIMS = (("x", 0),)
 UNINITIALISED: tuple[int, ...] = ()  # outputs that hold garbage by contract
-
-
-def import_functions() -> None:
-    return None
 
 
 class Piece(torch.nn.Module):
@@ -39,8 +42,7 @@ class Piece(torch.nn.Module):
         return (x + 1,)
 
 
-def make_inputs(tensor: Callable[..., Any], s0: int) -> dict[str, Any]:
-    """Name: tensor(shape, stride, offset, dtype, device, memory, integers). Equal memory is shared."""
+def make_inputs(tensor: Callable[..., Recorded], s0: int) -> dict[str, Recorded]:
     return {"x": tensor((s0, 4), (4, 1), 0, torch.float32, "cpu", memory=0)}
 
 
@@ -48,11 +50,7 @@ def call(piece: Any, t: dict[str, torch.Tensor], sizes: dict[str, int]) -> tuple
     return piece(t["x"])
 
 
-DYNAMIC_DIMS = (("x", 0),)
-
-
 # ------------------------------------------------------------ the same in every piece's script
-
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # others: 0.1
 
@@ -60,11 +58,16 @@ Tensors = dict[str, torch.Tensor]
 Function = Callable[[Any, Tensors, dict[str, int]], Any]
 
 
-def look_up(module: str, path: str) -> Any:
-    found: Any = importlib.import_module(module)
-    for part in filter(None, path.split(".")):
-        found = getattr(found, part)
-    return found
+class Recorded(NamedTuple):
+    """A tensor of the traced call. Equal numbers of ``memory`` share it; ``integers``: its smallest and largest."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: str
+    memory: int
+    integers: tuple[int, int] = (0, 0)
 
 
 def why_not() -> str | None:
@@ -82,7 +85,9 @@ def why_not() -> str | None:
         with contextlib.suppress(ImportError):  # its functions are reached in another way, or the run says so
             importlib.import_module(name)
     try:
-        import_functions()
+        for name, (module, path) in FUNCTIONS.items():
+            found: Any = importlib.import_module(module)
+            globals()[name] = operator.attrgetter(path)(found) if path else found
     except (ImportError, AttributeError) as error:
         return f"{error}; give the folder of that module in PYTHONPATH, or a module that provides it as --import MODULE"
     return None
@@ -90,29 +95,26 @@ def why_not() -> str | None:
 
 def build(sizes: dict[str, int]) -> Tensors:
     """Name -> tensor, with the recorded geometry; tensors with equal memory share it."""
-    recorded = make_inputs(lambda *args, **kwargs: (args, kwargs), **sizes)
+    recorded = make_inputs(Recorded, **sizes)
+    first: dict[int, Recorded] = {}
     length_bytes: dict[int, int] = {}
-    first: dict[int, Any] = {}
-    for (shape, stride, offset, dtype, where), more in recorded.values():
-        memory = more["memory"]
-        empty = 0 in shape
-        extent = 0 if empty else offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        length_bytes[memory] = max(length_bytes.get(memory, 0), extent * dtype.itemsize)
-        first.setdefault(memory, (dtype, shape, where, more.get("integers")))
+    for r in recorded.values():
+        first.setdefault(r.memory, r)
+        seen = torch.empty_strided(r.shape, r.stride, dtype=r.dtype, device="meta").untyped_storage().nbytes()
+        length_bytes[r.memory] = max(length_bytes.get(r.memory, 0), seen + r.offset * r.dtype.itemsize)
     generator = torch.Generator().manual_seed(0)
-    storages: dict[int, Any] = {}
-    for memory, (dtype, shape, where, integers) in first.items():
-        length = -(-length_bytes[memory] // dtype.itemsize)
-        storages[memory] = values(length, dtype, shape, integers, generator).to(where).untyped_storage()
+    storages = {
+        memory: values(r, -(-length_bytes[memory] // r.dtype.itemsize), generator).to(r.device).untyped_storage()
+        for memory, r in first.items()
+    }
     return {
-        name: torch.empty(0, dtype=dtype, device=where).set_(storages[more["memory"]], offset, shape, stride)
-        for name, ((shape, stride, offset, dtype, where), more) in recorded.items()
+        name: torch.empty(0, dtype=r.dtype, device=r.device).set_(storages[r.memory], r.offset, r.shape, r.stride)
+        for name, r in recorded.items()
     }
 
 
-def values(
-    length: int, dtype: torch.dtype, shape: Any, integers: tuple[int, int] | None, generator: torch.Generator
-) -> torch.Tensor:
+def values(recorded: Recorded, length: int, generator: torch.Generator) -> torch.Tensor:
+    dtype, shape = recorded.dtype, recorded.shape
     if dtype == torch.bool:
         return torch.rand(length, generator=generator) < 0.5
     if dtype.is_floating_point or dtype.is_complex:
@@ -120,27 +122,13 @@ def values(
         if len(shape) > 1:
             made *= max(shape[-1], 1) ** -0.5  # as weights are, so that products stay of one size
         return (made if shape else made.abs() + 0.1).to(dtype)
-    low, high = integers or (0, 0)
+    low, high = recorded.integers
     return torch.randint(low, high + 1, (length,), generator=generator, dtype=torch.int64).to(dtype)
-
-
-def clone(tensors: Tensors) -> Tensors:
-    """Fresh tensors that share memory among themselves as the given ones do."""
-    storages: dict[int, Any] = {}
-    for tensor in tensors.values():
-        storage = tensor.untyped_storage()
-        storages.setdefault(storage.data_ptr(), storage.clone())
-    return {
-        name: torch.empty(0, dtype=t.dtype, device=t.device).set_(
-            storages[t.untyped_storage().data_ptr()], t.storage_offset(), t.shape, t.stride()
-        )
-        for name, t in tensors.items()
-    }
 
 
 def run(function: Function, piece: Piece, tensors: Tensors, sizes: dict[str, int], seed: int = 0) -> dict[str, Any]:
     """What the caller can see afterwards: the outputs, and the inputs, which may have been written."""
-    tensors = clone(tensors)
+    tensors = copy.deepcopy(tensors)  # what shares memory still does
     for name, dim in DYNAMIC_DIMS:
         torch._dynamo.maybe_mark_dynamic(tensors[name], dim)
     torch.manual_seed(seed)
@@ -180,27 +168,17 @@ def differences(wanted: dict[str, Any], got: dict[str, Any]) -> tuple[list[str],
     return lines, largest
 
 
-def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(
-        torch.equal(a.nan_to_num(), b.nan_to_num())
-        if isinstance(a, torch.Tensor) and not a.is_complex()
-        else isinstance(a, torch.Tensor) or a == b
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
-
-
 def microseconds(function: Function, piece: Piece, tensors: Tensors, sizes: dict[str, int]) -> float:
     """Median time of a call."""
-    synchronize = torch.cuda.synchronize if "cuda" in DEVICES else lambda: None
-    tensors, stop = clone(tensors), time.perf_counter() + 0.3
-    taken: list[float] = []
-    while len(taken) < 5 or (time.perf_counter() < stop and len(taken) < 200):
-        synchronize()
-        begin = time.perf_counter()
+    tensors = copy.deepcopy(tensors)
+
+    def once() -> None:
         function(piece, tensors, sizes)
-        synchronize()
-        taken.append(time.perf_counter() - begin)
-    return 1e6 * statistics.median(taken)
+        if "cuda" in DEVICES:
+            torch.cuda.synchronize()
+
+    times = max(5, min(200, int(0.3 / timeit.timeit(once, number=1))))
+    return 1e6 * statistics.median(timeit.repeat(once, number=1, repeat=times))
 
 
 def main() -> int:
@@ -228,7 +206,7 @@ def main() -> int:
         except Exception as error:
             print(f"{PIECE}: cannot run here: even eagerly: {type(error).__name__}: {error}")
             return 0
-        if not equal(eager, run(call, piece, tensors, sizes, seed=1)):
+        if any(differences(eager, run(call, piece, tensors, sizes, seed=1))):
             print(f"{PIECE}: cannot be compared: it draws random numbers, or reads memory that nothing has written")
             return 0
         function = torch.compile(call, backend=options.backend)

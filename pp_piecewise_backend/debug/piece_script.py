@@ -1,7 +1,7 @@
 """A compute piece as a Python script that runs on its own: a bug report in one file, which needs torch only.
 
 The script holds the piece's graph, builds inputs of the recorded geometry, runs the piece eagerly and through Inductor,
-compares and times. What is the same in every script is the lower part of ``piece_harness.py``, a script of its own.
+compares and times. It is ``piece_harness.py``, a script of its own, with other lines between the two marks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..compilation.cache_key import look_up
-from ..compilation.fx_utils import op_names
+from ..compilation.fx_utils import is_custom_op, op_name, op_names
 from ..compilation.partition import is_allocation
 from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Piece, SizeOf
@@ -32,6 +32,7 @@ _VIEWS = frozenset(
 _SIZE_WITHOUT_HINT = 7
 """A size at which no dimension degenerates, for symbols that had none in the traced call."""
 
+PIECE_MARK = "# --------------------------------------------------------------------------------------- this piece"
 HARNESS_MARK = "# ------------------------------------------------------------ the same in every piece's script"
 
 _KNOWN_GLOBALS = {"torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}
@@ -44,66 +45,48 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
         integer_ranges: smallest and largest value, in the traced call, of integer tensors by value name. Other integer
             tensors are filled with zeros, which index anything.
     """
+    top, bottom = _harness()
     needs = _Needs(piece.graph_module)
-    classes = "\n\n".join(_classes(piece.graph_module, "Piece"))
     names = [node.name for node in piece.graph_module.graph.nodes if node.op == "placeholder"]
     specs = dict(zip(names, piece.input_specs, strict=True))
     tensors = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
-    sizes = {spec.symbol: spec for spec in piece.input_specs if isinstance(spec, SymbolSpec)}
+    sizes = {str(spec.symbol): _size(spec) for spec in piece.input_specs if isinstance(spec, SymbolSpec)}
+    inputs = [f"        {name!r}: {_tensor_text(spec, integer_ranges.get(name))}," for name, spec in tensors.items()]
     lines = [
-        f'"""{_header(piece, program_name)}"""',
-        "from __future__ import annotations",
-        "",
-        "import argparse",
-        "import contextlib",
-        "import importlib",
-        "import statistics",
-        "import sys",
-        "import time",
-        "from collections.abc import Callable",
-        "from typing import Any",
-        "",
-        "import torch",
+        f'"""{_title(piece, program_name)}{top}',
         "from torch import device, inf, nan  # names that FX uses",
         "",
         f"PIECE = {f'{program_name} piece[{piece.index}]'!r}",
-        f"CUSTOM_OPS = {tuple(sorted(needs.custom_ops))!r}  # must be registered: --import the module that does it",
+        f"FUNCTIONS = {needs.functions!r}  # name below: module and path within it",
         f"MODULES = {tuple(sorted(needs.modules))!r}  # of torch, that hold functions used below",
-        f"DEVICES = {tuple(sorted({spec.device.type for spec in tensors.values()}))!r}",
+        f"CUSTOM_OPS = {tuple(sorted(needs.custom_ops))!r}  # must be registered: --import the module that does it",
         f"MISSING = {needs.missing!r}  # what is used below and cannot be imported from anywhere",
-        f"SIZES = {{{', '.join(f'{str(symbol)!r}: {_size(spec)}' for symbol, spec in sizes.items())}}}"
-        "  # of the traced call; give others as s0=16",
+        f"DEVICES = {tuple(sorted({spec.device.type for spec in tensors.values()}))!r}",
+        f"SIZES = {sizes!r}  # of the traced call; give others as s0=16",
+        f"DYNAMIC_DIMS = {_dynamic_dims(tensors)!r}",
         f"UNINITIALISED = {uninitialised_outputs(piece.graph_module)!r}  # outputs that hold garbage by contract",
-        "",
-        "",
-        "def import_functions():",
-        *[f"    globals()[{local!r}] = look_up({where!r}, {path!r})" for local, where, path in needs.functions],
-        "    return None",
-        "",
-        "",
-        classes,
-        "",
-        "",
-        f"def make_inputs({', '.join(['tensor', *map(str, sizes)])}):",
-        '    """Name: tensor(shape, stride, offset, dtype, device, memory, integers). Equal memory is shared."""',
+        "\n",
+        "\n\n\n".join(_classes(piece.graph_module, "Piece")),
+        "\n",
+        f"def make_inputs({', '.join(['tensor', *sizes])}):",
         "    return {",
-        *[f"        {name!r}: {_tensor_text(spec, integer_ranges.get(name))}," for name, spec in tensors.items()],
+        *inputs,
         "    }",
-        "",
-        "",
+        "\n",
         "def call(piece, t, sizes):",
         f"    return piece({', '.join(_argument_text(name, spec, tensors) for name, spec in specs.items())})",
-        "",
-        "",
-        f"DYNAMIC_DIMS = {_dynamic_dims(tensors)!r}",
+        "\n",
+        bottom,
     ]
-    return "\n".join(lines) + f"\n\n\n{_harness()}"
+    return "\n".join(lines)
 
 
 @functools.cache
-def _harness() -> str:
-    _, mark, text = Path(__file__).with_name("piece_harness.py").read_text(encoding="utf-8").partition(HARNESS_MARK)
-    return mark + text
+def _harness() -> tuple[str, str]:
+    """What comes before and after the lines of a piece, without the title."""
+    text = Path(__file__).with_name("piece_harness.py").read_text(encoding="utf-8")
+    top, mark, rest = text.partition(PIECE_MARK)
+    return top[top.index("\n") :] + mark + "\n", HARNESS_MARK + rest.partition(HARNESS_MARK)[2]
 
 
 def step_text(piece: Piece, program_name: str) -> str:
@@ -176,15 +159,19 @@ class _Needs:
     def __init__(self, graph_module: GraphModule) -> None:
         self.custom_ops: set[str] = set()
         self.modules: set[str] = set()
-        self.functions: list[tuple[str, str, str]] = []
-        """Name in the script, module, path within the module."""
+        self.functions: dict[str, tuple[str, str]] = {}
+        """Name in the script -> module, path within the module."""
         self.missing: list[str] = []
         self._add(graph_module)
 
     def _add(self, graph_module: GraphModule) -> None:
         for node in graph_module.graph.nodes:
             if node.op == "call_function":
-                self._add_function(node)
+                module = getattr(node.target, "__module__", None) or ""
+                if is_custom_op(node):
+                    self.custom_ops.add(op_name(node))
+                elif module.startswith("torch.") and torch_compat.schema_name(node.target) is None:
+                    self.modules.add(module)
             elif node.op in ("get_attr", "call_module"):
                 value = operator.attrgetter(str(node.target))(graph_module)
                 if isinstance(value, GraphModule):
@@ -195,21 +182,12 @@ class _Needs:
             if name not in _KNOWN_GLOBALS and getattr(builtins, name, None) is not value:
                 self._add_global(name, value)
 
-    def _add_function(self, node: Node) -> None:
-        target = node.target
-        schema = torch_compat.schema_name(target)  # type: ignore[arg-type]
-        if schema is not None:
-            if schema.partition("::")[0] not in ("aten", "prim", "prims"):
-                self.custom_ops.add(schema)
-        elif (module := getattr(target, "__module__", None) or "").startswith("torch."):
-            self.modules.add(module)
-
     def _add_global(self, name: str, value: Any) -> None:
         module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if isinstance(value, type(builtins)):
-            self.functions.append((name, value.__name__, ""))
+            self.functions[name] = value.__name__, ""
         elif module and path and look_up(module, path) is value:
-            self.functions.append((name, module, path))
+            self.functions[name] = module, path
         else:
             self.missing.append(name)
 
@@ -217,17 +195,12 @@ class _Needs:
 # ---------------------------------------------------------------------------------------- text
 
 
-def _header(piece: Piece, program_name: str) -> str:
-    header = (
+def _title(piece: Piece, program_name: str) -> str:
+    title = (
         f"{program_name} piece[{piece.index}], as pp_piecewise_backend compiled it with torch {torch.__version__}.\n\n"
-        f"{len(piece.ops)} ops, key {piece.key}. Needs torch only:\n\n"
-        f"    python FILE                      run it eagerly and through Inductor, compare, time\n"
-        f"    python FILE s0=16                with other sizes\n"
-        f"    python FILE --import MODULE      after importing what registers its custom ops\n"
-        f"    python FILE --backend aot_eager  with another backend of torch.compile\n\n"
-        f"Exit code 0: equal, or it says why it cannot run here. 1: different, or it could not be compiled.\n"
+        f"{len(piece.ops)} ops, key {piece.key}. Needs torch only:"
     )
-    return header.replace("\\", "\\\\").replace('"""', "'''")
+    return title.replace("\\", "\\\\").replace('"""', "'''")
 
 
 def _classes(graph_module: GraphModule, name: str) -> Iterator[str]:
