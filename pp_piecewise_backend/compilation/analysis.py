@@ -13,6 +13,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -21,7 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..errors import SplitError
 from ..utils import torch_compat
-from .fx_utils import is_custom_op, named_like_matmul, nested_graphs, op_name, plain_op_name
+from .fx_utils import is_custom_op, named_like_matmul, nested_nodes, op_name, plain_op_name
 from .regions import Regions, find_regions, is_autocast_enter, is_autocast_exit
 from .specs import SymbolSpec, TensorSpec, as_dim
 
@@ -47,6 +48,7 @@ _UNDECLARED_WRITES: Mapping[str, tuple[tuple[int, ...], int]] = {
     "instance_norm": ((3, 4), 5),
 }
 
+_RANDOM_WORDS = ("rand", "dropout", "bernoulli", "multinomial", "normal")
 
 # Ops whose kernel copies although on fake tensors they may return a view [ran].
 _ALWAYS_COPY = frozenset({"channel_shuffle", "native_channel_shuffle"})
@@ -98,14 +100,25 @@ class GraphFacts:
     symbols: Mapping[sympy.Symbol, SymbolSpec]
     symbol_sources: Mapping[sympy.Symbol, tuple[Node, int | None]]
     """Where the value of a symbol comes from: a node that gives the integer, or a tensor node and its dimension."""
-    input_storages: frozenset[int]
-    """Storages that exist before the graph runs: graph inputs and constants."""
-    written: frozenset[int]
-    """Storages that some node writes."""
     needs_gradient: tuple[str, ...]
     """Names of the inputs through which a result would require gradients; () when none does."""
     equal_symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
     """Symbol -> the one that stands for it: both count the same thing, which each call has to check."""
+
+    @cached_property
+    def births(self) -> Mapping[int, Node]:
+        """Storage -> the node that it comes from: an input, a constant, or the op that makes it."""
+        return {storage: node for node, facts in self.nodes.items() for storage in facts.born}
+
+    @cached_property
+    def input_storages(self) -> frozenset[int]:
+        """Storages that exist before the graph runs: graph inputs and constants."""
+        return frozenset(s for s, node in self.births.items() if node.op in ("placeholder", "get_attr"))
+
+    @cached_property
+    def written(self) -> frozenset[int]:
+        """Storages that some node writes."""
+        return frozenset(storage for facts in self.nodes.values() for storage in facts.writes)
 
     def with_equal_symbols(self, equal: Mapping[sympy.Symbol, sympy.Symbol]) -> GraphFacts:
         """These facts with some symbols replaced, in all tensors, by others that must have the same value."""
@@ -224,21 +237,13 @@ class _Walk(Interpreter):
             stack.enter_context(self._recorder)
             stack.callback(_leave_autocast, self._open_autocast)
             self.run(initial_env=self.env, enable_io_processing=False)
-            written = frozenset(storage for node_facts in self._facts.values() for storage in node_facts.writes)
-            needs_gradient = self._gradient_inputs(placeholders, written)
+            needs_gradient = self._gradient_inputs(placeholders)
         return GraphFacts(
             graph_module=self._graph_module,
             nodes=self._facts,
             regions=self._regions,
             symbols=self._symbols,
             symbol_sources=self._symbol_sources,
-            input_storages=frozenset(
-                storage
-                for node, facts in self._facts.items()
-                if node.op in ("placeholder", "get_attr")
-                for storage in facts.storages
-            ),
-            written=written,
             needs_gradient=needs_gradient,
         )
 
@@ -323,7 +328,7 @@ class _Walk(Interpreter):
         versions = [tensor._version for tensor in before]
         shapes = [(tensor.shape, tensor.stride()) for tensor in before]
         recorder.clear()
-        bodies = list(nested_graphs(node))
+        inside = [op_name(inner) for inner in nested_nodes(node)]
         value = self._call_or_adopt(node)
         if plain_op_name(node) in _ALWAYS_COPY:
             value = value.clone()
@@ -333,15 +338,16 @@ class _Walk(Interpreter):
         for tensor, version in zip(before, versions, strict=True):
             if tensor._version != version and (storage := self._known_storage(tensor)) is not None:
                 writes.add(storage)
-        if isinstance(node.target, torch_compat.HigherOrderOperator) and "mutation" in op_name(node) and not bodies:
+        if isinstance(node.target, torch_compat.HigherOrderOperator) and "mutation" in op_name(node) and not inside:
             writes |= reads  # user-written triton kernels: which argument is written is not known
-        if recorder.random or _has_random_op(bodies):
+        if recorder.random or any(word in name for name in inside for word in _RANDOM_WORDS):
             writes.add(RANDOM)
         if value is None and not writes:
             writes.add(EFFECT)
         known = set(self._storage_numbers.values())
         storages = {number for tensor in _tensors(value) if (number := self._number(tensor)) is not None}
         self._note_symbols(node, example)
+        by_name = [*inside, op_name(node)] if is_custom_op(node) else inside
         same = [n for n, v in arguments.items() if v is value and isinstance(v, torch.Tensor)]
         self._facts[node] = NodeFacts(
             value=self._describe(value, example),
@@ -350,7 +356,7 @@ class _Walk(Interpreter):
             reads=frozenset(reads),
             writes=frozenset(writes),
             returns_argument=same[0] if same else None,
-            heavy=recorder.heavy or _named_heavy(node) or any(_body_is_heavy(body) for body in bodies),
+            heavy=recorder.heavy or node.op == "call_module" or any(map(named_like_matmul, by_name)),
             reshapes_in_place=shapes != [(tensor.shape, tensor.stride()) for tensor in before],
             region=self._regions.bound.get(node),
         )
@@ -463,7 +469,8 @@ class _Walk(Interpreter):
     def _known_storage(self, tensor: torch.Tensor) -> int | None:
         return self._storage_numbers.get(torch_compat.storage_identity(tensor))
 
-    def _gradient_inputs(self, placeholders: Sequence[Node], written: frozenset[int]) -> tuple[str, ...]:
+    def _gradient_inputs(self, placeholders: Sequence[Node]) -> tuple[str, ...]:
+        written = {storage for facts in self._facts.values() for storage in facts.writes}
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         results = _tensors([self.env[node] for node in output.all_input_nodes])
         results += _tensors([self.env[node] for node in placeholders if self._facts[node].storages & written])
@@ -493,29 +500,6 @@ def _given(spec: TensorSpec) -> NodeFacts:
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch_compat.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _named_heavy(node: Node) -> bool:
-    if node.op == "call_module":
-        return True
-    return is_custom_op(node) and named_like_matmul(op_name(node))
-
-
-def _body_is_heavy(body: GraphModule) -> bool:
-    return any(
-        named_like_matmul(op_name(node)) or any(_body_is_heavy(inner) for inner in nested_graphs(node))
-        for node in body.graph.nodes
-        if node.op.startswith("call_")
-    )
-
-
-def _has_random_op(bodies: Sequence[GraphModule]) -> bool:
-    words = ("rand", "dropout", "bernoulli", "multinomial", "normal")
-    return any(
-        any(word in op_name(node) for word in words) or _has_random_op(list(nested_graphs(node)))
-        for body in bodies
-        for node in body.graph.nodes
-    )
 
 
 def _leave_autocast(open_autocast: dict[Node, object]) -> None:

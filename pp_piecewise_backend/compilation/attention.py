@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..config import SplitOps
 from .analysis import GraphFacts
-from .fx_utils import nested_graphs, op_names, plain_op_name, reachable
+from .fx_utils import nested_nodes, op_names, plain_op_name, reachable
 from .placeholders import GraphInput
 
 BUILTIN_SPLIT_OPS: tuple[str, ...] = (
@@ -90,14 +90,11 @@ class SplitOpMatcher:
 
     def match(self, node: Node) -> str | None:
         """The pattern that matches this node, or an op inside a graph that it takes as an argument."""
-        names = op_names(node)
-        for pattern in self.patterns:
-            if any(fnmatchcase(name, pattern) for name in names):
-                return pattern
-        for body in nested_graphs(node):
-            for inner in body.graph.nodes:
-                if (pattern_inside := self.match(inner)) is not None:
-                    return pattern_inside
+        for each in (node, *nested_nodes(node)):
+            names = op_names(each)
+            for pattern in self.patterns:
+                if any(fnmatchcase(name, pattern) for name in names):
+                    return pattern
         return None
 
 

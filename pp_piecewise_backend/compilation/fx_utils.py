@@ -68,14 +68,16 @@ def is_getitem(node: Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def nested_graphs(node: Node) -> Iterator[GraphModule]:
-    """The bodies that a higher-order op takes as arguments."""
+def nested_nodes(node: Node) -> Iterator[Node]:
+    """The nodes of the bodies that a higher-order op takes as arguments, and of those inside these."""
     owner = node.graph.owning_module
     for argument in node.all_input_nodes:
         if argument.op == "get_attr" and owner is not None:
             value = operator.attrgetter(str(argument.target))(owner)
             if isinstance(value, GraphModule):
-                yield value
+                for inner in value.graph.nodes:
+                    yield inner
+                    yield from nested_nodes(inner)
 
 
 def reachable(nodes: Iterable[Node], edges: Mapping[Node, Collection[Node]]) -> set[Node]:

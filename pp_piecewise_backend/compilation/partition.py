@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -52,6 +54,11 @@ class Step:
     kind: Kind
     nodes: tuple[Node, ...]
     reason: str
+    """Why they are an eager step; "" for a compute step."""
+
+
+_Run: TypeAlias = tuple[Kind, tuple[Node, ...]]
+"""Neighbours that are to be in one step."""
 
 
 @dataclass(frozen=True)
@@ -65,42 +72,39 @@ class Cuts:
     """Pattern of a split op -> number of nodes that it cut at."""
     attention_like: tuple[str, ...]
     """Names of the ops that were not cut at although their names suggest attention."""
-    exclusive_storages: frozenset[int]
-    """Inputs whose writes were moved, or given to a compiler: right only while no other input overlaps them."""
+    exclusive_inputs: tuple[str, ...]
+    """Names of the inputs whose writes were moved, or given to a compiler: right only while no other input overlaps
+    them."""
+    scalars: frozenset[Node]
+    """Nodes that give numbers; see ``find_scalars``."""
 
 
-class Scalars:
-    """Tells numbers from tensors: numbers are recomputed at each use, so that they are right for the real n."""
+def find_scalars(facts: GraphFacts) -> frozenset[Node]:
+    """The nodes whose value consists of numbers known from the inputs, and whose computation has no effect.
 
-    def __init__(self, facts: GraphFacts) -> None:
-        self._facts = facts
-        self._known: dict[Node, bool] = {}
+    Numbers are recomputed at each use, so that they are right for the real n.
+    """
+    return frozenset(node for node in facts.nodes if _is_scalar(facts, node))
 
-    def is_scalar(self, node: Node) -> bool:
-        """Whether the node's value consists of numbers known from the inputs, and computing it has no effect."""
-        if node not in self._known:
-            self._known[node] = self._is_scalar(node)
-        return self._known[node]
 
-    def _is_scalar(self, node: Node) -> bool:
-        facts = self._facts.nodes.get(node)
-        if facts is None or facts.writes or facts.region is not None or facts.value is None or node.op == "get_attr":
-            return False
-        if not all(_is_plain(leaf) for leaf in torch_compat.tree_leaves(facts.value)):
-            return False
-        if node.op == "placeholder" or self.reads_input(node):
-            return True
-        sources = self._facts.symbol_sources
-        return all(
-            symbol in sources and sources[symbol][0] is not node for symbol in self._facts.symbols_of_value(facts.value)
-        )
+def _is_scalar(facts: GraphFacts, node: Node) -> bool:
+    known = facts.nodes[node]
+    if known.writes or known.region is not None or known.value is None or node.op == "get_attr":
+        return False
+    if not all(_is_plain(leaf) for leaf in torch_compat.tree_leaves(known.value)):
+        return False
+    if node.op == "placeholder" or reads_input(facts, node):
+        return True
+    sources = facts.symbol_sources
+    return all(symbol in sources and sources[symbol][0] is not node for symbol in facts.symbols_of_value(known.value))
 
-    def reads_input(self, node: Node) -> bool:
-        """Whether the node reads a number out of an input that nothing writes, as Dynamo does for varying floats."""
-        if node.op != "call_method" or node.target != "item" or not isinstance(self._facts.nodes[node].value, _FLOATS):
-            return False
-        (argument,) = node.all_input_nodes
-        return argument.op == "placeholder" and not self._facts.nodes[argument].storages & self._facts.written
+
+def reads_input(facts: GraphFacts, node: Node) -> bool:
+    """Whether the node reads a number out of an input that nothing writes, as Dynamo does for varying floats."""
+    if node.op != "call_method" or node.target != "item" or not isinstance(facts.nodes[node].value, _FLOATS):
+        return False
+    (argument,) = node.all_input_nodes
+    return argument.op == "placeholder" and not facts.nodes[argument].storages & facts.written
 
 
 def canonical(facts: GraphFacts, node: Node) -> Value:
@@ -123,18 +127,6 @@ def canonical(facts: GraphFacts, node: Node) -> Value:
 def is_allocation(node: Node) -> bool:
     """Whether the node returns memory whose contents mean nothing yet."""
     return op_name(node).split("::")[-1] in _ALLOCATIONS
-
-
-def plain_numbers(value: Any) -> Any:
-    """Symbolic numbers without symbols, as Python's own."""
-    return torch_compat.tree_map(
-        lambda leaf: (
-            torch_compat.build_expression(leaf.node.expr, {})
-            if isinstance(leaf, (torch.SymInt, torch.SymBool, torch.SymFloat))
-            else leaf
-        ),
-        value,
-    )
 
 
 def does_nothing(facts: GraphFacts, node: Node) -> bool:
@@ -161,7 +153,7 @@ def find_cuts(facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpM
 class _Cutter:
     def __init__(self, facts: GraphFacts, inputs: Sequence[GraphInput]) -> None:
         self._facts = facts
-        self._scalars = Scalars(facts)
+        self._scalars = find_scalars(facts)
         self._inputs = {graph_input.name: graph_input for graph_input in inputs}
         self._matches: dict[str, int] = {}
         self._attention_like: dict[str, None] = {}
@@ -182,7 +174,6 @@ class _Cutter:
             for i in inputs
             if i.kind == "stage-input" and i.spec is not None and shared.count(i.spec.storage) == 1
         }
-        self._birth = {s: node for node, f in facts.nodes.items() for s in f.born}
 
     def find_split_ops(self, matcher: SplitOpMatcher) -> None:
         for node in self._order:
@@ -203,20 +194,23 @@ class _Cutter:
         while True:
             steps, front = self._arrange()
             if not self._cut_at_visible_writes(steps):
-                reordered = [*front, *(node for step in steps if step.kind == "compute" for node in step.nodes)]
-                writes = {storage for node in reordered for storage in self._facts.nodes[node].writes}
-                exclusive = frozenset(writes & self._facts.input_storages)
-                return Cuts(tuple(steps), self._renamed, self._matches, tuple(self._attention_like), exclusive)
+                return self._cuts(steps, [*front, *(n for step in steps if step.kind == "compute" for n in step.nodes)])
 
     def run_whole(self) -> Cuts:
         self._mark_opaque()
-        steps = self._runs(self._order)
-        steps = [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
+        steps = self._steps(self._runs(self._order))
         if len(steps) > 1:
             raise SplitError(
                 f"mode='full' needs a graph that can be compiled as one: {steps[0].reason or steps[1].reason}"
             )
-        return Cuts(tuple(steps), {}, self._matches, (), self._facts.written & self._facts.input_storages)
+        return self._cuts(steps, self._order)
+
+    def _cuts(self, steps: list[Step], reordered: Sequence[Node]) -> Cuts:
+        """The result; writes of the ``reordered`` nodes may come at another time than in the graph."""
+        writes = {storage for node in reordered for storage in self._facts.nodes[node].writes}
+        exclusive = [i.name for i in self._inputs.values() if i.spec is not None and i.spec.storage in writes]
+        attention_like = tuple(self._attention_like)
+        return Cuts(tuple(steps), self._renamed, self._matches, attention_like, tuple(exclusive), self._scalars)
 
     # ------------------------------------------------------------ what must be eager
 
@@ -232,7 +226,7 @@ class _Cutter:
                     f"{op_name(node)} (node {node.name}) changes the shape or strides of a tensor in place, which a "
                     f"cut cannot follow; the whole graph goes to the stock backend"
                 )
-            if not self._scalars.is_scalar(node) and not does_nothing(facts, node):
+            if node not in self._scalars and not does_nothing(facts, node):
                 nodes.append(node)
         return self._sink_allocations(nodes)
 
@@ -260,11 +254,9 @@ class _Cutter:
             placed.add(node)
             order.append(node)
 
-        for node in nodes:
-            if node not in sinking:
-                place(node)
-        for node in nodes:
-            if node not in placed:  # used by nothing but the graph's output
+        # What sinks and is left for the end is used by nothing but the graph's output.
+        for node in sorted(nodes, key=lambda n: n in sinking):
+            if node not in placed:
                 place(node)
         return order
 
@@ -274,10 +266,10 @@ class _Cutter:
         for argument in node.all_input_nodes:
             if argument not in self._facts.nodes:
                 continue
-            if self._scalars.is_scalar(argument):
+            if argument in self._scalars:
                 for symbol in self._facts.symbols_of_value(self._facts.nodes[argument].value):
                     source, _ = self._facts.symbol_sources[symbol]
-                    if not self._scalars.is_scalar(source):
+                    if source not in self._scalars:
                         found[canonical(self._facts, source).node] = None
             else:
                 found[canonical(self._facts, argument).node] = None
@@ -305,19 +297,15 @@ class _Cutter:
 
     def _cut_at_visible_writes(self, steps: Sequence[Step]) -> bool:
         """M1: rename each write to memory born in another step, or make it eager. True if a new cut is needed."""
-        born_in = {
-            storage: index
-            for index, step in enumerate(steps)
-            for node in step.nodes
-            for storage in self._facts.nodes[node].born
-        }
+        step_of = {node: index for index, step in enumerate(steps) for node in step.nodes}
+        born_in = {storage: step_of.get(node) for storage, node in self._facts.births.items()}
         new_cut = False
         for index, step in enumerate(steps):
             for node in step.nodes:
                 foreign = [
                     storage
                     for storage in self._facts.nodes[node].writes
-                    if storage >= 0 and storage not in self._stage_storages and born_in.get(storage) != index
+                    if storage >= 0 and storage not in self._stage_storages and born_in[storage] != index
                 ]
                 if step.kind == "eager" or not foreign:
                     continue
@@ -332,7 +320,7 @@ class _Cutter:
         return new_cut
 
     def _owner(self, storage: int) -> str:
-        birth = self._birth[storage]
+        birth = self._facts.births[storage]
         if birth.op == "placeholder":
             return f"graph input {self._inputs[birth.name].label}"
         return f"{birth.name}, made in another step"
@@ -379,42 +367,29 @@ class _Cutter:
     def _arrange(self) -> tuple[list[Step], list[Node]]:
         """Cut the current order into steps (M4, then runs of equal kind, then M3); also the nodes that M4 moved."""
         front, rest = self._move_to_front()
-        steps = _absorb(self._runs(rest), self._facts)
-        if front:
-            first = Step("eager", tuple(front), self._reason(front))
-            if steps and steps[0].kind == "eager":
-                nodes = (*front, *steps[0].nodes)
-                steps[0] = Step("eager", nodes, self._reason(nodes))
-            else:
-                steps.insert(0, first)
-        steps = [s if s.kind == "compute" else Step("eager", s.nodes, self._reason(s.nodes)) for s in steps]
-        return steps, front
+        return self._steps(_joined([("eager", tuple(front)), *_absorb(self._runs(rest), self._facts)])), front
 
-    def _runs(self, nodes: Sequence[Node]) -> list[Step]:
-        steps: list[Step] = []
+    def _runs(self, nodes: Sequence[Node]) -> list[_Run]:
         kinds: dict[Node, Kind] = {}
         following: Kind = "compute"
         for node in reversed(nodes):
             if node not in self._sinking:
                 following = "eager" if node in self._reasons else "compute"
             kinds[node] = following
-        for node in nodes:
-            kind = kinds[node]
-            if steps and steps[-1].kind == kind:
-                steps[-1] = Step(kind, (*steps[-1].nodes, node), "")
-            else:
-                steps.append(Step(kind, (node,), "between the eager steps" if kind == "compute" else ""))
-        return steps
+        return _joined([(kinds[node], (node,)) for node in nodes])
+
+    def _steps(self, runs: Sequence[_Run]) -> list[Step]:
+        return [Step(kind, nodes, self._reason(nodes) if kind == "eager" else "") for kind, nodes in runs]
 
     def _move_to_front(self) -> tuple[list[Node], list[Node]]:
         """M4: eager runs that depend on no matrix product, with all that they depend on."""
         needs = self._dependencies()
         front: set[Node] = set()
         # Runs are formed after M3, so that a fragment between two eager ops does not hide that they belong together.
-        for step in _absorb(self._runs(self._order), self._facts)[1:]:
-            if step.kind == "compute":
+        for kind, nodes in _absorb(self._runs(self._order), self._facts)[1:]:
+            if kind == "compute":
                 continue
-            closure = reachable(step.nodes, needs)
+            closure = reachable(nodes, needs)
             if not any(self._facts.nodes[node].heavy or node in self._split_ops for node in closure):
                 front |= closure
         return [n for n in self._order if n in front], [n for n in self._order if n not in front]
@@ -451,29 +426,25 @@ class _Cutter:
         return "; ".join(reasons) or "too small for a piece of its own"
 
 
-def _absorb(steps: list[Step], facts: GraphFacts) -> list[Step]:
-    """M3: merge compute steps that are not worth a piece into the eager steps around them."""
-    if not any(step.kind == "eager" for step in steps):
-        return steps
-    merged: list[Step] = []
-    for index, step in enumerate(steps):
-        is_inner = 0 < index < len(steps) - 1
-        small = step.kind == "compute" and (
-            not any(facts.nodes[node].heavy for node in step.nodes)
-            if is_inner
-            else all(_is_trivial(node, facts) for node in step.nodes)
-        )
-        kind: Kind = "eager" if small else step.kind
-        if merged and merged[-1].kind == kind:
-            merged[-1] = Step(kind, (*merged[-1].nodes, *step.nodes), merged[-1].reason)
-        else:
-            merged.append(Step(kind, step.nodes, step.reason))
-    return merged
+def _joined(runs: Sequence[_Run]) -> list[_Run]:
+    """Neighbours of equal kind as one run; empty ones are left out."""
+    return [
+        (kind, tuple(node for _, nodes in group for node in nodes))
+        for kind, group in groupby((run for run in runs if run[1]), key=itemgetter(0))
+    ]
 
 
-def _is_trivial(node: Node, facts: GraphFacts) -> bool:
-    """Whether the node makes a view and nothing else."""
-    return not facts.nodes[node].born and not facts.nodes[node].writes
+def _absorb(runs: list[_Run], facts: GraphFacts) -> list[_Run]:
+    """M3: merge compute runs that are not worth a piece into the eager runs around them."""
+    if not any(kind == "eager" for kind, _ in runs):
+        return runs
+
+    def is_small(index: int, nodes: Sequence[Node]) -> bool:
+        if 0 < index < len(runs) - 1:
+            return not any(facts.nodes[node].heavy for node in nodes)
+        return not any(facts.nodes[node].born or facts.nodes[node].writes for node in nodes)  # views only
+
+    return _joined([("eager" if is_small(at, nodes) else kind, nodes) for at, (kind, nodes) in enumerate(runs)])
 
 
 def _is_sequence(value: Any) -> bool:

@@ -26,7 +26,7 @@ from ..utils.reasons import Reason, miss
 from .analysis import GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
-from .fx_utils import op_name
+from .fx_utils import op_name, reachable
 from .op_table import mixes_tokens, ops_of, selects_tokens
 from .padding_rules import (
     Traits,
@@ -38,7 +38,7 @@ from .padding_rules import (
     random_or_written,
     uses_token_count,
 )
-from .partition import Cuts, Kind, Scalars, Step, Value, canonical, find_cuts, plain_numbers
+from .partition import Cuts, Kind, Step, Value, canonical, find_cuts, reads_input
 from .placeholders import InputTable
 from .specs import SymbolSpec, TensorSpec
 
@@ -136,14 +136,9 @@ class _Key(NamedTuple):
         return name if self.version is None else f"{name}__after_{self.version.name}"
 
     @property
-    def whole(self) -> _Key:
-        """The key of all that the node returns; a renamed value is one tensor already."""
-        return self if self.version is not None else _Key(Value(self.value.node))
-
-    @property
-    def is_given(self) -> bool:
-        """Whether it exists before the first step runs."""
-        return self.version is None and self.value.node.op in ("placeholder", "get_attr")
+    def made_at(self) -> Node:
+        """The node that makes it."""
+        return self.value.node if self.version is None else self.version
 
 
 class _Input(NamedTuple):
@@ -161,7 +156,6 @@ class _Splitter:
     def __init__(self, facts: GraphFacts, table: InputTable, cuts: Cuts) -> None:
         self.facts = facts
         self.cuts = cuts
-        self.scalars = Scalars(facts)
         self.token_count = table.token_count
         self.stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
         order = [node for step in cuts.steps for node in step.nodes]
@@ -181,12 +175,9 @@ class _Splitter:
 
     def run(self) -> Split:
         builders = [_StepBuilder(self, step) for step in self.cuts.steps]
-        made_by: dict[_Key, _StepBuilder] = {}
+        builder_of = {node: builder for builder in builders for node in builder.step.nodes}
         for builder in builders:
             builder.build()
-            for node in builder.step.nodes:
-                made_by[_Key(Value(node))] = builder
-                made_by.update({_Key(value, node): builder for value in self.cuts.renamed.get(node, ())})
         last = _StepBuilder(self, Step("eager", (), "recomputes results from the memory that they share"))
         results: list[Any] = []
         result_storages: list[int | None] = []
@@ -199,8 +190,8 @@ class _Splitter:
         wanted = handed_out
         for builder in (last, *reversed(builders)):
             for key in wanted:
-                if not key.is_given:
-                    made_by[key.whole].export(key)
+                if key.made_at.op not in ("placeholder", "get_attr"):
+                    builder_of[key.made_at].export(key)
             wanted = builder.close()
         result_names = frozenset(r.value for r in results if isinstance(r, ResultValue))
         filled = [builder for builder in (*builders, last) if not builder.is_empty]
@@ -216,21 +207,17 @@ class _Splitter:
             constants=constants,
             cuts=self.cuts,
             whole=self.facts.graph_module,
-            exclusive_inputs=tuple(
-                node.name
-                for node, node_facts in self.facts.nodes.items()
-                if node.op == "placeholder" and node_facts.storages & self.cuts.exclusive_storages
-            ),
+            exclusive_inputs=self.cuts.exclusive_inputs,
         )
 
     def _result(self, item: Any, last: _StepBuilder) -> tuple[Any, _Key | None, int | None]:
         """One result of the graph: what it is, the value that a step must return for it, its storage."""
         if not isinstance(item, Node):
             return item, None, None
-        if self.scalars.is_scalar(item):
+        if item in self.cuts.scalars:
             value = self.facts.nodes[item].value
-            if not self.facts.symbols_of_value(value) and not self.scalars.reads_input(item):
-                return plain_numbers(value), None, None
+            if not self.facts.symbols_of_value(value) and not reads_input(self.facts, item):
+                return last.number(value), None, None
             if item.op == "placeholder":
                 return ResultValue(item.name), None, None
             return ResultValue(last.make_number(item)), None, None
@@ -238,7 +225,7 @@ class _Splitter:
         key = _Key(value, self.version_at(value, self.end))
         storage = next(iter(self.storages_of(key)), None)
         if key.version is None and self.is_remade(value):
-            return ResultValue(last.make_result(key)), None, storage
+            return ResultValue(last.export(key)), None, storage
         return ResultValue(key.name), key, storage
 
     # ------------------------------------------------------------------- aliasing
@@ -247,16 +234,15 @@ class _Splitter:
         """Storages of which no view may cross a border: written across steps, or seen through several results."""
         facts = self.facts
         step_of = {node: index for index, step in enumerate(self.cuts.steps) for node in step.nodes}
-        born_in = {s: step_of.get(node) for node, f in facts.nodes.items() for s in f.born}
         shared = {
             storage
             for node, index in step_of.items()
             for storage in facts.nodes[node].writes
-            if storage >= 0 and (storage in facts.input_storages or born_in[storage] != index)
+            if storage >= 0 and step_of.get(facts.births[storage]) != index
         }
         seen: dict[int, Value] = {}
         for item in self._results:
-            if isinstance(item, Node) and item in facts.nodes and not self.scalars.is_scalar(item):
+            if isinstance(item, Node) and item in facts.nodes and item not in self.cuts.scalars:
                 value = canonical(facts, item)
                 for storage in self.storages_of(_Key(value)):
                     if storage in facts.input_storages or seen.setdefault(storage, value) != value:
@@ -302,7 +288,6 @@ class _StepBuilder:
         self._attribute_names: dict[int, str] = {}
         self._made: dict[Value, Any] = {}
         """What stands for a value in this step's graph from here on."""
-        self._versions: dict[_Key, Node] = {}
         self._numbers: dict[Node, Any] = {}
         self._expressions: dict[sympy.Basic, Any] = {}
         self._inputs: dict[Node, _Input] = {}
@@ -314,7 +299,6 @@ class _StepBuilder:
         """Nodes that count even if nobody uses what they return."""
         self._open_autocast: list[tuple[Node, Node]] = []
         self._position = splitter.end
-        self._last_placeholder: Node | None = None
 
     # ---------------------------------------------------------------- nodes
 
@@ -324,7 +308,7 @@ class _StepBuilder:
             self._match_autocast(self._facts.regions.contexts.get(node, ()))
             for value in self._splitter.cuts.renamed.get(node, ()):
                 fresh = self._graph.call_method("clone", (self._resolve(value),))
-                self._made[value] = self._versions[_Key(value, node)] = fresh
+                self._made[value] = fresh
             copy = self._copy(node)
             self._made[Value(node)] = copy
             if self._facts.nodes[node].writes or self._facts.nodes[node].region is not None:
@@ -338,16 +322,11 @@ class _StepBuilder:
         self._exports[node.name] = (self._scalar(node), None)
         return node.name
 
-    def make_result(self, key: _Key) -> str:
-        """Make a view in this step and return its name; later steps may ask for it."""
-        self._exports[key.name] = (self._resolve(key.value), self._splitter.spec(key))
-        return key.name
-
-    def export(self, key: _Key) -> None:
-        """Make a value of this step one of its outputs."""
+    def export(self, key: _Key) -> str:
+        """Make a value one of this step's outputs, and return its name."""
         if key.name not in self._exports:
-            made = self._versions[key] if key in self._versions else self._resolve(key.value)
-            self._exports[key.name] = (made, self._splitter.spec(key))
+            self._exports[key.name] = (self._resolve(key.value), self._splitter.spec(key))
+        return key.name
 
     def _copy(self, node: Node) -> Node:
         args = fx.node.map_arg(node.args, self._argument)
@@ -359,7 +338,7 @@ class _StepBuilder:
         return copy
 
     def _argument(self, node: Node) -> Any:
-        if self._splitter.scalars.is_scalar(node):
+        if node in self._splitter.cuts.scalars:
             return self._scalar(node)
         if node.op == "get_attr" and not isinstance(self._facts.nodes[node].value, torch.Tensor):
             return self._graph.get_attr(self._attach(str(node.target)))
@@ -377,7 +356,7 @@ class _StepBuilder:
             if isinstance(leaf, (tuple, list)) and not isinstance(leaf, torch.Size):
                 return tuple(self._resolve(Value(value.node, (*value.path, i))) for i in range(len(leaf)))
             if leaf is None or (value.path and isinstance(leaf, (int, float, torch.SymInt))):
-                return self._number(leaf)
+                return self.number(leaf)
             if self._splitter.is_remade(value):
                 return self._remake(value)
         return self._input_value(_Key(value, version))
@@ -406,13 +385,9 @@ class _StepBuilder:
         return self._input_nodes[key]
 
     def _add_input(self, handle: Any, name: str, step_input: _Input) -> None:
-        first = next(iter(self._graph.nodes), None) if self._last_placeholder is None else self._last_placeholder.next
-        if first is None:
+        last = next(reversed(self._inputs), None)
+        with self._graph.inserting_before() if last is None else self._graph.inserting_after(last):
             node = self._graph.placeholder(name)
-        else:
-            with self._graph.inserting_before(first):
-                node = self._graph.placeholder(name)
-        self._last_placeholder = node
         self._input_nodes[handle] = node
         self._inputs[node] = step_input
 
@@ -432,20 +407,20 @@ class _StepBuilder:
         """
         if node not in self._numbers:
             facts = self._facts.nodes[node]
-            takes_tensors = any(not self._splitter.scalars.is_scalar(argument) for argument in node.all_input_nodes)
-            is_read = takes_tensors and self._splitter.scalars.reads_input(node)
+            takes_tensors = any(argument not in self._splitter.cuts.scalars for argument in node.all_input_nodes)
+            is_read = takes_tensors and reads_input(self._facts, node)
             if is_read or (
                 self._facts.symbols_of_value(facts.value) and not takes_tensors and node.op != "placeholder"
             ):
                 self._numbers[node] = self._copy(node)
             else:
-                self._numbers[node] = self._number(facts.value)
+                self._numbers[node] = self.number(facts.value)
         return self._numbers[node]
 
-    def _number(self, value: Any) -> Any:
+    def number(self, value: Any) -> Any:
         """Sizes, or sizes nested in tuples, computed in this step from the bare symbols."""
         if isinstance(value, (tuple, list)):
-            items = [self._number(item) for item in value]
+            items = [self.number(item) for item in value]
             return items if isinstance(value, list) else tuple(items)
         expression = self._facts.expression(value)
         if not isinstance(expression, sympy.Basic):
@@ -470,7 +445,7 @@ class _StepBuilder:
             if symbol not in self._facts.symbol_sources:
                 raise SplitError(f"no value gives the size {symbol}; the whole graph goes to the stock backend")
             node, dim = self._facts.symbol_sources[symbol]
-            if node.op != "placeholder" and self._splitter.scalars.is_scalar(node):
+            if node.op != "placeholder" and node in self._splitter.cuts.scalars:
                 return self._scalar(node)
             if Value(node) in self._made:
                 made = self._made[Value(node)]
@@ -591,17 +566,9 @@ class _StepBuilder:
 
     def _drop_dead_nodes(self, live: list[Node]) -> None:
         """Remove views, sizes and inputs that only other steps need."""
-        alive: set[Node] = set()
-        waiting = [*live, *self._acting]
-        while waiting:
-            node = waiting.pop()
-            if node not in alive:
-                alive.add(node)
-                waiting += node.all_input_nodes
+        alive = reachable([*live, *self._acting], {node: node.all_input_nodes for node in self._graph.nodes})
         for node in reversed(self._graph.nodes):
             if node not in alive:
                 self._graph.erase_node(node)
                 self._inputs.pop(node, None)
-                if node is self._last_placeholder:
-                    self._last_placeholder = node.prev if node.prev.op == "placeholder" else None
         self._input_nodes = {handle: node for handle, node in self._input_nodes.items() if node in alive}
