@@ -447,13 +447,14 @@ class _StepBuilder:
             node, dim = self._facts.symbol_sources[symbol]
             if node.op != "placeholder" and node in self._splitter.cuts.scalars:
                 return self._scalar(node)
-            if Value(node) in self._made:
-                made = self._made[Value(node)]
+            value = canonical(self._facts, node)
+            if Value(value.node) in self._made:
+                made = self._resolve(value)
                 self._input_nodes[symbol] = (
                     made if dim is None else self._graph.call_function(torch.ops.aten.sym_size.int, (made, dim))
                 )
             else:
-                key = _Key(Value(node))
+                key = _Key(value)
                 source = key.name if dim is None else SizeOf(key.name, dim)
                 self._add_input(symbol, str(symbol), _Input(source, self._facts.symbols.get(symbol), key))
         return self._input_nodes[symbol]

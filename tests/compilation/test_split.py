@@ -337,6 +337,17 @@ def test_sizes_born_in_the_graph() -> None:
         check(function, *tokens(5, 9, 2), split_ops="test_split::scale")
 
 
+def test_sizes_born_in_an_element_of_a_tuple() -> None:
+    def function(x: Tensor, ids: Tensor) -> tuple[Any, ...]:
+        y = x @ WEIGHT
+        values, counts = torch.unique(ids, return_counts=True)
+        z = scale(y, counts.shape[0], 1.5, [counts.numel() * 2])
+        return z @ WEIGHT + values.shape[0], counts.shape[0]
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check(function, *((x, torch.arange(len(x)) // 2) for (x,) in tokens(5, 9, 2)), split_ops="test_split::scale")
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_an_unbacked_token_count_serves_every_size(compiler: str) -> None:
     def function(x: Tensor) -> tuple[Any, ...]:
