@@ -163,11 +163,11 @@ class End:
                     return
                 if header.kind is Kind.STOP:
                     self._heard_stop.set()
-                    self._on_stop()
+                    self._put(None)
                 elif header.kind is Kind.DATA:
                     self._heard_data += 1
-                    self._on_data(header)
-                if self._has_both_stops() and not self._stopped.is_set():
+                    self._put(header)
+                if self._said_stop.is_set() and self._heard_stop.is_set() and not self._stopped.is_set():
                     self._tell(Kind.STOP)
                     self._stopped.set()
                     if not self._closes_in_turn:
@@ -183,10 +183,7 @@ class End:
         finally:
             self._stopped.set()
             self._silent.set()
-            self.wake()
-
-    def _has_both_stops(self) -> bool:
-        return self._said_stop.is_set() and self._heard_stop.is_set()
+            self._put(None)
 
     def _hear(self) -> Header:
         peer, patience = self.peer_rank, self._settings.patience
@@ -210,11 +207,10 @@ class End:
             self._peer_is_busy = header.tag == _BUSY
         return header
 
-    def _on_data(self, header: Header) -> None:
-        raise _Lost(Loss(self.peer_rank, "bad header", errors.data_upstream(self.peer_rank)), is_alive=True)
-
-    def _on_stop(self) -> None:
-        """What an end does when the other has nothing more to say."""
+    def _put(self, header: Header | None) -> None:
+        """Hand on what was announced; None: no more comes, since the other end stops or the link is lost."""
+        if header is not None:
+            raise _Lost(Loss(self.peer_rank, "bad header", errors.data_upstream(self.peer_rank)), is_alive=True)
 
     # ------------------------------------------------------------------------------ transferring
 
@@ -235,12 +231,9 @@ class End:
 
     # ---------------------------------------------------------------------------------- failing
 
-    def wake(self) -> None:
-        """End the wait for something to be heard, if there is one."""
-
     def break_off(self) -> None:
         self._wire.break_data()
-        self.wake()
+        self._put(None)
 
     @property
     def is_broken(self) -> bool:
@@ -447,15 +440,6 @@ class Receiver(End):
 
     def _waiting_for_header(self) -> str:
         return f"waiting for the header of micro-batch {self._received}"
-
-    def _on_data(self, header: Header) -> None:
-        self._put(header)
-
-    def _on_stop(self) -> None:
-        self._put(None)
-
-    def wake(self) -> None:
-        self._put(None)
 
     def _put(self, header: Header | None) -> None:
         self._headers.put(header)
