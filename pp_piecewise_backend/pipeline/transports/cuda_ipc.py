@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .one_machine import SharedBlock, Sharing, machine
+from .one_machine import Sharing, machine
 from .shared_memory import HostSharing
 from .sockets import receive_exactly
 
@@ -108,7 +108,7 @@ class DeviceSharing(Sharing):
         """Where this end writes, and counts."""
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def make(self, num_bytes: int) -> SharedBlock:
+    def make(self, num_bytes: int) -> torch.Tensor:
         padded = -(-max(num_bytes, 1) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         with torch.inference_mode(False), torch.no_grad():
             tensor = torch.zeros(padded, dtype=torch.uint8, device=self._device)
@@ -116,13 +116,12 @@ class DeviceSharing(Sharing):
         from ...utils import torch_compat  # imports Dynamo, for which the choice of a transport need not wait
 
         _send(self._line, json.dumps(torch_compat.shared_cuda_memory(tensor)).encode())
-        return SharedBlock(tensor, tensor.data_ptr(), padded)
+        return tensor
 
-    def take(self) -> SharedBlock:
+    def take(self) -> torch.Tensor:
         from ...utils import torch_compat
 
-        tensor = torch_compat.opened_cuda_memory(json.loads(_received(self._line)), self._device)
-        return SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
+        return torch_compat.opened_cuda_memory(json.loads(_received(self._line)), self._device)
 
     def free(self) -> None:
         # On one stream, so that the counter only goes up.
@@ -133,7 +132,7 @@ class DeviceSharing(Sharing):
         return torch.cuda.current_stream(self._device).record_event()
 
     def write(
-        self, ready: torch.cuda.Event, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]
+        self, ready: torch.cuda.Event, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]
     ) -> torch.cuda.Event:
         self._awaited_count += 1
         with torch.cuda.stream(self._stream), torch.inference_mode(False), torch.no_grad():
@@ -146,20 +145,20 @@ class DeviceSharing(Sharing):
 
     def _count_up(self) -> None:
         self._told_count += 1
-        address = self._counters.address + self._told
+        address = self._counters.data_ptr() + self._told
         _call_driver("cuStreamWriteValue32_v2", self._stream.cuda_stream, address, self._told_count & 0xFFFFFFFF, 0)
 
     def _wait_for(self, count: int, stream: torch.cuda.Stream) -> None:
-        address = self._counters.address + self._awaited
+        address = self._counters.data_ptr() + self._awaited
         _call_driver("cuStreamWaitValue32_v2", stream.cuda_stream, address, count & 0xFFFFFFFF, 0)  # 0: or more
 
-    def _view(self, block: SharedBlock, offset: int, like: torch.Tensor) -> torch.Tensor:
-        key = (block.address, offset, like.shape, like.dtype)
+    def _view(self, block: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
+        key = (block.data_ptr(), offset, like.shape, like.dtype)
         view = self._views.get(key)
         if view is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            flat = block.tensor[offset : offset + like.nbytes]
+            flat = block[offset : offset + like.nbytes]
             view = self._views[key] = flat.view(like.dtype).view(like.shape)
         return view
 
@@ -172,7 +171,7 @@ class DeviceSharing(Sharing):
 
     def give_up(self) -> None:
         ahead = ctypes.c_uint32(self._awaited_count + _AHEAD)
-        ctypes.memmove(self._counters.address + self._awaited, ctypes.byref(ahead), 4)
+        ctypes.memmove(self._counters.data_ptr() + self._awaited, ctypes.byref(ahead), 4)
 
     def close(self) -> None:
         self._line.close()
@@ -184,12 +183,12 @@ class DeviceSharing(Sharing):
             while not all(stream.query() for stream in streams) and time.monotonic() < deadline:
                 self.give_up()
                 time.sleep(_POLL_SECONDS)
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._counters.address))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._counters.data_ptr()))
 
 
-def _register(page: SharedBlock) -> None:
+def _register(page: torch.Tensor) -> None:
     """Let GPUs reach a page of host memory, under its own address."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(page.address, page.num_bytes, 0))
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(page.data_ptr(), page.nbytes, 0))
 
 
 @functools.cache

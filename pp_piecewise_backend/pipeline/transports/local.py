@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ... import errors
-from .one_machine import OneMachineWire, SharedBlock, Sharing
+from .one_machine import OneMachineWire, Sharing
 
 
 class LocalHub:
@@ -64,7 +64,7 @@ class _Link:
     def __init__(self) -> None:
         self.ends = [*zip(socket.socketpair(), socket.socketpair(), strict=True)]
         """Of the source and of the target: the sockets for messages and for data."""
-        self.blocks: deque[SharedBlock] = deque()
+        self.blocks: deque[torch.Tensor] = deque()
         """That the sending end does not know yet."""
         self.freed: deque[torch.Event | None] = deque()
         """When each of the places that were named may be written; None on the CPU: now."""
@@ -110,7 +110,7 @@ class InProcess(Sharing):
     def _now(self) -> torch.Event | None:
         return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
 
-    def make(self, num_bytes: int) -> SharedBlock:
+    def make(self, num_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             if self._stream is None:
                 # Of its own pages, since the CPU allocator aligns to 64 bytes only.
@@ -118,11 +118,10 @@ class InProcess(Sharing):
             else:
                 tensor = torch.zeros(max(num_bytes, 1), dtype=torch.uint8, device=self._device)
                 torch.accelerator.current_stream(self._device).synchronize()
-        block = SharedBlock(tensor, tensor.data_ptr(), tensor.numel())
-        self._link.blocks.append(block)
-        return block
+        self._link.blocks.append(tensor)
+        return tensor
 
-    def take(self) -> SharedBlock:
+    def take(self) -> torch.Tensor:
         return self._link.blocks.popleft()
 
     def free(self) -> None:
@@ -132,7 +131,7 @@ class InProcess(Sharing):
         return self._now()
 
     def write(
-        self, ready: torch.Event | None, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]
+        self, ready: torch.Event | None, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]
     ) -> torch.Event | None:
         freed = self._link.freed.popleft()
         stream = contextlib.nullcontext() if self._stream is None else self._stream
@@ -141,7 +140,7 @@ class InProcess(Sharing):
             self.after(freed)
             for block, offset, tensor in writes:
                 flat = tensor.view(-1).view(torch.uint8)
-                block.tensor[offset : offset + tensor.nbytes].copy_(flat, non_blocking=True)
+                block[offset : offset + tensor.nbytes].copy_(flat, non_blocking=True)
             written = self._now()
         self._link.landed.append(written)
         return written

@@ -45,34 +45,23 @@ _SOCKETS_PER_LINK = 3
 _CLOSING_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class SharedBlock:
-    """Landing memory that both ends of a link reach."""
-
-    tensor: torch.Tensor
-    """All of it: flat uint8."""
-    address: int
-    """Where it lies in this process."""
-    num_bytes: int
-
-
 class Sharing(ABC):
-    """One end's way to the landing memory of a link.
+    """One end's way to the landing memory of a link: flat uint8 tensors, over memory that both ends reach.
 
     On an accelerator nothing here waits: what must come after something else is enqueued after it. What does nothing
     here is for accelerators only: on the CPU, everything has run.
     """
 
     @abstractmethod
-    def make(self, num_bytes: int) -> SharedBlock:
+    def make(self, num_bytes: int) -> torch.Tensor:
         """At the receiving end: new memory of zeros, of which the other end is notified."""
 
     @abstractmethod
-    def take(self) -> SharedBlock:
+    def take(self) -> torch.Tensor:
         """At the sending end: the next memory that the other end made."""
 
     @abstractmethod
-    def write(self, ready: Any, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]) -> Any:
+    def write(self, ready: Any, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> Any:
         """At the sending end: write each tensor to its offset, once that is free; the end of it, for ``after``."""
 
     def ready(self) -> Any:
@@ -191,7 +180,7 @@ class OneMachineWire:
         self._data = Line(data, longest_seconds)
         self._sharing = sharing
         self._longest_seconds = longest_seconds
-        self._blocks: list[SharedBlock] = []
+        self._blocks: list[torch.Tensor] = []
         """Of the receiving end; at the sending end those that places have named so far."""
         # At the receiving end:
         self._awaited_count = 0
@@ -219,7 +208,7 @@ class OneMachineWire:
     def landing_memory(self, num_bytes: int) -> torch.Tensor:
         block = self._sharing.make(num_bytes)
         self._blocks.append(block)
-        return block.tensor
+        return block
 
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         places = b"".join([self._place(view) for view in views])
@@ -231,8 +220,8 @@ class OneMachineWire:
     def _place(self, view: torch.Tensor) -> bytes:
         start = view.data_ptr()
         for number, block in enumerate(self._blocks):
-            offset = start - block.address
-            if 0 <= offset <= block.num_bytes - view.nbytes:
+            offset = start - block.data_ptr()
+            if 0 <= offset <= block.nbytes - view.nbytes:
                 return _PLACE.pack(number, offset, view.nbytes)
         raise ValueError(errors.not_in_landing_memory(tuple(view.shape)))
 
@@ -282,8 +271,8 @@ class OneMachineWire:
             while len(self._blocks) <= number:
                 self._blocks.append(self._sharing.take())
             block = self._blocks[number]
-            if num_bytes != tensor.nbytes or offset + num_bytes > block.num_bytes:
-                raise ConnectionError(errors.place_differs(offset, num_bytes, block.num_bytes, tensor.nbytes))
+            if num_bytes != tensor.nbytes or offset + num_bytes > block.nbytes:
+                raise ConnectionError(errors.place_differs(offset, num_bytes, block.nbytes, tensor.nbytes))
             writes.append((block, offset, tensor))
         sending.written = self._sharing.write(sending.ready, writes)
         self._data.send(_LANDED)

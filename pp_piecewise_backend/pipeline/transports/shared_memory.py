@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .one_machine import SharedBlock, Sharing, machine
+from .one_machine import Sharing, machine
 from .sockets import connection_error
 
 _SIZE = struct.Struct("<Q")
@@ -44,7 +44,7 @@ class HostSharing(Sharing):
     def __init__(self, line: socket.socket) -> None:
         self._line = line
 
-    def make(self, num_bytes: int) -> SharedBlock:
+    def make(self, num_bytes: int) -> torch.Tensor:
         padded = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         descriptor = os.memfd_create("pp_piecewise landing memory", os.MFD_CLOEXEC)
         try:
@@ -57,7 +57,7 @@ class HostSharing(Sharing):
             os.close(descriptor)  # the mappings have their own
         return block
 
-    def take(self) -> SharedBlock:
+    def take(self) -> torch.Tensor:
         size, descriptors, _, _ = socket.recv_fds(self._line, _SIZE.size, 1)
         if not descriptors:
             raise ConnectionError("the other end hung up")
@@ -66,16 +66,15 @@ class HostSharing(Sharing):
         finally:
             os.close(descriptors[0])
 
-    def write(self, ready: None, writes: Sequence[tuple[SharedBlock, int, torch.Tensor]]) -> None:
+    def write(self, ready: None, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
         for block, offset, tensor in writes:
-            ctypes.memmove(block.address + offset, tensor.data_ptr(), tensor.nbytes)
+            ctypes.memmove(block.data_ptr() + offset, tensor.data_ptr(), tensor.nbytes)
 
     def close(self) -> None:
         self._line.close()  # a mapping goes with its tensor
 
 
-def _mapped(descriptor: int, num_bytes: int) -> SharedBlock:
+def _mapped(descriptor: int, num_bytes: int) -> torch.Tensor:
     memory = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
     with torch.inference_mode(False), torch.no_grad():
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    return SharedBlock(tensor, tensor.data_ptr(), num_bytes)
+        return torch.frombuffer(memory, dtype=torch.uint8)
