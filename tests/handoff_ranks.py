@@ -93,7 +93,6 @@ def plan_of(stage: int, count: int, **changes: Any) -> StagePlan:
         package_version="0.1",
         stage_count=count,
         ladder=Ladder((1, 2, 4, 8, MAX_TOKENS)),
-        partition="2+2",
         inputs=PROXIES if stage > 0 else None,
         outputs=PROXIES if stage < count - 1 else None,
         feedback=FEEDBACK if count > 1 else None,

@@ -62,8 +62,6 @@ class StagePlan:
     package_version: str
     stage_count: int
     ladder: Ladder
-    partition: str = ""
-    """Which layers went to which stage, in any text that all ranks spell alike."""
     inputs: Schema | None = None
     """None on the first stage."""
     outputs: Schema | None = None
@@ -89,7 +87,6 @@ class StagePlan:
             "stage_count": self.stage_count,
             "buckets_tokens": self.ladder.sizes_tokens,
             "max_tokens": self.ladder.max_tokens,
-            "partition": self.partition,
             "transport": self.transport,
             "rank": rank,
             "tensor_parallel_rank": tensor_parallel_rank,

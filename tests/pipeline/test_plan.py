@@ -22,7 +22,7 @@ def test_equal_plans_agree_and_have_a_stable_fingerprint() -> None:
     assert plan == agreed(plan_of(0, 2), plan_of(1, 2))
     assert plan.has_feedback and plan.stage_count == 2
     assert [plan.ladder.bucket(n) for n in (1, 3, 9)] == [1, 4, 16]
-    assert plan.fingerprint != agreed(*(plan_of(i, 2, partition="1+3") for i in (0, 1))).fingerprint
+    assert plan.fingerprint != agreed(*(plan_of(i, 2, package_version="0.2") for i in (0, 1))).fingerprint
 
 
 def test_bytes_per_token() -> None:
@@ -31,8 +31,8 @@ def test_bytes_per_token() -> None:
 
 def test_every_difference_is_named() -> None:
     with pytest.raises(PlanMismatch) as caught:
-        agreed(plan_of(0, 3), plan_of(1, 3, partition="3+1", inputs=FEEDBACK), plan_of(2, 3, feedback=None))
-    for part in ('"2+2" on ranks 0, 2', '"3+1" on rank 1', "inputs of rank 1", "feedback of rank 2"):
+        agreed(plan_of(0, 3), plan_of(1, 3, package_version="0.2", inputs=FEEDBACK), plan_of(2, 3, feedback=None))
+    for part in ('"0.1" on ranks 0, 2', '"0.2" on rank 1', "inputs of rank 1", "feedback of rank 2"):
         assert part in str(caught.value)
 
 
@@ -61,8 +61,8 @@ def test_pipelines_side_by_side_share_one_fingerprint() -> None:
 
 def test_differences_between_pipelines_are_named_with_their_ranks() -> None:
     plans = [plan_of(0, 2), plan_of(1, 2)]
-    with pytest.raises(PlanMismatch, match=r'"2\+2" on ranks 0, 1, 2, "3\+1" on rank 3'):
-        grid(plans, [plans[0], replace(plans[1], partition="3+1")])
+    with pytest.raises(PlanMismatch, match=r'"0\.1" on ranks 0, 1, 2, "0\.2" on rank 3'):
+        grid(plans, [plans[0], replace(plans[1], package_version="0.2")])
     other = [replace(plans[0], outputs=FEEDBACK), replace(plans[1], inputs=FEEDBACK)]
     with pytest.raises(PlanMismatch, match=r"outputs of rank 0 are .*, but outputs of rank 1 are .*inputs of rank 2"):
         grid(plans, other)
