@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
-from ..compilation.inductor import CompiledPiece
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.specs import TensorSpec
 from ..compilation.split import Piece, Split
 from ..config import Config, rank_in_environment
 from ..runtime.ownership import find_boundary
 from ..runtime.program import Program, UnsplitProgram
+from ..utils.reasons import Reason
 from ..utils.versions import versions
-from .piece_script import source_text
+from .piece_script import piece_files, source_text
 from .summary import (
     BucketEntry,
     DroppedEntry,
@@ -29,7 +29,6 @@ from .summary import (
     NeverCapturedEntry,
     OptionEntry,
     PieceEntry,
-    Progress,
     Summary,
 )
 
@@ -45,22 +44,16 @@ def describe(
         compile_states: "compiled", "reused" or "failed" by piece index, where it is known.
         base: gives what is not the program's to say; made here without one.
     """
-    described: dict[str, Any] = {
-        "progress": progress_of(program), "counters": program.stats.as_dict(), "graphs": describe_graphs(program),
-    }  # fmt: skip
+    described: dict[str, Any] = {"counters": program.stats.as_dict(), "graphs": describe_graphs(program)}
     if isinstance(program, UnsplitProgram):
-        described["not_split"] = program.reason
+        described |= {"progress": "not split", "not_split": program.reason}
     else:
         described |= describe_split(program.split, program.table, program.pieces)
-        seconds = program.step_seconds
-        described["pieces"] = [
-            entry.model_copy(
-                update=_describe_compiled(compiled, (compile_states or {}).get(entry.index))
-                | {"plain_run": program.plain_runs.get(entry.index), "step_seconds": seconds.get(entry.index)}
-            )
-            for entry, compiled in zip(described["pieces"], program.compiled, strict=True)
-        ]
-        described["whole_plain_run"] = program.whole_plain_run
+        described |= {
+            "progress": "built",
+            "whole_plain_run": program.whole_plain_run,
+            "pieces": _describe_runs(program, described["pieces"], compile_states or {}),
+        }
     return (base or begin(program.name, program.config)).model_copy(update=described)
 
 
@@ -119,23 +112,10 @@ def describe_graphs(program: AnyProgram) -> Graphs:
             )
             for bucket, _ in graphs.buckets
         ],
-        dropped=[
-            DroppedEntry(tokens=tokens, reason=reason.code, sentence=reason.sentence)
-            for tokens, reason in graphs.dropped.items()
-        ],
-        never_captured=[
-            NeverCapturedEntry(piece=step, reason=reason.code, sentence=reason.sentence)
-            for step, reason in plan.obstacles.items()
-        ],
+        dropped=[DroppedEntry(tokens=tokens, **told(reason)) for tokens, reason in graphs.dropped.items()],
+        never_captured=[NeverCapturedEntry(piece=step, **told(reason)) for step, reason in plan.obstacles.items()],
         misses=[
-            MissEntry(
-                reason=reason.code,
-                sentence=reason.sentence,
-                pieces=missed.pieces,
-                tokens=tokens,
-                calls=missed.calls,
-                call=missed.last_call,
-            )
+            MissEntry(**told(reason), tokens=tokens, pieces=missed.pieces, calls=missed.calls, call=missed.last_call)
             for (reason, tokens), missed in list(graphs.miss_log.items())
         ],
         addresses=[
@@ -151,22 +131,13 @@ def short_source(source: str) -> str:
     return re.sub(r"^[LG]\['([^']+)'\]", r"\1", text)
 
 
-def progress_of(program: AnyProgram) -> Progress:
-    return "not split" if isinstance(program, UnsplitProgram) else "built"
+def told(reason: Reason) -> dict[str, str]:
+    """A reason as the fields of an entry or event."""
+    return {"reason": reason.code, "sentence": reason.sentence}
 
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-def piece_file(piece: Piece) -> str:
-    return f"piece_{piece.index:02d}_compute.py" if piece.kind == "compute" else f"piece_{piece.index:02d}_eager.txt"
-
-
-def piece_files(pieces: Sequence[Piece]) -> list[str]:
-    """Per piece the file of the first one with its key."""
-    first: dict[tuple[str, str], str] = {}
-    return [first.setdefault((piece.kind, piece.key), piece_file(piece)) for piece in pieces]
 
 
 def _describe_input(graph_input: GraphInput) -> InputEntry:
@@ -203,15 +174,23 @@ def _describe_piece(piece: Piece, file: str) -> PieceEntry:
     )
 
 
-def _describe_compiled(compiled: CompiledPiece | None, state: str | None) -> dict[str, Any]:
-    if compiled is None:
-        return {}
-    return {
-        "compiled": state or ("compiled" if compiled.failure is None else "failed"),
-        "compile_seconds": round(compiled.compile_seconds, 6),
-        "failure": compiled.failure,
-        "conditions": [str(condition) for condition in compiled.conditions],
-    }
+def _describe_runs(program: Program, entries: Sequence[PieceEntry], states: Mapping[int, str]) -> list[PieceEntry]:
+    """The entries with how their pieces were compiled and have run."""
+    seconds, runs = program.step_seconds, []
+    for entry, compiled in zip(entries, program.compiled, strict=True):
+        update: dict[str, Any] = {
+            "plain_run": program.plain_runs.get(entry.index),
+            "step_seconds": seconds.get(entry.index),
+        }
+        if compiled is not None:
+            update |= {
+                "compiled": states.get(entry.index, "compiled" if compiled.failure is None else "failed"),
+                "compile_seconds": round(compiled.compile_seconds, 6),
+                "failure": compiled.failure,
+                "conditions": [str(condition) for condition in compiled.conditions],
+            }
+        runs.append(entry.model_copy(update=update))
+    return runs
 
 
 def _type_text(spec: object) -> str:

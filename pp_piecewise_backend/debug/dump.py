@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 import weakref
@@ -28,17 +27,17 @@ from torch.fx import GraphModule
 from .. import errors
 from ..compilation.inductor import CompiledPiece, generated_files
 from ..compilation.placeholders import InputTable
-from ..compilation.split import Piece, ResultValue, Split
+from ..compilation.split import Piece, Split
 from ..config import Config, rank_in_environment
 from ..runtime.hooks import NO_EVENTS, Events
 from ..runtime.program import Program, UnsplitProgram
 from ..utils import torch_compat
 from ..utils.counters import Stats
 from ..utils.reasons import Reason
-from .describe import AnyProgram, begin, describe, describe_split, now, piece_file, piece_files, progress_of
+from .describe import AnyProgram, begin, describe, describe_split, now, told
 from .dynamo_frame import FrameWriter
 from .explain import explain
-from .piece_script import parent_text, piece_script, step_text
+from .piece_script import parent_text, piece_files, piece_script, step_text
 from .report import report_page
 from .summary import EVENTS, REPORT, SUMMARY
 
@@ -57,10 +56,6 @@ _REFRESH_SECONDS = 1.0
 """Least time between two rewritings that captures and misses ask for."""
 
 
-def inductor_file(piece: Piece) -> str:
-    return f"piece_{piece.index:02d}_inductor.py"
-
-
 class Dumps:
     """The dumps of this process: one folder of its rank per ``dump_dir``, one dump per program. For any thread."""
 
@@ -73,19 +68,19 @@ class Dumps:
         """The events of a new program: written down if ``dump_dir`` is set, dropped if not."""
         if config.dump_dir is None:
             return NO_EVENTS
+        place = config.dump_dir, os.getpid()
         with self._lock:
-            folder = self._folders.setdefault((config.dump_dir, os.getpid()), _RankFolder(config.dump_dir))
-        try:
-            folder.open()
+            if place not in self._folders:
+                self._folders[place] = _RankFolder(config.dump_dir)
+            folder = self._folders[place]
             if folder.is_broken:
                 return NO_EVENTS
-            program_dump = ProgramDump(folder, name, config)
-        except Exception as error:
-            folder.give_up(error)
-            return NO_EVENTS
-        with self._lock:
-            self._dumps.append(program_dump)
-        return program_dump
+            try:
+                self._dumps.append(ProgramDump(folder, name, config))
+            except Exception as error:
+                folder.give_up(error)
+                return NO_EVENTS
+            return self._dumps[-1]
 
     @property
     def unfinished(self) -> list[ProgramDump]:
@@ -117,7 +112,7 @@ def trace_program(program: AnyProgram) -> None:
         torch_compat.trace_artifact("pp_piecewise_summary", lambda: describe(program).model_dump_json(indent=1))
         if isinstance(program, Program):
             split, table = program.split, program.table
-            torch_compat.trace_artifact("pp_piecewise_split", lambda: _parent(program.name, split, table))
+            torch_compat.trace_artifact("pp_piecewise_split", lambda: parent_text(program.name, split, table))
     except Exception:
         _LOG.warning("%s: torch's structured trace does not get it", program.name, exc_info=True)
 
@@ -130,53 +125,47 @@ class _RankFolder:
 
     def __init__(self, dump_dir: Path) -> None:
         self.dump_dir = dump_dir
-        self.rank = rank_in_environment()
+        self.path = dump_dir.absolute() / f"rank_{rank_in_environment()}"
         self.is_broken = False
-        self.path: Path | None = None
         self._lock = threading.Lock()
-
-    def open(self) -> None:
-        with self._lock:
-            if self.path is not None or self.is_broken:
-                return
-            wanted = f"rank_{self.rank}"
-            self.dump_dir.mkdir(parents=True, exist_ok=True)
-            self.path = _claim(self.dump_dir.absolute(), wanted)
-            if self.path.name != wanted:
-                _LOG.warning("%s", errors.dump_folder_taken(self.dump_dir / wanted, self.path))
+        wanted = self.path
+        try:
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            self.path = _claim(wanted)
+        except Exception as error:
+            self.give_up(error)
+        if self.path != wanted:
+            _LOG.warning("%s", errors.dump_folder_taken(dump_dir / wanted.name, self.path))
 
     def give_up(self, error: Exception) -> None:
         """Say once why nothing more is written."""
         with self._lock:
-            if self.is_broken:
-                return
-            self.is_broken = True
-        _LOG.warning("%s", errors.dump_failed(self.dump_dir, error))
-        _LOG.debug("the dump failed here", exc_info=error)
+            was_broken, self.is_broken = self.is_broken, True
+        if not was_broken:
+            _LOG.warning("%s", errors.dump_failed(self.dump_dir, error))
+            _LOG.debug("the dump failed here", exc_info=error)
 
 
-def _claim(parent: Path, name: str) -> Path:
-    """Make a folder that nobody else has made: ``name``, or ``name.2`` and so on."""
-    number = 1
+def _claim(wanted: Path) -> Path:
+    """Make a folder that nobody else has made: the wanted one, or with ``.2`` and so on after its name."""
+    path, number = wanted, 1
     while True:
-        path = parent / (name if number == 1 else f"{name}.{number}")
         try:
             path.mkdir()
             return path
         except FileExistsError:
             number += 1
+            path = wanted.with_name(f"{wanted.name}.{number}")
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # nobody else writes in this folder
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -206,12 +195,11 @@ class ProgramDump(Events):
     """Writes the folder of one program. Keeps no program alive."""
 
     def __init__(self, folder: _RankFolder, name: str, config: Config) -> None:
-        assert folder.path is not None
         self.folder = folder
         self.process_id = os.getpid()
         self.is_broken = False
         self.lock = threading.RLock()
-        self.path = _claim(folder.path, re.sub(r"[^A-Za-z0-9_]+", "_", name))
+        self.path = _claim(folder.path / re.sub(r"[^A-Za-z0-9_]+", "_", name))
         self.name = name
         self._began = time.perf_counter()
         self._summary = begin(name, config)
@@ -244,21 +232,18 @@ class ProgramDump(Events):
         self._event("traced", nodes=len(graph_module.graph.nodes), inputs=len(placeholders))
         _, _, number = self.name.partition("#")
         if number.isdigit() and int(number):
-            self.recompiled(int(number))
+            self._event("recompiled", programs_before=int(number))
 
     @_never_fails
     def split(self, split: Split, table: InputTable) -> None:
         self._note_integers(split.constants)
-        files = piece_files(split.pieces)
-        self._write(SPLIT_PARENT, _parent(self.name, split, table))
-        for piece in split.pieces:
-            if files[piece.index] != piece_file(piece):
-                continue  # an equal piece has it
-            self._write(piece_file(piece), self._piece_text(piece))
-        self._summary = self._summary.model_copy(
-            update={"progress": "split", **describe_split(split, table, split.pieces)}
-        )
-        self._write_summary()
+        self._write(SPLIT_PARENT, parent_text(self.name, split, table))
+        written: set[str] = set()
+        for piece, file in zip(split.pieces, piece_files(split.pieces), strict=True):
+            if file not in written:
+                self._write(file, self._piece_text(piece))
+                written.add(file)
+        self._write_summary(progress="split", **describe_split(split, table, split.pieces))
         compute = [piece.key for piece in split.pieces if piece.kind == "compute"]
         self._event("split", pieces=len(compute), distinct_pieces=len(set(compute)),
                     eager_steps=len(split.pieces) - len(compute))  # fmt: skip
@@ -271,7 +256,7 @@ class ProgramDump(Events):
         # A cache that somebody has cleared meanwhile is no reason to stop.
         texts = [Path(path).read_text() for path in generated if Path(path).is_file()]
         if texts:
-            self._write(inductor_file(piece), "\n\n".join(texts))
+            self._write(f"piece_{piece.index:02d}_inductor.py", "\n\n".join(texts))
         more = {} if compiled.failure is None else {"failure": compiled.failure}
         self._event(
             "compiled", piece=piece.index, key=piece.key, compile_seconds=round(compiled.compile_seconds, 6), **more
@@ -290,7 +275,6 @@ class ProgramDump(Events):
             self._event("not split", reason=program.reason)
         else:
             self._event("built")
-        self._summary = self._summary.model_copy(update={"progress": progress_of(program)})
         self.refresh()
 
     @_never_fails
@@ -304,18 +288,12 @@ class ProgramDump(Events):
     def missed(self, reason: Reason, pieces: int, tokens: int | None, call: int) -> None:
         if self._miss_events < _MOST_MISS_EVENTS:
             self._miss_events += 1
-            told = {"reason": reason.code, "sentence": reason.sentence}
-            self._event("missed", **told, pieces=pieces, tokens=tokens, call=call)
-        is_new = (reason, tokens) not in self._misses_seen
-        self._misses_seen.add((reason, tokens))
-        if is_new:
-            self.refresh()
-        else:
+            self._event("missed", **told(reason), pieces=pieces, tokens=tokens, call=call)
+        if (reason, tokens) in self._misses_seen:
             self._refresh_if_due()
-
-    @_never_fails
-    def recompiled(self, programs_before: int) -> None:
-        self._event("recompiled", programs_before=programs_before)
+        else:
+            self._misses_seen.add((reason, tokens))
+            self.refresh()
 
     @_never_fails
     def sealed(self) -> None:
@@ -351,8 +329,10 @@ class ProgramDump(Events):
             _LOG.debug("%s piece[%d] cannot be written down", self.name, piece.index, exc_info=error)
             return f"print({errors.piece_not_written(self.name, piece.index, error)!r})\n"
 
-    def _write_summary(self) -> None:
-        self._summary = self._summary.model_copy(update={"written_at": now(), "extras": self._frame.outcome()})
+    def _write_summary(self, **known: Any) -> None:
+        """Write what was known before and what is new in it."""
+        known |= {"written_at": now(), "extras": self._frame.outcome()}
+        self._summary = self._summary.model_copy(update=known)
         self._write(SUMMARY, self._summary.model_dump_json(indent=1) + "\n")
 
     def _write(self, name: str, text: str) -> None:
@@ -361,11 +341,8 @@ class ProgramDump(Events):
     def _event(self, event: str, **details: Any) -> None:
         seconds = round(time.perf_counter() - self._began, 6)
         line = json.dumps({"event": event, "at": now(), "seconds": seconds, **details}) + "\n"
-        descriptor = os.open(self.path / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())  # one call, so that no reader sees half a line
-        finally:
-            os.close(descriptor)
+        with open(self.path / EVENTS, "ab", buffering=0) as file:  # one write, so that no reader sees half a line
+            file.write(line.encode())
 
     def _texts(self) -> dict[str, str]:
         """What the report unfolds: the text of each distinct piece, by file name."""
@@ -385,9 +362,3 @@ def _is_readable(tensor: torch.Tensor) -> bool:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         return False
     return 0 < tensor.numel() <= _MOST_INTEGERS
-
-
-def _parent(name: str, split: Split, table: InputTable) -> str:
-    results = ", ".join(r.value if isinstance(r, ResultValue) else repr(r) for r in split.results)
-    inputs = [graph_input.name for graph_input in table.inputs]
-    return parent_text(name, inputs, split.pieces, piece_files(split.pieces), f"({results},)")

@@ -10,7 +10,7 @@ import builtins
 import functools
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch.fx import Graph, GraphModule, Node
 from ..compilation.cache_key import look_up
 from ..compilation.fx_utils import is_custom_op, op_name, op_names
 from ..compilation.partition import is_allocation
+from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec, TensorSpec
-from ..compilation.split import Piece, SizeOf
+from ..compilation.split import Piece, ResultValue, SizeOf, Split
 from ..utils import torch_compat
 
 _VIEWS = frozenset(
@@ -102,10 +103,19 @@ def step_text(piece: Piece, program_name: str) -> str:
     )
 
 
-def parent_text(program_name: str, inputs: list[str], pieces: tuple[Piece, ...], files: list[str], results: str) -> str:
+def piece_files(pieces: Sequence[Piece]) -> list[str]:
+    """Per piece the file of the first one with its key."""
+    first: dict[tuple[str, str], str] = {}
+    ends = {"compute": "compute.py", "eager": "eager.txt"}
+    return [first.setdefault((p.kind, p.key), f"piece_{p.index:02d}_{ends[p.kind]}") for p in pieces]
+
+
+def parent_text(program_name: str, split: Split, table: InputTable) -> str:
     """The split parent, readable: one line per step, with the values that travel between the steps."""
-    lines = [f"# {program_name}: the steps in the order in which they run", f"def forward(self, {', '.join(inputs)}):"]
-    for piece, file in zip(pieces, files, strict=True):
+    inputs = ", ".join(graph_input.name for graph_input in table.inputs)
+    results = ", ".join(r.value if isinstance(r, ResultValue) else repr(r) for r in split.results)
+    lines = [f"# {program_name}: the steps in the order in which they run", f"def forward(self, {inputs}):"]
+    for piece, file in zip(split.pieces, piece_files(split.pieces), strict=True):
         why = f": {piece.reason}" if piece.reason else ""
         proxies = f"; reads {', '.join(piece.reads_stage_inputs)}" if piece.reads_stage_inputs else ""
         gives = "; returns results" if piece.writes_stage_outputs else ""
@@ -113,7 +123,7 @@ def parent_text(program_name: str, inputs: list[str], pieces: tuple[Piece, ...],
         outputs = f"{', '.join(piece.outputs)}, = " if piece.outputs else ""
         arguments = ", ".join(source_text(source) for source in piece.inputs)
         lines.append(f"    {outputs}self.{file.partition('.')[0]}({arguments})")
-    return "\n".join((*lines, f"    return {results}", ""))
+    return "\n".join((*lines, f"    return ({results},)", ""))
 
 
 def source_text(source: str | SizeOf) -> str:

@@ -87,27 +87,26 @@ class BucketEntry(_Entry):
     )
 
 
-class DroppedEntry(_Entry):
+class _ReasonEntry(_Entry):
+    reason: str = Field(description="The code that miss_reasons counts by.")
+    sentence: str = Field(description="The same for a person, with what to do.")
+
+
+class DroppedEntry(_ReasonEntry):
     """A bucket that is captured no more."""
 
     tokens: int
-    reason: str = Field(description="The code that miss_reasons counts by.")
-    sentence: str = Field(description="The same for a person, with what to do.")
 
 
-class NeverCapturedEntry(_Entry):
+class NeverCapturedEntry(_ReasonEntry):
     """A compute piece that no graph can hold, whatever the bucket."""
 
     piece: int = Field(description="Its index.")
-    reason: str = Field(description="The code that miss_reasons counts by.")
-    sentence: str = Field(description="The same for a person, with what to do.")
 
 
-class MissEntry(_Entry):
+class MissEntry(_ReasonEntry):
     """Compute pieces that ran without their graph although graphs are on."""
 
-    reason: str = Field(description="The code that miss_reasons counts by.")
-    sentence: str = Field(description="The same for a person, with what to do.")
     pieces: int = Field(description="How many compute pieces.")
     tokens: int | None = Field(default=None, description="Number of tokens of the call, if anything says it.")
     calls: int = Field(default=1, description="How many calls.")

@@ -44,9 +44,6 @@ class Events:
     def missed(self, reason: Reason, pieces: int, tokens: int | None, call: int) -> None:
         """Compute pieces ran without their graph in a call although graphs are on."""
 
-    def recompiled(self, programs_before: int) -> None:
-        """The same code had this many graphs before."""
-
     def sealed(self) -> None:
         """From now on no new graph is compiled."""
 

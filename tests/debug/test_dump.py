@@ -205,7 +205,7 @@ def test_every_event_is_there_while_dumping_is_off() -> None:
     own = {name for name in vars(Events) if not name.startswith("_")}
     assert own <= {name for name in vars(dump.ProgramDump) if not name.startswith("_")}
     assert own == {
-        "traced", "split", "compiled", "reused", "built", "captured", "missed", "recompiled", "sealed",
+        "traced", "split", "compiled", "reused", "built", "captured", "missed", "sealed",
     }  # fmt: skip
 
 
