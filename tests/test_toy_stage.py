@@ -86,9 +86,7 @@ def attention_steps(program: Any) -> int:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(
-    "variant", slow_but(["middle", "middle-inplace-norm", "first-inplace-norm", "last-inplace-norm"], list(VARIANTS))
-)
+@pytest.mark.parametrize("variant", slow_but(["first-inplace-norm", "last-inplace-norm"], list(VARIANTS)))
 def test_equal_to_eager_bit_by_bit(variant: str) -> None:
     stage = ToyStage(3, **VARIANTS[variant])
     reference = copy.deepcopy(stage)
@@ -101,7 +99,8 @@ def test_equal_to_eager_bit_by_bit(variant: str) -> None:
     assert ppb.stats().unmatched_split_ops == 0
 
 
-@pytest.mark.parametrize("variant", slow_but(["middle-inplace-norm"], ["middle", "middle-inplace-norm", "whole"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["middle", "middle-inplace-norm", "whole"])
 def test_equal_to_eager_with_inductor(variant: str) -> None:
     stage = ToyStage(2, **VARIANTS[variant])
     reference = copy.deepcopy(stage)
@@ -112,8 +111,10 @@ def test_equal_to_eager_with_inductor(variant: str) -> None:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("inplace_norm", [False, True], ids=["functional-norm", "inplace-norm"])
-@pytest.mark.parametrize("num_layers", [4, 10, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_layers", "inplace_norm"),
+    slow_but([(4, False), (7, True)], [(4, False), (7, True), (10, False), (10, True), (64, False), (64, True)]),
+)
 def test_three_pieces_are_compiled_at_any_depth(num_layers: int, inplace_norm: bool) -> None:
     stage = ToyStage(num_layers, inplace_norm=inplace_norm)
     compiled = compile_stage(stage)
@@ -130,11 +131,12 @@ def test_three_pieces_are_compiled_at_any_depth(num_layers: int, inplace_norm: b
 
 
 def test_three_pieces_are_compiled_with_inductor() -> None:
-    stage = ToyStage(4)
-    inputs = stage.make_inputs(8)
-    mark_tokens_dynamic(inputs)
-    with ppb.expect(programs=1, pieces=5, pieces_compiled=3, pieces_reused=2):
-        compile_stage(stage, "inductor")(**inputs)
+    stage = ToyStage(4, inplace_norm=True)
+    reference = copy.deepcopy(stage)
+    compiled = compile_stage(stage, "inductor")
+    with ppb.expect(programs=1, pieces=5, pieces_compiled=3, pieces_reused=2, calls=3):
+        for tokens, start in ((8, 0), (5, 8), (16, 0)):
+            assert_call_equals_eager(compiled, stage, reference, tokens, start, mark=start == 0, tolerance=2e-5)
 
 
 def test_what_the_explanation_is_made_of() -> None:
@@ -207,7 +209,7 @@ def test_different_models_do_not_disturb_one_another() -> None:
 
 @pytest.mark.timeout(120)
 def test_threads_compile_at_the_same_time() -> None:
-    stages = [ToyStage(2, inplace_norm=bool(index % 2), hidden=32 * (1 + index // 2)) for index in range(3)]
+    stages = [ToyStage(2, inplace_norm=bool(index % 2), hidden=32 * (1 + index)) for index in range(2)]
     references = [copy.deepcopy(stage) for stage in stages]
     compiled = [compile_stage(stage) for stage in stages]
     barrier = threading.Barrier(len(stages))
@@ -216,7 +218,7 @@ def test_threads_compile_at_the_same_time() -> None:
     def run(index: int) -> None:
         try:
             barrier.wait(timeout=30)
-            # One code object for all: three models with three programs each. The setting is a thread's own.
+            # One code object for all: two models with three programs each. The setting is a thread's own.
             with torch._dynamo.config.patch(recompile_limit=32):
                 for tokens, start in CALLS:
                     assert_call_equals_eager(compiled[index], stages[index], references[index], tokens, start)

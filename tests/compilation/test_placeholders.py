@@ -608,7 +608,7 @@ def hf_kinds(program: Program) -> dict[str, set[str]]:
 
 
 def test_llama_with_a_static_cache() -> None:
-    model = make_model("llama", num_layers=2)
+    model = make_model("llama", num_layers=1)
     greedy_decode(compiled(model), model.config, make_prompts([5, 7]), cache_kind="static", steps=3)
     prefill, decode, dynamic = ppb.programs()
     counters = {"input_ids": {"per-token"}, "cumulative_length": {"state"}}
@@ -623,7 +623,7 @@ def test_llama_with_a_static_cache() -> None:
 
 @pytest.mark.parametrize(("architecture", "cache"), [("gemma2", "static"), ("gpt2", "dynamic")])
 def test_other_decoders(architecture: str, cache: str) -> None:
-    model = make_model(architecture, num_layers=2)
+    model = make_model(architecture, num_layers=1)
     greedy_decode(compiled(model), model.config, make_prompts([5, 7]), cache_kind=cache, steps=2)
     for program in ppb.programs():
         found = hf_kinds(program)

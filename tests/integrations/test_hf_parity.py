@@ -12,14 +12,13 @@ import torch
 import pp_piecewise_backend as ppb
 from models import hf
 from pp_piecewise_backend.runtime.program import Program
-from tiers import slow_but
 
 LAYERS = 2
 STEPS = 16
 FEWER_STEPS = 8
 PROMPT_TOKENS = (5, 9, 3, 1)
 FEWER_PROMPT_TOKENS = (5, 9)
-# Seeds whose greedy choices are far apart (at least SMALLEST_MARGIN) and not one token repeated.
+# Seeds whose greedy choices are far apart (at least SMALLEST_MARGIN) and not one token repeated, with 1 and 2 layers.
 SEEDS = {
     "llama": 13,
     "qwen2": 15,
@@ -47,14 +46,17 @@ def assert_decodes_like_eager(
     attention: str | None = None,
     order: tuple[int, ...] | None = None,
     steps: int = STEPS,
+    layers: int = LAYERS,
+    one_prefill: bool = False,
     **options: Any,
 ) -> None:
     """Greedy decoding by eager transformers and by the compiled model gives the same tokens.
 
     `order` lists the prompts, by their index, in the order in which they are given; each once by default.
+    `one_prefill` marks their length as dynamic, so that prompts of more than one token have one program.
     """
     # The reference always has transformers' own attention, also where the compiled model's is another.
-    model = hf.make_model(architecture, LAYERS, SEEDS[architecture])
+    model = hf.make_model(architecture, layers, SEEDS[architecture])
     made = hf.make_prompts(prompt_tokens)
     prompts = made if order is None else [made[index] for index in order]
     limit = RECOMPILE_LIMIT.get(architecture, torch._dynamo.config.recompile_limit)
@@ -62,7 +64,10 @@ def assert_decodes_like_eager(
         expected = hf.greedy_decode(model, model.config, prompts, cache_kind=cache_kind, steps=steps)
         assert expected.smallest_margin() > SMALLEST_MARGIN
         if attention is not None:
-            model = hf.make_model(architecture, LAYERS, SEEDS[architecture], attention)
+            model = hf.make_model(architecture, layers, SEEDS[architecture], attention)
+        if one_prefill:
+            for prompt in made:
+                torch._dynamo.mark_dynamic(prompt, 1)
         compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": compiler, **options})
         decoded = hf.greedy_decode(compiled, model.config, prompts, cache_kind=cache_kind, steps=steps)
     assert decoded.tokens == expected.tokens
@@ -92,11 +97,15 @@ def attention_ops_compiled(op: str) -> int:
     )
 
 
-def assert_attention_was_split_out(op: str) -> None:
-    assert attention_ops_split_out(op) == [LAYERS] * len(ppb.programs())
+def compute_pieces(program: Program) -> int:
+    return sum(piece.kind == "compute" for piece in program.pieces)
+
+
+def assert_attention_was_split_out(op: str, layers: int = LAYERS) -> None:
+    assert attention_ops_split_out(op) == [layers] * len(ppb.programs())
     assert attention_ops_compiled(op) == 0
     for program in ppb.programs():
-        assert sum(piece.kind == "compute" for piece in program.pieces) > LAYERS
+        assert compute_pieces(program) > layers
 
 
 SDPA = "scaled_dot_product_attention"
@@ -105,13 +114,13 @@ ATTENTION = {name: SDPA for name in hf.ARCHITECTURES} | {"gemma2": "softmax"}
 
 
 COMBINATIONS = [*itertools.product(hf.ARCHITECTURES, hf.CACHES)]
-# One for each mechanism: plain; a sliding window and attention written out; experts; learned positions, and a cache
-# that grows.
+# One for each mechanism: several layers; a sliding window and attention written out; experts; learned positions, and a
+# cache that grows.
 ONE_PER_MECHANISM = [
-    ("llama", "static"),
-    ("gemma2", "static"),
-    ("qwen3_moe", "static"),
-    ("gpt2", "dynamic"),
+    ("llama", "static", 2),
+    ("gemma2", "static", 1),
+    ("qwen3_moe", "static", 1),
+    ("gpt2", "dynamic", 1),
 ]
 
 
@@ -124,21 +133,33 @@ def test_token_exact(architecture: str, cache_kind: str) -> None:
 
 # Each length several times, so that buckets are captured and replayed: 5, 9 and 3 tokens padded to 8, 16 and 4.
 SHUFFLED = (1, 0, 2, 0, 3, 1, 2, 2, 1, 3, 0)
+FEWER_SHUFFLED = (1, 0, 0, 1, 0)
 GRAPHS = {"graphs": "emulate", "max_tokens": 16, "capture_sizes": "1,2,4,8"}
 # On a CPU, transformers multiplies the matrices of experts in a loop over numbers that it reads from a tensor.
 READS_ON_THE_HOST = ("qwen3_moe", "mixtral")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "cache_kind", "steps"),
-    [
-        *((*combination, FEWER_STEPS) for combination in ONE_PER_MECHANISM),
-        *slow_but([], ((*combination, STEPS) for combination in COMBINATIONS)),
-    ],
-)
-def test_token_exact_with_graphs(architecture: str, cache_kind: str, steps: int) -> None:
-    assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS, order=SHUFFLED, steps=steps, **GRAPHS)
+@pytest.mark.parametrize(("architecture", "cache_kind", "layers"), ONE_PER_MECHANISM)
+def test_token_exact_with_graphs(architecture: str, cache_kind: str, layers: int) -> None:
+    assert_decodes_like_eager(
+        architecture, cache_kind, "eager", FEWER_PROMPT_TOKENS,
+        order=FEWER_SHUFFLED, steps=FEWER_STEPS, layers=layers, one_prefill=True, **GRAPHS,
+    )  # fmt: skip
+    assert_attention_was_split_out(ATTENTION[architecture], layers)
+    if architecture == "llama":
+        assert [compute_pieces(program) for program in ppb.programs()] == [layers + 1] * 2  # a prefill and decode steps
+    assert_misses_have_known_reasons(architecture, cache_kind, layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "cache_kind"), COMBINATIONS)
+def test_token_exact_with_graphs_and_a_program_for_each_kind_of_prompt(architecture: str, cache_kind: str) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "eager", PROMPT_TOKENS, order=SHUFFLED, **GRAPHS)
     assert_attention_was_split_out(ATTENTION[architecture])
+    assert_misses_have_known_reasons(architecture, cache_kind, LAYERS)
+
+
+def assert_misses_have_known_reasons(architecture: str, cache_kind: str, layers: int) -> None:
     stats = ppb.stats()
     decoding = max(ppb.programs(), key=lambda program: program.stats.calls)
     if cache_kind == "static" or architecture not in READS_ON_THE_HOST:
@@ -152,30 +173,40 @@ def test_token_exact_with_graphs(architecture: str, cache_kind: str, steps: int)
         expected.add("capture-failed")
     elif cache_kind == "static":
         # Each conversation has a new cache object, and decoding replays nevertheless.
-        assert decoding.stats.replays > (2 if architecture == "gemma2" else 10) * decoding.stats.graph_misses
+        assert decoding.stats.replays > (layers if architecture == "gemma2" else 10) * decoding.stats.graph_misses
     assert set(stats.miss_reasons) <= expected, ppb.explain()
     report = ppb.explain()
     for code in stats.miss_reasons:
         assert f"missed      {code}: " in report
 
 
+def test_llama_decodes_like_eager_with_inductor() -> None:
+    """Its decode steps only: the prefill is eager."""
+    model = hf.make_model("llama", 1, SEEDS["llama"])
+    compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": "inductor"})
+
+    def decodes_compiled(input_ids: torch.Tensor, **arguments: Any) -> Any:
+        return (compiled if input_ids.shape[1] == 1 else model)(input_ids=input_ids, **arguments)
+
+    with torch.no_grad():
+        expected, decoded = (
+            hf.greedy_decode(run, model.config, hf.make_prompts([9]), cache_kind="static", steps=FEWER_STEPS)
+            for run in (model, decodes_compiled)
+        )
+    assert expected.smallest_margin() > SMALLEST_MARGIN
+    assert decoded.tokens == expected.tokens
+    torch.testing.assert_close(decoded.logits, expected.logits, rtol=0.0, atol=LOGIT_TOLERANCE)
+    (program,) = ppb.programs()
+    assert program.stats.calls == FEWER_STEPS
+    assert_attention_was_split_out(SDPA, layers=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "cache_kind", "prompt_tokens", "steps"),
-    [
-        ("llama", "static", (9,), FEWER_STEPS),
-        *slow_but(
-            [],
-            (
-                (architecture, cache_kind, FEWER_PROMPT_TOKENS, STEPS)
-                for architecture, cache_kind in itertools.product(["llama", "qwen3_moe", "gemma2"], hf.CACHES)
-            ),
-        ),
-    ],
+    ("architecture", "cache_kind"), [*itertools.product(["llama", "qwen3_moe", "gemma2"], hf.CACHES)]
 )
-def test_token_exact_with_inductor(
-    architecture: str, cache_kind: str, prompt_tokens: tuple[int, ...], steps: int
-) -> None:
-    assert_decodes_like_eager(architecture, cache_kind, "inductor", prompt_tokens, steps=steps)
+def test_token_exact_with_inductor(architecture: str, cache_kind: str) -> None:
+    assert_decodes_like_eager(architecture, cache_kind, "inductor", FEWER_PROMPT_TOKENS)
     assert_attention_was_split_out(ATTENTION[architecture])
 
 
@@ -196,7 +227,8 @@ def test_caches_are_written_in_eager_steps() -> None:
         assert written_by == {"eager"}
 
 
-@pytest.mark.parametrize("num_layers", slow_but([3], [2, 3, 5]))
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
 def test_llama_with_static_cache_has_one_piece_more_than_layers(num_layers: int) -> None:
     model = hf.make_model("llama", num_layers)
     compiled = torch.compile(model, backend="pp_piecewise", options={"compiler": "eager"})
@@ -205,7 +237,7 @@ def test_llama_with_static_cache_has_one_piece_more_than_layers(num_layers: int)
     prefill, decode = ppb.programs()
     assert (prefill.stats.calls, decode.stats.calls) == (1, 2)
     for program in (prefill, decode):
-        assert sum(piece.kind == "compute" for piece in program.pieces) == num_layers + 1
+        assert compute_pieces(program) == num_layers + 1
     assert attention_ops_split_out(SDPA) == [num_layers, num_layers]
 
 
