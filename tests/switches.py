@@ -9,11 +9,18 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
+import torch
 
 from pp_piecewise_backend.compilation import padding_rules, partition, split
 from pp_piecewise_backend.runtime import bucket, capture_plan, dispatch, instructions, replay
 
 _random_or_written = split.random_or_written
+
+
+def _integers_only(plan: Any, args: Any) -> tuple[int, ...]:
+    values = instructions.gather(plan.fixed_sources, args)
+    return tuple(0 if isinstance(value, torch.Tensor) else int(value) for value in values)
+
 
 # Rule -> (owner, name, what stands there instead). Rules of the table in ``padding_rules.py`` also leave the table.
 _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
@@ -30,7 +37,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "R6": [(instructions.Instruction, "holds", lambda self, arguments: True)],
     "R7": [
         (dispatch.Graphs, "_parameter_addresses", lambda self, args: ()),
-        *((module, "addresses", lambda plan, args: ()) for module in (bucket, dispatch)),
+        *((module, "fixed_values", _integers_only) for module in (bucket, dispatch)),
     ],
     "aliases": [
         (dispatch.Graphs, "_meets_written_memory", lambda self, args: False),

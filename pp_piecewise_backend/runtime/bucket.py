@@ -18,7 +18,7 @@ from torch import fx
 
 from ..compilation.padding_rules import token_dims
 from ..compilation.specs import SymbolSpec, TensorSpec
-from ..utils.reasons import Reason, miss
+from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
 from .capture_plan import GraphPlan
 from .cudagraphs.device import CapturedGraph, CaptureError, Device
@@ -32,7 +32,7 @@ from .cudagraphs.memory import (
     tensor_in,
     without_repeats,
 )
-from .instructions import Instruction, run_steps
+from .instructions import Instruction, gather, run_steps
 from .stage import StageMemory
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
@@ -99,9 +99,8 @@ class Bucket:
     """Eager step -> the static output buffers that it is given."""
     obstacles: dict[int, Reason] = field(default_factory=dict)
     """Steps that could not be captured in this bucket."""
-    addresses: tuple[int, ...] = ()
-    scalars: tuple[int, ...] = ()
-    """Addresses and integers at capture, in the order of the plan."""
+    fixed: tuple[int, ...] = ()
+    """Addresses and integers at capture, in the order of ``GraphPlan.fixed_sources``."""
     seconds: float = 0.0
     step_seconds: dict[int, float] = field(default_factory=dict)
     """How long each step took in the call that captured the bucket, replays included."""
@@ -202,8 +201,7 @@ class BucketCapture:
         self._registers = layout.fill(args)
         pools = [self._pool(name) for name in (GRAPH_POOL, OUTPUT_POOL)]
         held_before = sum(pool.held_bytes for pool in pools)
-        self.bucket.addresses = addresses(plan, args)
-        self.bucket.scalars = scalars(plan, args)
+        self.bucket.fixed = fixed_values(plan, args)
         self._admit_inputs()
         needs_test = self._needs_test()
 
@@ -225,7 +223,7 @@ class BucketCapture:
 
         try:
             run_steps(plan.instructions, self._registers, run_step, end_leases)
-            results = layout.collect(self._registers)
+            results = gather(layout.results, self._registers)
         except BaseException:
             self._end_all()
             self.bucket.release()
@@ -324,14 +322,14 @@ class BucketCapture:
         try:
             inputs = inputs_as_wide_as_the_bucket(self._plan, bucket, instruction, self._registers)
             if not instruction.holds(inputs):
-                raise _NotHere(miss("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}"))
+                raise Missed(miss("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}"))
             self._warm_up(step, instruction, inputs)
             if self._is_to_be_examined(step, needs_test):
                 self._verdicts.by_step[step] = self._examine(step, instruction, inputs)
             name = OUTPUT_POOL if instruction.piece.writes_stage_outputs else GRAPH_POOL
             graph = self._device.capture(instruction.run, inputs, self._pool(name))
-        except _NotHere as obstacle:
-            bucket.obstacles[step] = obstacle.reason
+        except Missed as missed:
+            bucket.obstacles[step] = missed.reason
             return
         except (CaptureError, RuntimeError) as error:
             # RuntimeError: out of memory, or an op that fails at this size; the call goes on without this graph.
@@ -379,7 +377,7 @@ class BucketCapture:
             before = [(value, value.clone()) for value in left_alone]
         self._device.warm_up(lambda: instruction.run(given))
         if _undo_writes(before):
-            raise _NotHere(miss("writes-state", "it writes an input although no op of it says so"))
+            raise Missed(miss("writes-state", "it writes an input although no op of it says so"))
         self._verdicts.mutations_checked.add(step)
 
     def _written_positions(self, step: int, instruction: Instruction) -> tuple[int, ...]:
@@ -513,7 +511,7 @@ def inputs_as_wide_as_the_bucket(
             if spec.symbol == plan.token_symbol:
                 inputs.append(bucket.tokens)
             else:
-                inputs.append(bucket.scalars[plan.scalar_sources.index(source)])
+                inputs.append(bucket.fixed[plan.fixed_sources.index(source)])
             continue
         assert isinstance(source, int)
         if source in bucket.static:
@@ -522,7 +520,7 @@ def inputs_as_wide_as_the_bucket(
             inputs.append(registers[source])
         else:
             name = plan_name(plan, source)
-            raise _NotHere(miss("unexpected-tensor", f"{name} was not of the traced size and dtype"))
+            raise Missed(miss("unexpected-tensor", f"{name} was not of the traced size and dtype"))
     return inputs
 
 
@@ -554,12 +552,10 @@ def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and address(one) == address(other)
 
 
-def addresses(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(args[position].data_ptr() for position in plan.address_positions)
-
-
-def scalars(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(int(args[s] if isinstance(s, int) else args[s[0]].size(s[1])) for s in plan.scalar_sources)
+def fixed_values(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
+    """Where the tensors of ``fixed_sources`` lie in a call, and what its integers are."""
+    values = gather(plan.fixed_sources, args)
+    return tuple(value.data_ptr() if isinstance(value, torch.Tensor) else int(value) for value in values)
 
 
 def plan_name(plan: GraphPlan, register: int) -> str:
@@ -578,12 +574,6 @@ def _undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     for value, copy in changed:
         value.copy_(copy)
     return bool(changed)
-
-
-class _NotHere(Exception):
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.sentence)
-        self.reason = reason
 
 
 def _ender(graph: CapturedGraph, index: int) -> Callable[[], None]:

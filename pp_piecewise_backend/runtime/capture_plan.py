@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
@@ -19,8 +18,8 @@ from ..utils.reasons import Reason, miss
 from .cudagraphs.ladder import Ladder
 from .cudagraphs.memory import address, extent_bytes, geometry
 from .hooks import StageListener
-from .instructions import Instruction, Layout, Register
-from .ownership import Boundary, find_boundary
+from .instructions import Instruction, Layout
+from .ownership import find_boundary
 from .stage import Stage
 
 SMALL_TENSOR_BYTES = 64 * 1024
@@ -32,82 +31,88 @@ Arrival = Literal["landing", "copied", "parameter", "address", "constant"]
 """How a graph input reaches captured pieces: in landing memory, by a copy, or read at its own (checked) address."""
 
 
-@dataclass(frozen=True)
 class GraphPlan:
-    """What of a program can be captured, complete when ``plan_graphs`` returns it.
+    """What of a program can be captured, complete once it is made. It holds no tensor but the graph's constants.
 
-    It holds no tensor but the graph's constants. Registers and steps are numbered as in the layout.
+    Registers and steps are numbered as in the layout.
+
+    Args:
+        kind: the device of the graphs.
+        stage: whose landing memory stage inputs are read from, if anyone's.
     """
 
-    layout: Layout
-    split: Split
-    table: InputTable
-    config: Config
-    kind: GraphKind
-    stage: Stage | None
-    boundary: Boundary
-    device: torch.device
-    """Of the tensors of the graph that pieces may be captured with."""
-    token_symbol: sympy.Symbol | None
-    """The symbol that counts tokens; None in a graph with a static token count."""
-    token_source: tuple[int, int | None] | None
-    """Position of the argument that tells the token count, and its dimension if it is a tensor."""
-    smallest_tokens: int
-    """The smallest token count that the graph is valid for."""
-    ladder: Ladder
-    """The buckets, cut at the largest token count that the graph is valid for."""
-    compute_steps: tuple[int, ...]
-    obstacles: Mapping[int, Reason]
-    """Compute steps that no graph can hold, with the reason; whatever the bucket."""
-    capturable: tuple[int, ...]
-    """The other compute steps."""
-    specs: Mapping[int, TensorSpec]
-    """Geometry of every register that holds one tensor."""
-    captured_readers: Mapping[int, tuple[int, ...]]
-    """Register of a tensor -> the capturable steps that read it."""
-    arrivals: Mapping[int, Arrival]
-    """How each register that exists before the first step reaches captured pieces, for those that one reads."""
-    parameter_positions: tuple[int, ...]
-    address_positions: tuple[int, ...]
-    scalar_sources: tuple[int | tuple[int, int], ...]
-    """Where the integers come from, other than the token count, that captured pieces take."""
-    written_registers: Mapping[int, tuple[int, ...]]
-    """Step -> registers whose memory it writes; of an eager step also the graph inputs that share this memory."""
-    unseen_aliases: tuple[tuple[int, ...], tuple[int, ...]]
-    """Positions of the inputs that eager steps write, and of those that must not share memory with them.
+    def __init__(
+        self, layout: Layout, split: Split, table: InputTable, config: Config, kind: GraphKind, stage: Stage | None
+    ) -> None:
+        self.layout, self.split, self.table = layout, split, table
+        self.config, self.kind, self.stage = config, kind, stage
+        self.inputs, self.instructions = inputs, steps = table.inputs, layout.instructions
+        self.listener: StageListener | None = None if stage is None else stage.listener
+        self.landing_addresses: frozenset[int] = frozenset() if stage is None else stage.landing_addresses
+        self.pads = config.padding == "tested"
+        self.boundary = find_boundary(split, table)
+        self.device = _graph_device(inputs)
+        """Of the tensors of the graph that pieces may be captured with."""
+        self.token_symbol = symbol = table.token_count if isinstance(table.token_count, sympy.Symbol) else None
+        """The symbol that counts tokens; None in a graph with a static token count."""
+        self.token_source = _token_source(inputs, symbol)
+        """Position of the argument that tells the token count, and its dimension if it is a tensor."""
+        counts = _token_counts(steps, symbol)
+        self.smallest_tokens = max([1, *(spec.lower for spec in counts if spec.lower is not None)])
+        """The smallest token count that the graph is valid for."""
+        ladder = Ladder.from_ranges(config.capture_sizes, config.max_tokens if stage is None else stage.max_tokens)
+        upper = [spec.upper for spec in counts if spec.upper is not None]
+        self.ladder = ladder.cut_at(max(1, min(upper))) if upper else ladder
+        """The buckets, cut at the largest token count that the graph is valid for."""
+        self.compute_steps = tuple(at for at, step in enumerate(steps) if step.piece.kind == "compute")
+        if table.token_count is None or (symbol is not None and self.token_source is None):
+            found: dict[int, Reason | None] = dict.fromkeys(
+                self.compute_steps, miss("no-token-count", table.token_reason)
+            )
+        else:
+            found = {at: _obstacle(steps[at], inputs, symbol, self.device, config) for at in self.compute_steps}
+        self.obstacles = {at: reason for at, reason in found.items() if reason is not None}
+        """Compute steps that no graph can hold, with the reason; whatever the bucket."""
+        self.capturable = tuple(at for at in self.compute_steps if at not in self.obstacles)
+        """The other compute steps."""
+        self.specs = _specs(inputs, steps)
+        """Geometry of every register that holds one tensor."""
+        self.captured_readers, scalar_sources = _what_is_read(steps, self.capturable, symbol)
+        """Register of a tensor -> the capturable steps that read it."""
+        self.written_registers, written_storages = _what_is_written(layout, inputs)
+        """Step -> registers whose memory it writes; of an eager step also the graph inputs that share this memory."""
+        self.arrivals: dict[int, Arrival] = {}
+        """How each register that exists before the first step reaches captured pieces, for those that one reads."""
+        for register in sorted(self.captured_readers):
+            if register < len(inputs):
+                self.arrivals[register] = _arrival(inputs[register], written_storages["compute"], symbol, stage)
+            elif register < len(inputs) + len(layout.constants):
+                self.arrivals[register] = "constant"
+        self.parameter_positions = self._arriving_as("parameter")
+        self.address_positions = self._arriving_as("address")
+        self.fixed_sources = (*self.address_positions, *scalar_sources)
+        """What must be as it was at capture: addresses of these, then where integers other than the token count are."""
+        self.unseen_aliases = _unseen_aliases(inputs, written_storages["eager"], self.arrivals)
+        """Positions of the inputs that eager steps write, and of those that must not share memory with them.
 
-    The latter reach captured pieces by a copy, and when the graph was traced they shared no memory with the former, so
-    nothing refreshes the copy. No guard of Dynamo's tells when they do in a later call.
-    """
-    smallest_written_bytes: int
-    """What each storage that eager steps write holds at least: no smaller one can be among them."""
-    result_registers: frozenset[int]
-    input_storages: frozenset[int]
-    """Numbers of the storages of the graph's inputs."""
-    landing_blocks: Mapping[int, int]
-    """Position of each stage input that lands -> the address at which captured pieces read it."""
-    passed_in_the_call: tuple[int, ...]
-    """Tensors that may lie in landing memory: weights and state outlive a call, and landing memory does not."""
+        The latter reach captured pieces by a copy, and when the graph was traced they shared no memory with the former,
+        so nothing refreshes the copy. No guard of Dynamo's tells when they do in a later call.
+        """
+        self.smallest_written_bytes = _smallest_bytes([self.specs[at] for at in self.unseen_aliases[0]])
+        """What each storage that eager steps write holds at least: no smaller one can be among them."""
+        self.result_registers = frozenset(layout.results)
+        self.input_storages = frozenset(i.spec.storage for i in inputs if i.spec is not None)
+        """Numbers of the storages of the graph's inputs."""
+        self.landing_blocks = {
+            at: stage.landing(inputs[at].label).data_ptr() for at in self._arriving_as("landing") if stage is not None
+        }
+        """Position of each stage input that lands -> the address at which captured pieces read it."""
+        kinds = ("stage-input", "per-token", "other-tensor")
+        self.passed_in_the_call = tuple(at for at, i in enumerate(inputs) if i.spec is not None and i.kind in kinds)
+        """Tensors that may lie in landing memory: weights and state outlive a call, and landing memory does not."""
 
-    @property
-    def inputs(self) -> tuple[GraphInput, ...]:
-        return self.table.inputs
-
-    @property
-    def instructions(self) -> tuple[Instruction, ...]:
-        return self.layout.instructions
-
-    @property
-    def listener(self) -> StageListener | None:
-        return None if self.stage is None else self.stage.listener
-
-    @property
-    def landing_addresses(self) -> frozenset[int]:
-        return self.stage.landing_addresses if self.stage else frozenset()
-
-    @property
-    def pads(self) -> bool:
-        return self.config.padding == "tested"
+    def _arriving_as(self, arrival: Arrival) -> tuple[int, ...]:
+        return tuple(at for at, found in self.arrivals.items() if found == arrival)
 
     def count_tokens(self, args: Sequence[Any]) -> int | None:
         """Number of real tokens of a call; None if nothing tells it."""
@@ -128,13 +133,10 @@ class GraphPlan:
             return num_tokens if num_tokens <= self.ladder.max_tokens else None
         return self.ladder.bucket(num_tokens)
 
-    def depends_on(self, step: int) -> tuple[set[int], set[int]]:
-        """Indices into ``address_positions`` and ``scalar_sources`` of what a step reads."""
+    def depends_on(self, step: int) -> list[int]:
+        """Indices into ``fixed_sources`` of what a step reads."""
         arguments = self.instructions[step].arguments
-        return (
-            {k for k, register in enumerate(self.address_positions) if register in arguments},
-            {k for k, source in enumerate(self.scalar_sources) if source in arguments},
-        )
+        return [index for index, source in enumerate(self.fixed_sources) if source in arguments]
 
     def foreign_stage_inputs(self, args: Sequence[Any], num_tokens: int) -> list[int]:
         """Positions of the stage inputs that do not lie in the landing memory where captured pieces read them."""
@@ -152,87 +154,6 @@ class GraphPlan:
             return False
         in_place = self.landing_blocks.keys() - foreign
         return any(at not in in_place and address(args[at]) in self.landing_addresses for at in self.passed_in_the_call)
-
-
-def plan_graphs(
-    layout: Layout, split: Split, table: InputTable, config: Config, kind: GraphKind, stage: Stage | None
-) -> GraphPlan:
-    """Decide what of a program can be captured.
-
-    Args:
-        kind: the device of the graphs.
-        stage: whose landing memory stage inputs are read from, if anyone's.
-    """
-    inputs, steps = table.inputs, layout.instructions
-    symbol = table.token_count if isinstance(table.token_count, sympy.Symbol) else None
-    source, device = _token_source(inputs, symbol), _graph_device(inputs)
-    counts = _token_counts(steps, symbol)
-    ladder = Ladder.from_ranges(config.capture_sizes, config.max_tokens if stage is None else stage.max_tokens)
-    if upper := [spec.upper for spec in counts if spec.upper is not None]:
-        ladder = ladder.cut_at(max(1, min(upper)))
-    compute_steps = tuple(at for at, step in enumerate(steps) if step.piece.kind == "compute")
-    if table.token_count is None or (symbol is not None and source is None):
-        obstacles = dict.fromkeys(compute_steps, miss("no-token-count", table.token_reason))
-    else:
-        found = {at: _obstacle(steps[at], inputs, symbol, device, config) for at in compute_steps}
-        obstacles = {at: obstacle for at, obstacle in found.items() if obstacle is not None}
-    capturable = tuple(at for at in compute_steps if at not in obstacles)
-    readers, scalar_sources = _what_is_read(steps, capturable, symbol)
-    specs = _specs(inputs, steps)
-    written_registers: dict[int, tuple[int, ...]] = {}
-    written_storages: dict[str, set[int]] = {"compute": set(), "eager": set()}
-    for at, step in enumerate(steps):
-        traits = step.piece.traits
-        written = [layout.registers[name] for name in traits.writes]
-        if step.piece.kind == "eager":
-            written += inputs_in_memory_of(traits.written_storages, inputs)
-        written_registers[at] = tuple(dict.fromkeys(written))
-        written_storages[step.piece.kind] |= traits.written_storages
-    arrivals: dict[int, Arrival] = {}
-    for register in sorted(readers):
-        if register < len(inputs):
-            arrivals[register] = _arrival(inputs[register], written_storages["compute"], symbol, stage)
-        elif register < len(inputs) + len(layout.constants):
-            arrivals[register] = "constant"
-    unseen_aliases = _unseen_aliases(inputs, written_storages["eager"], arrivals)
-    return GraphPlan(
-        layout=layout,
-        split=split,
-        table=table,
-        config=config,
-        kind=kind,
-        stage=stage,
-        boundary=find_boundary(split, table),
-        device=device,
-        token_symbol=symbol,
-        token_source=source,
-        smallest_tokens=max([1, *(spec.lower for spec in counts if spec.lower is not None)]),
-        ladder=ladder,
-        compute_steps=compute_steps,
-        obstacles=obstacles,
-        capturable=capturable,
-        specs=specs,
-        captured_readers=readers,
-        arrivals=arrivals,
-        parameter_positions=tuple(at for at, arrival in arrivals.items() if arrival == "parameter"),
-        address_positions=tuple(at for at, arrival in arrivals.items() if arrival == "address"),
-        scalar_sources=scalar_sources,
-        written_registers=written_registers,
-        unseen_aliases=unseen_aliases,
-        smallest_written_bytes=_smallest_bytes([specs[at] for at in unseen_aliases[0]]),
-        result_registers=frozenset(result.index for result in layout.results if isinstance(result, Register)),
-        input_storages=frozenset(i.spec.storage for i in inputs if i.spec is not None),
-        landing_blocks={
-            at: stage.landing(inputs[at].label).data_ptr()
-            for at, arrival in arrivals.items()
-            if arrival == "landing" and stage is not None
-        },
-        passed_in_the_call=tuple(
-            at
-            for at, i in enumerate(inputs)
-            if i.spec is not None and i.kind in ("stage-input", "per-token", "other-tensor")
-        ),
-    )
 
 
 def _token_source(inputs: Sequence[GraphInput], symbol: sympy.Symbol | None) -> tuple[int, int | None] | None:
@@ -317,6 +238,22 @@ def _what_is_read(
             elif isinstance(spec, SymbolSpec) and spec.symbol != symbol:
                 scalars[source] = None
     return readers, tuple(scalars)
+
+
+def _what_is_written(
+    layout: Layout, inputs: Sequence[GraphInput]
+) -> tuple[dict[int, tuple[int, ...]], dict[str, set[int]]]:
+    """Step -> registers that it writes, and kind of step -> numbers of the storages that such steps write."""
+    registers: dict[int, tuple[int, ...]] = {}
+    storages: dict[str, set[int]] = {"compute": set(), "eager": set()}
+    for at, step in enumerate(layout.instructions):
+        traits = step.piece.traits
+        written = [layout.registers[name] for name in traits.writes]
+        if step.piece.kind == "eager":
+            written += inputs_in_memory_of(traits.written_storages, inputs)
+        registers[at] = tuple(dict.fromkeys(written))
+        storages[step.piece.kind] |= traits.written_storages
+    return registers, storages
 
 
 def _specs(inputs: Sequence[GraphInput], steps: Sequence[Instruction]) -> dict[int, TensorSpec]:

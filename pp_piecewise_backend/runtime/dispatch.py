@@ -13,24 +13,24 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from threading import get_ident
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import errors
 from ..utils import torch_compat
 from ..utils.counters import Stats
-from ..utils.reasons import Reason, miss
-from .bucket import Bucket, BucketCapture, Verdicts, addresses, hoist_buffers, may_pad, scalars
+from ..utils.reasons import Missed, Reason, miss
+from .bucket import Bucket, BucketCapture, Verdicts, fixed_values, hoist_buffers, may_pad
 from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
 from .cudagraphs.memory import address
 from .hooks import NO_EVENTS, Events
+from .instructions import picker
 from .ownership import hand_over, merged_results
 from .replay import Call, FlatProgram
 from .stage import StageMemory
@@ -50,13 +50,7 @@ MAX_RECAPTURES = 4
 MAX_FLAT_PROGRAMS = 64
 """Flat programs kept per bucket; each holds the views for one number of tokens."""
 
-
-WhyNot: TypeAlias = Reason | Mapping[int, Reason]
-"""Why a call runs without graphs: one reason for all its pieces, or each with its own, by step."""
-
-_NOTHING_CHECKED: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
 _NOTHING_MOVED: Mapping[int, Reason] = MappingProxyType({})
-
 
 MAX_MISSES_LOGGED = 256
 
@@ -79,8 +73,15 @@ class ParameterSet:
     calls_seen: dict[int, int] = field(default_factory=dict)
     """Bucket -> calls that could have used it before it was captured."""
     recaptures: dict[int, int] = field(default_factory=dict)
-    moved_to: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    """Bucket -> where a call found what it reads by address, if not where it was captured."""
+    moved_to: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Bucket -> the fixed values that a call found, if not those of its capture."""
+
+    def release(self) -> None:
+        """Release all graphs; the next call of a bucket captures it again."""
+        while self.buckets:
+            size, bucket = self.buckets.popitem()
+            bucket.release()
+            self.calls_seen[size] = 1
 
 
 class Graphs:
@@ -100,19 +101,17 @@ class Graphs:
         self._last_set: tuple[tuple[Any, ...] | None, ParameterSet | None] = None, None
         """The set of the last call: to compare its addresses costs less than to hash them."""
         self._sets_captured = 0
-        self._dropped: dict[int, Reason] = {}
+        self.dropped: dict[int, Reason] = {}
         """Buckets that are captured no more, and why."""
         self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
         written, self._copied = plan.unseen_aliases
-        self._written = itemgetter(*written, written[0]) if written else None  # two at least, for a tuple
+        self._written = picker(written) if written else None
         self._written_pointers: tuple[int, ...] = ()
         self._written_memory: set[int] = set()
         """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
-        self._more_to_check = bool(plan.address_positions or plan.scalar_sources)
-        positions = plan.parameter_positions
-        self._parameters = itemgetter(*positions) if len(positions) > 1 else None
+        self._parameters = picker(plan.parameter_positions)
 
     # ------------------------------------------------------------------------------ calls
 
@@ -126,27 +125,24 @@ class Graphs:
             GraphMiss: under ``strict``, for a miss other than the first call of a bucket or a call above the largest.
         """
         num_tokens = self.plan.count_tokens(args)
-        outcome = self._try(args, num_tokens, session)
-        if isinstance(outcome, tuple):
-            return outcome
-        self._miss_all(outcome, num_tokens, session)
-        return None
+        try:
+            return self._run(args, num_tokens, session)
+        except Missed as missed:
+            self._miss_all(missed, num_tokens, session)
+            return None
 
-    def _try(
-        self, args: Sequence[Any], num_tokens: int | None, session: Session | None
-    ) -> tuple[list[Any], Call] | WhyNot:
-        """The results, or why the call runs without graphs."""
-        plan = self.plan
+    def _run(self, args: Sequence[Any], num_tokens: int | None, session: Session | None) -> tuple[list[Any], Call]:
+        """The results; raises ``Missed`` before anything was run."""
+        plan, memory = self.plan, self._memory
         if not plan.capturable or num_tokens is None:
-            return plan.obstacles
+            raise Missed(miss("no-token-count"), plan.obstacles)
         size = plan.bucket(num_tokens)
         if size is None:
-            return miss("over-max")
+            raise Missed(miss("over-max"))
         if self._device.is_capturing():
-            return miss("outer-capture")
-        memory = self._memory
+            raise Missed(miss("outer-capture"))
         if not memory.lock.acquire(blocking=False):
-            return miss("concurrent-call")
+            raise Missed(miss("concurrent-call"))
         try:
             memory.holder = get_ident()
             return self._run_in_bucket(args, num_tokens, size, session)
@@ -156,66 +152,59 @@ class Graphs:
 
     def _run_in_bucket(
         self, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
-    ) -> tuple[list[Any], Call] | WhyNot:
+    ) -> tuple[list[Any], Call]:
         if self._meets_written_memory(args):
-            return miss("inputs-overlap")
+            raise Missed(miss("inputs-overlap"))
         parameters = self._parameter_set(args)
-        if isinstance(parameters, Reason):
-            return parameters
-        usable = self._usable_bucket(parameters, args, size)
-        if isinstance(usable, Reason):
-            return usable
-        if usable is not None:
-            return self._run_flat(self._flat_program(parameters, *usable, num_tokens), args, session)
-        foreign = self.plan.foreign_stage_inputs(args, num_tokens)
-        if self.plan.overwrites_an_argument(args, foreign):
-            return miss("inputs-overlap")
-        why_not = self._why_not_capture(parameters, num_tokens, size, session)
-        return why_not if why_not is not None else self._capture(parameters, args, num_tokens, size, session)
+        if size in self.dropped:
+            raise Missed(self.dropped[size])
+        program = self._usable_program(parameters, args, num_tokens, size)
+        if program is not None:
+            return self._run_flat(program, args, session)
+        if self.plan.overwrites_an_argument(args, self.plan.foreign_stage_inputs(args, num_tokens)):
+            raise Missed(miss("inputs-overlap"))
+        self._check_may_capture(parameters, num_tokens, size, session)
+        return self._capture(parameters, args, num_tokens, size, session)
 
-    def _parameter_set(self, args: Sequence[Any]) -> ParameterSet | Reason:
+    def _parameter_set(self, args: Sequence[Any]) -> ParameterSet:
         """The captures for the parameters of this call, none yet if they are new."""
         key = self._parameter_addresses(args)
-        last_key, parameters = self._last_set
-        if key != last_key:
-            parameters = self._sets.get(key)
+        last_key, last_set = self._last_set
+        if last_set is not None and key == last_key:
+            return last_set
+        parameters = self._sets.get(key)
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
-                return miss("moved-too-often", f"{self._sets_captured} sets of parameters were captured already")
+                raise Missed(miss("moved-too-often", f"{self._sets_captured} sets of parameters were captured already"))
             parameters = self._new_set(key)
-        elif len(self._sets) > 1:
-            self._sets.move_to_end(key)
+        self._sets.move_to_end(key)
         self._last_set = key, parameters
         return parameters
 
-    def _usable_bucket(
-        self, parameters: ParameterSet, args: Sequence[Any], size: int
-    ) -> tuple[Bucket, Mapping[int, Reason]] | Reason | None:
-        """What was captured, and the steps that cannot replay since what they read moved; None if it is to capture."""
-        if size in self._dropped:
-            return self._dropped[size]
+    def _usable_program(
+        self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int
+    ) -> FlatProgram | None:
+        """What the call runs, without replays of steps whose inputs moved; None if the bucket is to be captured."""
         bucket = parameters.buckets.get(size)
         if bucket is None:
             return None
-        here = (addresses(self.plan, args), scalars(self.plan, args)) if self._more_to_check else _NOTHING_CHECKED
-        if here == (bucket.addresses, bucket.scalars):
-            return bucket, _NOTHING_MOVED
+        here = fixed_values(self.plan, args) if self.plan.fixed_sources else ()
+        if here == bucket.fixed:
+            return self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens)
         if not self._shall_recapture(parameters, size, here):
-            return bucket, self._moved(bucket, here)
-        self._release_bucket(parameters, size)
+            return self._flat_program(parameters, bucket, self._moved(bucket, here), num_tokens)
+        parameters.buckets.pop(size).release()
         parameters.calls_seen[size] = 1
         return None
 
-    def _run_flat(
-        self, program: FlatProgram, args: Sequence[Any], session: Session | None
-    ) -> tuple[list[Any], Call] | Reason:
-        """The results of a call that replays, or why these inputs must not be brought to where replays read them."""
+    def _run_flat(self, program: FlatProgram, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call]:
+        """The results of a call that replays; raises ``Missed`` for inputs that replays must not read."""
         config = self.plan.config
         if not program.admits(args):
-            return miss("rows-disagree")
+            raise Missed(miss("rows-disagree"))
         call = program.begin(args)
         if call.foreign and self.plan.overwrites_an_argument(args, call.foreign):
-            return miss("inputs-overlap")
+            raise Missed(miss("inputs-overlap"))
         if config.strict:
             self._refuse(program.miss_counts, program.num_tokens)
         self._calls += 1
@@ -226,8 +215,9 @@ class Graphs:
         else:
             results = program.run(args, call)
         self._hand_over(args, results, program.bucket, call, program)
-        if session is None:
-            self._end(program, call)
+        if session is None and (program.miss_counts or call.misses):
+            self._add_misses(program.miss_counts, program.num_tokens)
+            self._add_misses(call.misses, program.num_tokens)
         return results, call
 
     def _meets_written_memory(self, args: Sequence[Any]) -> bool:
@@ -246,10 +236,7 @@ class Graphs:
 
     def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
-        if self._parameters is not None:
-            parameters = self._parameters(args)
-        else:
-            parameters = tuple(args[position] for position in self.plan.parameter_positions)
+        parameters = self._parameters(args)
         found = tuple(map(torch.Tensor.data_ptr, parameters))
         return found if torch_compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
 
@@ -306,32 +293,28 @@ class Graphs:
     def _new_set(self, key: tuple[Any, ...]) -> ParameterSet:
         if len(self._sets) >= MAX_PARAMETER_SETS:
             _, oldest = self._sets.popitem(last=False)
-            for size in list(oldest.buckets):
-                self._release_bucket(oldest, size)
+            oldest.release()
         parameters = self._sets[key] = ParameterSet()
         return parameters
 
-    def _why_not_capture(
-        self, parameters: ParameterSet, num_tokens: int, size: int, session: Session | None
-    ) -> WhyNot | None:
-        """Why this call does not capture the bucket; None if it does."""
+    def _check_may_capture(self, parameters: ParameterSet, num_tokens: int, size: int, session: Session | None) -> None:
+        """Raises ``Missed`` if this call does not capture the bucket."""
         plan = self.plan
         if num_tokens < size:
             found = {step: may_pad(plan, parameters.verdicts, step) for step in plan.capturable}
             refused = {step: reason for step, reason in found.items() if reason is not None}
             if len(refused) == len(found):
-                return refused
+                raise Missed(miss("padding-unsafe"), refused)
         if session is not None:
-            return None if session.captures else miss("first-call")
+            if not session.captures:
+                raise Missed(miss("first-call"))
+            return
         if plan.config.capture == "warmup":
-            return miss("not-warmed-up")
+            raise Missed(miss("not-warmed-up"))
         seen = parameters.calls_seen.get(size, 0)
         parameters.calls_seen[size] = seen + 1
-        if seen:
-            return None
-        if len(self._sets) > 1 and not parameters.buckets and seen == 0:
-            return miss("address-moved")
-        return miss("first-call")
+        if not seen:
+            raise Missed(miss("address-moved" if len(self._sets) > 1 and not parameters.buckets else "first-call"))
 
     def _capture(
         self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
@@ -353,15 +336,13 @@ class Graphs:
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         limit = self.plan.config.graph_memory_bytes
         is_over_limit = limit is not None and self._memory.graph_bytes > limit
-        call = Call([])
-        if session is None:
-            program = self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens)
-            call = program.begin(args)
-            call.stage_input_copies += capture.copied_back
+        program = self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens)
+        call = program.begin(args)
+        call.stage_input_copies += capture.copied_back
         # What the caller gets must not lie in graphs that are about to go.
         self._hand_over(args, results, bucket, call, None, may_be_static=not is_over_limit)
         if session is None:
-            self._end(program, call)
+            self._add_misses(program.miss_counts, num_tokens)
         self._stats.add_many({"captures": len(bucket.graphs), "capture_seconds": bucket.seconds})
         self._events.captured(
             tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
@@ -382,27 +363,24 @@ class Graphs:
         if any(bucket.tokens == tokens for bucket, _ in self.buckets):
             sentence = errors.bucket_dropped(self.name, tokens, held_bytes, limit_bytes)
             _LOG.warning("%s", sentence)
-            self._dropped[tokens] = miss("graph-memory", sentence)
+            self.dropped[tokens] = miss("graph-memory", sentence)
         self._release_buckets()
 
     def _release_buckets(self) -> None:
         """Release all graphs; the next call of a bucket captures it again."""
         for parameters in self._sets.values():
-            for size in list(parameters.buckets):
-                self._release_bucket(parameters, size)
-                parameters.calls_seen[size] = 1
+            parameters.release()
 
-    def _moved(self, bucket: Bucket, here: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[int, Reason]:
+    def _moved(self, bucket: Bucket, here: tuple[int, ...]) -> dict[int, Reason]:
         moved: dict[int, Reason] = {}
         for step in bucket.graphs:
-            by_address, by_value = self.plan.depends_on(step)
-            if any(here[0][k] != bucket.addresses[k] for k in by_address):
-                moved[step] = miss("address-moved")
-            elif any(here[1][k] != bucket.scalars[k] for k in by_value):
-                moved[step] = miss("scalar-changed")
+            changed = [index for index in self.plan.depends_on(step) if here[index] != bucket.fixed[index]]
+            if changed:
+                is_address = changed[0] < len(self.plan.address_positions)
+                moved[step] = miss("address-moved" if is_address else "scalar-changed")
         return moved
 
-    def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[Any, ...]) -> bool:
+    def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[int, ...]) -> bool:
         """Whether what moved has stayed since the last call of this bucket."""
         stayed = parameters.moved_to.get(size) == here
         parameters.moved_to[size] = here
@@ -421,53 +399,43 @@ class Graphs:
             if self.plan.config.strict:
                 raise errors.ReplayDiffers(sentence)
             _LOG.error("%s", sentence)
-            self._dropped[size] = miss("verify-failed", sentence)
+            self.dropped[size] = miss("verify-failed", sentence)
         return results
 
     # ----------------------------------------------------------------------------- counting
 
-    def _end(self, program: FlatProgram, call: Call) -> None:
-        program.end(call)
-        if program.miss_counts or call.misses:
-            for reason, pieces in (*program.miss_counts.items(), *call.misses.items()):
-                self._add_miss(reason, pieces, program.num_tokens)
-
-    def _miss_all(self, reason: WhyNot, num_tokens: int | None, session: Session | None) -> None:
+    def _miss_all(self, missed: Missed, num_tokens: int | None, session: Session | None) -> None:
         """Count every compute piece of a call that runs without graphs, each with its own reason."""
-        reasons: Counter[Reason] = Counter()
-        for step in self.plan.compute_steps:
-            own = self.plan.obstacles.get(step)
-            reasons[own or (reason if isinstance(reason, Reason) else reason[step])] += 1
         if session is not None:
             return
+        own = {**missed.by_step, **self.plan.obstacles}
+        reasons = Counter(own.get(step, missed.reason) for step in self.plan.compute_steps)
         if self.plan.config.strict:
             self._refuse(reasons, num_tokens)
-        for own, pieces in reasons.items():
-            self._add_miss(own, pieces, num_tokens)
+        self._add_misses(reasons, num_tokens)
 
     def miss(self, reason: Reason, args: Sequence[Any], session: Session | None) -> None:
         """Count a call that no piece of this program may run."""
-        self._miss_all(reason, self.plan.count_tokens(args), session)
+        self._miss_all(Missed(reason), self.plan.count_tokens(args), session)
 
     def _refuse(self, reasons: Iterable[Reason], num_tokens: int | None) -> None:
         for reason in reasons:
             if reason.code not in ("first-call", "over-max"):
-                raise errors.GraphMiss(errors.graph_miss(self.name, num_tokens, reason.code, reason.sentence))
+                sentence = errors.graph_miss(self.name, num_tokens, reason.code, reason.sentence)
+                raise errors.GraphMiss(sentence) from None
 
-    def _add_miss(self, reason: Reason, pieces: int, num_tokens: int | None) -> None:
-        self._stats.add_miss(reason.code, pieces)
+    def _add_misses(self, reasons: Mapping[Reason, int], num_tokens: int | None) -> None:
         call = self._stats.calls + 1
-        before = self.miss_log.pop((reason, num_tokens), None)
-        calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
-        self.miss_log[reason, num_tokens] = Misses(calls + 1, earlier + pieces, call)
-        if len(self.miss_log) > MAX_MISSES_LOGGED:
-            self.miss_log.popitem(last=False)
-        self._events.missed(reason, pieces=pieces, tokens=num_tokens, call=call)
+        for reason, pieces in reasons.items():
+            self._stats.add_miss(reason.code, pieces)
+            before = self.miss_log.pop((reason, num_tokens), None)
+            calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
+            self.miss_log[reason, num_tokens] = Misses(calls + 1, earlier + pieces, call)
+            if len(self.miss_log) > MAX_MISSES_LOGGED:
+                self.miss_log.popitem(last=False)
+            self._events.missed(reason, pieces=pieces, tokens=num_tokens, call=call)
 
     # ------------------------------------------------------------------------------ release
-
-    def _release_bucket(self, parameters: ParameterSet, size: int) -> None:
-        parameters.buckets.pop(size).release()
 
     def release(self) -> None:
         """Release graphs, pools and static memory, in this order; see Note [release order].
@@ -487,7 +455,7 @@ class Graphs:
         self._release_buckets()
         self._sets.clear()
         self._last_set = None, None
-        self._dropped.clear()
+        self.dropped.clear()
         self._sets_captured = 0
         self._memory.remove_user(self)
         self._memory.update_gauges(self._stats)
@@ -499,10 +467,6 @@ class Graphs:
         """What is captured now, largest bucket first."""
         found = [(bucket, parameters) for parameters in self._sets.values() for bucket in parameters.buckets.values()]
         return sorted(found, key=lambda pair: -pair[0].tokens)
-
-    @property
-    def dropped(self) -> dict[int, Reason]:
-        return dict(self._dropped)
 
     def padding_of(self, step: int) -> str:
         """Whether a compute step may be padded: "safe", or why not, or that no test has run yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from ..compilation.placeholders import InputTable
@@ -14,13 +15,6 @@ from .tracing import Timeline, profiler_is_running, step_name, wrap
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
-
-
-@dataclass(frozen=True)
-class Register:
-    """A result of the graph that is what this register holds at the end."""
-
-    index: int
 
 
 @dataclass
@@ -82,8 +76,8 @@ class Layout:
     constants: tuple[object, ...]
     values_made: int
     """How many registers are empty when a call begins."""
-    results: tuple[Any, ...]
-    """Per result of the graph: ``Register``, or a constant."""
+    results: tuple[int, ...]
+    """The register of each result of the graph."""
 
     def run(
         self,
@@ -112,14 +106,11 @@ class Layout:
             return outputs
 
         run_steps(self.instructions, registers, run_step, watch)
-        return self.collect(registers), plain
+        return gather(self.results, registers), plain
 
     def fill(self, args: Sequence[Any]) -> list[Any]:
         """The registers as a call begins with them."""
         return [*args, *self.constants, *([None] * self.values_made)]
-
-    def collect(self, registers: Sequence[Any]) -> list[Any]:
-        return [registers[r.index] if isinstance(r, Register) else r for r in self.results]
 
 
 def lay_out(
@@ -130,11 +121,12 @@ def lay_out(
     Args:
         pieces_are_exact: whether compiled pieces alias exactly as eager does, as plain FX does.
     """
-    names = [*(i.name for i in table.inputs), *split.constants]
-    names += [output for piece in split.pieces for output in piece.outputs]
-    registers = {name: index for index, name in enumerate(names)}
-    results = tuple(Register(registers[r.value]) if isinstance(r, ResultValue) else r for r in split.results)
-    kept = {r.index for r in results if isinstance(r, Register)}
+    result_names = [r.value if isinstance(r, ResultValue) else f"result {at}" for at, r in enumerate(split.results)]
+    fixed = {name: r for name, r in zip(result_names, split.results, strict=True) if not isinstance(r, ResultValue)}
+    constants = {**split.constants, **fixed}
+    made = [output for piece in split.pieces for output in piece.outputs]
+    registers = {name: at for at, name in enumerate([*(i.name for i in table.inputs), *constants, *made])}
+    results = tuple(registers[name] for name in result_names)
     last_use: dict[int, int] = {}
     for index, piece in enumerate(split.pieces):
         for source in piece.inputs:
@@ -153,13 +145,12 @@ def lay_out(
             if one is None or not one.conditions
             else tuple(i for i, spec in enumerate(piece.input_specs) if isinstance(spec, SymbolSpec)),
             outputs=tuple(registers[output] for output in piece.outputs),
-            ends=tuple(r for r, last in last_use.items() if last == index and r not in kept),
+            ends=tuple(r for r, last in last_use.items() if last == index and r not in results),
             cloned_outputs=() if one is None or pieces_are_exact else None,
         )
         for index, (piece, one) in enumerate(zip(split.pieces, compiled, strict=True))
     )
-    given = len(table.inputs) + len(split.constants)
-    return Layout(instructions, registers, tuple(split.constants.values()), len(names) - given, results)
+    return Layout(instructions, registers, tuple(constants.values()), len(made), results)
 
 
 def run_steps(
@@ -188,6 +179,13 @@ def run_steps(
 def gather(sources: Sequence[int | tuple[int, int]], registers: Sequence[Any]) -> list[Any]:
     """What is in these registers, or the sizes that are meant."""
     return [registers[a] if isinstance(a, int) else registers[a[0]].size(a[1]) for a in sources]
+
+
+def picker(sources: Sequence[int | tuple[int, int]]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """``gather`` for these sources, for who asks in every call."""
+    if len(sources) > 1 and all(isinstance(source, int) for source in sources):
+        return itemgetter(*sources)
+    return lambda registers: gather(sources, registers)
 
 
 def _merged_outputs(piece: Piece, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[int, ...]:

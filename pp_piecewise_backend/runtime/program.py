@@ -14,7 +14,7 @@ from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
 from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
-from .capture_plan import GraphKind, plan_graphs
+from .capture_plan import GraphKind, GraphPlan
 from .cudagraphs.memory import address
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
@@ -78,7 +78,7 @@ class Program:
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
         self.graphs: Graphs | None = None
         if graph_kind is not None:
-            plan = plan_graphs(self.layout, split, table, config, graph_kind, stage)
+            plan = GraphPlan(self.layout, split, table, config, graph_kind, stage)
             memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.

@@ -9,22 +9,22 @@ from __future__ import annotations
 import copy as shallow
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from functools import lru_cache
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from ..utils.counters import Amounts
-from ..utils.reasons import Reason, miss
+from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
 from .bucket import Bucket, described, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, address, without_repeats
-from .instructions import Instruction, Register, gather, run_steps
+from .instructions import Instruction, picker, run_steps
 from .ownership import shares_undeclared
-from .tracing import profiler_is_running, step_name, wrap
+from .tracing import Timeline, profiler_is_running, step_name, wrap
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -43,7 +43,7 @@ class Call:
 
     foreign: Collection[int] = ()
     """Registers of the stage inputs that replays read and that did not lie in landing memory."""
-    # The counters of these names, see ``COUNTERS``.
+    # Those of ``_COUNTED``; the first three are the same in all calls of a flat program in which nothing misses.
     eager_steps = 0
     replays = 0
     padded_tokens = 0
@@ -53,8 +53,6 @@ class Call:
     stage_input_copies = 0
     border_copies = 0
     output_copies = 0
-    known_amounts: Amounts | None = None
-    """What an earlier call counted that did the same."""
     misses: Mapping[Reason, int] = _NOTHING
     plain: Mapping[int, Sequence[Any]] = _NOTHING
 
@@ -64,9 +62,7 @@ class Call:
     @property
     def amounts(self) -> Amounts:
         """What it adds to the counters: the only place where a call of a split graph becomes numbers."""
-        if self.known_amounts is not None:
-            return self.known_amounts
-        return Amounts({"calls": 1, **{name: amount for name in _COUNTED if (amount := getattr(self, name))}})
+        return _amounts(_counts_of(self))
 
     def note_plain(self, step: int, sizes: Sequence[Any]) -> None:
         """A step ran as plain FX, since its compiled code does not hold for these sizes."""
@@ -74,55 +70,59 @@ class Call:
 
     def note_miss(self, reason: Reason) -> None:
         """A piece that was to replay ran un-captured."""
+        self.replays -= 1
         self.misses = {**self.misses, reason: self.misses.get(reason, 0) + 1}
+
+
+_counts_of = attrgetter(*_COUNTED)
+
+
+@lru_cache(1024)
+def _amounts(counts: tuple[int, ...]) -> Amounts:
+    """Made once for all calls that count the same."""
+    return Amounts({"calls": 1, **{name: count for name, count in zip(_COUNTED, counts, strict=True) if count}})
 
 
 class _Row(NamedTuple):
     """What the loop over the steps does next: ``replay()``, or else ``run(call)``, or else a body without a frame."""
 
-    name: str | None = None
-    """What a profiler shows; None for what is no step."""
     replay: Callable[[], None] | None = None
-    run: Callable[[Call], None] | None = None
-    body: Callable[..., Sequence[Any]] | None = None
-    """Of an eager step whose one output is, as a rule, the buffer that it was given, which only replays read."""
+    run: Callable[..., Any] | None = None
+    """Takes the call, or, where there is ``take``, what that picks from the registers."""
     take: Callable[[list[Any]], Sequence[Any]] | None = None
-    """Picks the body's arguments from the registers."""
     given: torch.Tensor | None = None
+    """What the body returns, as a rule: a buffer that it was given, and which only replays read."""
     keep: Callable[[Call, Sequence[Any]], None] | None = None
     """Takes the body's outputs where they are not what was given."""
 
-    def wrapped(self, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> _Row:
-        """The row whose step runs inside of what ``wrap`` makes of a callable and a name."""
+    def shown_as(self, name: str, timeline: Timeline | None) -> _Row:
+        def shown(call: Any) -> Any:
+            return None if call is None else wrap(call, name, timeline)
 
-        def wrapped(call: Any) -> Any:
-            return None if call is None or self.name is None else wrap(call, self.name)
-
-        if self.name is None:
-            return self
-        return self._replace(replay=wrapped(self.replay), run=wrapped(self.run), body=wrapped(self.body))
+        return self._replace(replay=shown(self.replay), run=shown(self.run))
 
 
-@dataclass
 class _Step:
-    """What a flat program runs for one instruction."""
+    """What a flat program runs for one instruction. It does not hold the program, which holds it."""
 
-    name: str
+    def __init__(self, program: FlatProgram, step: int) -> None:
+        self.step = step
+        self.instruction = program.plan.instructions[step]
+        self.name = step_name(self.instruction.piece)
 
     def run(self, call: Call) -> None:
         raise NotImplementedError
 
     def row(self) -> _Row:
-        return _Row(self.name, run=self.run)
+        return _Row(run=self.run)
 
 
-class UnexpectedTensor(Exception):
+class UnexpectedTensor(Missed):
     """An eager step gave a tensor that its captured readers cannot take; the rest of the call runs without graphs."""
 
     def __init__(self, step: int, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(miss("unexpected-tensor", detail))
         self.step = step
-        self.reason = miss("unexpected-tensor", detail)
 
 
 class _Copy:
@@ -169,19 +169,27 @@ class _Copy:
             tail.copy_(first_row)
 
 
-@dataclass
 class _Replay(_Step):
     """A replay, and what there is to do after it."""
 
-    replay: Callable[[], None]
-    back: Sequence[tuple[int, torch.Tensor]]
-    """Stage inputs that the piece writes: their registers, and where the truth is."""
-    border: Sequence[tuple[int, StaticTensor]]
-    """Outputs that an eager step can only take as copies, see Note [strides of padded values]."""
-    num_tokens: int
+    def __init__(self, program: FlatProgram, step: int) -> None:
+        super().__init__(program, step)
+        static = program.bucket.static
+        self.num_tokens = program.num_tokens
+        self.replay = program.bucket.graphs[step].replay
+        written = [register for register in program.plan.written_registers[step] if register in static]
+        self.back = [(register, static[register].rows(self.num_tokens)) for register in written]
+        """Stage inputs that the piece writes: their registers, and where the truth is."""
+        self.border: list[tuple[int, StaticTensor]] = []
+        """Outputs that an eager step can only take as copies, see Note [strides of padded values]."""
+        for register in self.instruction.outputs:
+            if static[register].exact(self.num_tokens) is not None:
+                program.template[register] = real_rows(static[register], self.num_tokens)
+            elif register in program.plan.result_registers or register in program.last_use_outside:
+                self.border.append((register, static[register]))
 
     def row(self) -> _Row:
-        return super().row() if self.back or self.border else _Row(self.name, replay=self.replay)
+        return super().row() if self.back or self.border else _Row(self.replay)
 
     def run(self, call: Call) -> None:
         self.replay()
@@ -207,54 +215,41 @@ class _Output(NamedTuple):
 
 
 class _OnRealRows(_Step):
-    """An eager step, or a piece that does not replay: it sees the real rows only.
+    """An eager step, or a piece that does not replay: it sees the real rows only."""
 
-    Args:
-        body: what to run in place of the instruction; None where sizes decide whether the compiled code may run.
-        buffers: registers of the static output buffers that ``body`` takes after the step's arguments.
-        copies: by index of an output, the copy to static memory that its captured readers need.
-        given: by index of an output, the buffer that it is, if the step does with it what it did when it was traced.
-        refreshed: static copies of registers that it writes; whether only where the caller's tensor lies elsewhere.
-        ends: registers that nothing outside of graphs reads after this step.
-    """
-
-    def __init__(
-        self,
-        step: int,
-        instruction: Instruction,
-        body: Callable[..., Any] | None,
-        buffers: Sequence[int],
-        copies: Mapping[int, _Copy],
-        given: Mapping[int, torch.Tensor],
-        refreshed: Sequence[tuple[_Copy, bool]],
-        memory: Mapping[int, frozenset[int]],
-        ends: Sequence[int],
-        specs: Mapping[int, Any],
-    ) -> None:
-        super().__init__(step_name(instruction.piece))
-        self.step = step
-        self.instruction = instruction
-        self.body = body
-        self.refreshed = tuple(refreshed)
-        self.memory = memory
-        self.specs = specs
+    def __init__(self, program: FlatProgram, step: int) -> None:
+        super().__init__(program, step)
+        plan, instruction = program.plan, self.instruction
+        self.body: Callable[..., Any] | None = instruction.call if instruction.piece.kind == "eager" else None
+        """What to run in place of the instruction; None where sizes decide whether the compiled code may run."""
+        buffers: list[torch.Tensor] = []
+        given = program.bucket.given_buffers.get(step)
+        if given is not None and (buffers := given.views(program.num_tokens)):
+            self.body = given.call
+        first_buffer = len(program.template)
+        program.template += buffers
+        self.take = picker((*instruction.arguments, *range(first_buffer, len(program.template))))
+        last = program.last_use_outside
+        held = [register for register, at in last.items() if at == step and program.template[register] is None]
+        self.outputs = []
+        for at, register in enumerate(instruction.outputs):
+            copy = program.copy_after(step, register)
+            usual = [b for b in buffers if copy and copy.fits(b) and copy.is_in_place(b) and not copy.tails]
+            self.outputs.append(_Output(at, None if register in held else register, copy, usual[-1] if usual else None))
+        self.ends = tuple(register for register in held if register not in instruction.outputs)
+        """Registers that nothing outside of graphs reads after this step."""
+        copies = [program.copy_after(step, register) for register in plan.written_registers[step]]
+        self.refreshed = [copy for copy in copies if copy is not None]
+        """Of what it writes; into landing memory only where the caller's tensor lies elsewhere."""
+        self.memory, self.specs = program.declared_memory, plan.specs
         self.copied_outputs: tuple[int, ...] | None = None
         """Outputs that lie in static memory although their facts say otherwise; None before the first call."""
-        self.outputs = tuple(
-            _Output(index, None if register in ends else register, copies.get(index), given.get(index))
-            for index, register in enumerate(instruction.outputs)
-        )
-        self.ends = tuple(register for register in ends if register not in instruction.outputs)
-        sources = (*instruction.arguments, *buffers)
-        self.take: Callable[[list[Any]], Sequence[Any]] = lambda registers: gather(sources, registers)
-        if len(sources) > 1 and all(isinstance(source, int) for source in sources):
-            self.take = itemgetter(*sources)  # type: ignore[assignment]
 
     def row(self) -> _Row:
         if len(self.outputs) == 1 and not (self.body is None or self.refreshed or self.ends):
             output = self.outputs[0]
             if output.given is not None and output.register is None:
-                return _Row(self.name, body=self.body, take=self.take, given=output.given, keep=self.keep)
+                return _Row(None, self.body, self.take, output.given, self.keep)
         return super().row()
 
     def run(self, call: Call) -> None:
@@ -274,8 +269,8 @@ class _OnRealRows(_Step):
                 if not copy.fits(output):
                     raise self._unexpected(registers, outputs, f"gave {described(output)}, expected {copy}")
                 copy.run(call, output)
-        for copy, only_foreign in self.refreshed:
-            if not only_foreign or copy.register in call.foreign:
+        for copy in self.refreshed:
+            if not copy.lands or copy.register in call.foreign:
                 copy.run(call, registers[copy.register])
         for register in self.ends:
             registers[register] = None
@@ -322,34 +317,36 @@ class FlatProgram:
         """Why pieces do not replay, and how many for each reason."""
         self.merged_results: tuple[int, ...] | None = None
         """Results to be copied since they share memory that eager's do not; None before the first call."""
-        self._last_reader = {
+        self.last_reader = {
             register: max(reading)
             for register, steps in plan.captured_readers.items()
             if (reading := [step for step in steps if step in self.replayed])
         }
-        self.template: list[Any] = [None] * len(plan.layout.registers)
+        self.last_use_outside = self._uses_outside()
+        """Register of a value made in the call -> the last step that does not replay and uses it."""
+        self.declared_memory = self._declared_memory()
+        """Address of static memory -> numbers of the storages that, by their facts, may lie in it."""
+        self.template: list[Any] = plan.layout.fill([None] * len(plan.inputs))
         """What is in the registers before the first step; static output buffers of eager steps come after them."""
-        given = len(plan.inputs)
-        for offset, constant in enumerate(plan.layout.constants):
-            self.template[given + offset] = constant
-        self.landing: list[_Copy] = []
+        arriving = [copy for register in plan.arrivals if (copy := self.copy_after(-1, register)) is not None]
+        self.landing = [copy for copy in arriving if copy.lands]
         """Stage inputs, which need no copy where the caller passes the landing memory."""
-        self.admitted: list[_Copy] = []
+        self.admitted = [copy for copy in arriving if not copy.lands]
         """Inputs that are always copied."""
-        self._memory = self._declared_memory()
-        self._last_use_outside = self._uses_outside()
-        self._admit_inputs()
-        steps = [
-            self._replay(step, instruction) if step in self.replayed else self._on_real_rows(step, instruction)
-            for step, instruction in enumerate(plan.instructions)
-        ]
-        layout, places = plan.layout, [r.index for r in plan.layout.results if isinstance(r, Register)]
-        self._results: Callable[[Sequence[Any]], Sequence[Any]] = layout.collect
-        if len(places) == len(layout.results) > 1:
-            self._results = itemgetter(*places)  # type: ignore[assignment]
-        self._made_in_call = self.template[given:]
-        self._amounts: dict[tuple[int, ...], Amounts] = {}
-        self.bind(steps)
+        self.brought = (*self.admitted, *self.landing)
+        """All inputs for which there is static memory."""
+        self._admitted_rows = [copy.rows for copy in self.admitted]
+        self._admitted_bytes = sum(copy.num_bytes for copy in self.admitted)
+        self._tails = [pair for copy in self.brought for pair in copy.tails]
+        steps = range(len(plan.instructions))
+        self.bind([_Replay(self, at) if at in self.replayed else _OnRealRows(self, at) for at in steps])
+        self._results = picker(plan.layout.results)
+        self._made_in_call = self.template[len(plan.inputs) :]
+        self._counted = (
+            len(plan.instructions) - len(plan.compute_steps),
+            len(self.replayed),
+            bucket.tokens - num_tokens if self.replayed else 0,
+        )
 
     # ------------------------------------------------------------------------- building
 
@@ -360,16 +357,24 @@ class FlatProgram:
             may_release: whether the landing memory may be declared free before the end of the call.
         """
         self.steps = steps
-        self._rows: list[_Row] = []
         listener, boundary = self.plan.listener, self.plan.boundary
+        self._named_rows: list[tuple[str | None, _Row]] = []
+        """With what a profiler shows; None for what is no step."""
         for number, step in enumerate(steps):
             if listener is not None:
                 if may_release and boundary.last_reader == number - 1:
-                    self._rows.append(_Row(replay=listener.landing_was_read))
+                    self._named_rows.append((None, _Row(listener.landing_was_read)))
                 if boundary.first_writer == number:
-                    self._rows.append(_Row(replay=listener.results_are_written))
-            self._rows.append(step.row())
-        self._plain_rows = [tuple(row) for row in self._rows]  # which a loop unpacks in half the time
+                    self._named_rows.append((None, _Row(listener.results_are_written)))
+            self._named_rows.append((step.name, step.row()))
+        self._rows = [tuple(row) for _, row in self._named_rows]  # which a loop unpacks in half the time
+
+    def copy_after(self, step: int, register: int) -> _Copy | None:
+        """Brings a value to the static memory from which replays after a step read it; None if none does."""
+        if self.last_reader.get(register, -1) <= step or register not in self.bucket.static:
+            return None
+        lands = self.plan.arrivals.get(register) == "landing"
+        return _Copy(register, self.bucket.static[register], self.num_tokens, lands)
 
     def replace_work(
         self,
@@ -388,14 +393,12 @@ class FlatProgram:
         self.bind(self.steps)
 
     def _declared_memory(self) -> dict[int, frozenset[int]]:
-        """Address of static memory -> numbers of the storages that, by their facts, may lie in it."""
         found: dict[int, set[int]] = {where: set() for where in self.bucket.static_memory}
         for static in self.bucket.static.values():
             found.setdefault(address(static.tensor), set()).add(static.spec.storage)
         return {where: frozenset(storages) for where, storages in found.items()}
 
     def _uses_outside(self) -> dict[int, int]:
-        """Register of a value made in the call -> the last step that does not replay and uses it."""
         given = len(self.plan.inputs) + len(self.plan.layout.constants)
         uses: dict[int, int] = {}
         for step, instruction in enumerate(self.plan.instructions):
@@ -403,66 +406,6 @@ class FlatProgram:
                 taken = [source if isinstance(source, int) else source[0] for source in instruction.arguments]
                 uses.update(dict.fromkeys((*taken, *instruction.outputs), step))
         return {r: s for r, s in uses.items() if r >= given and r not in self.plan.result_registers}
-
-    def _admit_inputs(self) -> None:
-        for register, arrival in self.plan.arrivals.items():
-            if register not in self._last_reader or arrival not in ("landing", "copied"):
-                continue
-            copy = _Copy(register, self.bucket.static[register], self.num_tokens, lands=arrival == "landing")
-            (self.landing if copy.lands else self.admitted).append(copy)
-        self.brought = (*self.admitted, *self.landing)
-        """All inputs for which there is static memory."""
-        self._admitted_rows = [copy.rows for copy in self.admitted]
-        self._admitted_bytes = sum(copy.num_bytes for copy in self.admitted)
-        self._tails = [pair for copy in self.brought for pair in copy.tails]
-
-    def _replay(self, step: int, instruction: Instruction) -> _Replay:
-        graph = self.bucket.graphs[step]
-        back = [
-            (register, self.bucket.static[register].rows(self.num_tokens))
-            for register in self.plan.written_registers[step]
-            if register in self.bucket.static
-        ]
-        border = []
-        for register in instruction.outputs:
-            static = self.bucket.static[register]
-            if static.exact(self.num_tokens) is not None:
-                self.template[register] = real_rows(static, self.num_tokens)
-            elif self._is_read_outside(register):
-                border.append((register, static))
-        return _Replay(step_name(instruction.piece), graph.replay, back, border, self.num_tokens)
-
-    def _is_read_outside(self, register: int) -> bool:
-        """Whether anybody but a replayed piece uses the value."""
-        return register in self.plan.result_registers or register in self._last_use_outside
-
-    def _on_real_rows(self, step: int, instruction: Instruction) -> _OnRealRows:
-        bucket, plan, n = self.bucket, self.plan, self.num_tokens
-        body: Callable[..., Any] | None = instruction.call if instruction.piece.kind == "eager" else None
-        buffers: list[torch.Tensor] = []
-        first_buffer = len(self.template)
-        if step in bucket.given_buffers and (buffers := bucket.given_buffers[step].views(n)):
-            body = bucket.given_buffers[step].call
-            self.template += buffers
-        copies = {
-            index: _Copy(register, bucket.static[register], n)
-            for index, register in enumerate(instruction.outputs)
-            if self._last_reader.get(register, -1) > step and register in bucket.static
-        }
-        given = {
-            index: buffer
-            for index, copy in copies.items()
-            for buffer in buffers
-            if copy.fits(buffer) and copy.is_in_place(buffer) and not copy.tails
-        }
-        refreshed = []
-        for register in plan.written_registers[step]:
-            if self._last_reader.get(register, -1) > step and register in bucket.static:
-                lands = plan.arrivals.get(register) == "landing"
-                refreshed.append((_Copy(register, bucket.static[register], n, lands), lands))
-        held = [r for r, last in self._last_use_outside.items() if last == step and self.template[r] is None]
-        places = range(first_buffer, len(self.template))
-        return _OnRealRows(step, instruction, body, places, copies, given, refreshed, self._memory, held, plan.specs)
 
     # --------------------------------------------------------------------------- running
 
@@ -477,26 +420,25 @@ class FlatProgram:
     def begin(self, args: Sequence[Any]) -> Call:
         """A call with these inputs, of which those are noted that must be brought to landing memory."""
         call = Call([*args, *self._made_in_call])
-        foreign = [copy.register for copy in self.landing if not copy.is_in_place(args[copy.register])]
-        if foreign:
-            call.foreign = foreign
-            call.stage_input_copies = len(foreign)
-        call.stage_inputs_in_place = len(self.landing) - len(foreign)
+        call.eager_steps, call.replays, call.padded_tokens = self._counted
+        call.foreign = [copy.register for copy in self.landing if not copy.is_in_place(args[copy.register])]
+        call.stage_input_copies = foreign = len(call.foreign)
+        call.stage_inputs_in_place = len(self.landing) - foreign
         return call
 
     def run(self, args: Sequence[Any], call: Call) -> list[Any]:
         """The graph's results, some of them in static memory."""
         registers = call.registers
         self._stage_inputs(args, call)
-        rows: Sequence[Any] = self._watched_rows() or self._plain_rows
+        rows: Sequence[Any] = self._watched_rows() or self._rows
         try:
-            for _, replay, run, body, take, given, keep in rows:
+            for replay, run, take, given, keep in rows:
                 if replay is not None:
                     replay()
-                elif run is not None:
+                elif take is None:
                     run(call)
                 else:
-                    outputs = body(*take(registers))
+                    outputs = run(*take(registers))
                     if outputs[0] is not given:
                         keep(call, outputs)
         except UnexpectedTensor as unexpected:
@@ -509,7 +451,7 @@ class FlatProgram:
         timeline = None if listener is None else listener.timeline
         if timeline is None and not profiler_is_running():
             return None
-        return [row.wrapped(lambda call, name: wrap(call, name, timeline)) for row in self._rows]
+        return [row if name is None else row.shown_as(name, timeline) for name, row in self._named_rows]
 
     def _stage_inputs(self, args: Sequence[Any], call: Call) -> None:
         """Bring the inputs that replays read to where they read them."""
@@ -529,20 +471,6 @@ class FlatProgram:
         for tail, first_row in self._tails:
             tail.copy_(first_row)
 
-    def end(self, call: Call) -> None:
-        """Note what every call of this program counts. The next call is likely to count the same, so that is kept."""
-        copies = call.stage_input_copies, call.input_copies, call.input_bytes_copied
-        key = (call.stage_inputs_in_place, *copies, call.border_copies, call.output_copies)
-        amounts = None if call.misses else self._amounts.get(key)
-        if amounts is not None:
-            call.known_amounts = amounts
-            return
-        call.eager_steps = len(self.plan.instructions) - len(self.plan.compute_steps)
-        call.replays = len(self.replayed) - sum(call.misses.values())
-        call.padded_tokens = self.bucket.tokens - self.num_tokens if self.replayed else 0
-        if not call.misses and len(self._amounts) < 16:
-            self._amounts[key] = call.amounts
-
     def _finish_without_graphs(self, first: int, call: Call, reason: Reason) -> None:
         registers = call.registers
         for register, static in self.bucket.static.items():
@@ -557,10 +485,7 @@ class FlatProgram:
 
     def run_verified(self, args: Sequence[Any], call: Call, report: Callable[[str], None]) -> list[Any]:
         """As ``run``, comparing each replay with its piece on the same inputs; differences go to ``report``."""
-        steps = [
-            _Verified(self, number, step, args, report) if isinstance(step, _Replay) else step
-            for number, step in enumerate(self.steps)
-        ]
+        steps = [_Verified(self, step, args, report) if isinstance(step, _Replay) else step for step in self.steps]
         twin = shallow.copy(self)
         twin.bind(steps, may_release=False)  # the comparison reads stage inputs again
         return twin.run(args, call)
@@ -570,14 +495,14 @@ class _Verified(_Step):
     """A replay next to its un-captured piece, bit for bit at the same bucket."""
 
     def __init__(
-        self, program: FlatProgram, step: int, normal: _Replay, args: Sequence[Any], report: Callable[[str], None]
+        self, program: FlatProgram, normal: _Replay, args: Sequence[Any], report: Callable[[str], None]
     ) -> None:
-        super().__init__(normal.name)
-        self.program, self.step, self.normal, self.args, self.report = program, step, normal, args, report
+        super().__init__(program, normal.step)
+        self.program, self.normal, self.args, self.report = program, normal, args, report
 
     def run(self, call: Call) -> None:
         program, plan, bucket = self.program, self.program.plan, self.program.bucket
-        instruction = plan.instructions[self.step]
+        instruction = self.instruction
         inputs = inputs_as_wide_as_the_bucket(plan, bucket, instruction, call.registers)
         written = plan.written_registers[self.step]
         positions = [at for at, source in enumerate(instruction.arguments) if source in written]

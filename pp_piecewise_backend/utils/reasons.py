@@ -58,3 +58,17 @@ def miss(code: str, detail: str = "") -> Reason:
     """
     sentence = SENTENCES[code]
     return Reason(code, detail or sentence)
+
+
+class Missed(Exception):
+    """What was to replay or to be captured is not.
+
+    Args:
+        reason: why not.
+        by_step: compute steps that have a reason of their own.
+    """
+
+    def __init__(self, reason: Reason, by_step: Mapping[int, Reason] | None = None) -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
+        self.by_step = by_step or {}

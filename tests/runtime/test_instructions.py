@@ -13,7 +13,7 @@ from torch import Tensor
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.compilation.inductor import CompiledPiece
 from pp_piecewise_backend.runtime.cudagraphs.memory import address
-from pp_piecewise_backend.runtime.instructions import Layout, Register, lay_out
+from pp_piecewise_backend.runtime.instructions import Layout, lay_out
 from pp_piecewise_backend.runtime.program import Program
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
@@ -80,7 +80,7 @@ def test_nothing_is_read_before_it_is_made_nor_after_its_end() -> None:
         alive |= set(instruction.outputs)
         assert set(instruction.ends) <= alive
         alive -= set(instruction.ends)
-    results = {result.index for result in layout.results if isinstance(result, Register)}
+    results = set(layout.results)
     assert results <= alive
     # What is neither an input, a constant nor a result has ended.
     assert alive <= results | set(range(len(program.inputs) + len(layout.constants)))
