@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,9 +10,12 @@ from ..utils.counters import counted
 from .summary import Graphs, MissEntry, PieceEntry, Summary
 from .text import common_text, entry, fold, folded_inputs, grouped, ranges, shortened, signature, without_numbers
 
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
+
 
 def explain(summary: Summary) -> str:
     """The report on one program, at most ``WIDTH`` columns wide; repeated layers fold into one line with a count."""
+    summary = _without_addresses(summary)
     if summary.not_split is not None:
         compiler = next((o.value for o in summary.config if o.option == "compiler"), "the stock backend")
         why = f"not split, given whole to {compiler}: {shortened(summary.not_split)}"
@@ -47,6 +51,13 @@ def explain(summary: Summary) -> str:
         f"{counters.get('pieces_reused', 0)} served by equal ones",
     )
     return "\n".join([*lines, *_graph_lines(summary.graphs, compute)])
+
+
+def _without_addresses(summary: Summary) -> Summary:
+    """The summary with ``#1``, ``#2``, ... for addresses of objects, which differ from run to run."""
+    text = summary.model_dump_json()
+    names = {address: f"#{number}" for number, address in enumerate(dict.fromkeys(_ADDRESS.findall(text)), 1)}
+    return Summary.model_validate_json(_ADDRESS.sub(lambda found: names[found[0]], text)) if names else summary
 
 
 def explain_all(reports: Sequence[str], frames_given_up: int, graph_breaks: int) -> str:

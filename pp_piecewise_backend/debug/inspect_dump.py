@@ -7,12 +7,14 @@ It needs no torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import itertools
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .. import errors
 from ..utils.counters import counted
 from .explain import explain
 from .summary import EVENTS, REPORT, SCHEMA_VERSION, SUMMARY, PieceEntry, Summary
+from .text import grouped, pattern, plain_runs, ranges
 
 DESCRIPTION = """\
 Prints what a dump (dump_dir, PP_PIECEWISE_DUMP_DIR) says: why calls did not replay, where the graph was split and why,
@@ -81,9 +84,8 @@ def find_programs(folder: Path) -> list[Path]:
     """
     if (folder / SUMMARY).is_file():
         return [folder]
-    ranks = {}
-    for path in sorted(folder.glob("rank_*"), key=_natural):
-        ranks[path.name.partition(".")[0]] = path  # rank_0.2 is newer than rank_0
+    # rank_0.2 comes after rank_0, and is newer
+    ranks = {path.name.partition(".")[0]: path for path in sorted(folder.glob("rank_*"), key=_natural)}
     holders = list(ranks.values()) or [folder]
     found = [path.parent for holder in holders for path in sorted(holder.glob(f"*/{SUMMARY}"), key=_natural)]
     if not found:
@@ -127,12 +129,10 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            events.append(event)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                events.append(event)
     return events
 
 
@@ -161,21 +161,17 @@ def program_lines(folder: Path, call: int | None = None, tokens: int | None = No
         yield f"could not be done: {problem}"
     yield "what happened"
     yield from (f"  {line}" for line in event_lines(read_events(folder)))
-    yield f"look at {folder / REPORT}; run a piece: {_example(summary, folder)}"
+    files = [piece.file for piece in summary.pieces if piece.kind == "compute"]
+    yield f"look at {folder / REPORT}; run a piece: {f'python {folder / files[0]}' if files else 'none'}"
 
 
 def misses(summary: Summary, call: int | None = None, tokens: int | None = None) -> list[str]:
     """Why calls did not replay, one line per reason, bucket and call; ``call`` and ``tokens`` pick some."""
     if summary.not_split is not None:
         return [f"the graph is not split: {summary.not_split}"]
-    lines = [
-        f"{which} ran as plain FX: {reason}"
-        for which, reason in (
-            ("the whole graph", summary.whole_plain_run),
-            *((f"piece[{piece.index}]", piece.failure or piece.plain_run) for piece in summary.pieces),
-        )
-        if reason is not None
-    ]
+    lines = [f"piece[{ranges(steps)}] ran as plain FX: {why}" for why, steps in plain_runs(summary.pieces).items()]
+    if summary.whole_plain_run is not None:
+        lines.insert(0, f"the whole graph ran as plain FX: {summary.whole_plain_run}")
     graphs = summary.graphs
     if graphs.mode == "none":
         return [*lines, "no call replays: the program was not built, or its graph was not split"]
@@ -200,28 +196,17 @@ def misses(summary: Summary, call: int | None = None, tokens: int | None = None)
 
 def event_lines(events: Sequence[dict[str, Any]]) -> Iterator[str]:
     """One line per event, those of one kind that follow each other in one."""
-    start = 0
-    while start < len(events):
-        end = start + 1
-        while end < len(events) and events[end]["event"] == events[start]["event"]:
-            end += 1
-        run, name = events[start:end], events[start]["event"]
-        details = {key: value for key, value in run[0].items() if key not in ("event", "at", "seconds")}
-        if name in ("compiled", "reused") or len(run) > 1:
-            text = f"{len(run)} times" if len(run) > 1 else ""
-            if all(isinstance(event.get("piece"), int) for event in run):
-                pieces = [str(event["piece"]) for event in run]
-                text = f"piece {', '.join(pieces[:8])}{', ...' if len(pieces) > 8 else ''}"
+    for name, group in itertools.groupby(events, lambda event: event["event"]):
+        run = list(group)
+        if all(isinstance(event.get("piece"), int) for event in run):
+            text = f"piece {', '.join(str(event['piece']) for event in run[:8])}{', ...' if len(run) > 8 else ''}"
+        elif len(run) > 1:
+            text = f"{len(run)} times"
         else:
+            details = {key: value for key, value in run[0].items() if key not in ("event", "at", "seconds")}
             text = ", ".join(f"{key} {value}" for key, value in details.items() if value is not None)
         at = run[0].get("at")
         yield f"{at if isinstance(at, str) else '?'}  {name}{f': {text}' if text else ''}"
-        start = end
-
-
-def _example(summary: Summary, folder: Path) -> str:
-    file = next((piece.file for piece in summary.pieces if piece.kind == "compute"), None)
-    return "none" if file is None else f"python {folder / file}"
 
 
 # -------------------------------------------------------------------------------------- comparison
@@ -241,52 +226,60 @@ def comparison_lines(before: dict[str, Summary], after: dict[str, Summary]) -> I
 
 
 def _differences(before: Summary, after: Summary) -> Iterator[str]:
-    yield from _changed("version of", before.versions, after.versions)
-    values = [
-        {o.option: f"{o.value} ({o.source})" for o in summary.config if o.option != "dump_dir"}
-        for summary in (before, after)
-    ]
-    yield from _changed("option", *values)
+    """Equal changes of many layers come once, with a count."""
+    for alike in grouped(_changed(_facts(before), _facts(after)), pattern).values():
+        yield _with_count(alike[0], len(alike))
+    for (first, *more), count in _piece_changes(before.pieces, after.pieces).items():
+        yield _with_count(f"piece {first}", count)
+        yield from (f"  {line}" for line in more)
+
+
+def _with_count(line: str, count: int) -> str:
+    return line + (f" (and {count - 1} more alike)" if count > 1 else "")
+
+
+def _facts(summary: Summary) -> dict[str, object]:
+    """What is compared by its name."""
+    facts: dict[str, object] = {f"version of {name}": version for name, version in summary.versions.items()}
+    facts |= {f"option {o.option}": f"{o.value} ({o.source})" for o in summary.config if o.option != "dump_dir"}
     for what in ("not_split", "token_reason", "split_matches"):
-        yield from _changed(what.replace("_", " "), {"": getattr(before, what)}, {"": getattr(after, what)})
-    inputs = [{i.source or i.name: f"{i.kind} {i.type}: {i.reason}" for i in s.inputs} for s in (before, after)]
-    yield from _folded(_changed("input", *inputs))
-    yield from _piece_differences(before.pieces, after.pieces)
+        facts[what.replace("_", " ")] = getattr(summary, what)
+    facts |= {f"input {i.source or i.name}": f"{i.kind} {i.type}: {i.reason}" for i in summary.inputs}
     for what in ("graph_misses", "miss_reasons", "captures", "graph_bytes"):
-        yield from _changed(f"counter {what}", {"": before.counters.get(what)}, {"": after.counters.get(what)})
+        facts[f"counter {what}"] = summary.counters.get(what)
+    return facts
 
 
-def _piece_differences(before: Sequence[PieceEntry], after: Sequence[PieceEntry]) -> Iterator[str]:
-    """Pieces gone, added and changed, aligned by meaning; equal changes of many layers come once, with a count."""
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[str]:
+    for name in dict.fromkeys((*before, *after)):
+        if name not in after:
+            yield f"{name}: gone ({before[name]})"
+        elif name not in before:
+            yield f"{name}: added ({after[name]})"
+        elif before[name] != after[name]:
+            yield f"{name}: {before[name]} -> {after[name]}"
+
+
+def _piece_changes(before: Sequence[PieceEntry], after: Sequence[PieceEntry]) -> Counter[tuple[str, ...]]:
+    """Pieces gone, added and changed, aligned by meaning; how often each change occurs."""
     keys = [[f"{piece.kind} {piece.key}" for piece in pieces] for pieces in (before, after)]
     changes: Counter[tuple[str, ...]] = Counter()
     for tag, a, b, c, d in difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
-        if tag == "equal":
-            continue
-        paired = min(b - a, d - c)
-        for old, new in zip(before[a : a + paired], after[c : c + paired], strict=True):
-            change = ("changed", *_change(old, new))
-            changes[change] += 1
-        for piece in before[a + paired : b]:
-            changes[("gone", _described(piece))] += 1
-        for piece in after[c + paired : d]:
-            changes[("added", _described(piece))] += 1
-    for (what, *texts), count in changes.items():
-        times = f" (and {count - 1} more alike)" if count > 1 else ""
-        yield f"piece {what}: {texts[0]}{times}"
-        yield from (f"  {text}" for text in texts[1:])
+        if tag != "equal":
+            changes.update(itertools.starmap(_change, itertools.zip_longest(before[a:b], after[c:d])))
+    return changes
 
 
-def _change(old: PieceEntry, new: PieceEntry) -> list[str]:
-    """How one piece differs from another, without its index so that equal changes are equal."""
-    lines = [f"{_described(old)} -> {_described(new)}" if _described(old) != _described(new) else _described(old)]
+def _change(old: PieceEntry | None, new: PieceEntry | None) -> tuple[str, ...]:
+    """What became of a piece, line by line and without its index, so that equal changes are equal."""
+    if old is None or new is None:
+        (piece,) = filter(None, (old, new))
+        return (f"{'gone' if new is None else 'added'}: {_described(piece)}",)
+    lines = ["changed: " + " -> ".join(dict.fromkeys((_described(old), _described(new))))]
     if old.reason != new.reason:
         lines.append(f"why: {old.reason!r} -> {new.reason!r}")
-    ops = [
-        line
-        for line in difflib.unified_diff(old.ops, new.ops, lineterm="", n=0)
-        if line[0] in "+-" and line[:3] not in ("+++", "---")
-    ]
+    headless = itertools.islice(difflib.unified_diff(old.ops, new.ops, lineterm="", n=0), 2, None)
+    ops = [line for line in headless if line[0] in "+-"]
     if ops:
         lines.append(f"ops: {' '.join(ops[:20])}{' ...' if len(ops) > 20 else ''}")
     for what in ("input_types", "output_types"):
@@ -296,7 +289,7 @@ def _change(old: PieceEntry, new: PieceEntry) -> list[str]:
             lines.append(f"{what.replace('_', ' ')}: {_listed(gone)} -> {_listed(added)}")
     if len(lines) == 1:
         lines.append(f"same ops and types, other arguments: compare {old.file} of the one with {new.file} of the other")
-    return lines
+    return tuple(lines)
 
 
 def _described(piece: PieceEntry) -> str:
@@ -305,21 +298,3 @@ def _described(piece: PieceEntry) -> str:
 
 def _listed(items: Sequence[str]) -> str:
     return f"{', '.join(items[:4])}{', ...' if len(items) > 4 else ''}" or "none"
-
-
-def _changed(what: str, before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    for name in dict.fromkeys((*before, *after)):
-        old, new = before.get(name), after.get(name)
-        if old != new:
-            text = "gone" if name not in after else "added" if name not in before else f"{old} -> {new}"
-            detail = f" ({new if text == 'added' else old})" if text in ("gone", "added") else ""
-            yield f"{f'{what} {name}'.rstrip()}: {text}{detail}"
-
-
-def _folded(lines: Iterable[str]) -> Iterator[str]:
-    """Lines that differ in numbers only come once, with a count."""
-    groups: dict[str, list[str]] = {}
-    for line in lines:
-        groups.setdefault(re.sub(r"\d+", "#", line), []).append(line)
-    for members in groups.values():
-        yield members[0] + (f" (and {len(members) - 1} more alike)" if len(members) > 1 else "")

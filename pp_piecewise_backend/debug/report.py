@@ -17,7 +17,7 @@ import jinja2
 from ..runtime.tracing import eager_label
 from ..utils.counters import counted
 from .summary import PieceEntry, Summary
-from .text import fold, folded_inputs, grouped, meaning, plain_runs, signature
+from .text import fold, folded_inputs, grouped, meaning, plain_runs, ranges, signature
 
 _COLOURS = 6
 """Number of colours by which distinct pieces are told apart, before they come again."""
@@ -55,7 +55,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"counted": counted, "json": json.dumps, "eager_label": eager_label}
+    environment.filters |= {"counted": counted, "json": json.dumps, "ranges": ranges, "eager_label": eager_label}
     environment.globals["typed"] = _typed
     return environment.get_template("report.html.j2")
 

@@ -222,6 +222,20 @@ def test_pieces_that_did_not_compile_or_ran_plain() -> None:
     assert "ran as plain FX piece[2]: the compiled code does not hold for sizes [5000]" in text
 
 
+def test_objects_have_names_instead_of_addresses() -> None:
+    """Reports of two runs differ only where the runs do, and layers with objects of their own fold."""
+    program = _small_program()
+    reports = []
+    for addresses in ((0x7F3A5C0041D0, 0x55E0A1B2C3D4), (0x7FAB12CD34E0, 0x562211AABBCC)):
+        one, other = (f"<demo.Box object at {address:#x}>" for address in addresses)
+        program.whole_plain_run = f"{one} is no tensor"
+        program.plain_runs.update({0: f"{one} is no tensor", 2: f"{other} is no tensor"})
+        reports.append(program.explain())
+    assert reports[0] == reports[1] and "0x" not in reports[0]
+    assert reports[0].count("<demo.Box object at #1> is no tensor") == 2
+    assert "piece[2]: <demo.Box object at #2> is no tensor" in reports[0]
+
+
 def test_a_program_without_a_split_says_so() -> None:
     torch.compile(lambda x: x + 1, backend="pp_piecewise", options={"compiler": "eager"})(torch.randn(3))
     (program,) = ppb.programs()
