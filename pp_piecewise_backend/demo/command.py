@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import questions
-from .job import Job
-from .prompts import OWN_MODEL_DIR, PromptError, Vocabulary, is_own_model, vocabulary_of
+from .job import Job, RankFailed, run_ranks
+from .prompts import OWN_MODEL_DIR, Vocabulary, is_own_model, vocabulary_of
 
 DESCRIPTION = """\
 Runs a decoder as a pipeline of processes on this machine, each with a StageRunner that compiles its half (third, ...)
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     """The exit code: 0 all is equal; 1 a token differs, a rank failed or accuracy is low; 2 bad arguments."""
     try:
         task = plan(options)
-    except (PromptError, ValueError) as error:
+    except ValueError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return execute(task)
@@ -124,7 +125,6 @@ def plan(options: argparse.Namespace) -> Task:
         model_dir=str(options.model.resolve()),
         ranks=options.ranks,
         device=device,
-        backend="pp_piecewise",
         options={
             "compiler": options.compiler,
             "graphs": options.graphs or ("cuda" if device == "cuda" else "emulate"),
@@ -141,13 +141,12 @@ def plan(options: argparse.Namespace) -> Task:
 def execute(task: Task) -> int:
     """Runs the ranks, then eager, and prints answers and tables; the exit code as `run`."""
     from . import verdict
-    from .launch import RankFailed, run_ranks
-    from .reference import generate_eagerly
+    from .reference import generate_eagerly, load_decoder
 
     job = task.job
     transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
     print(
-        f"{_count(len(job.prompts), 'prompt')}, {_count(job.ranks, 'rank')}, {transport}, "
+        f"{verdict.count(len(job.prompts), 'prompt')}, {verdict.count(job.ranks, 'rank')}, {transport}, "
         f"compiler {job.options['compiler']}, graphs {job.options['graphs']}",
         flush=True,
     )
@@ -156,8 +155,11 @@ def execute(task: Task) -> int:
     except RankFailed as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    eager, eager_seconds = generate_eagerly(job)
-    judged = verdict.judge(task.texts, eager, reports, task.right)
+    decoder = load_decoder(job.model_dir).to(job.device)
+    begin = time.perf_counter()
+    eager = generate_eagerly(decoder, job.prompts, max_new_tokens=job.max_new_tokens, end_tokens=job.end_tokens)
+    eager_seconds = time.perf_counter() - begin
+    problems = verdict.problems(task.texts, eager, reports, task.right)
     if len(task.texts) == 1:
         print(f"{task.texts[0]} -> {task.vocabulary.decode(verdict.answers(reports)[0])}")
     print()
@@ -168,13 +170,9 @@ def execute(task: Task) -> int:
     print(verdict.handoff_table(reports))
     print("\nsplit out, and run eagerly between the compiled pieces (all ranks and programs):")
     print("\n".join(verdict.eager_lines(reports)))
-    for problem in judged.problems:
+    for problem in problems:
         print(f"demo: {problem}", file=sys.stderr)
-    return judged.exit_code
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return 1 if problems else 0
 
 
 def _read_config(model_dir: Path) -> Any:

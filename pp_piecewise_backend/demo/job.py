@@ -1,12 +1,15 @@
-"""What the demo's parent process sends its ranks, and what they report; both travel as JSON files."""
+"""A job for the demo's ranks, which run as processes on this machine, and what each reports; both are JSON files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -17,34 +20,13 @@ class Job:
     ranks: int
     device: str
     """``cpu`` or ``cuda`` (one GPU per rank)."""
-    backend: str
-    """The ``torch.compile`` backend."""
     options: dict[str, str]
-    """Its options."""
+    """Those of the backend."""
     prompts: list[list[int]]
     """Tokens; all rows have the same length."""
     max_new_tokens: int
     end_tokens: list[int]
     """A row that generated one of these is finished."""
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> Job:
-        return cls(**json.loads(path.read_text()))
-
-
-HANDOFF_COUNTERS = (
-    "replays",
-    "graph_misses",
-    "stage_inputs_in_place",
-    "proxy_copies",
-    "recv_allocations",
-    "pickles",
-    "blocking_metadata",
-)
-"""Names in ``ppb.stats()`` of what the table says about the hand-off."""
 
 
 @dataclass(frozen=True)
@@ -53,36 +35,75 @@ class RankReport:
 
     rank: int
     layers: list[int]
-    programs: int
-    pieces: int
-    pieces_compiled: int
-    eager_steps: int
+    counters: dict[str, Any]
+    """``ppb.stats()``, in which the calls of the warm-up do not count."""
     eager_parts: dict[str, int]
     """How often which ops run eagerly between the compiled pieces, and why; layers that differ only in their
     number count as one."""
     calls: int
     calls_without_program: int
     """Calls of the stage in which the backend's program did not run (Dynamo fell back to plain Python)."""
-    handoff: dict[str, int]
-    """``HANDOFF_COUNTERS`` after warm-up."""
     load_seconds: float
     compile_seconds: float
     generate_seconds: float
     generated: list[list[int]] | None
     """New tokens per prompt, the end token included; on the first and the last rank, which know them."""
 
-    def write(self, folder: Path) -> None:
-        (folder / f"rank{self.rank}.json").write_text(json.dumps(dataclasses.asdict(self)))
 
-    @classmethod
-    def read(cls, folder: Path, rank: int) -> RankReport:
-        content: dict[str, Any] = json.loads((folder / f"rank{rank}.json").read_text())
-        return cls(**content)
+Content = TypeVar("Content", Job, RankReport)
 
 
-def cut_at_end(tokens: list[int], end_tokens: list[int]) -> list[int]:
-    """``tokens`` up to and including the first end token; what follows is filling."""
-    for position, token in enumerate(tokens):
-        if token in end_tokens:
-            return tokens[: position + 1]
-    return tokens
+def read(path: Path, kind: type[Content]) -> Content:
+    return kind(**json.loads(path.read_text()))
+
+
+def write(path: Path, content: Job | RankReport) -> None:
+    path.write_text(json.dumps(dataclasses.asdict(content)))
+
+
+def report_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.json"
+
+
+class RankFailed(RuntimeError):
+    """A rank ended with an error; the others were stopped."""
+
+
+def run_ranks(job: Job) -> list[RankReport]:
+    """Runs ``job.ranks`` processes to their end, with a rendezvous on this machine only.
+
+    Their output goes to this process's. Raises `RankFailed` when one fails.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="pp_piecewise_demo_") as name:
+        folder = Path(name)
+        job_path = folder / "job.json"
+        write(job_path, job)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=job.ranks,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=name),
+        )
+        command = ["-m", "pp_piecewise_backend.demo.rank", str(job_path), name]
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise RankFailed(
+                f"rank {rank} of {job.ranks} failed with exit code {failure.exitcode}: {_last_line(failure.message)}"
+            ) from error
+        return [read(report_path(folder, rank), RankReport) for rank in range(job.ranks)]
+
+
+def _last_line(message: object) -> str:
+    text = message.get("message", "") if isinstance(message, dict) else message
+    return str(text).strip().rpartition("\n")[2]

@@ -2,75 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from . import questions
 
 OWN_MODEL_DIR = Path(__file__).parent / "model"
 
 
-class PromptError(ValueError):
-    """A prompt or model folder that cannot be used; the message says what to give instead."""
-
-
-class Vocabulary(Protocol):
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-
-class ArithmeticVocabulary:
-    """Questions in usual order to the demo's tokens, and answers back."""
-
-    def encode(self, text: str) -> list[int]:
-        try:
-            return questions.encode_prompt(questions.parse_question(text))
-        except ValueError as error:
-            raise PromptError(str(error)) from None
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        answer = questions.decode_answer(tokens)
-        return questions.decode(tokens) if answer is None else str(answer)
-
-
-class TokenizerVocabulary:
-    """The tokenizer that lies in the model's folder."""
-
-    def __init__(self, model_dir: Path) -> None:
-        import transformers
-
-        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-class TokenNumbers:
-    """Comma-separated token ids, for a folder without a tokenizer."""
-
-    def __init__(self, model_dir: Path, vocabulary_size: int) -> None:
-        self._model_dir = model_dir
-        self._vocabulary_size = vocabulary_size
-
-    def encode(self, text: str) -> list[int]:
-        try:
-            tokens = [int(part) for part in text.split(",")]
-        except ValueError:
-            tokens = []
-        if not tokens or not all(0 <= token < self._vocabulary_size for token in tokens):
-            raise PromptError(
-                f"{self._model_dir} has no tokenizer, so --prompt must be comma-separated token ids in "
-                f"0..{self._vocabulary_size - 1}, such as 1,15,7; got {text!r}."
-            )
-        return tokens
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return ",".join(map(str, tokens))
+class Vocabulary(NamedTuple):
+    encode: Callable[[str], list[int]]
+    """Raises `ValueError` that says what to write instead."""
+    decode: Callable[[Sequence[int]], str]
 
 
 def is_own_model(config: Any) -> bool:
@@ -79,8 +23,33 @@ def is_own_model(config: Any) -> bool:
 
 
 def vocabulary_of(model_dir: Path, config: Any) -> Vocabulary:
+    """Arithmetic questions for the demo's decoder, else the tokenizer in the folder, else comma-separated token ids."""
     if is_own_model(config):
-        return ArithmeticVocabulary()
+        return Vocabulary(lambda text: questions.encode_prompt(questions.parse_question(text)), _decode_answer)
     if any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return TokenizerVocabulary(model_dir)
-    return TokenNumbers(model_dir, config.vocab_size)
+        import transformers
+
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return Vocabulary(
+            lambda text: list(tokenizer(text)["input_ids"]),
+            lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        )
+
+    def token_ids(text: str) -> list[int]:
+        try:
+            tokens = [int(part) for part in text.split(",")]
+        except ValueError:
+            tokens = []
+        if not tokens or not all(0 <= token < config.vocab_size for token in tokens):
+            raise ValueError(
+                f"{model_dir} has no tokenizer, so --prompt must be comma-separated token ids in "
+                f"0..{config.vocab_size - 1}, such as 1,15,7; got {text!r}."
+            )
+        return tokens
+
+    return Vocabulary(token_ids, lambda tokens: ",".join(map(str, tokens)))
+
+
+def _decode_answer(tokens: Sequence[int]) -> str:
+    answer = questions.decode_answer(tokens)
+    return questions.decode(tokens) if answer is None else str(answer)

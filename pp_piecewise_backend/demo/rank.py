@@ -10,21 +10,20 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import pp_piecewise_backend as ppb
 
-from ..integrations.huggingface import DecoderStep
-from .job import HANDOFF_COUNTERS, Job, RankReport
-from .load import load_stage_quietly
-from .schedule import Schedule, Turn
+from ..integrations.huggingface import DecoderStep, load_stage
+from .job import Job, RankReport, read, report_path, write
+from .schedule import Turn, turns
 
 PROMPTS_AT_ONCE_PER_RANK = 2
 FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
@@ -32,11 +31,13 @@ FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
 
 @record
 def main() -> None:
-    job, report_folder = Job.read(Path(sys.argv[1])), Path(sys.argv[2])
+    job, report_folder = read(Path(sys.argv[1]), Job), Path(sys.argv[2])
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the ranks share the cores of one machine
     dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
     try:
-        _run(job).write(report_folder)
+        report = _run(job)
+        write(report_path(report_folder, report.rank), report)
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -48,27 +49,23 @@ def _run(job: Job) -> RankReport:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     begin = time.perf_counter()
-    stage = load_stage_quietly(job.model_dir, stages=job.ranks, stage=rank, device=device)
+    stage = load_stage(job.model_dir, stages=job.ranks, stage=rank, device=device).requires_grad_(False)
     loaded = time.perf_counter()
-    with Worker(job, DecoderStep(stage), device) as worker:
+    worker = Worker(job, DecoderStep(stage), device)
+    with worker.runner:
         worker.runner.warmup(progress=rank == 0)
         compiled = time.perf_counter()
         dist.barrier()  # or the first prompt would be charged with waiting for the slowest compilation
         generating = time.perf_counter()
         generated = worker.generate()
         seconds = time.perf_counter() - generating
-    stats = ppb.stats()
     return RankReport(
         rank=rank,
         layers=list(stage.layers),
-        programs=stats.programs,
-        pieces=stats.pieces,
-        pieces_compiled=stats.pieces_compiled,
-        eager_steps=stats.eager_steps,
+        counters=dict(ppb.stats().items()),
         eager_parts=_eager_parts(),
         calls=worker.calls,
         calls_without_program=worker.calls_without_program,
-        handoff={name: getattr(stats, name) for name in HANDOFF_COUNTERS},
         load_seconds=loaded - begin,
         compile_seconds=compiled - loaded,
         generate_seconds=seconds,
@@ -112,23 +109,17 @@ class Worker:
             options=job.options,
         )
 
-    def __enter__(self) -> Worker:
-        self.runner.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.runner.__exit__(*error)
-
     def generate(self) -> list[list[int]] | None:
         """The new tokens of each prompt, as the first rank heard of them and as the last rank chose them; None between.
 
         Ends on all ranks when the first one has all that it needs.
         """
+        generated: list[list[int]] = [[] for _ in self._job.prompts]
         chosen: list[list[int]] = [[] for _ in self._job.prompts]
         with tqdm(total=len(chosen), desc="pipeline", unit="prompt", disable=not self._is_first) as bar:
-            schedule = Schedule(self._job, self._slot_count, self._next_result, bar.update)
+            schedule = turns(self._job, self._slot_count, generated, self._next_result, bar.update)
             eager_steps = ppb.stats().eager_steps
-            for output in self.runner.run(self._microbatches(schedule) if self._is_first else None):
+            for output in self.runner.run(map(self._microbatch, schedule) if self._is_first else None):
                 self.calls += 1
                 # Every stage has attention, so a program that ran has run an eager step.
                 self.calls_without_program += ppb.stats().eager_steps == eager_steps
@@ -138,14 +129,13 @@ class Worker:
                     chosen[Turn.from_tag(self._tag).prompt].append(token)
                     if self._is_alone:
                         self._own_results.append((self._tag, token))
-        return schedule.generated if self._is_first else chosen if self._is_last else None
+        return generated if self._is_first else chosen if self._is_last else None
 
-    def _microbatches(self, schedule: Schedule) -> Iterator[ppb.MicroBatch]:
-        for turn, tokens in schedule.turns():
-            tag = turn.to_tag()
-            input_ids = torch.tensor(tokens, device=self._device)
-            inputs = {**self._make_inputs(len(tokens), tag), "input_ids": input_ids}
-            yield ppb.MicroBatch(len(tokens), tag, inputs)
+    def _microbatch(self, planned: tuple[Turn, list[int]]) -> ppb.MicroBatch:
+        turn, tokens = planned
+        tag = turn.to_tag()
+        inputs = {**self._make_inputs(len(tokens), tag), "input_ids": torch.tensor(tokens, device=self._device)}
+        return ppb.MicroBatch(len(tokens), tag, inputs)
 
     def _next_result(self) -> tuple[bytes, int]:
         if self._is_alone:

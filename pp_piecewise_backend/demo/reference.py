@@ -1,34 +1,49 @@
-"""The same prompts answered by transformers alone: eager, one process, the whole model."""
+"""The whole decoder in transformers alone, eager and in one process; nothing is downloaded."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-
-from .job import Job, cut_at_end
-from .load import load_decoder
 
 _ROWS_AT_ONCE = 50
 
 
-def generate_eagerly(job: Job) -> tuple[list[list[int]], float]:
-    """New tokens per prompt (end token included), and the seconds that ``model.generate`` took."""
+def load_decoder(model_dir: str) -> Any:
+    """On the CPU, in the dtype it is stored in, for inference. No bar is shown for loading, from now on."""
     import transformers
 
-    model = load_decoder(job.model_dir).to(job.device)
-    filling = job.end_tokens[0] if job.end_tokens else 0
-    # The model's own settings may ask for sampling or penalties; what is compared is plain greedy decoding.
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def generate_eagerly(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int]
+) -> list[list[int]]:
+    """Greedy new tokens per prompt, up to and including the first of ``end_tokens``; all prompts are equally long.
+
+    Replaces the model's own settings, which may ask for sampling or penalties.
+    """
+    import transformers
+
     model.generation_config = transformers.GenerationConfig(
         do_sample=False,
-        max_new_tokens=job.max_new_tokens,
-        eos_token_id=job.end_tokens or None,
-        pad_token_id=filling,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_tokens) or None,
+        pad_token_id=end_tokens[0] if end_tokens else 0,
     )
-    prompts = torch.tensor(job.prompts, device=job.device)
     generated: list[list[int]] = []
-    begin = time.perf_counter()
-    for rows in prompts.split(_ROWS_AT_ONCE):
+    for rows in torch.tensor(prompts, device=model.device).split(_ROWS_AT_ONCE):
         output = model.generate(rows, attention_mask=torch.ones_like(rows))[:, rows.shape[1] :]
-        generated += [cut_at_end(row, job.end_tokens) for row in output.tolist()]
-    return generated, time.perf_counter() - begin
+        generated += [cut_at_end(row, end_tokens) for row in output.tolist()]
+    return generated
+
+
+def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
+    """``tokens`` up to and including the first end token; what follows is filling."""
+    for position, token in enumerate(tokens):
+        if token in end_tokens:
+            return tokens[: position + 1]
+    return tokens

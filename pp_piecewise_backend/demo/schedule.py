@@ -5,15 +5,14 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .job import Job
 
 _LAYOUT = struct.Struct("<III")
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What one micro-batch is; every rank reads it from the tag."""
 
     prompt: int
@@ -23,51 +22,38 @@ class Turn:
     """Of the first token of the micro-batch in its sequence; 0 starts a sequence, in an emptied cache."""
 
     def to_tag(self) -> bytes:
-        return _LAYOUT.pack(self.prompt, self.slot, self.position)
+        return _LAYOUT.pack(*self)
 
     @classmethod
     def from_tag(cls, tag: bytes) -> Turn:
         return cls(*_LAYOUT.unpack(tag))
 
 
-class Schedule:
-    """Greedy decoding of a job's prompts, at most ``slot_count`` of them at once.
+def turns(
+    job: Job,
+    slot_count: int,
+    generated: list[list[int]],
+    next_result: Callable[[], tuple[bytes, int]],
+    on_end: Callable[[], object],
+) -> Iterator[tuple[Turn, list[int]]]:
+    """Greedy decoding of a job's prompts, at most ``slot_count`` of them at once: turns in order, with their tokens.
 
     Each prompt is one micro-batch of all its tokens, and then one micro-batch for each new token, which the last rank
     chose and ``next_result`` brings back: ``(tag, chosen token)`` of the oldest micro-batch that was not asked for.
-    ``generated`` are the new tokens of each prompt, the end token included; ``on_end`` is called when one has all.
+    ``generated``, a list per prompt, gets the new tokens, the end token included; ``on_end`` is called when it has all.
     """
-
-    def __init__(
-        self,
-        job: Job,
-        slot_count: int,
-        next_result: Callable[[], tuple[bytes, int]],
-        on_end: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.generated: list[list[int]] = [[] for _ in job.prompts]
-        self._job = job
-        self._free_slots = deque(range(slot_count))
-        self._next_result = next_result
-        self._on_end = on_end
-
-    def turns(self) -> Iterator[tuple[Turn, list[int]]]:
-        """Turns in the order to run them, with their tokens."""
-        waiting, under_way = deque(enumerate(self._job.prompts)), 0
-        while waiting or under_way:
-            if waiting and self._free_slots:
-                prompt, tokens = waiting.popleft()
-                under_way += 1
-                yield Turn(prompt, self._free_slots.popleft(), position=0), tokens
-                continue
-            tag, token = self._next_result()
-            turn = Turn.from_tag(tag)
-            chosen = self.generated[turn.prompt]
-            chosen.append(token)
-            if token in self._job.end_tokens or len(chosen) == self._job.max_new_tokens:
-                under_way -= 1
-                self._free_slots.append(turn.slot)
-                self._on_end()
-            else:
-                position = len(self._job.prompts[turn.prompt]) + len(chosen) - 1
-                yield Turn(turn.prompt, turn.slot, position), [token]
+    waiting, free_slots = deque(enumerate(job.prompts)), deque(range(slot_count))
+    while waiting or len(free_slots) < slot_count:
+        if waiting and free_slots:
+            prompt, tokens = waiting.popleft()
+            yield Turn(prompt, free_slots.popleft(), position=0), tokens
+            continue
+        tag, token = next_result()
+        turn = Turn.from_tag(tag)
+        chosen = generated[turn.prompt]
+        chosen.append(token)
+        if token in job.end_tokens or len(chosen) == job.max_new_tokens:
+            free_slots.append(turn.slot)
+            on_end()
+        else:
+            yield turn._replace(position=len(job.prompts[turn.prompt]) + len(chosen) - 1), [token]

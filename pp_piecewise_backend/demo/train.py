@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from . import questions
+from .questions import Question
+from .reference import generate_eagerly
+from .verdict import accuracy
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-PLUS_TOKEN, MINUS_TOKEN, EQUALS_TOKEN = questions.encode("+-=")
 
 
 def new_decoder(seed: int = 0) -> LlamaForCausalLM:
@@ -76,29 +77,8 @@ def training_batch(size: int, forbidden: torch.Tensor, generator: torch.Generato
         left[again] = _draw_operands(count, generator)
         right[again] = _draw_operands(count, generator)
     is_sum = torch.rand(size, generator=generator) < 0.5
-    answer = torch.where(is_sum, left + right, left - right)
-
-    def digits(number: torch.Tensor, width: int) -> torch.Tensor:
-        return number[:, None] // 10 ** torch.arange(width) % 10
-
-    def column(token: int | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(token).expand(size)[:, None]
-
-    operation = torch.where(is_sum, PLUS_TOKEN, MINUS_TOKEN)
-    sign = torch.where(answer < 0, MINUS_TOKEN, PLUS_TOKEN)
-    return torch.cat(
-        [
-            column(questions.BEGIN_TOKEN),
-            digits(left, questions.OPERAND_DIGITS),
-            column(operation),
-            digits(right, questions.OPERAND_DIGITS),
-            column(EQUALS_TOKEN),
-            column(sign),
-            digits(answer.abs(), questions.ANSWER_DIGITS),
-            column(questions.END_TOKEN),
-        ],
-        dim=1,
-    )
+    asked = map(Question, left.tolist(), ("+" if add else "-" for add in is_sum.tolist()), right.tolist())
+    return torch.tensor([questions.encode_prompt(question) + questions.encode_answer(question) for question in asked])
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -135,23 +115,16 @@ def train(model: LlamaForCausalLM, *, steps: int, batch_size: int, peak_learning
     return last_loss
 
 
-@torch.inference_mode()
 def held_out_accuracy(model: Any) -> float:
     """The fraction of held-out questions that greedy decoding answers with exactly the right tokens."""
     asked = questions.held_out_questions()
-    prompts = torch.tensor([questions.encode_prompt(question) for question in asked])
-    expected = torch.tensor([questions.encode_answer(question) for question in asked])
-    generated = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
+    generated = generate_eagerly(
+        model,
+        [questions.encode_prompt(question) for question in asked],
         max_new_tokens=questions.ANSWER_TOKENS,
-        pad_token_id=questions.END_TOKEN,
-    )[:, questions.PROMPT_TOKENS :]
-    # generate() stops when every row has ended, which may be early.
-    missing = questions.ANSWER_TOKENS - generated.shape[1]
-    generated = torch.nn.functional.pad(generated, (0, missing), value=questions.END_TOKEN)
-    return (generated == expected).all(dim=1).float().mean().item()
+        end_tokens=[questions.END_TOKEN],
+    )
+    return accuracy([questions.encode_answer(question) for question in asked], generated)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,13 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
         peak_learning_rate=options.learning_rate,
         seed=options.seed,
     )
-    accuracy = held_out_accuracy(model)
     model.save_pretrained(options.out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters} parameters, {options.steps} steps in {time.perf_counter() - begin:.0f} s, "
-        f"last loss {loss:.5f}, "
-        f"{accuracy:.1%} of {questions.HELD_OUT_COUNT} held-out questions right, written to {options.out}"
+        f"last loss {loss:.5f}, {held_out_accuracy(model):.1%} of {questions.HELD_OUT_COUNT} held-out questions right, "
+        f"written to {options.out}"
     )
     return 0
 

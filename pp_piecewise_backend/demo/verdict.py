@@ -1,40 +1,25 @@
-"""Compares what the pipeline generated with eager, decides the exit code, and writes the table."""
+"""Compares what the pipeline generated with eager, and writes the tables."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
-from .job import HANDOFF_COUNTERS, RankReport
+from .job import RankReport
 
+HANDOFF_COUNTERS = (
+    "replays",
+    "graph_misses",
+    "stage_inputs_in_place",
+    "proxy_copies",
+    "recv_allocations",
+    "pickles",
+    "blocking_metadata",
+)
+"""Names in ``ppb.stats()`` of what the table says about the hand-off."""
 REQUIRED_ACCURACY = 0.98
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first token in which two answers to one prompt differ; None stands for an answer that had ended."""
-
-    prompt: int
-    position: int
-    expected: int | None
-    got: int | None
-
-
-def first_differences(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> list[Difference]:
-    """One `Difference` per prompt whose answers differ. Raises `ValueError` if some have no answer."""
-    if len(expected) != len(got):
-        raise ValueError(f"{len(got)} answers came back for {len(expected)} prompts")
-    differences = []
-    for prompt, (expected_row, got_row) in enumerate(zip(expected, got, strict=True)):
-        for position in range(max(len(expected_row), len(got_row))):
-            wanted = expected_row[position] if position < len(expected_row) else None
-            token = got_row[position] if position < len(got_row) else None
-            if wanted != token:
-                differences.append(Difference(prompt, position, wanted, token))
-                break
-    return differences
 
 
 def accuracy(right: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> float:
@@ -49,34 +34,30 @@ def answers(reports: Sequence[RankReport]) -> list[list[int]]:
     return generated
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Everything that decides the demo's exit code; ``problems`` is empty when all is well."""
-
-    problems: tuple[str, ...]
-
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.problems else 0
-
-
-def judge(
+def problems(
     prompt_texts: Sequence[str],
     eager: Sequence[Sequence[int]],
     reports: Sequence[RankReport],
     right: Sequence[Sequence[int]] | None = None,
-) -> Verdict:
-    """Holds the pipeline to eager's tokens, and both to the right answers where these are known."""
-    problems = [
-        f"prompt {difference.prompt} ({prompt_texts[difference.prompt]}), new token {difference.position}: "
-        f"eager gives {_token(difference.expected)}, the pipeline {_token(difference.got)}"
-        for difference in first_differences(eager, answers(reports))
-    ]
+) -> list[str]:
+    """Holds the pipeline to eager's tokens, and both to the right answers where these are known; empty if all is well.
+
+    Of a prompt whose answers differ, it names the first token that does.
+    """
+    found = []
+    for prompt, (text, *both) in enumerate(zip(prompt_texts, eager, answers(reports), strict=True)):
+        for position, (expected, got) in enumerate(zip_longest(*both)):
+            if expected != got:
+                found.append(
+                    f"prompt {prompt} ({text}), new token {position}: "
+                    f"eager gives {_token(expected)}, the pipeline {_token(got)}"
+                )
+                break
     for report in reports:
         if report.generated is not None and report.generated != answers(reports):
-            problems.append(f"rank {report.rank} saw other tokens than rank 0")
+            found.append(f"rank {report.rank} saw other tokens than rank 0")
         if report.calls_without_program:
-            problems.append(
+            found.append(
                 f"rank {report.rank}: {report.calls_without_program} of {report.calls} calls ran without a "
                 "program of the backend (TORCH_LOGS=recompiles says why; see also "
                 "torch._dynamo.config.recompile_limit)"
@@ -84,25 +65,19 @@ def judge(
     if right is not None:
         for name, tokens in (("eager", eager), ("the pipeline", answers(reports))):
             if (fraction := accuracy(right, tokens)) < REQUIRED_ACCURACY:
-                problems.append(f"accuracy of {name} is {fraction:.1%}; {REQUIRED_ACCURACY:.0%} is expected at least")
-    return Verdict(tuple(problems))
+                found.append(f"accuracy of {name} is {fraction:.1%}; {REQUIRED_ACCURACY:.0%} is expected at least")
+    return found
 
 
 def _token(token: int | None) -> str:
     return "nothing more" if token is None else f"token {token}"
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
+def format_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Aligned columns, named by the keys of the first row: the first to the left, the others to the right."""
+    cells = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -114,63 +89,55 @@ def answers_table(
 ) -> str:
     """Eager against the pipeline: accuracy (where the right answers are known), tokens, seconds."""
     pipeline = answers(reports)
-    token_count = sum(map(len, eager))
     same = sum(a == b for row, other in zip(eager, pipeline, strict=True) for a, b in zip(row, other, strict=False))
 
-    def row(name: str, tokens: Sequence[Sequence[int]], agreement: str, seconds: float) -> list[str]:
-        score = "-" if right is None else f"{accuracy(right, tokens):.1%}"
-        return [name, score, str(sum(map(len, tokens))), agreement, f"{seconds:.2f}"]
+    def row(name: str, tokens: Sequence[Sequence[int]], agreement: str, seconds: float) -> dict[str, object]:
+        return {
+            "": name,
+            "accuracy": "-" if right is None else f"{accuracy(right, tokens):.1%}",
+            "tokens": sum(map(len, tokens)),
+            "same as eager": agreement,
+            "seconds": f"{seconds:.2f}",
+        }
 
+    agreement = f"{same} of {sum(map(len, eager))}"
     return format_table(
-        ["", "accuracy", "tokens", "same as eager", "seconds"],
         [
             row("eager transformers, 1 process", eager, "-", eager_seconds),
-            row(
-                f"pipeline, {len(reports)} {'rank' if len(reports) == 1 else 'ranks'}",
-                pipeline,
-                f"{same} of {token_count}",
-                reports[0].generate_seconds,  # ranks wait for one another: one clock is the pipeline's
-            ),
-        ],
+            # Ranks wait for one another: one clock is the pipeline's.
+            row(f"pipeline, {count(len(reports), 'rank')}", pipeline, agreement, reports[0].generate_seconds),
+        ]
     )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def ranks_table(reports: Sequence[RankReport]) -> str:
     """Per rank what was split and compiled."""
     return format_table(
         [
-            "rank",
-            "layers",
-            "calls",
-            "programs",
-            "pieces",
-            "compiled (distinct)",
-            "eager steps run",
-            "load seconds",
-            "compile seconds",
-        ],
-        [
-            [
-                report.rank,
-                f"{report.layers[0]}-{report.layers[-1]}",
-                report.calls,
-                report.programs,
-                report.pieces,
-                report.pieces_compiled,
-                report.eager_steps,
-                f"{report.load_seconds:.2f}",
-                f"{report.compile_seconds:.2f}",
-            ]
+            {
+                "rank": report.rank,
+                "layers": f"{report.layers[0]}-{report.layers[-1]}",
+                "calls": report.calls,
+                "programs": report.counters["programs"],
+                "pieces": report.counters["pieces"],
+                "compiled (distinct)": report.counters["pieces_compiled"],
+                "eager steps run": report.counters["eager_steps"],
+                "load seconds": f"{report.load_seconds:.2f}",
+                "compile seconds": f"{report.compile_seconds:.2f}",
+            }
             for report in reports
-        ],
+        ]
     )
 
 
 def handoff_table(reports: Sequence[RankReport]) -> str:
     """Per rank how proxies and graphs fared while prompts were answered; counters as in ``ppb.stats()``."""
     return format_table(
-        ["rank", *HANDOFF_COUNTERS],
-        [[report.rank, *(report.handoff[name] for name in HANDOFF_COUNTERS)] for report in reports],
+        [{"rank": report.rank, **{name: report.counters[name] for name in HANDOFF_COUNTERS}} for report in reports]
     )
 
 

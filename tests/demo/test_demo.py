@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import shutil
 import subprocess
@@ -14,13 +13,13 @@ import torch
 import transformers
 
 from checkout import CHECKOUT
-from pp_piecewise_backend.demo import questions, train, verdict
-from pp_piecewise_backend.demo.job import HANDOFF_COUNTERS, Job, RankReport, cut_at_end
-from pp_piecewise_backend.demo.load import load_decoder
-from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR
+from pp_piecewise_backend.demo import command, questions, reference, train, verdict
+from pp_piecewise_backend.demo.job import Job, RankReport, read, write
+from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR, Vocabulary
 from pp_piecewise_backend.demo.questions import Question
-from pp_piecewise_backend.demo.schedule import Schedule, Turn
-from pp_piecewise_backend.demo.verdict import Difference
+from pp_piecewise_backend.demo.reference import cut_at_end, load_decoder
+from pp_piecewise_backend.demo.schedule import Turn, turns
+from pp_piecewise_backend.demo.verdict import HANDOFF_COUNTERS
 from tiers import slow_but
 
 TIMEOUT_SECONDS = 280
@@ -85,13 +84,13 @@ def test_held_out_questions_cover_both_operations_all_sizes_and_both_signs() -> 
 def test_training_never_sees_the_operands_of_a_held_out_question() -> None:
     held_out = {question.operands for question in questions.held_out_questions()}
     forbidden = train.held_out_operands()
-    batch = train.training_batch(200_000, forbidden, torch.Generator().manual_seed(0))
+    batch = train.training_batch(50_000, forbidden, torch.Generator().manual_seed(0))
     place = torch.tensor([1, 10, 100])
     left, right = (batch[:, 1:4] * place).sum(1), (batch[:, 5:8] * place).sum(1)
     seen = set(map(frozenset, zip(left.tolist(), right.tolist(), strict=True)))
     assert not seen & held_out
     # The check above must be able to fail: unfiltered batches do contain them.
-    unfiltered = train.training_batch(200_000, torch.zeros_like(forbidden), torch.Generator().manual_seed(0))
+    unfiltered = train.training_batch(50_000, torch.zeros_like(forbidden), torch.Generator().manual_seed(0))
     left, right = (unfiltered[:, 1:4] * place).sum(1), (unfiltered[:, 5:8] * place).sum(1)
     assert set(map(frozenset, zip(left.tolist(), right.tolist(), strict=True))) & held_out
 
@@ -151,14 +150,10 @@ def report(generated: list[list[int]] | None, rank: int = 0, calls_without_progr
     return RankReport(
         rank=rank,
         layers=[2 * rank, 2 * rank + 1],
-        programs=2,
-        pieces=6,
-        pieces_compiled=3,
-        eager_steps=48,
+        counters={"programs": 2, "pieces": 6, "pieces_compiled": 3, "eager_steps": 48, **HANDOFF},
         eager_parts={"index_copy_, scaled_dot_product_attention: split op": 4},
         calls=12,
         calls_without_program=calls_without_program,
-        handoff=HANDOFF,
         load_seconds=0.5,
         compile_seconds=2.25,
         generate_seconds=1.5,
@@ -167,47 +162,52 @@ def report(generated: list[list[int]] | None, rank: int = 0, calls_without_progr
 
 
 def test_first_differences_name_prompt_position_and_tokens() -> None:
-    assert verdict.first_differences([[1, 2], [3]], [[1, 2], [3]]) == []
-    assert verdict.first_differences([[1, 2, 3], [4, 5], [6]], [[1, 9, 9], [4], [6, 7]]) == [
-        Difference(0, 1, 2, 9),
-        Difference(1, 1, 5, None),
-        Difference(2, 1, None, 7),
+    assert verdict.problems(["1+1", "2+2"], [[1, 2], [3]], [report([[1, 2], [3]])]) == []
+    assert verdict.problems(["a", "b", "c"], [[1, 2, 3], [4, 5], [6]], [report([[1, 9, 9], [4], [6, 7]])]) == [
+        "prompt 0 (a), new token 1: eager gives token 2, the pipeline token 9",
+        "prompt 1 (b), new token 1: eager gives token 5, the pipeline nothing more",
+        "prompt 2 (c), new token 1: eager gives nothing more, the pipeline token 7",
     ]
-    with pytest.raises(ValueError, match="1 answers came back for 2 prompts"):
-        verdict.first_differences([[1], [2]], [[1]])
+    with pytest.raises(ValueError, match="shorter"):
+        verdict.problems(["a", "b"], [[1], [2]], [report([[1]])])
 
 
 def test_equal_tokens_are_accepted() -> None:
     tokens = [[1, 2], [3]]
     reports = [report(tokens), report(None, rank=1), report(tokens, rank=2)]
-    judged = verdict.judge(["1+1", "2+2"], tokens, reports, right=tokens)
-    assert judged.problems == () and judged.exit_code == 0
-
-
-def test_one_other_token_fails() -> None:
-    judged = verdict.judge(["1+1", "2+2"], [[1, 2], [3]], [report([[1, 2], [4]])])
-    assert judged.exit_code == 1
-    assert judged.problems == ("prompt 1 (2+2), new token 0: eager gives token 3, the pipeline token 4",)
+    assert verdict.problems(["1+1", "2+2"], tokens, reports, right=tokens) == []
 
 
 def test_ranks_that_disagree_fail() -> None:
-    judged = verdict.judge(["1+1"], [[1]], [report([[1]]), report([[2]], rank=1)])
-    assert judged.exit_code == 1 and judged.problems == ("rank 1 saw other tokens than rank 0",)
+    assert verdict.problems(["1+1"], [[1]], [report([[1]]), report([[2]], rank=1)]) == [
+        "rank 1 saw other tokens than rank 0"
+    ]
 
 
 def test_a_call_without_a_program_fails() -> None:
-    judged = verdict.judge(["1+1"], [[1]], [report([[1]], calls_without_program=3)])
-    assert judged.exit_code == 1 and "rank 0: 3 of 12 calls ran without a program" in judged.problems[0]
+    (problem,) = verdict.problems(["1+1"], [[1]], [report([[1]], calls_without_program=3)])
+    assert "rank 0: 3 of 12 calls ran without a program" in problem
 
 
 def test_low_accuracy_fails_although_the_tokens_agree() -> None:
     texts = [str(index) for index in range(100)]
     right = [[index] for index in range(100)]
-    for wrong_count, exit_code in [(2, 0), (3, 1)]:
+    for wrong_count, problem_count in [(2, 0), (3, 2)]:
         tokens = [[-1]] * wrong_count + right[wrong_count:]
-        judged = verdict.judge(texts, tokens, [report(tokens)], right=right)
-        assert judged.exit_code == exit_code
-        assert len(judged.problems) == 2 * exit_code
+        assert len(verdict.problems(texts, tokens, [report(tokens)], right=right)) == problem_count
+
+
+@pytest.mark.parametrize(("generated", "exit_code"), [([1, 2], 0), ([1, 3], 1)])
+def test_one_other_token_fails_the_command(
+    generated: list[int], exit_code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_ranks", lambda job: [report([generated])])
+    monkeypatch.setattr(reference, "generate_eagerly", lambda *_, **__: [[1, 2]])
+    job = Job(str(OWN_MODEL_DIR), 1, "cpu", {"compiler": "eager", "graphs": "off"}, [[0]], 2, [])
+    task = command.Task(job, ["1+1"], None, Vocabulary(lambda text: [], lambda tokens: "3"))
+    assert command.execute(task) == exit_code
+    output = capsys.readouterr()
+    assert "1+1 -> 3" in output.out and ("new token 1: eager gives token 2" in output.err) == bool(exit_code)
 
 
 def test_tables_show_what_was_measured() -> None:
@@ -243,60 +243,62 @@ def test_tokens_after_the_end_do_not_count() -> None:
 
 
 def test_jobs_and_reports_survive_their_files(tmp_path: Path) -> None:
-    job = Job("dir", 2, "cpu", "pp_piecewise", {"compiler": "eager"}, [[1, 2]], 3, [4])
-    job.write(tmp_path / "job.json")
-    assert Job.read(tmp_path / "job.json") == job
-    written = dataclasses.replace(report([[1]]), rank=1)
-    written.write(tmp_path)
-    assert RankReport.read(tmp_path, 1) == written
+    job = Job("dir", 2, "cpu", {"compiler": "eager"}, [[1, 2]], 3, [4])
+    write(tmp_path / "job.json", job)
+    assert read(tmp_path / "job.json", Job) == job
+    write(tmp_path / "report.json", report([[1]]))
+    assert read(tmp_path / "report.json", RankReport) == report([[1]])
 
 
 # Which micro-batch comes next
 
 
 def a_job(prompts: list[list[int]], max_new_tokens: int) -> Job:
-    return Job("dir", 2, "cpu", "pp_piecewise", {}, prompts, max_new_tokens, end_tokens=[0])
+    return Job("dir", 2, "cpu", {}, prompts, max_new_tokens, end_tokens=[0])
 
 
-def play(job: Job, slot_count: int, answers: list[list[int]]) -> tuple[Schedule, list[tuple[Turn, list[int]]], int]:
-    """Runs a schedule against a pipeline that gives these answers; also the most turns that waited for a result."""
+def play(
+    job: Job, slot_count: int, answers: list[list[int]]
+) -> tuple[list[list[int]], list[tuple[Turn, list[int]]], int]:
+    """Runs a job's turns in a pipeline that gives these answers: the generated tokens, the turns, and the most that
+    waited for a result."""
     queue: list[tuple[bytes, int]] = []
     given = [iter(answer) for answer in answers]
     most, ended = 0, []
-    schedule = Schedule(job, slot_count, lambda: queue.pop(0), lambda: ended.append(1))
-    turns = []
-    for turn, tokens in schedule.turns():
-        turns.append((turn, tokens))
+    generated: list[list[int]] = [[] for _ in answers]
+    seen = []
+    for turn, tokens in turns(job, slot_count, generated, lambda: queue.pop(0), lambda: ended.append(1)):
+        seen.append((turn, tokens))
         queue.append((turn.to_tag(), next(given[turn.prompt])))
         most = max(most, len(queue))
     assert not queue and len(ended) == len(answers)
-    return schedule, turns, most
+    return generated, seen, most
 
 
 def test_each_prompt_is_run_whole_and_then_token_by_token() -> None:
-    schedule, turns, _ = play(a_job([[5, 6, 7]], max_new_tokens=3), 2, [[8, 9, 8]])
-    assert schedule.generated == [[8, 9, 8]]
-    assert turns == [(Turn(0, 0, 0), [5, 6, 7]), (Turn(0, 0, 3), [8]), (Turn(0, 0, 4), [9])]
+    generated, seen, _ = play(a_job([[5, 6, 7]], max_new_tokens=3), 2, [[8, 9, 8]])
+    assert generated == [[8, 9, 8]]
+    assert seen == [(Turn(0, 0, 0), [5, 6, 7]), (Turn(0, 0, 3), [8]), (Turn(0, 0, 4), [9])]
 
 
 def test_several_prompts_are_under_way_and_never_share_a_cache() -> None:
     answers = [[1, 0], [2, 2, 2, 0], [3, 3, 3, 3], [0], [4, 0]]
-    schedule, turns, most = play(a_job([[5, 6]] * 5, max_new_tokens=4), 3, answers)
-    assert schedule.generated == answers  # up to the end token 0, or four of them
+    generated, seen, most = play(a_job([[5, 6]] * 5, max_new_tokens=4), 3, answers)
+    assert generated == answers  # up to the end token 0, or four of them
     assert most == 3
     holder: dict[int, int] = {}
-    for turn, tokens in turns:
+    for turn, tokens in seen:
         if turn.position == 0:
             holder[turn.slot] = turn.prompt
             assert tokens == [5, 6]
         assert holder[turn.slot] == turn.prompt and turn.slot < 3
     for prompt, answer in enumerate(answers):
-        positions = [turn.position for turn, _ in turns if turn.prompt == prompt]
+        positions = [turn.position for turn, _ in seen if turn.prompt == prompt]
         assert positions == [0, *range(2, len(answer) + 1)]
         # A prompt that has ended gives its cache to the next one.
-        ends = max(index for index, (turn, _) in enumerate(turns) if turn.prompt == prompt)
-        slot = next(turn.slot for turn, _ in turns if turn.prompt == prompt)
-        assert not any(turn.slot == slot and turn.prompt < prompt for turn, _ in turns[ends:])
+        ends = max(index for index, (turn, _) in enumerate(seen) if turn.prompt == prompt)
+        slot = next(turn.slot for turn, _ in seen if turn.prompt == prompt)
+        assert not any(turn.slot == slot and turn.prompt < prompt for turn, _ in seen[ends:])
 
 
 def test_tags_fit_and_read_back() -> None:
