@@ -13,6 +13,7 @@ import torch
 
 from pp_piecewise_backend.compilation import padding_rules, partition, split
 from pp_piecewise_backend.runtime import bucket, capture_plan, dispatch, instructions, replay
+from pp_piecewise_backend.runtime.cudagraphs import memory
 
 _random_or_written = split.random_or_written
 
@@ -29,7 +30,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "R1": [],
     "R2": [
         (capture_plan, "outliving_writes", lambda traits, stage_inputs: []),
-        (bucket, "_undo_writes", lambda before: False),
+        (bucket, "undo_writes", lambda before: False),
     ],
     "R3": [(bucket.BucketCapture, "_examine", lambda self, step, instruction, inputs: None)],
     "R4": [],
@@ -50,7 +51,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "mixing": [],
     "float indices": [],
     "random": [(split, "random_or_written", lambda *args: (False, _random_or_written(*args)[1]))],
-    "tail": [(module, "fills_tail", lambda static: False) for module in (bucket, replay)],
+    "tail": [(memory.StaticTensor, "tails", lambda self, num_tokens: [])],
     "uninitialised": [(dispatch, "hoist_buffers", lambda plan: {})],
 }
 

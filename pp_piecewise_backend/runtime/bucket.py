@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,9 @@ from .cudagraphs.memory import (
     assign,
     extent_bytes,
     geometry,
-    same_bits,
+    storage_addresses,
     tensor_in,
+    undo_writes,
     without_repeats,
 )
 from .instructions import Instruction, gather, run_steps
@@ -164,7 +166,12 @@ class _Lease:
     """Memory that must not be reused while one of these registers is still to be read."""
 
     registers: set[int]
-    end: Callable[[], None]
+    ends: list[Callable[[], None]]
+    """What makes it free."""
+
+    def end(self) -> None:
+        for end in self.ends:
+            end()
 
 
 class BucketCapture:
@@ -256,7 +263,7 @@ class BucketCapture:
         block = self._memory.blocks.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
         static = self._static_tensor(register, spec, block)
         self.bucket.static[register] = static
-        self._leases[address(block)] = _Lease({register}, lambda: self._memory.blocks.give_back(block))
+        self._leases[address(block)] = _Lease({register}, [lambda: self._memory.blocks.give_back(block)])
         return static
 
     def _end(self, register: int) -> None:
@@ -294,9 +301,8 @@ class BucketCapture:
             rows.copy_(value.reshape(-1)[:1].expand(rows.shape) if value.numel() else torch.zeros_like(rows))
             return
         assign(rows, value)
-        if fills_tail(static):
-            for tail, first_row in static.tails(self._real_tokens):
-                tail.copy_(first_row)
+        for tail, first_row in static.tails(self._real_tokens):
+            tail.copy_(first_row)
 
     # --------------------------------------------------------------------------- capturing
 
@@ -349,17 +355,19 @@ class BucketCapture:
             dims = token_dims(spec, self._plan.token_symbol)
             places.append((register, StaticTensor(output, spec, dims, self._plan.symbols)))
         bucket.graphs[step] = graph
+        given = storage_addresses(inputs)  # what lies elsewhere, the graph allocated
         for index, (register, static) in enumerate(places):
             bucket.static[register] = static
             if not static.tensor.numel():
                 continue
-            lease = self._leases.get(address(static.tensor))
+            where = address(static.tensor)
+            lease = self._leases.get(where)
             if lease is not None and lease.registers:
                 lease.registers.add(register)  # an alias: of an input, or of an output before it
-                previous = lease.end
-                lease.end = _both(previous, graph, index) if address_is_new(graph, index, inputs) else previous
-            elif address_is_new(graph, index, inputs):
-                self._leases[address(static.tensor)] = _Lease({register}, _ender(graph, index))
+            elif where not in given:
+                lease = self._leases[where] = _Lease({register}, [])
+            if lease is not None and where not in given:
+                lease.ends.append(partial(graph.release_output, index))
 
     def _is_to_be_examined(self, step: int, needs_test: bool) -> bool:
         if not self._plan.pads or self._plan.instructions[step].piece.padding_reason is not None:
@@ -376,7 +384,7 @@ class BucketCapture:
             left_alone = [v for at, v in enumerate(given) if at not in written and isinstance(v, torch.Tensor)]
             before = [(value, value.clone()) for value in left_alone]
         self._device.warm_up(lambda: instruction.run(given))
-        if _undo_writes(before):
+        if undo_writes(before):
             raise Missed(miss("writes-state", "it writes an input although no op of it says so"))
         self._verdicts.mutations_checked.add(step)
 
@@ -541,12 +549,6 @@ def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
     return assign(torch.empty_strided(shape, stride, dtype=rows.dtype, device=rows.device), rows)
 
 
-def fills_tail(static: StaticTensor) -> bool:
-    """Whether padded rows must hold values of the same batch: integers may index something."""
-    dtype = static.tensor.dtype
-    return not (dtype.is_floating_point or dtype.is_complex)
-
-
 def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writes to one of two tensors of the same value show in the other."""
     return one.data_ptr() == other.data_ptr() and address(one) == address(other)
@@ -560,32 +562,6 @@ def fixed_values(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
 
 def plan_name(plan: GraphPlan, register: int) -> str:
     return next((name for name, at in plan.layout.registers.items() if at == register), str(register))
-
-
-def address_is_new(graph: CapturedGraph, index: int, inputs: Sequence[Any]) -> bool:
-    """Whether an output of a graph lies in memory that the graph allocated."""
-    where = address(graph.outputs[index])
-    return all(not isinstance(value, torch.Tensor) or address(value) != where for value in inputs)
-
-
-def _undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-    """Whether any of these tensors is no more like its copy; then it is restored."""
-    changed = [(value, copy) for value, copy in before if not same_bits(value, copy)]
-    for value, copy in changed:
-        value.copy_(copy)
-    return bool(changed)
-
-
-def _ender(graph: CapturedGraph, index: int) -> Callable[[], None]:
-    return lambda: graph.release_output(index)
-
-
-def _both(first: Callable[[], None], graph: CapturedGraph, index: int) -> Callable[[], None]:
-    def end() -> None:
-        first()
-        graph.release_output(index)
-
-    return end
 
 
 def described(value: Any) -> str:

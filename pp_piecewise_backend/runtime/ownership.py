@@ -27,7 +27,7 @@ import torch
 
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Split
-from .cudagraphs.memory import address
+from .cudagraphs.memory import address, extent_bytes
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,10 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [first.clone()]  # the usual case, in one op
     if any(tensor.dtype != first.dtype for tensor in tensors):
         return [_copies([tensor])[0] for tensor in tensors]
-    ends = [tensor.storage_offset() + _extent(tensor) for tensor in tensors]
+    extents_bytes = [extent_bytes(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+    ends = [t.storage_offset() + extent // t.itemsize for t, extent in zip(tensors, extents_bytes, strict=True)]
     flat = torch.empty(max(ends), dtype=first.dtype, device=first.device)
     begin = min(tensor.storage_offset() for tensor in tensors)
     window = (max(ends) - begin,), (1,), begin
     flat.as_strided(*window).copy_(first.as_strided(*window))
     return [flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in tensors]
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    if not tensor.numel():
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .cudagraphs.memory import assign, same_bits, without_repeats
+from .cudagraphs.memory import assign, first_rows, same_bits, without_repeats
 
 # How far the same rows may differ between two numbers of rows, relative to the largest of them. Matrix products of
 # other sizes add up in another order, and float32 may go through TF32 (10 bits of mantissa).
@@ -132,14 +132,8 @@ def _poisoned(value: torch.Tensor, dims: tuple[int, ...], real_tokens: int, pois
 def _real_rows(trial: Trial, outputs: Sequence[Any], inputs: Sequence[Any], real: int) -> list[torch.Tensor | None]:
     rows: list[torch.Tensor | None] = []
     for output, dims, is_compared in zip(outputs, trial.output_token_dims, trial.compared, strict=True):
-        rows.append(_narrow(output, dims, real) if is_compared and isinstance(output, torch.Tensor) else None)
-    return rows + [_narrow(inputs[at], trial.input_token_dims[at], real) for at in trial.written]
-
-
-def _narrow(tensor: torch.Tensor, dims: tuple[int, ...], real_tokens: int) -> torch.Tensor:
-    for dim in dims:
-        tensor = tensor.narrow(dim, 0, real_tokens)
-    return tensor
+        rows.append(first_rows(output, dims, real) if is_compared and isinstance(output, torch.Tensor) else None)
+    return rows + [first_rows(inputs[at], trial.input_token_dims[at], real) for at in trial.written]
 
 
 def _first_difference(one: Sequence[torch.Tensor | None], other: Sequence[torch.Tensor | None]) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from ..utils.counters import Amounts
 from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
-from .bucket import Bucket, described, fills_tail, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
+from .bucket import Bucket, described, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, address, without_repeats
 from .instructions import Instruction, picker, run_steps
@@ -138,7 +138,7 @@ class _Copy:
         self.rows = without_repeats(rows)
         self.repeats = self.rows.shape != rows.shape
         """Whether the value is one whose elements lie in memory several times, as ``expand`` makes them."""
-        self.tails = static.tails(num_tokens) if fills_tail(static) else []
+        self.tails = static.tails(num_tokens)
         self.shape, self.dtype = rows.shape, rows.dtype
         traced = static.exact(num_tokens)  # unlike ``rows`` in the strides of dimensions of size 1
         self.pointer, self.stride = rows.data_ptr(), (rows if traced is None else traced).stride()

@@ -38,9 +38,8 @@ def eager_label(ops: Sequence[str]) -> str:
     return names[-1] if names else "results"
 
 
-def profiler_is_running() -> bool:
-    """Whether someone would see the names: ``torch.profiler``, the autograd profiler or ``emit_nvtx``."""
-    return torch_compat.profiler_is_enabled()
+profiler_is_running = torch_compat.profiler_is_enabled
+"""Whether someone would see the names: ``torch.profiler``, the autograd profiler or ``emit_nvtx``."""
 
 
 class Span(NamedTuple):

@@ -78,11 +78,7 @@ class Session:
         self, inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None
     ) -> Iterator[None]:
         """Restore what state and proxies held before the call."""
-        with self.restoring(written_tensors(inputs, args, stage)):
-            yield
-
-    @contextlib.contextmanager
-    def restoring(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        tensors = written_tensors(inputs, args, stage)
         try:
             copies = [tensor.clone() for tensor in tensors]
         except torch.OutOfMemoryError as error:

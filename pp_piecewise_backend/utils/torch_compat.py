@@ -331,11 +331,6 @@ def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
         return alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def version(tensor: torch.Tensor) -> int | None:
-    """How often the tensor was written in place; None for an inference tensor, which does not count."""
-    return None if tensor.is_inference() else int(tensor._version)
-
-
 def shared_cuda_memory(tensor: torch.Tensor) -> list[int | str | bool]:
     """What another process needs to open the memory of a CUDA tensor, ready for JSON. Tested on 2.11.
 

@@ -413,12 +413,15 @@ def test_the_limit_holds_for_all_programs_of_a_stage(monkeypatch: pytest.MonkeyP
     """One of them must not keep what the other one counts no more: sizes of one token have a program of their own."""
     blocks: list[weakref.ref[Tensor]] = []
 
-    def allocate(num_bytes: int, device: torch.device) -> Tensor:
-        block = memory.allocate(num_bytes, device)
-        blocks.append(weakref.ref(block))
-        return block
+    class Observed(memory.StaticMemory):
+        def take(self, num_bytes: int, device: torch.device) -> Tensor:
+            held_before = self.held_bytes
+            block = super().take(num_bytes, device)
+            if self.held_bytes > held_before:
+                blocks.append(weakref.ref(block))
+            return block
 
-    monkeypatch.setattr(emulated, "allocate", allocate)
+    monkeypatch.setattr(emulated, "StaticMemory", Observed)
     calls = (64, 64, 1, 1, 4, 4, 1, 64, 2, 2, 1, 3)
     sizes = {"capture_sizes": "1,2,4,64", "max_tokens": 64}
 

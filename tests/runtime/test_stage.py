@@ -314,13 +314,19 @@ def test_all_programs_drop_the_largest_bucket_of_any() -> None:
 # -------------------------------------------------------------------------- static tensors
 
 
-def static(shape: tuple[Any, ...], stride: tuple[Any, ...], dims: tuple[int, ...], bucket: int = 6) -> StaticTensor:
+def static(
+    shape: tuple[Any, ...],
+    stride: tuple[Any, ...],
+    dims: tuple[int, ...],
+    bucket: int = 6,
+    dtype: torch.dtype = torch.float32,
+) -> StaticTensor:
     """A static tensor that holds 0, 1, 2, ... in the order of its memory."""
-    geometry_of = TensorSpec(shape, stride, 0, torch.float32, CPU, 0)
+    geometry_of = TensorSpec(shape, stride, 0, dtype, CPU, 0)
     sizes, steps = geometry(geometry_of, {TOKENS: bucket})
-    block = allocate(extent_bytes(sizes, steps, torch.float32), CPU)
-    tensor_in(block, (block.numel() // 4,), (1,), torch.float32).copy_(torch.arange(float(block.numel() // 4)))
-    return StaticTensor(tensor_in(block, sizes, steps, torch.float32), geometry_of, dims, lambda n: {TOKENS: n}, block)
+    block = allocate(extent_bytes(sizes, steps, dtype), CPU)
+    tensor_in(block, (block.numel() // 4,), (1,), dtype).copy_(torch.arange(block.numel() // 4))
+    return StaticTensor(tensor_in(block, sizes, steps, dtype), geometry_of, dims, lambda n: {TOKENS: n}, block)
 
 
 def test_rows_of_tokens_that_lie_outermost_are_exact() -> None:
@@ -360,33 +366,35 @@ def test_a_square_of_tokens() -> None:
     assert value.exact(2) is None
 
 
-def test_tails() -> None:
-    value = static((TOKENS, 2), (2, 1), (0,))
+def test_tails_of_integers() -> None:
+    value = static((TOKENS, 2), (2, 1), (0,), dtype=torch.int32)
     ((tail, first_row),) = value.tails(4)
     assert torch.equal(tail, value.tensor[4:]) and tail.data_ptr() == value.tensor[4:].data_ptr()
-    assert torch.equal(first_row, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    assert torch.equal(first_row, torch.tensor([[0, 1], [0, 1]], dtype=torch.int32))
     assert value.tails(6) == []
-    first, second = static((TOKENS, TOKENS), (TOKENS, 1), (0, 1), bucket=3).tails(2)
+    first, second = static((TOKENS, TOKENS), (TOKENS, 1), (0, 1), bucket=3, dtype=torch.int32).tails(2)
     assert first[0].shape == (1, 3) and second[0].shape == (3, 1)
+    assert static((TOKENS, 2), (2, 1), (0,)).tails(4) == []  # a float indexes nothing
 
 
 def test_filled_tails_of_a_square_hold_values_of_real_rows_only() -> None:
-    value = static((TOKENS, TOKENS), (TOKENS, 1), (0, 1), bucket=4)
+    value = static((TOKENS, TOKENS), (TOKENS, 1), (0, 1), bucket=4, dtype=torch.int32)
     real = set(value.rows(2).flatten().tolist())
+    assert len(value.tails(2)) == 2
     for tail, first_row in value.tails(2):
         tail.copy_(first_row)
     assert set(value.tensor.flatten().tolist()) <= real
 
 
 def test_rows_are_made_outside_of_inference_mode() -> None:
-    value = static((TOKENS, 2), (2, 1), (0,))
+    value = static((TOKENS, 2), (2, 1), (0,), dtype=torch.int32)
     with torch.inference_mode():
         rows, exact, ((tail, _),) = value.rows(3), value.exact(3), value.tails(3)
     assert exact is not None
     for made in (rows, exact, tail):
         assert not made.is_inference()
-        made.fill_(7.0)
-    assert value.tensor.eq(7.0).all()
+        made.fill_(7)
+    assert value.tensor.eq(7).all()
 
 
 def test_geometry() -> None:

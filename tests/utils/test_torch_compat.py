@@ -510,12 +510,3 @@ def test_no_autocast(enabled: bool) -> None:
             raise KeyError
         assert torch.is_autocast_enabled("cpu") is enabled
         assert (x @ x).dtype == (torch.bfloat16 if enabled else torch.float32)
-
-
-def test_version() -> None:
-    x = torch.zeros(3)
-    before = torch_compat.version(x)
-    x.add_(1)
-    assert before is not None and torch_compat.version(x) == before + 1
-    with torch.inference_mode():
-        assert torch_compat.version(torch.zeros(3)) is None

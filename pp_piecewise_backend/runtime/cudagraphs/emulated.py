@@ -12,40 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from ...utils import torch_compat
 from .device import CaptureError, PieceCall, released
-from .memory import address, allocate, assign, same_bits, storage_addresses, tensor_in
+from .memory import StaticMemory, address, storage_addresses, tensor_in, undo_writes
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
-
-
-@dataclass
-class _Block:
-    """Memory of a pool."""
-
-    memory: torch.Tensor
-    unread: int = 0
-    """How many outputs in it are still to be read."""
-
-
-class EmulatedPool:
-    """Blocks that stand for graph memory; a block is free once no output in it is to be read any more."""
-
-    def __init__(self) -> None:
-        self._blocks: list[_Block] = []
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(block.memory.numel() for block in self._blocks)
-
-    def take(self, num_bytes: int, device: torch.device) -> _Block:
-        for block in self._blocks:
-            if block.unread == 0 and block.memory.numel() >= num_bytes and block.memory.device == device:
-                return block
-        self._blocks.append(_Block(allocate(num_bytes, device)))
-        return self._blocks[-1]
-
-    def free_memory(self) -> list[torch.Tensor]:
-        return [block.memory for block in self._blocks if block.unread == 0]
 
 
 class EmulatedGraph:
@@ -60,31 +30,27 @@ class EmulatedGraph:
         run: Callable[[], Sequence[Any]],
         results: Sequence[Any],
         input_storages: set[int],
-        pool: EmulatedPool,
+        pool: StaticMemory,
     ) -> None:
-        self._run = run
-        self._blocks: list[_Block | None] = [None] * len(results)
-        self._read_no_more: set[int] = set()
-        self.outputs: list[Any] = []
-        placed: dict[int, _Block] = {}
+        self._run, self._pool = run, pool
+        self._blocks: list[torch.Tensor | None] = [None] * len(results)
+        """Per output the block of the pool that it lies in; None for an input, and for what is no tensor."""
+        self.outputs = list(results)
+        placed: dict[int, torch.Tensor] = {}
         for index, result in enumerate(results):
             if not isinstance(result, torch.Tensor) or address(result) in input_storages:
-                self.outputs.append(result)
                 continue
             storage = result.untyped_storage()
-            block = placed.get(storage.data_ptr()) if result.numel() else None
-            if block is None:
-                block = pool.take(storage.nbytes(), result.device)
-                block.unread += 1  # taken by this graph until its outputs are placed
-                placed[storage.data_ptr() if result.numel() else -index - 1] = block
-            block.unread += 1
-            self._blocks[index] = block
-            self.outputs.append(_placed(block.memory, result))
+            key = storage.data_ptr() if result.numel() else -index - 1
+            if key not in placed:
+                placed[key] = pool.take(storage.nbytes(), result.device)
+            block = self._blocks[index] = placed[key]
+            self.outputs[index] = _placed(block, result)
             if result.numel():
-                block.memory.fill_(SCRIBBLE_BYTE)  # a real capture computes nothing
-        for block in placed.values():
-            block.unread -= 1
-        self._free = pool.free_memory()
+                block.fill_(SCRIBBLE_BYTE)  # a real capture computes nothing
+        self._unread = {index for index, block in enumerate(self._blocks) if block is not None}
+        """Outputs that are still to be read: a block is free once none of those in it is."""
+        self._free = list(pool.free)
         self.replay = self._replay
 
     def _replay(self) -> None:
@@ -95,19 +61,20 @@ class EmulatedGraph:
                 if block is not None:
                     # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
                     num_bytes = result.untyped_storage().nbytes()
-                    block.memory[:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
+                    block[:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
 
     def release_output(self, index: int) -> None:
-        block = self._blocks[index] if self._blocks else None
-        if block is not None and index not in self._read_no_more:
-            self._read_no_more.add(index)
-            block.unread -= 1
+        if index in self._unread:
+            self._unread.remove(index)
+            block = self._blocks[index]
+            if block is not None and not any(self._blocks[other] is block for other in self._unread):
+                self._pool.give_back(block)
 
     def release(self) -> None:
-        for index in range(len(self._blocks)):
+        for index in list(self._unread):
             self.release_output(index)
         self.outputs, self._blocks, self._free = [], [], []
-        self.replay, self._run = released, _nothing
+        self.replay, self._run, self._pool = released, lambda: (), StaticMemory()
 
 
 class EmulatedDevice:
@@ -118,8 +85,8 @@ class EmulatedDevice:
     def __init__(self, compiler_runs_ops: bool = True) -> None:
         self._records_ops = compiler_runs_ops
 
-    def new_pool(self) -> EmulatedPool:
-        return EmulatedPool()
+    def new_pool(self) -> StaticMemory:
+        return StaticMemory()
 
     def warm_up(self, call: Callable[[], Any]) -> Any:
         return call()
@@ -127,14 +94,13 @@ class EmulatedDevice:
     def synchronize(self) -> None:
         pass
 
-    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: EmulatedPool) -> EmulatedGraph:
+    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: StaticMemory) -> EmulatedGraph:
         # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.
         with torch.no_grad():
             captured = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
         storages = storage_addresses(captured)
         recorder = _Recorder()
-        written = [value.clone() if isinstance(value, torch.Tensor) else None for value in captured]
-        versions = [torch_compat.version(value) if isinstance(value, torch.Tensor) else None for value in captured]
+        before = [(value, value.clone()) for value in captured if isinstance(value, torch.Tensor)]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
             with torch.no_grad(), _NoHostReads(), recorder:
@@ -145,7 +111,8 @@ class EmulatedDevice:
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         finally:
             _CAPTURING.depth -= 1
-            _undo(captured, written, versions)
+            with torch.no_grad():
+                undo_writes(before)  # a real capture runs nothing
         run = recorder.tape(captured, results) if self._records_ops else None
         return EmulatedGraph(run or (lambda: call(captured)), results, storages, pool)
 
@@ -154,17 +121,6 @@ class EmulatedDevice:
 
 
 _CAPTURING = threading.local()
-
-
-def _undo(tensors: Sequence[Any], copies: Sequence[Any], versions: Sequence[int | None]) -> None:
-    """Restore what inputs held: a real capture runs nothing."""
-    with torch.no_grad():
-        for tensor, copy, version in zip(tensors, copies, versions, strict=True):
-            if copy is None:
-                continue
-            is_untouched = version is not None and torch_compat.version(tensor) == version
-            if not is_untouched or not same_bits(tensor, copy):
-                assign(tensor, copy)
 
 
 class _Recorder(torch_compat.TorchDispatchMode):
@@ -249,11 +205,9 @@ class _NoHostReads(TorchFunctionMode):
 _READS_WITHOUT_OPS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "item"})
 
 
+@dataclass(frozen=True)
 class _Slot:
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+    index: int
 
 
 _HOST_READS = frozenset({"aten::_local_scalar_dense", "aten::equal"})
@@ -278,7 +232,3 @@ def _placed(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if like.storage_offset():
         tensor = tensor.as_strided(like.shape, like.stride(), like.storage_offset())
     return tensor
-
-
-def _nothing() -> Sequence[Any]:
-    return ()

@@ -62,22 +62,23 @@ class StaticMemory:
 
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
-        self._free: list[torch.Tensor] = []
+        self.free: list[torch.Tensor] = []
+        """Blocks that the next value may take."""
 
     def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """A block of at least ``num_bytes``, the smallest free one that holds them, or a new one."""
-        fitting = [b for b in self._free if b.numel() >= num_bytes and b.device == device]
+        fitting = [b for b in self.free if b.numel() >= num_bytes and b.device == device]
         if fitting:
             block = min(fitting, key=torch.Tensor.numel)
-            self._free = [b for b in self._free if b is not block]
+            self.free = [b for b in self.free if b is not block]
             return block
         block = allocate(num_bytes, device)
         self._blocks.append(block)
         return block
 
     def give_back(self, block: torch.Tensor) -> None:
-        if any(b is block for b in self._blocks) and not any(b is block for b in self._free):
-            self._free.append(block)
+        if any(b is block for b in self._blocks) and not any(b is block for b in self.free):
+            self.free.append(block)
 
     @property
     def held_bytes(self) -> int:
@@ -86,7 +87,7 @@ class StaticMemory:
     def release(self) -> None:
         """Forget all blocks; tensors in them stay valid as long as somebody holds them."""
         self._blocks.clear()
-        self._free.clear()
+        self.free.clear()
 
 
 def spoil(tensor: torch.Tensor) -> None:
@@ -113,6 +114,13 @@ def assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """``target.copy_(value)``, also where ``target`` repeats elements, as ``value`` then does too."""
     without_repeats(target).copy_(without_repeats_of(value, target))
     return target
+
+
+def first_rows(tensor: torch.Tensor, token_dims: Sequence[int], num_tokens: int) -> torch.Tensor:
+    """A view of the first so many rows along each dimension that counts tokens."""
+    for dim in token_dims:
+        tensor = tensor.narrow(dim, 0, num_tokens)
+    return tensor
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -144,14 +152,16 @@ class StaticTensor:
 
     def rows(self, num_tokens: int) -> torch.Tensor:
         """The real rows, whatever strides result: what to copy into."""
-        view = self.tensor
         with torch.inference_mode(False), torch.no_grad():
-            for dim in self.token_dims:
-                view = view.narrow(dim, 0, num_tokens)
-        return view
+            return first_rows(self.tensor, self.token_dims, num_tokens)
 
     def tails(self, num_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (padded rows, first row broadcast to them), one per token dimension."""
+        """Pairs (padded rows, first row broadcast to them), one per token dimension.
+
+        Only where padded rows must hold values of the same batch: integers may index something.
+        """
+        if self.tensor.dtype.is_floating_point or self.tensor.dtype.is_complex:
+            return []
         pairs = []
         with torch.inference_mode(False), torch.no_grad():
             for dim in self.token_dims:
@@ -191,3 +201,11 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def storage_addresses(values: Sequence[Any]) -> set[int]:
     """Where the storages of the tensors among ``values`` begin; storages without memory have no address."""
     return {address(v) for v in values if isinstance(v, torch.Tensor) and v.untyped_storage().nbytes()}
+
+
+def undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether any of these tensors is no more like its copy; then it is restored."""
+    changed = [(tensor, copy) for tensor, copy in before if not same_bits(tensor, copy)]
+    for tensor, copy in changed:
+        assign(tensor, copy)
+    return bool(changed)
