@@ -207,6 +207,7 @@ class ProgramDump(Events):
         self._stats: Stats | None = None
         self._compile_states: dict[int, str] = {}
         self._integer_ranges: dict[str, tuple[int, int]] = {}
+        self._piece_texts: dict[str, str] = {}
         self._generated_before: frozenset[str] = frozenset()
         self._miss_events = 0
         self._misses_seen: set[tuple[Reason, int | None]] = set()
@@ -238,11 +239,10 @@ class ProgramDump(Events):
     def split(self, split: Split, table: InputTable) -> None:
         self._note_integers(split.constants)
         self._write(SPLIT_PARENT, parent_text(self.name, split, table))
-        written: set[str] = set()
         for piece, file in zip(split.pieces, piece_files(split.pieces), strict=True):
-            if file not in written:
-                self._write(file, self._piece_text(piece))
-                written.add(file)
+            if file not in self._piece_texts:
+                self._piece_texts[file] = self._piece_text(piece)
+                self._write(file, self._piece_texts[file])
         self._write_summary(progress="split", **describe_split(split, table, split.pieces))
         compute = [piece.key for piece in split.pieces if piece.kind == "compute"]
         self._event("split", pieces=len(compute), distinct_pieces=len(set(compute)),
@@ -313,7 +313,7 @@ class ProgramDump(Events):
         elif self._stats is not None:
             self._summary = self._summary.model_copy(update={"counters": self._stats.as_dict()})
         self._write_summary()
-        self._write(REPORT, report_page(self._summary, self._texts()))
+        self._write(REPORT, report_page(self._summary, self._piece_texts))
         self._refreshed_at = time.perf_counter()
 
     def _refresh_if_due(self) -> None:
@@ -343,11 +343,6 @@ class ProgramDump(Events):
         line = json.dumps({"event": event, "at": now(), "seconds": seconds, **details}) + "\n"
         with open(self.path / EVENTS, "ab", buffering=0) as file:  # one write, so that no reader sees half a line
             file.write(line.encode())
-
-    def _texts(self) -> dict[str, str]:
-        """What the report unfolds: the text of each distinct piece, by file name."""
-        names = dict.fromkeys(piece.file for piece in self._summary.pieces)
-        return {name: (self.path / name).read_text() for name in names}
 
     def _note_integers(self, values: Mapping[str, object]) -> None:
         for name, value in values.items():

@@ -146,25 +146,21 @@ def differences(wanted: dict[str, Any], got: dict[str, Any]) -> tuple[list[str],
         if not isinstance(right, torch.Tensor):
             if right != value:
                 lines.append(f"{name}: eager {right!r}, compiled {value!r}")
-            continue
-        if (right.shape, right.dtype) != (value.shape, value.dtype):
+        elif (right.shape, right.dtype) != (value.shape, value.dtype):
             lines.append(f"{name}: eager {right.dtype}{list(right.shape)}, compiled {value.dtype}{list(value.shape)}")
-            continue
-        if not right.numel():
-            continue
-        if not (right.dtype.is_floating_point or right.dtype.is_complex):
-            wrong = (right != value).sum().item()
-            lines += [f"{name}: {wrong} of {right.numel()} elements differ"] if wrong else []
-            continue
-        wide = torch.complex128 if right.dtype.is_complex else torch.float64
-        a, b = right.to(wide), value.to(wide)
-        same = (a == b) | (a.isnan() & b.isnan())
-        scale = 1 + torch.where(a.abs().isfinite(), a.abs(), 0.0).max().item()
-        relative = torch.where(same, 0.0, (a - b).abs() / scale).nan_to_num(nan=float("inf")).max().item()
-        if relative > TOLERANCE.get(right.dtype, 0.1):
-            lines.append(f"{name}: largest difference {relative:.3g} of {scale:.3g}")
-        else:
-            largest = max(largest, relative)
+        elif not (right.dtype.is_floating_point or right.dtype.is_complex):
+            if wrong := (right != value).sum().item():
+                lines.append(f"{name}: {wrong} of {right.numel()} elements differ")
+        elif right.numel():
+            wide = torch.complex128 if right.dtype.is_complex else torch.float64
+            a, b = right.to(wide), value.to(wide)
+            same = (a == b) | (a.isnan() & b.isnan())
+            scale = 1 + torch.where(a.abs().isfinite(), a.abs(), 0.0).max().item()
+            relative = torch.where(same, 0.0, (a - b).abs() / scale).nan_to_num(nan=float("inf")).max().item()
+            if relative > TOLERANCE.get(right.dtype, 0.1):
+                lines.append(f"{name}: largest difference {relative:.3g} of {scale:.3g}")
+            else:
+                largest = max(largest, relative)
     return lines, largest
 
 

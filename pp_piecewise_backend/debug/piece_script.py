@@ -133,17 +133,12 @@ def source_text(source: str | SizeOf) -> str:
 
 def uninitialised_outputs(graph_module: GraphModule) -> tuple[int, ...]:
     """Positions of the outputs that come straight from ``empty`` and its kin, so that they hold garbage."""
-    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
-    results = output.args[0]
-    return tuple(
-        index
-        for index, result in enumerate(results if isinstance(results, (tuple, list)) else (results,))
-        if isinstance(result, Node) and _is_garbage(result)
-    )
+    results: Any = graph_module.graph.output_node().args[0]
+    return tuple(index for index, result in enumerate(results) if isinstance(result, Node) and _is_garbage(result))
 
 
 def _is_garbage(node: Node) -> bool:
-    while _is_named(node, _VIEWS) and node.all_input_nodes:
+    while _is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return is_allocation(node) and not _is_filled(node)
 
@@ -151,13 +146,13 @@ def _is_garbage(node: Node) -> bool:
 def _is_filled(node: Node) -> bool:
     """Whether anything but views takes the value, and so may write into it."""
     return any(
-        user.op != "output" and (not _is_named(user, _VIEWS) or _is_filled(user)) and not is_allocation(user)
+        user.op != "output" and (not _is_view(user) or _is_filled(user)) and not is_allocation(user)
         for user in node.users
     )
 
 
-def _is_named(node: Node, names: frozenset[str]) -> bool:
-    return any(name in names for name in op_names(node))
+def _is_view(node: Node) -> bool:
+    return not _VIEWS.isdisjoint(op_names(node))
 
 
 # ------------------------------------------------------------------------------- what it needs
