@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from . import errors
 from .compilation.analysis import collect_facts
 from .compilation.attention import SplitOpMatcher
-from .compilation.inductor import CompiledPiece, PieceCompiler, compile_whole
+from .compilation.inductor import CompiledPiece, PieceCompiler
 from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.split import Split, split_graph
 from .config import Config
@@ -45,10 +45,11 @@ class PiecewiseBackend:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._compiler = PieceCompiler()
-        self._programs: list[weakref.ref[AnyProgram]] = []
+        self._programs: weakref.WeakValueDictionary[int, AnyProgram] = weakref.WeakValueDictionary()
+        """By id, oldest first."""
         self._dynamo_before = (0, 0)
         self._graphs_of_code: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
-        self._stages: dict[tuple[object, ...], weakref.ref[Stage]] = {}
+        self._stages: weakref.WeakValueDictionary[tuple[object, ...], Stage] = weakref.WeakValueDictionary()
         """Stages made here, by code, module instance and what lands in them: its programs share one."""
         self._sealed = False
         self.dumps = dump.Dumps()
@@ -75,7 +76,7 @@ class PiecewiseBackend:
             raise errors.ConfigError(errors.unsupported_keywords(sorted(unknown)))
         config, stage = _read_options(options)
         if not config.enabled:
-            return compile_whole(graph_module, example_inputs, "inductor")
+            return torch_compat.stock_backend("inductor")(graph_module, list(example_inputs))
         if self._sealed:
             return self._refuse_after_seal(graph_module, config)
         name = self._count_graph()
@@ -103,7 +104,7 @@ class PiecewiseBackend:
             _report_unmatched(config, matcher, table, split)
             program = self._build(name, split, table, config, stage, events)
         with self._lock:
-            self._programs.append(weakref.ref(program))
+            self._programs[id(program)] = program
         events.built(program)
         dump.trace_program(program)
         return program
@@ -112,7 +113,7 @@ class PiecewiseBackend:
         """Forget programs and compiled pieces. ``torch._dynamo.reset()`` calls it too."""
         self.dumps.close()
         with self._lock:
-            for program in self._live():
+            for program in tuple(self._programs.values()):
                 program.release()
             self._programs.clear()
             self._graphs_of_code.clear()
@@ -138,7 +139,7 @@ class PiecewiseBackend:
     def programs(self) -> tuple[AnyProgram, ...]:
         """The live programs of this process, oldest first."""
         with self._lock:
-            return tuple(self._live())
+            return tuple(self._programs.values())
 
     def explain(self) -> str:
         """What was split where and why, for every live program of this process."""
@@ -209,11 +210,9 @@ class PiecewiseBackend:
         code, owner = (None, None) if frame is None else (frame[0], frame[1].get("self"))
         key = (code, id(owner), tuple(proxies.items()), max_tokens, device)
         with self._lock:
-            reference = self._stages.get(key)
-            stage = None if reference is None else reference()
+            stage = self._stages.get(key)
             if stage is None:
-                stage = Stage(proxies, max_tokens, device)
-                self._stages[key] = weakref.ref(stage)
+                stage = self._stages[key] = Stage(proxies, max_tokens, device)
         return stage
 
     def _refuse_after_seal(self, graph_module: GraphModule, config: Config) -> Callable[..., Any]:
@@ -239,10 +238,6 @@ class PiecewiseBackend:
         if number:
             TOTALS.add("recompiles")
         return f"{name}#{number}"
-
-    def _live(self) -> list[AnyProgram]:
-        self._programs = [reference for reference in self._programs if reference() is not None]
-        return [program for reference in self._programs if (program := reference()) is not None]
 
 
 def _read_options(options: Mapping[str, object] | None) -> tuple[Config, Stage | None]:
@@ -303,7 +298,7 @@ def _unsplit(
     if config.strict or needs_gradient:
         _warn(why, config.strict)
     _LOG.warning("%s is not split: %s", name, why)
-    call = compile_whole(graph_module, example_inputs, config.compiler)
+    call = torch_compat.stock_backend(config.compiler)(graph_module, list(example_inputs))
     program = UnsplitProgram(name, call, config, str(why), "grad_fallbacks" if needs_gradient else None, _explain)
     program.stats.add("programs")
     return program

@@ -1,7 +1,7 @@
 """Every exception, warning and user-facing sentence of the package.
 
-A sentence says what was got, what was expected and what to do about it. The functions that build
-sentences return plain text, so that one text serves as a warning and, under ``strict``, as an error.
+A sentence says what was got, what was expected and what to do about it. What has parts is built by a function,
+which returns plain text, so that one text serves as a warning and, under ``strict``, as an error.
 """
 
 from __future__ import annotations
@@ -269,15 +269,12 @@ def bad_warmup_sizes(sizes: object) -> str:
     return f"warmup() got sizes={sizes!r}: expected numbers of tokens, each at least 1, or None for every bucket."
 
 
-def nested_warmup() -> str:
-    return "warmup() was called inside warmup(); call it once, outside of make_inputs and of the module."
+NESTED_WARMUP = "warmup() was called inside warmup(); call it once, outside of make_inputs and of the module."
 
-
-def no_program_in_warmup() -> str:
-    return (
-        "warmup() called the module, but no program of backend 'pp_piecewise' ran. Pass what torch.compile(module, "
-        "backend='pp_piecewise') returned."
-    )
+NO_PROGRAM_IN_WARMUP = (
+    "warmup() called the module, but no program of backend 'pp_piecewise' ran. Pass what torch.compile(module, "
+    "backend='pp_piecewise') returned."
+)
 
 
 def released_in_a_call(program: str) -> str:
@@ -383,10 +380,6 @@ def peer_disagrees(peer: int, difference: str) -> str:
     return f"rank {peer} does not keep to the plan: {difference}"
 
 
-def data_upstream(peer: int) -> str:
-    return f"rank {peer} does not keep to the plan: it announced data against the direction of the link"
-
-
 def peer_failed(rank: int, reason: str, told_by: int) -> str:
     return f"rank {rank} failed ({reason}), as rank {told_by} reports"
 
@@ -433,11 +426,10 @@ def place_differs(offset: int, num_bytes: int, block_bytes: int, tensor_bytes: i
     )
 
 
-def no_transport() -> str:
-    return (
-        "StageRunner found no initialised torch.distributed to reach the other stages: call "
-        "torch.distributed.init_process_group (torchrun sets what it needs), or pass a transport."
-    )
+NO_TRANSPORT = (
+    "StageRunner found no initialised torch.distributed to reach the other stages: call "
+    "torch.distributed.init_process_group (torchrun sets what it needs), or pass a transport."
+)
 
 
 def proxies_at_wrong_end(name: str, got: Sequence[str], stage: int, stage_count: int) -> str:
@@ -463,20 +455,16 @@ def micro_batches_on_later_stage(stage: int) -> str:
     return f"run() got micro-batches on stage {stage}: only the first stage takes them, the others follow it."
 
 
-def no_micro_batches() -> str:
-    return "run() got no micro-batches on the first stage: pass an iterable of MicroBatch."
+NO_MICRO_BATCHES = "run() got no micro-batches on the first stage: pass an iterable of MicroBatch."
 
 
 def no_feedback_here(stage: int) -> str:
     return f"feedback() was called on stage {stage}: only the first stage of a pipeline with feedback has it."
 
 
-def ran_already() -> str:
-    return "run() was called before: a pipeline runs once, since its end stops all ranks. Make a new StageRunner."
+RAN_ALREADY = "run() was called before: a pipeline runs once, since its end stops all ranks. Make a new StageRunner."
 
-
-def no_more_feedback() -> str:
-    return "feedback() was called, but the last stage has stopped and all that it sent was read."
+NO_MORE_FEEDBACK = "feedback() was called, but the last stage has stopped and all that it sent was read."
 
 
 def graph_breaks_in_stage(stage: int, reason: str) -> str:
@@ -486,8 +474,7 @@ def graph_breaks_in_stage(stage: int, reason: str) -> str:
     )
 
 
-def trace_after_run() -> str:
-    return "trace() was called after run(): call it before, so that no micro-batch is missing."
+TRACE_AFTER_RUN = "trace() was called after run(): call it before, so that no micro-batch is missing."
 
 
 # --------------------------------------------------------------------------------------------- dumps

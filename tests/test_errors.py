@@ -120,9 +120,9 @@ MESSAGES = {
     "bad_make_inputs": (errors.bad_make_inputs([1]), ["returned list", "tuple (args, kwargs)", "{'input_ids': ids}"]),
     "bad_warmup_sizes": (errors.bad_warmup_sizes([0]), ["sizes=[0]", "each at least 1", "None for every bucket"]),
     "released_in_a_call": (errors.released_in_a_call("Model#0"), ["release() of Model#0", "within one of its calls"]),
-    "nested_warmup": (errors.nested_warmup(), ["inside warmup()", "call it once"]),
-    "no_program_in_warmup": (
-        errors.no_program_in_warmup(),
+    "NESTED_WARMUP": (errors.NESTED_WARMUP, ["inside warmup()", "call it once"]),
+    "NO_PROGRAM_IN_WARMUP": (
+        errors.NO_PROGRAM_IN_WARMUP,
         ["no program of backend 'pp_piecewise' ran", "torch.compile(module, backend='pp_piecewise')"],
     ),
     "nothing_captured": (
@@ -181,7 +181,6 @@ MESSAGES = {
     "peer_silent": (errors.peer_silent(1, 2.0), ["rank 1 has sent nothing for 2 s"]),
     "peer_closed": (errors.peer_closed(1, "reset"), ["connection to rank 1 broke (reset)"]),
     "peer_disagrees": (errors.peer_disagrees(1, "why"), ["rank 1 does not keep to the plan: why"]),
-    "data_upstream": (errors.data_upstream(1), ["rank 1", "against the direction"]),
     "peer_failed": (errors.peer_failed(2, "silent", 1), ["rank 2 failed (silent), as rank 1 reports"]),
     "own_failure": (errors.own_failure(2, "KeyError"), ["rank 2 itself failed (KeyError)"]),
     "on_rank": (errors.on_rank(2, "waiting"), ["rank 2 was waiting"]),
@@ -201,18 +200,18 @@ MESSAGES = {
         errors.place_differs(8, 16, 4096, 12),
         ["16 bytes at offset 8", "4096 bytes", "12 bytes are sent"],
     ),
-    "no_transport": (errors.no_transport(), ["init_process_group"]),
+    "NO_TRANSPORT": (errors.NO_TRANSPORT, ["init_process_group"]),
     "proxies_at_wrong_end": (errors.proxies_at_wrong_end("inputs", ["h"], 0, 2), ["stage 0 of 2", "got inputs ['h']"]),
     "runner_sets_option": (errors.runner_sets_option("stage"), ["'stage'", "Leave it out"]),
     "stage_returned": (errors.stage_returned(1, "a list", ["h"]), ["stage 1 returned a list", "dict with 'h'"]),
     "stage_inputs_clash": (errors.stage_inputs_clash({"h"}), ["make_inputs gave 'h'", "Leave proxies out"]),
     "micro_batches_on_later_stage": (errors.micro_batches_on_later_stage(1), ["stage 1", "only the first stage"]),
-    "no_micro_batches": (errors.no_micro_batches(), ["no micro-batches on the first stage", "iterable of MicroBatch"]),
+    "NO_MICRO_BATCHES": (errors.NO_MICRO_BATCHES, ["no micro-batches on the first stage", "iterable of MicroBatch"]),
     "no_feedback_here": (errors.no_feedback_here(1), ["feedback()", "stage 1", "only the first stage"]),
-    "ran_already": (errors.ran_already(), ["new StageRunner"]),
-    "no_more_feedback": (errors.no_more_feedback(), ["the last stage has stopped"]),
+    "RAN_ALREADY": (errors.RAN_ALREADY, ["new StageRunner"]),
+    "NO_MORE_FEEDBACK": (errors.NO_MORE_FEEDBACK, ["the last stage has stopped"]),
     "graph_breaks_in_stage": (errors.graph_breaks_in_stage(1, "print."), ["stage 1", "Dynamo says: print."]),
-    "trace_after_run": (errors.trace_after_run(), ["call it before"]),
+    "TRACE_AFTER_RUN": (errors.TRACE_AFTER_RUN, ["call it before"]),
     "lost_while": (errors.lost_while("why", "rank 2 was waiting"), ["broken: why. Meanwhile rank 2", "restart all"]),
 }
 
@@ -221,7 +220,7 @@ CLAUSES = {
     "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
-    "data_upstream", "peer_failed", "own_failure", "on_rank", "place_differs",
+    "peer_failed", "own_failure", "on_rank", "place_differs",
 }  # fmt: skip
 """Reasons that explain() and other sentences quote, so they have no full stop."""
 
@@ -235,12 +234,13 @@ def test_messages_say_what_was_got_and_what_to_do(name: str) -> None:
 
 
 def test_every_message_is_tested() -> None:
-    builders = {
+    messages = {
         name
-        for name, function in vars(errors).items()
-        if inspect.isfunction(function) and function.__module__ == errors.__name__ and not name.startswith("_")
+        for name, value in vars(errors).items()
+        if (inspect.isfunction(value) and value.__module__ == errors.__name__ and not name.startswith("_"))
+        or name.isupper()
     }
-    assert builders - {"nearest"} == set(MESSAGES)
+    assert messages - {"nearest"} == set(MESSAGES)
 
 
 def test_messages_when_there_is_nothing_to_list() -> None:

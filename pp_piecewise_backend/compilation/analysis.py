@@ -10,10 +10,10 @@ ops through Python decompositions that copy where the kernel returns its input [
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import sympy
@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..errors import SplitError
 from ..utils import torch_compat
 from .fx_utils import is_custom_op, named_like_matmul, nested_nodes, op_name, plain_op_name
-from .regions import Regions, find_regions, is_autocast_enter, is_autocast_exit
+from .regions import Regions, find_regions
 from .specs import SymbolSpec, TensorSpec, as_dim
 
 RANDOM = -1
@@ -38,15 +38,10 @@ _MATMUL_OPS = frozenset(
     | {"_sparse_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn", "mkldnn_rnn_layer"}
 )
 
-# Ops that update running statistics although their schema does not say so, with the positions of what they write
-# and of the flag that turns the update on. [ran: no version counter moves either]
-_UNDECLARED_WRITES: Mapping[str, tuple[tuple[int, ...], int]] = {
-    "native_batch_norm": ((3, 4), 5),
-    "cudnn_batch_norm": ((3, 4), 5),
-    "miopen_batch_norm": ((3, 4), 5),
-    "batch_norm": ((3, 4), 5),
-    "instance_norm": ((3, 4), 5),
-}
+# Ops that update running statistics although their schema does not say so. [ran: no version counter moves either]
+_UPDATE_STATISTICS = frozenset(
+    {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "instance_norm"}
+)
 
 _RANDOM_WORDS = ("rand", "dropout", "bernoulli", "multinomial", "normal")
 
@@ -105,17 +100,17 @@ class GraphFacts:
     equal_symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
     """Symbol -> the one that stands for it: both count the same thing, which each call has to check."""
 
-    @cached_property
+    @functools.cached_property
     def births(self) -> Mapping[int, Node]:
         """Storage -> the node that it comes from: an input, a constant, or the op that makes it."""
         return {storage: node for node, facts in self.nodes.items() for storage in facts.born}
 
-    @cached_property
+    @functools.cached_property
     def input_storages(self) -> frozenset[int]:
         """Storages that exist before the graph runs: graph inputs and constants."""
         return frozenset(s for s, node in self.births.items() if node.op in ("placeholder", "get_attr"))
 
-    @cached_property
+    @functools.cached_property
     def written(self) -> frozenset[int]:
         """Storages that some node writes."""
         return frozenset(storage for facts in self.nodes.values() for storage in facts.writes)
@@ -176,18 +171,12 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
         if name is not None:
             namespace, name = name.split("::", 1)
             self.heavy |= namespace == "aten" and name in _MATMUL_OPS
+            given = functools.partial(torch_compat.argument, func, args=args, kwargs=kwargs)
             draws = torch.Tag.nondeterministic_seeded in func.tags
-            self.random |= draws and torch_compat.argument(func, "dropout_p", args, kwargs) != 0
-            written: list[Any] = []
-            for where in torch_compat.schema_writes(func):
-                if isinstance(where, int):
-                    written += args[where : where + 1]
-                elif where in kwargs:
-                    written.append(kwargs[where])
-            if name in _UNDECLARED_WRITES:
-                positions, flag = _UNDECLARED_WRITES[name]
-                if len(args) > flag and args[flag]:
-                    written += [args[position] for position in positions]
+            self.random |= draws and given("dropout_p") != 0
+            written = [given(argument) for argument in torch_compat.schema_writes(func)]
+            if name in _UPDATE_STATISTICS and (given("training") or given("use_input_stats")):
+                written += [given("running_mean"), given("running_var")]
             for tensor in _tensors(written):
                 if (storage := self._storage_of(tensor)) is not None:
                     self.writes.add(storage)
@@ -251,9 +240,9 @@ class _Walk(Interpreter):
         """Run one node as what it is in this walk; what it returns is what later nodes take."""
         if n.op == "get_attr":
             return self._read_attribute(n)
-        if is_autocast_enter(n):
+        if n.target is torch_compat.enter_autocast:
             self._open_autocast[n] = torch_compat.enter_autocast(*n.args)
-        elif is_autocast_exit(n):
+        elif n.target is torch_compat.exit_autocast:
             torch_compat.exit_autocast(self._open_autocast.pop(n.args[0]))  # type: ignore[arg-type]
         elif n.target is torch_compat.set_grad_enabled and n in self._regions.dropped:
             torch_compat.set_grad_enabled(n.args[0])
@@ -271,10 +260,9 @@ class _Walk(Interpreter):
         for example, given in zip(examples, self._example_inputs, strict=True):
             self._learn_sizes(example, given)
         # Integers first: they are the simplest source of a symbol.
-        for kind in (False, True):
-            for node, example in zip(placeholders, examples, strict=True):
-                if isinstance(example, torch.Tensor) is kind:
-                    self._note_symbols(node, example)
+        pairs = zip(placeholders, examples, strict=True)
+        for node, example in sorted(pairs, key=lambda pair: isinstance(pair[1], torch.Tensor)):
+            self._note_symbols(node, example)
         real_storages: dict[int, int] = {}
         for node, example, given in zip(placeholders, examples, self._example_inputs, strict=True):
             if not isinstance(example, torch.Tensor):
@@ -424,17 +412,17 @@ class _Walk(Interpreter):
             if not isinstance(symbol, sympy.Symbol) or symbol in self._sizes:
                 return
             hint = torch_compat.symbolic_hint(example)
-            if hint is None and isinstance(given, (int, float)) and not isinstance(given, bool):
+            is_backed = hint is not None
+            if not is_backed and isinstance(given, (int, float)) and not isinstance(given, bool):
                 hint = given
             if isinstance(example, torch.SymFloat):
                 self._sizes[symbol] = 1.5 if hint is None else hint  # type: ignore[assignment]
                 return
             lower, upper = torch_compat.symbol_range(example)
-            if hint is None or (torch_compat.symbolic_hint(example) is None and hint < 2):
+            if hint is None or (not is_backed and hint < 2):
                 # Without a hint, a size at which no dimension degenerates, as far as its range allows.
                 hint = max(lower or 0, min(7, 7 if upper is None else upper))
             self._sizes[symbol] = int(hint)
-            is_backed = torch_compat.symbolic_hint(example) is not None
             self._symbols[symbol] = SymbolSpec(symbol, int(hint) if is_backed else None, lower, upper)
 
     def _concrete(self, value: Any) -> Any:
@@ -484,12 +472,11 @@ class _Walk(Interpreter):
 
 
 def _renamed(value: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Any:
-    if isinstance(value, TensorSpec):
-        return value.renamed(symbols)
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        items = [_renamed(item, symbols) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
+    return torch_compat.tree_map(
+        lambda leaf: leaf.renamed(symbols) if isinstance(leaf, TensorSpec) else leaf,
+        value,
+        is_leaf=lambda part: isinstance(part, torch.Size),
+    )
 
 
 def _given(spec: TensorSpec) -> NodeFacts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import attrgetter
 
 from torch.fx import Node
 
@@ -69,7 +70,6 @@ BUILTIN_SPLIT_OPS: tuple[str, ...] = (
 )
 """Names or globs, matched against every spelling in ``op_names``; see docs/options.md for how to add to them."""
 
-
 _LOOKS_LIKE_ATTENTION = ("*attention*", "*attn*", "*sdpa*", "*mla*", "*fmha*")
 
 
@@ -104,11 +104,7 @@ def looks_like_attention(node: Node) -> bool:
 
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
-
-
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__"})
-
-
 _LONGEST_WAY = 64
 
 
@@ -123,27 +119,17 @@ def find_written_out_attention(facts: GraphFacts, inputs: Sequence[GraphInput]) 
     weights = {
         i.spec.storage for i in inputs if i.spec is not None and (i.kind == "parameter" or len(i.spec.shape) <= 2)
     }
-    users: dict[Node, list[Node]] = {}
-    for node in facts.nodes:
-        for argument in node.all_input_nodes:
-            users.setdefault(argument, []).append(node)
 
     def is_product(node: Node) -> bool:
         if not facts.nodes[node].heavy or plain_op_name(node) not in _PRODUCTS:
             return False
         return not any(facts.nodes[argument].storages & weights for argument in node.all_input_nodes)
 
-    def sources(node: Node) -> Iterable[Node]:
-        return (argument for argument in node.all_input_nodes if argument.op.startswith("call_"))
-
-    def targets(node: Node) -> Iterable[Node]:
-        return (user for user in users.get(node, ()) if user.op.startswith("call_"))
-
     found: set[Node] = set()
     for node in facts.nodes:
         if node.op.startswith("call_") and plain_op_name(node) in _SOFTMAX:
-            before = _ways(node, sources, is_product, facts)
-            after = _ways(node, targets, is_product, facts)
+            before = _ways(node, attrgetter("all_input_nodes"), is_product, facts)
+            after = _ways(node, attrgetter("users"), is_product, facts)
             if before and after:
                 found |= before | after
     return frozenset(found)
@@ -159,7 +145,7 @@ def _ways(
     while waiting and len(came_from) < _LONGEST_WAY:
         node = waiting.pop(0)
         for neighbour in neighbours(node):
-            if neighbour not in facts.nodes:
+            if neighbour not in facts.nodes or not neighbour.op.startswith("call_"):
                 continue
             known = neighbour in came_from
             came_from.setdefault(neighbour, set()).add(node)

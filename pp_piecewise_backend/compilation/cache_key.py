@@ -22,6 +22,9 @@ from torch.fx import GraphModule, Node
 from ..utils import torch_compat
 from .specs import SymbolSpec, TensorSpec
 
+_SETTINGS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_LITERALS = (type(None), type(Ellipsis), bool, int, float, complex, str, *_SETTINGS)
+
 
 def piece_text(graph_module: GraphModule, inputs: Sequence[TensorSpec | SymbolSpec]) -> str:
     """Canonical text of a piece: its inputs with renumbered symbols and storages, then its nodes, renumbered."""
@@ -117,13 +120,7 @@ def _argument_text(value: Any, numbers: dict[Node, str]) -> str:
         return f"{{{', '.join(items)}}}"
     if isinstance(value, slice):
         return f"slice{_argument_text((value.start, value.stop, value.step), numbers)}"
-    if (
-        value is None
-        or value is Ellipsis
-        or isinstance(
-            value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-        )
-    ):
+    if isinstance(value, _LITERALS):
         return f"{type(value).__name__}:{value!r}"
     if callable(value):
         return _function_text(value)

@@ -21,7 +21,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule
 
 from ..config import Config
 from ..utils import torch_compat
@@ -85,11 +84,6 @@ class PieceCompiler:
         with self._lock:
             self._compiled.clear()
             self._in_progress.clear()
-
-
-def compile_whole(graph_module: GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
-    """Give an unsplit graph to the stock backend of this name, as if this package were not there."""
-    return torch_compat.stock_backend(compiler)(graph_module, list(example_inputs))
 
 
 def generated_files() -> tuple[str, ...]:

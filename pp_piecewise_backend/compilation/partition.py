@@ -45,6 +45,18 @@ class Value(NamedTuple):
 
     node: Node
     path: tuple[int, ...] = ()
+    version: Node | None = None
+    """The renamed in-place op (see M1) that gave it its last contents, where that matters; None before any."""
+
+    @property
+    def name(self) -> str:
+        name = "_".join((self.node.name, *map(str, self.path)))
+        return name if self.version is None else f"{name}__after_{self.version.name}"
+
+    @property
+    def made_at(self) -> Node:
+        """The node that makes it."""
+        return self.node if self.version is None else self.version
 
 
 @dataclass(frozen=True)

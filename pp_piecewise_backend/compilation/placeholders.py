@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy
@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..utils import torch_compat
 from .analysis import GraphFacts
-from .sources import AccessPath, Frame, argument_path
+from .sources import AccessPath, argument_path
 from .specs import Dim, TensorSpec, as_dim
 
 InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
@@ -72,10 +72,10 @@ class _Candidate:
     path: AccessPath
     label: str
     spec: TensorSpec | None
-    in_module: bool = False
+    in_module: bool
     """Whether it belongs to a module: a parameter, a buffer, or any other tensor that hangs on it."""
-    is_stage_input: bool = False
-    tail_rank: int | None = None
+    is_stage_input: bool
+    tail_rank: int | None
     """Of a stage input: how many dimensions it was declared to have after the token dimension, if it was."""
 
 
@@ -86,19 +86,11 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         tail_ranks: names of the stage inputs, matched on the last component of an input's source -> how many
             dimensions come after the token dimension; None where nobody declared it.
     """
-    frame = torch_compat.frame_being_compiled()
-    placeholders = [node for node in facts.graph_module.graph.nodes if node.op == "placeholder"]
-    candidates = _mark_module_members([_candidate(facts, node, frame) for node in placeholders])
-    candidates = [
-        replace(c, is_stage_input=True, tail_rank=tail_ranks[c.label])
-        if c.spec is not None and c.label in tail_ranks and not c.in_module
-        else c
-        for c in candidates
-    ]
+    candidates = _candidates(facts, tail_ranks)
     equal = _equal_symbols(facts, [c for c in candidates if c.is_stage_input])
     if equal:
         facts = facts.with_equal_symbols(equal)
-        candidates = [replace(c, spec=facts.spec(c.node)) for c in candidates]
+        candidates = _candidates(facts, tail_ranks)
     token_count, token_reason = _token_count(facts, candidates)
     inputs = tuple(_classify(facts, c, token_count) for c in candidates)
     found = {c.label for c in candidates if c.is_stage_input}
@@ -126,7 +118,7 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None)
         if isinstance(expression, sympy.Symbol) and expression == token_count:
             return result("token-count", "sizes the token dimension", expression=expression)
         return result("scalar", "a number that is no token count", expression=expression)
-    token_dim = _dim_of(candidate, token_count)
+    token_dim = _dim_of(candidate, spec, token_count)
     is_written = spec.storage in facts.written
     if candidate.is_stage_input:
         also = " and written by the graph" if is_written else ""
@@ -158,13 +150,15 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate]) -> tuple[D
             return None, f"the stage inputs disagree on the token dimension: {shapes}"
         (size,) = sizes
         return size, _token_reason(facts, size, stage[0])
+
+    def order(candidate: _Candidate) -> tuple[int, int]:
+        if candidate.label in _PER_TOKEN_NAMES:
+            return 0, _PER_TOKEN_NAMES.index(candidate.label)
+        # What is passed as such comes before what is nested, and of these what varies first.
+        return 1 if len(candidate.path) == 1 else 2, not isinstance(_token_dim_size(candidate), sympy.Symbol)
+
     plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
-    named = sorted((c for c in plain if c.label in _PER_TOKEN_NAMES), key=lambda c: _PER_TOKEN_NAMES.index(c.label))
-    passed = [c for c in plain if len(c.path) == 1 and c not in named and not torch_compat.is_python_float(c.node)]
-    nested = [c for c in plain if c not in named and c not in passed and not torch_compat.is_python_float(c.node)]
-    for group in (passed, nested):
-        group.sort(key=lambda c: not isinstance(_token_dim_size(c), sympy.Symbol))  # what varies comes first
-    for candidate in (*named, *passed, *nested):
+    for candidate in sorted(plain, key=order):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"
@@ -206,12 +200,10 @@ def _usual_token_dim(candidate: _Candidate, spec: TensorSpec) -> int | None:
     return rank - 2 if has_hidden_size else rank - 1
 
 
-def _dim_of(candidate: _Candidate, token_count: Dim | None) -> int | None:
+def _dim_of(candidate: _Candidate, spec: TensorSpec, token_count: Dim | None) -> int | None:
     """The dimension of a tensor that is the token count, if any; several may be where sizes are static."""
-    if candidate.spec is None or token_count is None:
-        return None
-    dims = [dim for dim, size in enumerate(candidate.spec.shape) if size == token_count]
-    usual = _usual_token_dim(candidate, candidate.spec)
+    dims = [dim for dim, size in enumerate(spec.shape) if size == token_count]
+    usual = _usual_token_dim(candidate, spec)
     return usual if usual in dims else next(iter(dims), None)
 
 
@@ -231,37 +223,38 @@ def _may_be_per_token(candidate: _Candidate, token_count: Dim | None) -> bool:
     return not isinstance(token_count, int) or len(candidate.path) == 1 or candidate.label in _PER_TOKEN_NAMES
 
 
-def _candidate(facts: GraphFacts, node: Node, frame: Frame | None) -> _Candidate:
-    source = torch_compat.placeholder_source(node) or ""
-    path = argument_path(source, frame)
-    label = next((str(part) for part in reversed(path) if isinstance(part, str)), node.name)
-    if path and isinstance(path[-1], int):
-        label = f"{label}[{path[-1]}]"
-    return _Candidate(node, source, path, label, facts.spec(node))
-
-
-def _mark_module_members(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Tell which inputs belong to modules, whatever the frame calls these.
-
-    Dynamo writes registered members as ``model._buffers['k']`` and plain attributes as ``model.k``, so one registered
-    member shows that everything under the same ``model`` belongs to a module.
-    """
-    modules: set[AccessPath] = {("self",)}
-    for candidate in candidates:
-        modules.update(candidate.path[:i] for i, part in enumerate(candidate.path) if part in _REGISTERED and i > 0)
-    return [
-        replace(c, in_module=_is_parameter(c) or any(c.path[:i] in modules for i in range(1, len(c.path))))
-        for c in candidates
-    ]
+def _candidates(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> list[_Candidate]:
+    frame = torch_compat.frame_being_compiled()
+    sources = {
+        node: torch_compat.placeholder_source(node) or ""
+        for node in facts.graph_module.graph.nodes
+        if node.op == "placeholder"
+    }
+    paths = {node: argument_path(source, frame) for node, source in sources.items()}
+    # Dynamo writes registered members as ``model._buffers['k']`` and plain attributes as ``model.k``, so one registered
+    # member shows that everything under the same ``model`` belongs to a module, whatever the frame calls this.
+    modules = {path[:i] for path in paths.values() for i, part in enumerate(path) if part in _REGISTERED and i > 0}
+    modules.add(("self",))
+    candidates = []
+    for node, path in paths.items():
+        spec = facts.spec(node)
+        label = next((str(part) for part in reversed(path) if isinstance(part, str)), node.name)
+        if path and isinstance(path[-1], int):
+            label = f"{label}[{path[-1]}]"
+        in_module = _is_parameter(node) or any(path[:i] in modules for i in range(1, len(path)))
+        is_stage_input = spec is not None and label in tail_ranks and not in_module
+        tail_rank = tail_ranks[label] if is_stage_input else None
+        candidates.append(_Candidate(node, sources[node], path, label, spec, in_module, is_stage_input, tail_rank))
+    return candidates
 
 
 def _member_kind(candidate: _Candidate) -> str:
     if "_parameters" in candidate.path:
         return "module parameter"
-    if _is_parameter(candidate):
+    if _is_parameter(candidate.node):
         return "torch.nn.Parameter"
     return "module buffer" if "_buffers" in candidate.path else "attribute of a module"
 
 
-def _is_parameter(candidate: _Candidate) -> bool:
-    return isinstance(candidate.node.meta.get("example_value"), torch.nn.Parameter)
+def _is_parameter(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter)

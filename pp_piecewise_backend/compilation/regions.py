@@ -66,10 +66,10 @@ def find_regions(graph: Graph) -> Regions:
     contexts: dict[Node, tuple[Node, ...]] = {}
     open_autocast: list[Node] = []
     for node in nodes:
-        if is_autocast_enter(node):
+        if node.target is torch_compat.enter_autocast:
             open_autocast.append(node)
             dropped.add(node)
-        elif is_autocast_exit(node):
+        elif node.target is torch_compat.exit_autocast:
             open_autocast.remove(node.args[0])  # type: ignore[arg-type]
             dropped.add(node)
         elif _is_dropped(node) or (node.target is torch_compat.set_grad_enabled and node not in inside):
@@ -106,7 +106,7 @@ def _settings(nodes: Sequence[Node]) -> Iterator[_Interval]:
     """From the first call of each setter to its last, which restores what was there before."""
     positions: dict[object, list[int]] = {}
     for position, node in enumerate(nodes):
-        if sets_state(node):
+        if _sets_state(node):
             positions.setdefault(node.target, []).append(position)
     for target, found in positions.items():
         yield _Interval(found[0], found[-1], f"{getattr(target, '__name__', target)} sets a state and restores it")
@@ -134,15 +134,7 @@ def _function_name(node: Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def is_autocast_enter(node: Node) -> bool:
-    return node.op == "call_function" and node.target is torch_compat.enter_autocast
-
-
-def is_autocast_exit(node: Node) -> bool:
-    return node.op == "call_function" and node.target is torch_compat.exit_autocast
-
-
-def sets_state(node: Node) -> bool:
+def _sets_state(node: Node) -> bool:
     """Whether the node changes a setting of the process or thread; grad mode has rules of its own."""
     if node.op != "call_function" or node.target is torch_compat.set_grad_enabled:
         return False

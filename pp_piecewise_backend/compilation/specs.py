@@ -33,8 +33,8 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: torch.Tensor, storage: int) -> TensorSpec:
         return cls(
-            shape=_dims(tensor.shape),
-            stride=_dims(tensor.stride()),
+            shape=tuple(map(as_dim, tensor.shape)),
+            stride=tuple(map(as_dim, tensor.stride())),
             storage_offset=as_dim(tensor.storage_offset()),
             dtype=tensor.dtype,
             device=tensor.device,
@@ -97,7 +97,3 @@ def symbols_of(dims: Iterable[object]) -> frozenset[sympy.Symbol]:
 def evaluate(dim: Dim, values: Mapping[sympy.Symbol, int]) -> int:
     """The number that a dimension stands for once its symbols have these values."""
     return dim if isinstance(dim, int) else int(torch_compat.build_expression(dim, values))
-
-
-def _dims(values: Iterable[int | torch.SymInt]) -> tuple[Dim, ...]:
-    return tuple(as_dim(value) for value in values)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import sympy
@@ -107,9 +108,7 @@ class Split:
     """Attributes of the graph that pieces take as inputs, by value name."""
     cuts: Cuts
     whole: GraphModule = field(repr=False)
-    """The graph before it was cut."""
-    exclusive_inputs: tuple[str, ...]
-    """Names of the graph inputs that no other input may overlap; for a call where one does, ``whole`` is right."""
+    """The graph before it was cut; right, too, for calls in which one of ``cuts.exclusive_inputs`` overlaps another."""
 
 
 def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher, whole: bool = False) -> Split:
@@ -124,29 +123,12 @@ def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher, w
     return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher, whole)).run()
 
 
-class _Key(NamedTuple):
-    """A value at one moment: an in-place op that was renamed (see ``partition.py``) gives its target a new version."""
-
-    value: Value
-    version: Node | None = None
-
-    @property
-    def name(self) -> str:
-        name = "_".join((self.value.node.name, *map(str, self.value.path)))
-        return name if self.version is None else f"{name}__after_{self.version.name}"
-
-    @property
-    def made_at(self) -> Node:
-        """The node that makes it."""
-        return self.value.node if self.version is None else self.version
-
-
 class _Input(NamedTuple):
     """What a step takes from an earlier one, or from the caller."""
 
     source: Source
     spec: TensorSpec | SymbolSpec | None
-    key: _Key
+    value: Value
     """The value that it is, or whose size it is."""
 
 
@@ -181,17 +163,17 @@ class _Splitter:
         last = _StepBuilder(self, Step("eager", (), "recomputes results from the memory that they share"))
         results: list[Any] = []
         result_storages: list[int | None] = []
-        handed_out: list[_Key] = []
+        handed_out: list[Value] = []
         for item in self._results:
-            result, key, storage = self._result(item, last)
+            result, value, storage = self._result(item, last)
             results.append(result)
             result_storages.append(storage)
-            handed_out += [key] if key is not None else []
+            handed_out += [value] if value is not None else []
         wanted = handed_out
         for builder in (last, *reversed(builders)):
-            for key in wanted:
-                if key.made_at.op not in ("placeholder", "get_attr"):
-                    builder_of[key.made_at].export(key)
+            for value in wanted:
+                if value.made_at.op not in ("placeholder", "get_attr"):
+                    builder_of[value.made_at].export(value)
             wanted = builder.close()
         result_names = frozenset(r.value for r in results if isinstance(r, ResultValue))
         filled = [builder for builder in (*builders, last) if not builder.is_empty]
@@ -207,26 +189,24 @@ class _Splitter:
             constants=constants,
             cuts=self.cuts,
             whole=self.facts.graph_module,
-            exclusive_inputs=self.cuts.exclusive_inputs,
         )
 
-    def _result(self, item: Any, last: _StepBuilder) -> tuple[Any, _Key | None, int | None]:
+    def _result(self, item: Any, last: _StepBuilder) -> tuple[Any, Value | None, int | None]:
         """One result of the graph: what it is, the value that a step must return for it, its storage."""
         if not isinstance(item, Node):
             return item, None, None
         if item in self.cuts.scalars:
-            value = self.facts.nodes[item].value
-            if not self.facts.symbols_of_value(value) and not reads_input(self.facts, item):
-                return last.number(value), None, None
+            number = self.facts.nodes[item].value
+            if not self.facts.symbols_of_value(number) and not reads_input(self.facts, item):
+                return last.number(number), None, None
             if item.op == "placeholder":
                 return ResultValue(item.name), None, None
             return ResultValue(last.make_number(item)), None, None
-        value = canonical(self.facts, item)
-        key = _Key(value, self.version_at(value, self.end))
-        storage = next(iter(self.storages_of(key)), None)
-        if key.version is None and self.is_remade(value):
-            return ResultValue(last.export(key)), None, storage
-        return ResultValue(key.name), key, storage
+        value = self.as_of(self.end, canonical(self.facts, item))
+        storage = next(iter(self.storages_of(value)), None)
+        if self.is_remade(value):
+            return ResultValue(last.export(value)), None, storage
+        return ResultValue(value.name), value, storage
 
     # ------------------------------------------------------------------- aliasing
 
@@ -244,35 +224,34 @@ class _Splitter:
         for item in self._results:
             if isinstance(item, Node) and item in facts.nodes and item not in self.cuts.scalars:
                 value = canonical(facts, item)
-                for storage in self.storages_of(_Key(value)):
+                for storage in self.storages_of(value):
                     if storage in facts.input_storages or seen.setdefault(storage, value) != value:
                         shared.add(storage)
         return frozenset(shared)
 
-    def storages_of(self, key: _Key) -> frozenset[int]:
-        if key.version is not None:
+    def storages_of(self, value: Value) -> frozenset[int]:
+        if value.version is not None:
             # A renamed target lives in memory of its own; numbers below EFFECT are free.
-            return frozenset((-10 - self.position[key.version],))
-        node_facts = self.facts.nodes[key.value.node]
-        return node_facts.storages_at(key.value.path)
+            return frozenset((-10 - self.position[value.version],))
+        return self.facts.nodes[value.node].storages_at(value.path)
 
-    def version_at(self, value: Value, position: int) -> Node | None:
-        """The last renamed in-place op on ``value`` before ``position`` in the order of execution."""
+    def as_of(self, position: int, value: Value) -> Value:
+        """The value as the last renamed in-place op before ``position``, in the order of execution, left it."""
         versions = [node for node in self._renames.get(value, ()) if self.position[node] < position]
-        return versions[-1] if versions else None
+        return value._replace(version=versions[-1]) if versions else value
 
     def is_remade(self, value: Value) -> bool:
         """Whether the value is a view that is recomputed in each step that uses it."""
-        if value.node.op in ("placeholder", "get_attr"):
+        if value.version is not None or value.node.op in ("placeholder", "get_attr"):
             return False
-        storages = self.storages_of(_Key(value)) & self.shared
+        storages = self.storages_of(value) & self.shared
         return bool(storages) and not storages & self.facts.nodes[value.node].born
 
-    def spec(self, key: _Key) -> TensorSpec | None:
-        spec = self.facts.nodes[key.value.node].element(key.value.path)
+    def spec(self, value: Value) -> TensorSpec | None:
+        spec = self.facts.nodes[value.node].element(value.path)
         if not isinstance(spec, TensorSpec):
             return None
-        return replace(spec, storage=next(iter(self.storages_of(key))))
+        return replace(spec, storage=next(iter(self.storages_of(value))))
 
 
 class _StepBuilder:
@@ -285,9 +264,8 @@ class _StepBuilder:
         self._graph = fx.Graph()
         self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
         self._attributes: dict[str, object] = {}
-        self._attribute_names: dict[int, str] = {}
         self._made: dict[Value, Any] = {}
-        """What stands for a value in this step's graph from here on."""
+        """What stands for a value, without its version, in this step's graph from here on."""
         self._numbers: dict[Node, Any] = {}
         self._expressions: dict[sympy.Basic, Any] = {}
         self._inputs: dict[Node, _Input] = {}
@@ -307,10 +285,8 @@ class _StepBuilder:
             self._position = self._splitter.position[node]
             self._match_autocast(self._facts.regions.contexts.get(node, ()))
             for value in self._splitter.cuts.renamed.get(node, ()):
-                fresh = self._graph.call_method("clone", (self._resolve(value),))
-                self._made[value] = fresh
-            copy = self._copy(node)
-            self._made[Value(node)] = copy
+                self._made[value] = self._graph.call_method("clone", (self._resolve(value),))
+            copy = self._made[Value(node)] = self._copy(node)
             if self._facts.nodes[node].writes or self._facts.nodes[node].region is not None:
                 self._acting.add(copy)
         self._match_autocast(())
@@ -322,11 +298,11 @@ class _StepBuilder:
         self._exports[node.name] = (self._scalar(node), None)
         return node.name
 
-    def export(self, key: _Key) -> str:
+    def export(self, value: Value) -> str:
         """Make a value one of this step's outputs, and return its name."""
-        if key.name not in self._exports:
-            self._exports[key.name] = (self._resolve(key.value), self._splitter.spec(key))
-        return key.name
+        if value.name not in self._exports:
+            self._exports[value.name] = (self._resolve(value._replace(version=None)), self._splitter.spec(value))
+        return value.name
 
     def _copy(self, node: Node) -> Node:
         args = fx.node.map_arg(node.args, self._argument)
@@ -348,8 +324,8 @@ class _StepBuilder:
         """What stands for ``value`` in this step's graph; an input is added if it comes from elsewhere."""
         if value in self._made:
             return self._made[value]
-        version = self._splitter.version_at(value, self._position)
-        if version is None:
+        latest = self._splitter.as_of(self._position, value)
+        if latest.version is None:
             leaf = self._facts.nodes[value.node].element(value.path)
             if value.path and Value(value.node) in self._made:
                 return self._element(value)
@@ -359,7 +335,9 @@ class _StepBuilder:
                 return self.number(leaf)
             if self._splitter.is_remade(value):
                 return self._remake(value)
-        return self._input_value(_Key(value, version))
+        if latest not in self._input_nodes:
+            self._add_input(latest, latest.name, _Input(latest.name, self._splitter.spec(latest), latest))
+        return self._input_nodes[latest]
 
     def _element(self, value: Value) -> Any:
         holder = self._resolve(Value(value.node, value.path[:-1]))
@@ -379,11 +357,6 @@ class _StepBuilder:
         self._made[Value(node)] = self._copy(node)
         return self._element(value) if value.path else self._made[value]
 
-    def _input_value(self, key: _Key) -> Node:
-        if key not in self._input_nodes:
-            self._add_input(key, key.name, _Input(key.name, self._splitter.spec(key), key))
-        return self._input_nodes[key]
-
     def _add_input(self, handle: Any, name: str, step_input: _Input) -> None:
         last = next(reversed(self._inputs), None)
         with self._graph.inserting_before() if last is None else self._graph.inserting_after(last):
@@ -394,7 +367,8 @@ class _StepBuilder:
     def _attach(self, path: str) -> str:
         """Give this step's graph an attribute of the whole graph, such as the body of a higher-order op."""
         value = operator.attrgetter(path)(self._facts.graph_module)
-        name = self._attribute_names.setdefault(id(value), f"body_{len(self._attribute_names)}")
+        known = (name for name, attribute in self._attributes.items() if attribute is value)
+        name = next(known, f"body_{len(self._attributes)}")
         self._attributes[name] = value
         return name
 
@@ -454,19 +428,16 @@ class _StepBuilder:
                     made if dim is None else self._graph.call_function(torch.ops.aten.sym_size.int, (made, dim))
                 )
             else:
-                key = _Key(value)
-                source = key.name if dim is None else SizeOf(key.name, dim)
-                self._add_input(symbol, str(symbol), _Input(source, self._facts.symbols.get(symbol), key))
+                source = value.name if dim is None else SizeOf(value.name, dim)
+                self._add_input(symbol, str(symbol), _Input(source, self._facts.symbols.get(symbol), value))
         return self._input_nodes[symbol]
 
     # ---------------------------------------------------------------- autocast
 
     def _match_autocast(self, wanted: tuple[Node, ...]) -> None:
         """Leave and enter autocast regions until exactly those around the next node are open."""
-        current = [enter for enter, _ in self._open_autocast]
-        common = 0
-        while common < min(len(current), len(wanted)) and current[common] is wanted[common]:
-            common += 1
+        pairs = zip(self._open_autocast, wanted, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0][0] is pair[1], pairs))
         while len(self._open_autocast) > common:
             _, opened = self._open_autocast.pop()
             self._acting.add(self._graph.call_function(torch_compat.exit_autocast, (opened,)))
@@ -477,14 +448,14 @@ class _StepBuilder:
 
     # ----------------------------------------------------------------- closing
 
-    def close(self) -> list[_Key]:
+    def close(self) -> list[Value]:
         """Finish the graph once its outputs are known; returns the values that it needs from earlier steps."""
         self._drop_dead_nodes([made for made, _ in self._exports.values() if isinstance(made, Node)])
         if self.step.kind == "compute":
             # A compiler must be able to name every size that it sees.
             for symbol in sorted({s for _, spec in self._tensor_inputs() for s in spec.symbols}, key=str):
                 self._symbol(symbol)
-        return [] if self.is_empty else [i.key for i in self._inputs.values()]
+        return [] if self.is_empty else [i.value for i in self._inputs.values()]
 
     @property
     def is_empty(self) -> bool:
@@ -522,8 +493,8 @@ class _StepBuilder:
             traits=traits,
         )
 
-    def _tensor_inputs(self) -> Iterator[tuple[_Key, TensorSpec]]:
-        return ((i.key, i.spec) for i in self._inputs.values() if isinstance(i.spec, TensorSpec))
+    def _tensor_inputs(self) -> Iterator[tuple[Value, TensorSpec]]:
+        return ((i.value, i.spec) for i in self._inputs.values() if isinstance(i.spec, TensorSpec))
 
     def _traits(self, outputs: Sequence[Any], output_specs: Sequence[TensorSpec | None]) -> Traits:
         facts, token_count = self._facts, self._splitter.token_count
@@ -531,9 +502,9 @@ class _StepBuilder:
         nodes = list(copies.values())
         random, written = random_or_written(facts, nodes, self._splitter.cuts.renamed)
         writes = {
-            key.name: spec.storage
-            for key, spec in self._tensor_inputs()
-            if facts.nodes[key.value.node].storages_at(key.value.path) & written
+            value.name: spec.storage
+            for value, spec in self._tensor_inputs()
+            if facts.nodes[value.node].storages_at(value.path) & written
         }
         exported = {
             name: frozenset((spec.storage,))

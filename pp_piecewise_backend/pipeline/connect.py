@@ -41,7 +41,7 @@ def pick_transport(
     if group is not None and mesh is not None:
         raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
     if not P2P.is_possible():
-        raise errors.ConfigError(errors.no_transport())
+        raise errors.ConfigError(errors.NO_TRANSPORT)
     if mesh is not None:
         names = mesh.mesh_dim_names or ()
         if "pp" not in names:

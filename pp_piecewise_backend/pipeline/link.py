@@ -210,7 +210,8 @@ class End:
     def _put(self, header: Header | None) -> None:
         """Hand on what was announced; None: no more comes, since the other end stops or the link is lost."""
         if header is not None:
-            raise _Lost(Loss(self.peer_rank, "bad header", errors.data_upstream(self.peer_rank)), is_alive=True)
+            why = errors.peer_disagrees(self.peer_rank, "it announced data against the direction of the link")
+            raise _Lost(Loss(self.peer_rank, "bad header", why), is_alive=True)
 
     # ------------------------------------------------------------------------------ transferring
 

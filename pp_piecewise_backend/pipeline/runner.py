@@ -239,10 +239,10 @@ class StageRunner:
             Whatever the module or ``make_inputs`` raises; the other ranks then raise `PeerLost`.
         """
         if (microbatches is not None) != self.is_first:
-            sentence = errors.no_micro_batches() if self.is_first else errors.micro_batches_on_later_stage(self.stage)
+            sentence = errors.NO_MICRO_BATCHES if self.is_first else errors.micro_batches_on_later_stage(self.stage)
             raise errors.PPPiecewiseError(sentence)
         if self._has_run:
-            raise errors.PPPiecewiseError(errors.ran_already())
+            raise errors.PPPiecewiseError(errors.RAN_ALREADY)
         self._has_run = True
         if self._compiled is None:
             self.warmup()
@@ -413,7 +413,7 @@ class StageRunner:
         self._feedback.release()
         taken = self._feedback.take()
         if taken is None:
-            raise errors.PPPiecewiseError(errors.no_more_feedback())
+            raise errors.PPPiecewiseError(errors.NO_MORE_FEEDBACK)
         header, tensors = taken
         return header.tag, tensors
 
@@ -430,7 +430,7 @@ class StageRunner:
         Call it on every rank, before ``run``. Times are those of the hosts: on a GPU, a replay is its launch.
         """
         if self._has_run:
-            raise errors.PPPiecewiseError(errors.trace_after_run())
+            raise errors.PPPiecewiseError(errors.TRACE_AFTER_RUN)
         self._trace_path = Path(path)
         self.timeline = Timeline()
 

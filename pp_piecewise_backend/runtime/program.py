@@ -68,7 +68,7 @@ class Program:
         """Why a call ran the graph as it came, if one did."""
         self.layout = lay_out(split, table, compiled, pieces_are_exact=config.compiler == "eager")
         tensors = [(at, i.spec.storage, i) for at, i in enumerate(table.inputs) if i.spec is not None]
-        self._exclusive = {at: storage for at, storage, i in tensors if i.name in split.exclusive_inputs}
+        self._exclusive = {at: storage for at, storage, i in tensors if i.name in split.cuts.exclusive_inputs}
         """Position -> storage number of the inputs that must not overlap with another storage."""
         storages = set(self._exclusive.values())
         self._others = tuple(at for at, storage, i in tensors if i.kind != "parameter" and storage not in storages)

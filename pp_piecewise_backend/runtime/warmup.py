@@ -130,7 +130,7 @@ def warm_up(
             for num_tokens in _with_progress(_calls(buckets, session, sizes), progress):
                 _call(compiled, make_inputs, num_tokens)
     if not session.calls:
-        raise errors.PPPiecewiseError(errors.no_program_in_warmup())
+        raise errors.PPPiecewiseError(errors.NO_PROGRAM_IN_WARMUP)
     found = captured()
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
     _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
@@ -186,7 +186,7 @@ def _with_progress(calls: Sequence[int], progress: bool | None) -> Iterator[int]
 @contextlib.contextmanager
 def _in_session(session: Session) -> Iterator[None]:
     if current_session() is not None:
-        raise errors.PPPiecewiseError(errors.nested_warmup())
+        raise errors.PPPiecewiseError(errors.NESTED_WARMUP)
     token = _SESSION.set(session)
     try:
         yield

@@ -197,13 +197,9 @@ def overload_name(op: Callable[..., object]) -> str | None:
     return str(op._overloadname) if isinstance(op, OpOverload) else None
 
 
-def schema_writes(op: OpOverload) -> tuple[int | str, ...]:
-    """Positions (or names, for keyword-only ones) of the arguments that the op's schema declares as mutated."""
-    written: list[int | str] = []
-    for position, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(argument.name if argument.kwarg_only else position)
-    return tuple(written)
+def schema_writes(op: OpOverload) -> tuple[str, ...]:
+    """Names of the arguments that the op's schema declares as mutated."""
+    return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def argument(op: OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -251,26 +247,22 @@ def expression_text(expression: sympy.Basic | int) -> str:
     return PythonPrinter().doprint(expression) if isinstance(expression, sympy.Basic) else str(expression)
 
 
-_WAITING_FOR_BYTECODE: dict[CodeType, Callable[[CodeType], None]] = {}
-
-
 def when_bytecode_is_ready(code: CodeType, tell: Callable[[CodeType], None]) -> None:
     """Call ``tell``, once, with the code that Dynamo makes from ``code``; what Dynamo runs stays as it is."""
-    _register_bytecode_hook()
-    _WAITING_FOR_BYTECODE[code] = tell
+    _waiting_for_bytecode()[code] = tell
 
 
 @functools.cache
-def _register_bytecode_hook() -> None:
+def _waiting_for_bytecode() -> dict[CodeType, Callable[[CodeType], None]]:
+    waiting: dict[CodeType, Callable[[CodeType], None]] = {}
+
+    def hook(code: CodeType, new_code: CodeType) -> None:
+        if (tell := waiting.pop(code, None)) is not None:
+            tell(new_code)
+
     # For good: a hook that removed itself would change what Dynamo iterates over.
-    torch._dynamo.convert_frame.register_bytecode_hook(_tell_of_bytecode)
-
-
-def _tell_of_bytecode(code: CodeType, new_code: CodeType) -> CodeType | None:
-    tell = _WAITING_FOR_BYTECODE.pop(code, None)
-    if tell is not None:
-        tell(new_code)
-    return None
+    torch._dynamo.convert_frame.register_bytecode_hook(hook)
+    return waiting
 
 
 def guards_of(code: CodeType, transformed: CodeType) -> str | None:
