@@ -300,8 +300,12 @@ class _Cutter:
                 _is_plain(leaf) or isinstance(leaf, TensorSpec) for leaf in torch_compat.tree_leaves(node_facts.value)
             ):
                 self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
-        for group, why in enumerate(facts.regions.bound_reasons):
-            members = [node for node in self._order if facts.nodes[node].region == group]
+        self._keep_groups_together()
+
+    def _keep_groups_together(self) -> None:
+        """Where one node of an inseparable group must be eager, all are."""
+        for group, why in enumerate(self._facts.regions.bound_reasons):
+            members = [node for node in self._order if self._facts.nodes[node].region == group]
             inside = next((self._reasons[node] for node in members if node in self._reasons), "")
             if why or inside:
                 for node in members:
@@ -328,7 +332,8 @@ class _Cutter:
                 else:
                     new_cut = True
                     owners = dict.fromkeys(self._owner(storage) for storage in foreign)
-                    self._make_eager(node, f"{op_name(node)} writes {', '.join(owners)}")
+                    self._reasons[node] = f"{op_name(node)} writes {', '.join(owners)}"
+        self._keep_groups_together()
         return new_cut
 
     def _owner(self, storage: int) -> str:
@@ -336,14 +341,6 @@ class _Cutter:
         if birth.op == "placeholder":
             return f"graph input {self._inputs[birth.name].label}"
         return f"{birth.name}, made in another step"
-
-    def _make_eager(self, node: Node, reason: str) -> None:
-        self._reasons[node] = reason
-        group = self._facts.nodes[node].region
-        if group is not None:
-            for other in self._order:
-                if self._facts.nodes[other].region == group:
-                    self._reasons.setdefault(other, f"cannot be separated from {op_name(node)}")
 
     def _rename(self, node: Node, foreign: Sequence[int]) -> tuple[Value, ...]:
         """The arguments that may become fresh values at this in-place op; () if that is not sound.

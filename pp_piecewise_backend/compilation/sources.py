@@ -38,9 +38,10 @@ def argument_path(source: str, frame: Frame | None) -> AccessPath:
 def _named(path: AccessPath, code: CodeType, values: Mapping[str, object]) -> AccessPath:
     """Turn positions into names: of the wrapped function's parameters, and of named tuples' fields."""
     start: object = values
-    if path[0] == _variadic_name(code, inspect.CO_VARKEYWORDS) and len(path) > 1:
+    _, variadic, keywords = inspect.getargs(code)
+    if path[0] == keywords and len(path) > 1:
         path, start = path[1:], values.get(str(path[0]))
-    elif path[0] == _variadic_name(code, inspect.CO_VARARGS) and len(path) > 1 and isinstance(path[1], int):
+    elif path[0] == variadic and len(path) > 1 and isinstance(path[1], int):
         arguments = values.get(str(path[0]))
         start = arguments
         name = _parameter_name(code, values, code.co_argcount + path[1])
@@ -65,19 +66,10 @@ def _step_into(holder: object, part: str | int) -> object:
         return None
 
 
-def _variadic_name(code: CodeType, flag: int) -> str | None:
-    if not code.co_flags & flag:
-        return None
-    position = code.co_argcount + code.co_kwonlyargcount
-    if flag == inspect.CO_VARKEYWORDS and code.co_flags & inspect.CO_VARARGS:
-        position += 1
-    return code.co_varnames[position]
-
-
 def _parameter_name(code: CodeType, values: Mapping[str, object], position: int) -> str | None:
     """Name of the wrapped function's positional parameter, for a wrapper that takes ``*args``."""
     wrapped = [(values[name], position) for name in code.co_freevars if name in values]
-    arguments = values.get(_variadic_name(code, inspect.CO_VARARGS) or "")
+    arguments = values.get(inspect.getargs(code).varargs or "")
     leading = values.get(code.co_varnames[0]) if code.co_argcount else next(iter(arguments or ()), None)  # type: ignore
     if isinstance(leading, torch.nn.Module) and position > 0:
         wrapped.append((leading, position - 1))

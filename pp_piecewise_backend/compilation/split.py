@@ -161,21 +161,15 @@ class _Splitter:
         for builder in builders:
             builder.build()
         last = _StepBuilder(self, Step("eager", (), "recomputes results from the memory that they share"))
-        results: list[Any] = []
-        result_storages: list[int | None] = []
-        handed_out: list[Value] = []
-        for item in self._results:
-            result, value, storage = self._result(item, last)
-            results.append(result)
-            result_storages.append(storage)
-            handed_out += [value] if value is not None else []
-        wanted = handed_out
+        found = [self._result(item, last) for item in self._results]
+        wanted = [value for _, value, _ in found if value is not None]
         for builder in (last, *reversed(builders)):
             for value in wanted:
                 if value.made_at.op not in ("placeholder", "get_attr"):
                     builder_of[value.made_at].export(value)
             wanted = builder.close()
-        result_names = frozenset(r.value for r in results if isinstance(r, ResultValue))
+        results = tuple(result for result, _, _ in found)
+        result_names = frozenset(result.value for result in results if isinstance(result, ResultValue))
         filled = [builder for builder in (*builders, last) if not builder.is_empty]
         constants = {
             node.name: operator.attrgetter(str(node.target))(self.facts.graph_module)
@@ -184,8 +178,8 @@ class _Splitter:
         }
         return Split(
             pieces=tuple(builder.piece(index, result_names) for index, builder in enumerate(filled)),
-            results=tuple(results),
-            result_storages=tuple(result_storages),
+            results=results,
+            result_storages=tuple(storage for _, _, storage in found),
             constants=constants,
             cuts=self.cuts,
             whole=self.facts.graph_module,
@@ -381,11 +375,8 @@ class _StepBuilder:
         """
         if node not in self._numbers:
             facts = self._facts.nodes[node]
-            takes_tensors = any(argument not in self._splitter.cuts.scalars for argument in node.all_input_nodes)
-            is_read = takes_tensors and reads_input(self._facts, node)
-            if is_read or (
-                self._facts.symbols_of_value(facts.value) and not takes_tensors and node.op != "placeholder"
-            ):
+            is_arithmetic = node.op != "placeholder" and self._splitter.cuts.scalars.issuperset(node.all_input_nodes)
+            if reads_input(self._facts, node) or (is_arithmetic and self._facts.symbols_of_value(facts.value)):
                 self._numbers[node] = self._copy(node)
             else:
                 self._numbers[node] = self.number(facts.value)
@@ -489,7 +480,7 @@ class _StepBuilder:
             input_specs=input_specs,
             outputs=tuple(self._exports),
             output_specs=output_specs,
-            own_memory=tuple(spec is not None and spec.storage in shared for _, spec in self._exports.values()),
+            own_memory=tuple(spec is not None and spec.storage in shared for spec in output_specs),
             traits=traits,
         )
 
