@@ -19,6 +19,7 @@ logits are those of the library, and the stages together compute bit for bit wha
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +45,10 @@ class DecoderPlan:
     after_layers: tuple[str, ...]
     layer_count: int
 
+    def absent(self, index: int, count: int) -> tuple[str, ...]:
+        """Children that stage ``index`` of ``count`` does without."""
+        return (() if index == 0 else self.before_layers) + (() if index == count - 1 else self.after_layers)
+
 
 def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
     """Reads and checks the ``pp_plan`` of ``model``. Raises `ValueError` if the model cannot be cut by it.
@@ -61,7 +66,7 @@ def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
             "an architecture with one (Llama, Qwen2, Qwen3, Gemma2, Phi-3, Mixtral, ...) or cut it yourself."
         )
     children = {child: getattr(base, child, None) for child in plan}
-    lists = [child for child, module in children.items() if isinstance(module, nn.ModuleList)]
+    lists = {child: module for child, module in children.items() if isinstance(module, nn.ModuleList)}
     if len(lists) != 1:
         raise ValueError(
             f"the pp_plan of {name} names {len(lists)} lists of layers ({', '.join(lists) or 'none'}) among "
@@ -72,12 +77,11 @@ def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
             f"{name} shares keys and values between layers; a cut would separate layers that need each other."
         )
     names = [child for child, module in children.items() if module is not None]
-    position = names.index(lists[0])
-    layer_list = children[lists[0]]
-    assert isinstance(layer_list, nn.ModuleList)
+    [(layers, layer_list)] = lists.items()
+    position = names.index(layers)
     result = DecoderPlan(
         before_layers=tuple(names[:position]),
-        layers=lists[0],
+        layers=layers,
         after_layers=tuple(names[position + 1 :]),
         layer_count=len(layer_list),
     )
@@ -313,36 +317,22 @@ def load_stage(
 
 
 def _layers_of_stages(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[range, ...]:
-    counts = _checked_layer_counts(layer_count, stages, layer_counts)
-    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-    return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))
-
-
-def _checked_layer_counts(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[int, ...]:
     if (stages is None) == (layer_counts is None):
         raise ValueError("give exactly one of stages (their number) and layer_counts (layers per stage).")
-    if stages is not None:
-        return balanced_layer_counts(layer_count, stages)
-    assert layer_counts is not None
-    counts = tuple(layer_counts)
+    counts = balanced_layer_counts(layer_count, stages) if stages is not None else tuple(layer_counts or ())
     if sum(counts) != layer_count or any(count < 1 for count in counts):
         raise ValueError(
             f"layer_counts {counts} do not fit: each must be at least 1 and their sum the {layer_count} "
             f"layers of the model; got the sum {sum(counts)}."
         )
-    return counts
+    return tuple(range(end - count, end) for count, end in zip(counts, itertools.accumulate(counts), strict=True))
 
 
 def _build_stage(model: PreTrainedModel, plan: DecoderPlan, *, index: int, count: int, layers: range) -> DecoderStage:
     config = _config_of_layers(model.config, layers)
-    is_first, is_last = index == 0, index == count - 1
-    decoder = _copy_with_layers(model, plan, config, layers, keep_head=is_last)
-    base = decoder.base_model
-    dropped = () if is_first else plan.before_layers
-    if not is_last:
-        dropped += plan.after_layers
-    for child in dropped:
-        setattr(base, child, nn.Identity())
+    decoder = _copy_with_layers(model, plan, config, layers, keep_head=index == count - 1)
+    for child in plan.absent(index, count):
+        setattr(decoder.base_model, child, nn.Identity())
     return DecoderStage(decoder, index=index, count=count, layers=layers, config=config)
 
 
@@ -355,17 +345,13 @@ def _copy_with_layers(
     shared[id(model.config)] = config
     all_layers = getattr(model.base_model, plan.layers)
     local_layers = nn.ModuleList(copy.deepcopy(all_layers[layer], shared) for layer in layers)
+    # A cache of the local layers is indexed by what the attention modules believe their number to be.
     for local_index, (layer_index, layer) in enumerate(zip(layers, local_layers, strict=True)):
-        _renumber(layer, layer_index, local_index)
+        for module in layer.modules():
+            if getattr(module, "layer_idx", None) == layer_index:
+                module.layer_idx = local_index  # type: ignore[assignment]
     shared[id(all_layers)] = local_layers
     return copy.deepcopy(source, shared)
-
-
-def _renumber(layer: nn.Module, layer_index: int, local_index: int) -> None:
-    """A cache of the local layers is indexed by what the attention modules believe their number to be."""
-    for module in layer.modules():
-        if getattr(module, "layer_idx", None) == layer_index:
-            module.layer_idx = local_index  # type: ignore[assignment]
 
 
 # Lists of layer numbers, not one entry per layer; used only when a model is built.
@@ -374,19 +360,12 @@ _LISTS_OF_LAYER_NUMBERS = frozenset({"mlp_only_layers"})
 
 def _config_of_layers(config: PretrainedConfig, layers: range) -> PretrainedConfig:
     """A copy of ``config`` for a model of these layers: attributes with one entry per layer are cut too."""
-    layer_count = config.num_hidden_layers
     local = copy.deepcopy(config)
-    per_layer = {
-        name: value[layers.start : layers.stop]
-        for name, value in vars(config).items()
-        if "layer" in name
-        and name not in _LISTS_OF_LAYER_NUMBERS
-        and isinstance(value, (list, tuple))
-        and len(value) == layer_count
-    }
     local.num_hidden_layers = len(layers)
-    for name, value in per_layer.items():
-        setattr(local, name, value)
+    for name, value in vars(config).items():
+        is_list = isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
+        if is_list and "layer" in name and name not in _LISTS_OF_LAYER_NUMBERS:
+            setattr(local, name, value[layers.start : layers.stop])
     return local
 
 
@@ -468,16 +447,16 @@ class _Checkpoint:
 
 def _names_in_stage(model: PreTrainedModel, plan: DecoderPlan, index: int, count: int, layers: range) -> set[str]:
     """Names in the whole model's state dict that are parts of this stage; what the plan does not name is in each."""
-    is_first, is_last = index == 0, index == count - 1
+    absent = plan.absent(index, count)
 
     def is_local(name: str) -> bool:
         prefix, _, rest = name.partition(".")
         if prefix != model.base_model_prefix:
-            return is_last
+            return index == count - 1  # the head
         child, _, rest = rest.partition(".")
         if child == plan.layers:
             return int(rest.partition(".")[0]) in layers
-        return (child not in plan.before_layers or is_first) and (child not in plan.after_layers or is_last)
+        return child not in absent
 
     return {name for name in model.state_dict() if is_local(name)}
 
