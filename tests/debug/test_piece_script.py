@@ -199,6 +199,28 @@ def test_geometry_and_shared_memory(tmp_path: Path) -> None:
     assert len({storage for storage, _ in shared}) == len({pointer for _, pointer in shared}) == len(shared)
 
 
+def test_a_run_writes_tensors_of_its_own_that_share_memory_as_recorded(tmp_path: Path) -> None:
+    def step(hidden_states: Tensor, tail: Tensor) -> Tensor:
+        return hidden_states @ tail.t()
+
+    base = torch.randn(40)
+    (piece,) = pieces_of(step, base[:12].view(3, 4), base[8:20].view(3, 4))
+    path = tmp_path / "script.py"
+    path.write_text(piece_script(piece, "Model#0", {}))
+    script = runpy.run_path(str(path))
+    built = script["build"]({})
+    before = {name: tensor.clone() for name, tensor in built.items()}
+
+    def write_first(piece: object, tensors: dict[str, Tensor], sizes: object) -> tuple[Tensor, ...]:
+        tensors["l_hidden_states_"].fill_(7)
+        return ()
+
+    seen = script["run"](write_first, None, built, {})
+    assert seen["input l_tail_"][0].tolist() == [7.0] * 4, "its first row is the other's last"
+    assert torch.equal(seen["input l_tail_"][1:], before["l_tail_"][1:])
+    assert all(torch.equal(built[name], before[name]) for name in before)
+
+
 def test_integers_stay_in_the_recorded_range(tmp_path: Path) -> None:
     def step(positions: Tensor, mask: Tensor, unknown: Tensor, table: Tensor) -> Tensor:
         return torch.where(mask, table[positions], table[unknown]) @ table.t()
