@@ -624,7 +624,12 @@ def test_llama_with_a_static_cache() -> None:
 @pytest.mark.parametrize(("architecture", "cache"), [("gemma2", "static"), ("gpt2", "dynamic")])
 def test_other_decoders(architecture: str, cache: str) -> None:
     model = make_model(architecture, num_layers=1)
-    greedy_decode(compiled(model), model.config, make_prompts([5, 7]), cache_kind=cache, steps=2)
+    prompts = make_prompts([5, 7])
+    for prompt in prompts:
+        torch._dynamo.mark_dynamic(prompt, 1)
+    greedy_decode(compiled(model), model.config, prompts, cache_kind=cache, steps=2)
+    token_counts = [program.table.token_count for program in ppb.programs()]
+    assert 1 in token_counts and any(isinstance(count, sympy.Symbol) for count in token_counts)
     for program in ppb.programs():
         found = hf_kinds(program)
         assert found.pop("input_ids") == {"per-token"}

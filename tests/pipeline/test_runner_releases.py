@@ -26,6 +26,7 @@ def test_without_the_wait_for_the_last_send_results_are_wrong(monkeypatch: pytes
         results.test_results_are_those_of_one_thread_bit_for_bit(3, None, "cpu")
 
 
+@pytest.mark.usefixtures("one_program")
 def test_only_steps_that_write_results_wait_for_the_last_send(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[int, list[str]] = {}
 

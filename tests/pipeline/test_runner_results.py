@@ -47,6 +47,7 @@ def test_results_are_those_of_one_thread_bit_for_bit(count: int, max_in_flight: 
         torch.testing.assert_close(got["logits"], unsplit["logits"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("one_program")
 @pytest.mark.parametrize("graphs", slow_but(["emulate"], ["off", "emulate"]))
 def test_nothing_is_copied_on_the_way(graphs: str) -> None:
     chosen = sizes(40)

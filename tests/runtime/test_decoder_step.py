@@ -255,7 +255,7 @@ def test_new_caches_are_empty_and_stay_where_they_are() -> None:
 
 
 def test_longer_prompts_run_without_graphs_and_say_so() -> None:
-    model = hf.make_model("llama", LAYERS, SEEDS["llama"])
+    model = hf.make_model("llama", 1, SEEDS["llama"])
     (stage,) = cut_decoder(model, stages=1)
     rank = Rank(DecoderStep(stage))
     rank.warm_up()
@@ -265,13 +265,13 @@ def test_longer_prompts_run_without_graphs_and_say_so() -> None:
     tokens = rank(prompt[0].clone(), torch.arange(MAX_TOKENS + 1), rank.step.new_cache(hf.MAX_CACHE_TOKENS))
     assert torch.equal(tokens, expected)
     assert ppb.stats().programs == before.programs and ppb.stats().replays == before.replays
-    assert ppb.stats().miss_reasons["over-max"] == 1 + LAYERS
+    assert ppb.stats().miss_reasons["over-max"] == 1 + 1
     assert "missed      over-max: " in ppb.explain()
 
 
 def test_several_prompts_at_once_run_without_graphs_and_say_so() -> None:
     """``[batch, tokens]`` with both changing has no one token count; a stage itself takes it, right and un-captured."""
-    model = hf.make_model("llama", LAYERS, SEEDS["llama"])
+    model = hf.make_model("llama", 1, SEEDS["llama"])
     (stage,) = cut_decoder(model, stages=1)
     compiled = torch.compile(stage, backend="pp_piecewise", options=GRAPHS)
     for sequences, num_tokens in [(2, 3), (3, 4), (5, 2), (4, 4), (5, 2), (3, 4)]:
