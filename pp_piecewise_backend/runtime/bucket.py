@@ -251,17 +251,18 @@ class BucketCapture:
             self._memory.pools[name] = self._device.new_pool()
         return self._memory.pools[name]
 
-    def _static_tensor(self, register: int, spec: TensorSpec, block: torch.Tensor) -> StaticTensor:
-        plan = self._plan
-        shape, stride = geometry(spec, plan.symbols(self.bucket.tokens))
-        tensor = tensor_in(block, shape, stride, spec.dtype)
-        return StaticTensor(tensor, spec, token_dims(spec, plan.token_symbol), plan.symbols, block)
+    def _static_tensor(self, spec: TensorSpec, block: torch.Tensor) -> StaticTensor:
+        shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
+        return self._placed(tensor_in(block, shape, stride, spec.dtype), spec, block)
+
+    def _placed(self, tensor: torch.Tensor, spec: TensorSpec, block: torch.Tensor | None = None) -> StaticTensor:
+        return StaticTensor(tensor, spec, token_dims(spec, self._plan.token_symbol), self._plan.symbols, block)
 
     def _take(self, register: int, spec: TensorSpec) -> StaticTensor:
         """Static memory for a value, until its last reader has run."""
         shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
         block = self._memory.blocks.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
-        static = self._static_tensor(register, spec, block)
+        static = self._static_tensor(spec, block)
         self.bucket.static[register] = static
         self._leases[address(block)] = _Lease({register}, [lambda: self._memory.blocks.give_back(block)])
         return static
@@ -286,7 +287,7 @@ class BucketCapture:
             if arrival == "landing":
                 assert plan.stage is not None
                 block = plan.stage.landing(plan.inputs[register].label)
-                self.bucket.static[register] = static = self._static_tensor(register, spec, block)
+                self.bucket.static[register] = static = self._static_tensor(spec, block)
                 if value.data_ptr() != static.tensor.data_ptr():
                     self._fill(static, value)
             elif arrival == "copied":
@@ -323,8 +324,6 @@ class BucketCapture:
 
     def _capture(self, step: int, instruction: Instruction, needs_test: bool) -> None:
         bucket = self.bucket
-        inputs: list[Any] = []
-        outputs: list[Any] = []
         try:
             inputs = inputs_as_wide_as_the_bucket(self._plan, bucket, instruction, self._registers)
             if not instruction.holds(inputs):
@@ -334,6 +333,7 @@ class BucketCapture:
                 self._verdicts.by_step[step] = self._examine(step, instruction, inputs)
             name = OUTPUT_POOL if instruction.piece.writes_stage_outputs else GRAPH_POOL
             graph = self._device.capture(instruction.run, inputs, self._pool(name))
+            places = self._places(graph, instruction)
         except Missed as missed:
             bucket.obstacles[step] = missed.reason
             return
@@ -341,22 +341,9 @@ class BucketCapture:
             # RuntimeError: out of memory, or an op that fails at this size; the call goes on without this graph.
             bucket.obstacles[step] = miss("capture-failed", f"{type(error).__name__}: {error}")
             return
-        outputs = graph.outputs
-        places: list[tuple[int, StaticTensor]] = []
-        for register, output, spec in zip(instruction.outputs, outputs, instruction.piece.output_specs, strict=True):
-            assert spec is not None
-            shape, _ = geometry(spec, self._plan.symbols(bucket.tokens))
-            if not isinstance(output, torch.Tensor) or tuple(output.shape) != shape or output.dtype != spec.dtype:
-                graph.release()
-                bucket.obstacles[step] = miss(
-                    "capture-failed", f"output {register} is {described(output)} where {spec} was traced"
-                )
-                return
-            dims = token_dims(spec, self._plan.token_symbol)
-            places.append((register, StaticTensor(output, spec, dims, self._plan.symbols)))
         bucket.graphs[step] = graph
         given = storage_addresses(inputs)  # what lies elsewhere, the graph allocated
-        for index, (register, static) in enumerate(places):
+        for index, (register, static) in enumerate(zip(instruction.outputs, places, strict=True)):
             bucket.static[register] = static
             if not static.tensor.numel():
                 continue
@@ -368,6 +355,21 @@ class BucketCapture:
                 lease = self._leases[where] = _Lease({register}, [])
             if lease is not None and where not in given:
                 lease.ends.append(partial(graph.release_output, index))
+
+    def _places(self, graph: CapturedGraph, instruction: Instruction) -> list[StaticTensor]:
+        """Where the outputs of a graph lie; raises ``Missed`` where it has others than were traced."""
+        places = []
+        for register, output, spec in zip(
+            instruction.outputs, graph.outputs, instruction.piece.output_specs, strict=True
+        ):
+            assert spec is not None
+            shape, _ = geometry(spec, self._plan.symbols(self.bucket.tokens))
+            if not isinstance(output, torch.Tensor) or tuple(output.shape) != shape or output.dtype != spec.dtype:
+                graph.release()
+                detail = f"output {register} is {described(output)} where {spec} was traced"
+                raise Missed(miss("capture-failed", detail))
+            places.append(self._placed(output, spec))
+        return places
 
     def _is_to_be_examined(self, step: int, needs_test: bool) -> bool:
         if not self._plan.pads or self._plan.instructions[step].piece.padding_reason is not None:
@@ -406,7 +408,7 @@ class BucketCapture:
                 if isinstance(spec, TensorSpec) and token:
                     shape, stride = geometry(spec, plan.symbols(rows))
                     copy = torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
-                    found.append(assign(copy, StaticTensor(value, spec, token, plan.symbols).rows(rows)))
+                    found.append(assign(copy, self._placed(value, spec).rows(rows)))
                 else:
                     found.append(rows if isinstance(spec, SymbolSpec) and spec.symbol == symbol else value)
             return found
@@ -475,7 +477,7 @@ class BucketCapture:
             self._leases[address(static.tensor)].registers.update(register for register, _ in users)
             for register, output_spec in users:
                 assert static.block is not None
-                self.bucket.static[register] = self._static_tensor(register, output_spec, static.block)
+                self.bucket.static[register] = self._static_tensor(output_spec, static.block)
             buffers.append(static)
         return GivenBuffers(hoisted.call, buffers)
 

@@ -54,6 +54,8 @@ class Program:
         self._explain = explain
         self.split = split
         self.table = table
+        self.inputs: tuple[GraphInput, ...] = table.inputs
+        """Its graph inputs, in the order in which it is called with them."""
         self.config = config
         self.compiled = tuple(compiled)
         self.stage = stage
@@ -98,13 +100,8 @@ class Program:
     @property
     def step_seconds(self) -> dict[int, float]:
         """Step -> seconds that it took, with all that it enqueued, when the largest bucket was captured."""
-        buckets = [] if self.graphs is None else [bucket for bucket, _ in self.graphs.buckets]
-        return dict(max(buckets, key=lambda bucket: bucket.tokens).step_seconds) if buckets else {}
-
-    @property
-    def inputs(self) -> tuple[GraphInput, ...]:
-        """Its graph inputs, in the order in which it is called with them."""
-        return self.table.inputs
+        buckets = [] if self.graphs is None else self.graphs.buckets
+        return dict(buckets[0][0].step_seconds) if buckets else {}
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         session = current_session()
@@ -224,6 +221,7 @@ class UnsplitProgram:
     stage = None
     graphs = None
     events = NO_EVENTS
+    __code__ = Program.__code__
 
     def __init__(
         self,
@@ -252,10 +250,6 @@ class UnsplitProgram:
 
     def release(self) -> None:
         """It holds nothing of ours."""
-
-    @property
-    def __code__(self) -> CodeType:
-        return type(self).__call__.__code__
 
     def explain(self) -> str:
         """Why the graph is not split."""

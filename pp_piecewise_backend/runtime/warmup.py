@@ -37,9 +37,8 @@ MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 _SESSION: ContextVar[Session | None] = ContextVar("pp_piecewise_backend.warmup", default=None)
 
 
-def current_session() -> Session | None:
-    """The warm-up that is under way in this thread, if any."""
-    return _SESSION.get()
+current_session = _SESSION.get
+"""The warm-up that is under way in this thread, if any."""
 
 
 @dataclass

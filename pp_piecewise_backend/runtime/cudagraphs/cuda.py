@@ -23,23 +23,18 @@ class CudaPool:
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
-        self._graphs = 0
+        self.graphs = 0
+        """How many graphs hold it."""
 
     def begin(self) -> Any:
         """The id to capture with."""
-        if self._graphs == 0:
+        if self.graphs == 0:
             self.handle = torch.cuda.graph_pool_handle()
         return self.handle
 
-    def hold(self) -> None:
-        self._graphs += 1
-
-    def let_go(self) -> None:
-        self._graphs -= 1
-
     @property
     def held_bytes(self) -> int:
-        if self._graphs == 0:
+        if self.graphs == 0:
             return 0
         return sum(
             segment["total_size"]
@@ -56,7 +51,7 @@ class CudaGraph:
     ) -> None:
         self._graph = graph
         self._pool: CudaPool | None = pool
-        pool.hold()
+        pool.graphs += 1
         self.replay = graph.replay
         self._strong: list[Any] = [
             o if isinstance(o, torch.Tensor) and address(o) not in input_storages else None for o in outputs
@@ -73,14 +68,12 @@ class CudaGraph:
         self.replay = released
         self._graph.reset()
         if self._pool is not None:
-            self._pool.let_go()
+            self._pool.graphs -= 1
             self._pool = None
 
 
 class CudaDevice:
     """Real CUDA graphs on the current device."""
-
-    name = "cuda"
 
     def new_pool(self) -> CudaPool:
         return CudaPool()

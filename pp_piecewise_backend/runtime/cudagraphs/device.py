@@ -46,8 +46,6 @@ class Pool(Protocol):
 class Device(Protocol):
     """Where graphs live."""
 
-    name: str
-
     def new_pool(self) -> Pool: ...
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: Any) -> CapturedGraph:

@@ -80,8 +80,6 @@ class EmulatedGraph:
 class EmulatedDevice:
     """Graphs without a GPU, as strict as real ones about addresses, reuse of memory, random ops and host reads."""
 
-    name = "emulate"
-
     def __init__(self, compiler_runs_ops: bool = True) -> None:
         self._records_ops = compiler_runs_ops
 
