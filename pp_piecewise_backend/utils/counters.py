@@ -134,11 +134,13 @@ class Amounts:
 
     def add_to(self, stats: Stats) -> None:
         """Add them. Nothing is summed up before somebody reads: a call has no time for that."""
-        for each in stats._with_ancestors():
+        for each in stats._with_ancestors:
             times = each._times
             with each._lock:
                 times[self] = times.get(self, 0) + 1
-                if len(times) > MAX_TO_SUM_UP:
+        if len(stats._times) > MAX_TO_SUM_UP:
+            for each in stats._with_ancestors:
+                with each._lock:
                     each._sum_up()
 
 
@@ -150,7 +152,7 @@ class Stats:
     """
 
     def __init__(self, parent: Stats | None = None) -> None:
-        self._ancestors: tuple[Stats, ...] = () if parent is None else parent._with_ancestors()
+        self._with_ancestors: tuple[Stats, ...] = (self, *(() if parent is None else parent._with_ancestors))
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = {name: counter.zero for name, counter in COUNTERS.items()}
         self._miss_reasons: dict[str, int] = {}
@@ -175,7 +177,7 @@ class Stats:
         """Count compute pieces that ran un-captured although graphs are on, all for one reason."""
         if pieces < 0:
             raise ValueError(f"cannot count {pieces} missed pieces")
-        for stats in self._with_ancestors() if pieces else ():
+        for stats in self._with_ancestors if pieces else ():
             with stats._lock:
                 stats._miss_reasons[reason] = stats._miss_reasons.get(reason, 0) + pieces
 
@@ -195,9 +197,6 @@ class Stats:
             self._sum_up()
             self._counts.update({name: c.zero for name, c in COUNTERS.items() if not c.is_gauge})
             self._miss_reasons.clear()
-
-    def _with_ancestors(self) -> tuple[Stats, ...]:
-        return (self, *self._ancestors)
 
     def _sum_up(self) -> None:
         """Turn what was added into counts; the caller holds the lock."""
