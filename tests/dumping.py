@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,16 @@ def run_small(folder: Path, module: nn.Module | None = None, **options: Any) -> 
     result = run(torch.randn(3, 4))
     backend.dumps.finish()
     return result
+
+
+def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, list[str | None]]) -> int:
+    """Of processes that dump the small model into one folder, with these values of ``RANK``."""
+    os.environ.pop("RANK", None)
+    if (name := job["ranks"][rank]) is not None:
+        os.environ["RANK"] = name
+    torch.set_grad_enabled(False)
+    run_small(folder / "dumps")
+    return 0
 
 
 def run_toy_stage(folder: Path, num_layers: int = 2, sizes: tuple[int, ...] = (5, 6), **options: Any) -> ToyStage:

@@ -30,7 +30,7 @@ from pp_piecewise_backend.debug.summary import BucketEntry, Graphs, MissEntry
 from pp_piecewise_backend.runtime.hooks import NO_EVENTS, Events
 from pp_piecewise_backend.runtime.program import Program
 from pp_piecewise_backend.utils.reasons import miss
-from tiers import slow_but
+from rank_processes import run_ranks
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -142,7 +142,7 @@ def test_final_counters_of_a_program_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_inductor_output_is_there(tmp_path: Path) -> None:
-    run_small(tmp_path, compiler="inductor")
+    run_small(tmp_path, nn.Linear(4, 4), compiler="inductor")
     (folder,) = program_folders(tmp_path)
     assert "def call(" in (folder / "piece_00_inductor.py").read_text()
 
@@ -353,38 +353,21 @@ def test_somebody_reads_while_it_is_written(tmp_path: Path) -> None:
     assert len({count for _, count in seen}) > 1, "nothing was written meanwhile"
 
 
-RUN_SMALL = "import sys, torch; from dumping import *; torch.set_grad_enabled(False); run_small(Path(sys.argv[1]))"
-
-
-def in_processes(folder: Path, ranks: list[str | None]) -> list[str]:
-    """Run the small model in one process per rank at the same time; what each said."""
-    processes = []
-    for rank in ranks:
-        environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-        environment |= {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"} | ({} if rank is None else {"RANK": rank})
-        command = [sys.executable, "-c", RUN_SMALL, str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(ranks), said
-    return said
-
-
 @pytest.mark.parametrize(
     ("ranks", "folders"),
-    slow_but(
-        [(["1", "1"], ["rank_1", "rank_1.2"])],
-        [
-            (["1", "1"], ["rank_1", "rank_1.2"]),
-            ([None, "1", "1"], ["rank_0", "rank_1", "rank_1.2"]),
-        ],
-    ),
+    [
+        (["1", "1"], ["rank_1", "rank_1.2"]),
+        ([None, "1", "1"], ["rank_0", "rank_1", "rank_1.2"]),
+    ],
 )
 def test_ranks_and_processes_with_the_same_rank_share_a_directory(
     ranks: list[str | None], folders: list[str], tmp_path: Path
 ) -> None:
-    said = in_processes(tmp_path, ranks)
-    assert sorted(path.name for path in tmp_path.iterdir()) == folders
-    summaries = [summary_of(folder) for folder in program_folders(tmp_path)]
+    ended = run_ranks("dumping:one_rank", len(ranks), tmp_path, {"ranks": ranks})
+    assert [rank.exit_code for rank in ended] == [0] * len(ranks), ended
+    said, dumped = [rank.log for rank in ended], tmp_path / "dumps"
+    assert sorted(path.name for path in dumped.iterdir()) == folders
+    summaries = [summary_of(folder) for folder in program_folders(dumped)]
     assert [summary.rank for summary in summaries] == [int(rank or 0) for rank in ranks]
     assert len({summary.process_id for summary in summaries}) == len(ranks)
     assert [text.count("is there already") for text in said if text.count("is there already")] == [1]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from captured import misses_between
 from models.toy_stage import SPLIT_OPS, ToyStage
+from one_program import for_every_size
 from pp_piecewise_backend import Proxy, Stage
 from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewiseWarning
 from pp_piecewise_backend.runtime import padding_test
@@ -39,7 +40,7 @@ def compiled_stage(module: nn.Module, **options: Any) -> Any:
 
 
 def inputs_of(stage: ToyStage) -> Callable[[int], tuple[tuple[()], dict[str, Any]]]:
-    return lambda num_tokens: ((), stage.make_inputs(num_tokens, seed=num_tokens))
+    return lambda num_tokens: ((), for_every_size(stage.make_inputs(num_tokens, seed=num_tokens)))
 
 
 def graphs_held() -> int:
@@ -89,6 +90,7 @@ def test_capture_in_warmup_only() -> None:
         run(**stage.make_inputs(MAX_TOKENS + 1))
 
 
+@pytest.mark.usefixtures("one_program")
 def test_warming_up_twice_captures_once() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     run = compiled_stage(stage)
@@ -114,6 +116,7 @@ def test_only_the_sizes_asked_for() -> None:
         run(**stage.make_inputs(3))
 
 
+@pytest.mark.usefixtures("one_program")
 def test_sealed_after_it() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     run = compiled_stage(stage, strict=1)
@@ -174,13 +177,14 @@ def test_landing_memory_is_as_before() -> None:
         run(**{**module.make_inputs(5), **stage.views(5)})
 
 
+@pytest.mark.usefixtures("one_program")
 def test_generators_are_as_before() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     before = torch.get_rng_state()
 
     def make_inputs(num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
         torch.rand(3)
-        return (), stage.make_inputs(num_tokens)
+        return (), for_every_size(stage.make_inputs(num_tokens))
 
     ppb.warmup(compiled_stage(stage), make_inputs)
     assert torch.equal(torch.get_rng_state(), before)
@@ -197,6 +201,7 @@ def test_calls_of_it_are_not_counted() -> None:
     assert ppb.stats().captures == graphs_held() > 0
 
 
+@pytest.mark.usefixtures("one_program")
 def test_an_error_leaves_no_session_and_no_writes() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     run = compiled_stage(stage)
@@ -214,6 +219,7 @@ def test_an_error_leaves_no_session_and_no_writes() -> None:
 # ------------------------------------------------------------------------------- what it says
 
 
+@pytest.mark.usefixtures("one_program")
 def test_one_line_in_the_log(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     with caplog.at_level(logging.INFO, "pp_piecewise_backend"):
@@ -336,6 +342,7 @@ def tensors_alive() -> int:
     return sum(type(item) is Tensor for item in gc.get_objects())
 
 
+@pytest.mark.usefixtures("one_program")
 def test_release_and_warmup_again_leave_no_memory_behind() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     run = compiled_stage(stage)
