@@ -186,7 +186,7 @@ class Bench:
             if name in ("unchecked", "dispatch", "staging"):
                 stack.enter_context(replaced(self.graphs, "_hand_over", lambda *_: None))
             if name == "unchecked":
-                addresses = self.graphs._parameter_addresses(self.args)
+                addresses, _ = self.graphs._last_set  # the very tuple, so that comparing it costs nothing either
                 stack.enter_context(replaced(self.graphs, "_parameter_addresses", lambda args: addresses))
                 stack.enter_context(replaced(self.graphs, "_meets_written_memory", lambda args: False))
             if name == "dynamo_unguarded":

@@ -57,7 +57,8 @@ class GraphPlan:
         """The symbol that counts tokens; None in a graph with a static token count."""
         self.token_source = _token_source(inputs, symbol)
         """Position of the argument that tells the token count, and its dimension if it is a tensor."""
-        counts = _token_counts(steps, symbol)
+        symbols = [spec for step in steps for spec in step.piece.input_specs if isinstance(spec, SymbolSpec)]
+        counts = [spec for spec in symbols if spec.symbol == symbol]  # what the pieces know about its range
         self.smallest_tokens = max([1, *(spec.lower for spec in counts if spec.lower is not None)])
         """The smallest token count that the graph is valid for."""
         ladder = Ladder.from_ranges(config.capture_sizes, config.max_tokens if stage is None else stage.max_tokens)
@@ -164,12 +165,6 @@ def _token_source(inputs: Sequence[GraphInput], symbol: sympy.Symbol | None) -> 
         if graph_input.spec is not None and (dims := token_dims(graph_input.spec, symbol)):
             return at, dims[0]
     return None
-
-
-def _token_counts(steps: Sequence[Instruction], symbol: sympy.Symbol | None) -> list[SymbolSpec]:
-    """What the pieces know about the range of the token count."""
-    specs = [spec for step in steps for spec in step.piece.input_specs]
-    return [spec for spec in specs if isinstance(spec, SymbolSpec) and spec.symbol == symbol]
 
 
 def _graph_device(inputs: Sequence[GraphInput]) -> torch.device:

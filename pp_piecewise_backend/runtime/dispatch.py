@@ -106,8 +106,8 @@ class Graphs:
         self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
-        written, self._copied = plan.unseen_aliases
-        self._written = picker(written) if written else None
+        written, copied = plan.unseen_aliases
+        self._written, self._copied = picker(written) if written else None, picker(copied)
         self._written_pointers: tuple[int, ...] = ()
         self._written_memory: set[int] = set()
         """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
@@ -176,7 +176,10 @@ class Graphs:
         if parameters is None:
             if self._sets_captured >= MAX_CAPTURED_SETS:
                 raise Missed(miss("moved-too-often", f"{self._sets_captured} sets of parameters were captured already"))
-            parameters = self._new_set(key)
+            if len(self._sets) >= MAX_PARAMETER_SETS:
+                _, oldest = self._sets.popitem(last=False)
+                oldest.release()
+            parameters = self._sets[key] = ParameterSet()
         self._sets.move_to_end(key)
         self._last_set = key, parameters
         return parameters
@@ -224,15 +227,16 @@ class Graphs:
         """Whether pieces would read a copy of what an eager step of this very call writes."""
         if self._written is None:
             return False
-        smallest = self.plan.smallest_written_bytes
-        if all(args[position].untyped_storage().nbytes() < smallest for position in self._copied):
+        copied = self._copied(args)
+        sizes_bytes = map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, copied))
+        if max(sizes_bytes) < self.plan.smallest_written_bytes:
             return False
         written = self._written(args)
         pointers = tuple(map(torch.Tensor.data_ptr, written))
         if pointers != self._written_pointers:
             self._written_pointers = pointers
             self._written_memory = {address(tensor) for tensor in written if tensor.numel()}
-        return any(address(args[position]) in self._written_memory for position in self._copied)
+        return any(address(tensor) in self._written_memory for tensor in copied)
 
     def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
@@ -289,13 +293,6 @@ class Graphs:
             results[index] = results[index].clone()
 
     # ------------------------------------------------------------------------- capturing
-
-    def _new_set(self, key: tuple[Any, ...]) -> ParameterSet:
-        if len(self._sets) >= MAX_PARAMETER_SETS:
-            _, oldest = self._sets.popitem(last=False)
-            oldest.release()
-        parameters = self._sets[key] = ParameterSet()
-        return parameters
 
     def _check_may_capture(self, parameters: ParameterSet, num_tokens: int, size: int, session: Session | None) -> None:
         """Raises ``Missed`` if this call does not capture the bucket."""
