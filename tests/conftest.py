@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,17 @@ from tiers import TimeLimit, mark_default
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Keep pytest from listening to torch's structured trace, which is only written where someone listens.
+
+    It takes a seventh of the time in which a test compiles.
+    """
+    trace = logging.getLogger("torch.__trace")
+    trace.handlers[:] = [handler for handler in trace.handlers if not type(handler).__module__.startswith("_pytest.")]
+    return (yield)
 
 
 @pytest.fixture(autouse=True)
