@@ -216,6 +216,7 @@ CAPTURE_SIZES = TextForm(
 )
 BYTES = TextForm(_read_bytes, _write_bytes, "a number of bytes such as 1048576, 512K, 64M or 2G, or 'unlimited'")
 NAMES = TextForm(_read_names, _write_items, "argument names separated by commas, or 'none'")
+PATTERNS = TextForm(lambda value: tuple(dict.fromkeys(_items(value))), _write_items, "names or globs, or 'none'")
 FOLDER = TextForm(_read_folder, lambda value: "unset" if value is None else str(value), "a folder's path")
 
 
@@ -284,6 +285,12 @@ class Config:
         NAMES,
         "Names of the proxy tensors that the previous stage sends.",
     ] = ("hidden_states", "residual")
+    row_wise_ops: Annotated[
+        tuple[str, ...],
+        PATTERNS,
+        "Names or globs of custom ops in which each row of the results is made from the same row of the arguments "
+        "only, besides the built-in list; pieces with any other custom op are not padded.",
+    ] = ()
     padding: Annotated[
         Padding,
         _one_of(Padding),
@@ -347,8 +354,9 @@ class Config:
         if not isinstance(options, Mapping):
             raise errors.ConfigError(errors.options_not_a_mapping(options))
         for name in options:
-            if not isinstance(name, str):
-                raise errors.ConfigError(errors.unknown_option(name, FIELD_NAMES))
+            if name not in OPTIONS:
+                # The backend takes a Stage out of the options before they come here.
+                raise errors.ConfigError(errors.unknown_option(name, (*FIELD_NAMES, "stage")))
         return cls(**options)
 
     @property

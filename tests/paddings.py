@@ -25,11 +25,13 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def paddings(function: Callable[..., Any], *inputs: Tensor, split_ops: str = "+traitstest::*") -> list[str]:
+def paddings(
+    function: Callable[..., Any], *inputs: Tensor, split_ops: str = "+traitstest::*", **more: str
+) -> list[str]:
     """What the graph says of padding each compute piece of a function; all sizes of dimension 0 are one symbol."""
     for tensor in inputs:
         torch._dynamo.mark_dynamic(tensor, 0)
-    options = {"compiler": "eager", "graphs": "emulate", "split_ops": split_ops}
+    options = {"compiler": "eager", "graphs": "emulate", "split_ops": split_ops, **more}
     torch.compile(function, backend="pp_piecewise", options=options, fullgraph=True)(*inputs)
     (program,) = ppb.programs()
     assert isinstance(program, Program), ppb.explain()

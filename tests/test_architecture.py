@@ -30,7 +30,7 @@ ORDER = (
     "compilation.placeholders",
     "compilation.attention",
     "compilation.partition",
-    "compilation.op_table",
+    "compilation.row_rules",
     "compilation.padding_rules",
     "compilation.cache_key",
     "compilation.split",

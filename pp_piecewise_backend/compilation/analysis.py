@@ -199,6 +199,8 @@ class _Walk(Interpreter):
         self._facts: dict[Node, NodeFacts] = {}
         self._recorder = _OpRecorder(self._known_storage)
         self._open_autocast: dict[Node, object] = {}
+        self._grad_modes: list[bool] = []
+        """Before each inference mode that is open."""
         self._sizes: dict[sympy.Symbol, int] = {}
         """The number that each symbol stands for in this run."""
         self._symbols: dict[sympy.Symbol, SymbolSpec] = {}
@@ -224,7 +226,7 @@ class _Walk(Interpreter):
             stack.enter_context(self._fake_mode)
             self._read_inputs(placeholders)
             stack.enter_context(self._recorder)
-            stack.callback(_leave_autocast, self._open_autocast)
+            stack.callback(leave_autocast, self._open_autocast)
             self.run(initial_env=self.env, enable_io_processing=False)
             needs_gradient = self._gradient_inputs(placeholders)
         return GraphFacts(
@@ -246,6 +248,11 @@ class _Walk(Interpreter):
             torch_compat.exit_autocast(self._open_autocast.pop(n.args[0]))  # type: ignore[arg-type]
         elif n.target is torch_compat.set_grad_enabled and n in self._regions.dropped:
             torch_compat.set_grad_enabled(n.args[0])
+        elif n.target is torch_compat.enter_inference_mode and n in self._regions.dropped:
+            self._grad_modes.append(torch.is_grad_enabled())
+            torch_compat.set_grad_enabled(torch.is_grad_enabled() and not n.args[0])
+        elif n.target is torch_compat.exit_inference_mode and n in self._regions.dropped:
+            torch_compat.set_grad_enabled(self._grad_modes.pop())
         elif n.op.startswith("call_") and n not in self._regions.dropped:
             return self._call_and_note(n)
         return None
@@ -489,6 +496,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch_compat.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _leave_autocast(open_autocast: dict[Node, object]) -> None:
+def leave_autocast(open_autocast: dict[Any, object]) -> None:
+    """Leave these autocast regions, the innermost one first."""
     while open_autocast:
         torch_compat.exit_autocast(open_autocast.popitem()[1])

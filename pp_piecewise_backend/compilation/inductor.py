@@ -1,11 +1,4 @@
-"""From a piece to a callable, once per distinct piece: the only door to ``torch._inductor``.
-
-Note [private shapes]
-Compilers add guards to the shape environment under which they trace: ``s <= 4096`` for a softmax, ``Eq(s, 10)`` for a
-pooling [ran]. In Dynamo's environment these would break the user's ``mark_dynamic`` or cost a recompile. Each piece
-is therefore compiled in an environment of its own, and what the compiler came to rely on is kept as data: where it
-does not hold, the piece runs as plain FX.
-"""
+"""From a piece to a callable, once per distinct piece: the only door to ``torch._inductor``."""
 
 from __future__ import annotations
 
@@ -24,7 +17,7 @@ import torch
 
 from ..config import Config
 from ..utils import torch_compat
-from .specs import Dim, SymbolSpec, TensorSpec, evaluate
+from .specs import FakeInputs
 from .split import Piece
 
 _OWN_GRAPHS_OFF = {"triton.cudagraphs": False, "triton.cudagraph_trees": False}
@@ -127,57 +120,9 @@ def _compile(piece: Piece, key: tuple[object, ...], compiler: str) -> CompiledPi
 
 def _compiled(piece: Piece, compiler: str) -> tuple[Callable[..., Any], tuple[sympy.Basic, ...]]:
     """What the compiler made of a piece, and the conditions under which it holds."""
-    shapes = _PrivateShapes(piece.input_specs)
+    shapes = FakeInputs(piece.input_specs)
     settings = {"config_patches": dict(_OWN_GRAPHS_OFF)} if compiler == "inductor" else {}
     with torch.inference_mode(False), torch.no_grad(), torch_compat.private_tracing(shapes.fake_mode):
         graph_module = copy.deepcopy(piece.graph_module)
         call = torch_compat.stock_backend(compiler)(graph_module, shapes.inputs, **settings)
     return call, shapes.conditions()
-
-
-class _PrivateShapes:
-    """Fake inputs for one piece in a shape environment of its own; see Note [private shapes]."""
-
-    def __init__(self, specs: Sequence[TensorSpec | SymbolSpec | None]) -> None:
-        self._env = torch_compat.new_shape_env()
-        self.fake_mode = torch_compat.FakeTensorMode(shape_env=self._env)
-        self._given = [spec for spec in specs if isinstance(spec, SymbolSpec)]
-        symints = {
-            spec.symbol: torch_compat.new_symbol(self._env, f"s{index}", spec.hint, spec.lower, spec.upper)
-            for index, spec in enumerate(self._given)
-        }
-        self._hints = {spec.symbol: spec.hint for spec in self._given if spec.hint is not None}
-        self._private = {symbol: torch_compat.symint_expression(symint) for symbol, symint in symints.items()}
-        with self.fake_mode:
-            self.inputs: list[Any] = [
-                symints[spec.symbol] if isinstance(spec, SymbolSpec) else self._tensor(spec)
-                for spec in specs
-                if spec is not None
-            ]
-
-    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
-        shape = [self._integer(dim) for dim in spec.shape]
-        stride = [self._integer(dim) for dim in spec.stride]
-        return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
-
-    def _integer(self, dim: Dim) -> int | torch.SymInt:
-        if isinstance(dim, int):
-            return dim
-        hint = evaluate(dim, self._hints) if dim.free_symbols <= self._hints.keys() else None
-        return torch_compat.symint_from_expression(self._env, dim.xreplace(self._private), hint)
-
-    def conditions(self) -> tuple[sympy.Basic, ...]:
-        """What the compiler relied on beyond the ranges that it was given."""
-        found = list(torch_compat.shape_env_conditions(self._env))
-        ranges = torch_compat.shape_env_ranges(self._env)
-        canonical = {}
-        for index, spec in enumerate(self._given):
-            symbol = self._private[spec.symbol]
-            canonical[symbol] = sympy.Symbol(f"s{index}")
-            lower, upper = ranges[symbol]
-            if lower is not None and (spec.lower is None or lower > spec.lower):
-                found.append(sympy.Ge(symbol, lower, evaluate=False))
-            if upper is not None and (spec.upper is None or upper < spec.upper):
-                found.append(sympy.Le(symbol, upper, evaluate=False))
-        renamed = dict.fromkeys(condition.xreplace(canonical) for condition in found)
-        return tuple(condition for condition in renamed if condition != sympy.true)

@@ -1,30 +1,45 @@
 """What a step does beyond its geometry: whether it is random, what it writes, whether padded rows could change it.
 
 Note [padding rules]
-A piece may run on more rows than are real only if no real row changes. What the graph alone shows is decided here:
+A piece may run on more rows than are real only if no real row changes, and this must be known:
 
 R1  every tensor that crosses its border has the bare token count in its shape, or no token count at all;
 R2  it writes nothing that outlives the call, stage inputs excepted;
+R3  rows stay apart in each of its ops, by a rule for that op (see Note [rows stay apart]);
 R4  it uses the token count as a size only, never as a value: not in ``x / n``, nor to build a mask.
 
-Ops that choose rows by their values (sort, top-k or scatter along the tokens), ops that mix tokens (see
-``op_table.py``), and indices that are made from floats are refused too. All else is put to the test with poisoned
-padded rows (rule R3, see ``padding_test.py``). A test is no proof, hence these rules before it.
+Nor may it draw random numbers, as many as there are rows, or index by integers made from floats, which may be anything
+in padded rows. What is proven so is then tried: padded rows are poisoned in ``padding_test.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import sympy
-from torch.fx import Node
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
 
-from .analysis import RANDOM, GraphFacts
-from .op_table import CASTS, INDEXING, Op, size_arguments
+from ..utils import torch_compat
+from .analysis import RANDOM, GraphFacts, leave_autocast
+from .fx_utils import op_name, op_names
 from .partition import is_allocation
-from .specs import Dim, SymbolSpec, TensorSpec, symbols_of
+from .row_rules import (
+    Call,
+    has_odd_sizes,
+    indices_of,
+    makes_integers_from_floats,
+    rule_for,
+    tensors_in,
+    uses_token_count,
+    writes_rows_into_other_memory,
+)
+from .specs import Dim, FakeInputs, SymbolSpec, TensorSpec, symbols_of
 
 
 @dataclass(frozen=True)
@@ -37,14 +52,6 @@ class Traits:
     """Names of its inputs whose memory it writes."""
     written_storages: frozenset[int] = frozenset()
     """Storages of these inputs."""
-    token_values: tuple[str, ...] = ()
-    """Ops that use the token count as a value (R4)."""
-    selects_tokens: tuple[str, ...] = ()
-    """Ops that choose rows among the tokens by their values."""
-    mixes_tokens: tuple[str, ...] = ()
-    """Ops whose result for one token depends on other tokens."""
-    float_indices: tuple[str, ...] = ()
-    """Ops that index by integers made from floats."""
     allocations: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Uninitialised tensors made in the step that later steps read, by node name: usual for the output of attention."""
     uninitialised: tuple[bool, ...] = ()
@@ -58,27 +65,28 @@ def token_dims(spec: TensorSpec, token_count: Dim | None) -> tuple[int, ...]:
     return tuple(dim for dim, size in enumerate(spec.shape) if size == token_count)
 
 
-def padding_reason(
-    traits: Traits,
-    input_specs: Sequence[TensorSpec | SymbolSpec | None],
-    output_specs: Sequence[TensorSpec | None],
-    token_count: Dim | None,
-    stage_inputs: Sequence[str],
-) -> str | None:
-    """Why a step must not run on padded rows, as far as the graph shows; None if nothing speaks against it."""
-    if not isinstance(token_count, sympy.Symbol):
-        return "the token count is static, so no call is padded"
-    step = _Padded(traits, (*input_specs, *output_specs), token_count, stage_inputs)
-    return next((reason for _, check in PADDING_RULES if (reason := check(step)) is not None), None)
-
-
-class _Padded(NamedTuple):
+class PaddedStep(NamedTuple):
     """A step as the padding rules look at it."""
 
+    graph_module: GraphModule
+    key: str
+    """Equal for steps with equal meaning."""
     traits: Traits
-    border_specs: Sequence[TensorSpec | SymbolSpec | None]
-    token_count: sympy.Symbol
+    input_specs: Sequence[TensorSpec | SymbolSpec | None]
+    output_specs: Sequence[TensorSpec | None]
+    token_count: Dim | None
     stage_inputs: Sequence[str]
+    row_wise_ops: Sequence[str]
+    """Names or globs of the user's, besides ``ROW_WISE_OPS``."""
+    verdicts: dict[object, str | None]
+    """What the rules for ops say of equal steps; the steps of one graph share it."""
+
+
+def padding_reason(step: PaddedStep) -> str | None:
+    """Why a step must not run on padded rows; None if none of the real ones can change."""
+    if not isinstance(step.token_count, sympy.Symbol):
+        return "the token count is static, so no call is padded"
+    return next((reason for _, check in PADDING_RULES if (reason := check(step)) is not None), None)
 
 
 def outliving_writes(traits: Traits, stage_inputs: Iterable[str]) -> list[str]:
@@ -86,42 +94,21 @@ def outliving_writes(traits: Traits, stage_inputs: Iterable[str]) -> list[str]:
     return [name for name in traits.writes if name not in stage_inputs]
 
 
-def _randomness(step: _Padded) -> str | None:
+def _randomness(step: PaddedStep) -> str | None:
     return "it draws random numbers, as many as there are rows" if step.traits.random else None
 
 
-def _outliving_writes(step: _Padded) -> str | None:
+def _outliving_writes(step: PaddedStep) -> str | None:
     names = outliving_writes(step.traits, step.stage_inputs)
     return f"R2: it writes {', '.join(names)}, which outlives the call" if names else None
 
 
-def _uncuttable_border(step: _Padded) -> str | None:
-    for spec in step.border_specs:
+def _uncuttable_border(step: PaddedStep) -> str | None:
+    assert isinstance(step.token_count, sympy.Symbol)
+    for spec in (*step.input_specs, *step.output_specs):
         if isinstance(spec, TensorSpec) and (why := _uncuttable(spec, step.token_count)):
             return f"R1: {spec} crosses its border, {why}"
     return None
-
-
-def _ops(trait: str, sentence: str) -> Callable[[_Padded], str | None]:
-    """A rule that refuses every step with ops of this trait; ``sentence`` names them."""
-
-    def check(step: _Padded) -> str | None:
-        ops = dict.fromkeys(getattr(step.traits, trait))
-        return sentence.format(", ".join(ops)) if ops else None
-
-    return check
-
-
-PADDING_RULES: tuple[tuple[str, Callable[[_Padded], str | None]], ...] = (
-    ("random", _randomness),
-    ("R2", _outliving_writes),
-    ("R1", _uncuttable_border),
-    ("R4", _ops("token_values", "R4: the token count is used as a value by {}")),
-    ("selection", _ops("selects_tokens", "rows are chosen by their values by {}")),
-    ("mixing", _ops("mixes_tokens", "tokens mix in {}")),
-    ("float indices", _ops("float_indices", "padded rows may hold any float, and {} index by them")),
-)
-"""Name and check of each rule, in the order in which they are asked; the first that refuses says why."""
 
 
 def _uncuttable(spec: TensorSpec, token_count: sympy.Symbol) -> str | None:
@@ -131,6 +118,200 @@ def _uncuttable(spec: TensorSpec, token_count: sympy.Symbol) -> str | None:
     if token_count in symbols_of((spec.storage_offset,)):
         return f"which begins at {spec.storage_offset} in its memory"
     return None
+
+
+def _rows_that_mix(step: PaddedStep) -> str | None:
+    dims = (isinstance(spec, TensorSpec) and token_dims(spec, step.token_count) for spec in step.input_specs)
+    key = (step.key, *dims)
+    if key not in step.verdicts:
+        step.verdicts[key] = _follow_ops(step)
+    return step.verdicts[key]
+
+
+def _follow_ops(step: PaddedStep) -> str | None:
+    assert isinstance(step.token_count, sympy.Symbol)
+    fakes = FakeInputs(step.input_specs, odd=True)
+    token_count = fakes.private_symbol(step.token_count)
+    if token_count is None:
+        return None  # it takes no tokens, and makes none
+    walk = _Walk(step.graph_module, token_count, (*ROW_WISE_OPS, *step.row_wise_ops))
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch_compat.private_tracing(fakes.fake_mode))
+            stack.callback(torch_compat.leave_functorch, torch_compat.functorch_level())
+            stack.callback(leave_autocast, walk.open_autocast)
+            stack.enter_context(torch_compat.enable_python_dispatcher())  # else some ops fix symbolic sizes [ran]
+            stack.enter_context(fakes.fake_mode)
+            stack.enter_context(walk.follow)
+            walk.run(*fakes.inputs)
+    except _Refused as refused:
+        return str(refused)
+    except Exception as error:
+        return f"R3: {walk.follow.label} cannot be followed on fake tensors: {type(error).__name__}: {error}"
+    if fakes.fixes(token_count):
+        return "R4: the token count is used as a value: its graph holds for one token count only"
+    return None
+
+
+PADDING_RULES: tuple[tuple[str, Callable[[PaddedStep], str | None]], ...] = (
+    ("random", _randomness),
+    ("R2", _outliving_writes),
+    ("R1", _uncuttable_border),
+    ("ops", _rows_that_mix),
+)
+"""Name and check of each rule, in the order in which they are asked; the first that refuses says why."""
+
+
+# ----------------------------------------------------------------------------- following the ops
+
+
+ROW_WISE_OPS: tuple[str, ...] = (
+    # What engines call their fused norms, activations and rotary embeddings, whichever library they come from.
+    "*::*rms_norm*",
+    "*::*rmsnorm*",
+    "*::*silu_and_mul*",
+    "*::*gelu*_and_mul*",
+    "*::*rotary_embedding*",
+    # vLLM: quantised products and experts.
+    "_C::*scaled_mm*",
+    "_C::*gemm*",
+    "_C::*quant*",
+    "_moe_C::topk_softmax",
+    "vllm::moe_forward*",
+    # Sums over tensor-parallel ranks.
+    "vllm::all_reduce",
+    "_c10d_functional::all_reduce*",
+    "_c10d_functional::wait_tensor",
+)
+"""Custom ops in which rows stay apart, by name or glob; ``row_wise_ops`` adds to them."""
+
+
+def is_declared_row_wise(node: Node, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in op_names(node) for pattern in patterns)
+
+
+class _Refused(Exception):
+    """An op does not let rows stay apart, or nobody says that it does; the message names it."""
+
+
+class _Walk(Interpreter):
+    """One run of a piece on fake tensors whose token count is a symbol."""
+
+    def __init__(self, graph_module: GraphModule, token_count: sympy.Symbol, row_wise_ops: Sequence[str]) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self.follow = _Follow(token_count)
+        self.open_autocast: dict[Any, object] = {}
+        self._row_wise_ops = row_wise_ops
+
+    def run_node(self, n: Node) -> Any:
+        self.follow.label = op_name(n)
+        self.follow.is_row_wise = is_declared_row_wise(n, self._row_wise_ops)
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.nn.functional.scaled_dot_product_attention:
+            # Asked as a whole: of which ops it consists depends on the machine.
+            op = torch.ops.aten.scaled_dot_product_attention.default
+            return self.follow.checked(op, args, kwargs, _like_attention)
+        if isinstance(target, torch_compat.HigherOrderOperator) and target.name() in _RUN_THEIR_BODY:
+            body, *rest = args
+            inner = _Walk(body, self.follow.token_count, self._row_wise_ops)
+            inner.follow, inner.open_autocast = self.follow, self.open_autocast
+            return inner.run(*rest)
+        if target is torch.nn.functional.one_hot:
+            self.follow.check_indices(args[:1])  # on fake tensors it compares, on real ones it indexes
+        if target is torch_compat.enter_autocast:
+            opened = torch_compat.enter_autocast(*args)
+            self.open_autocast[opened] = opened
+            return opened
+        if target is torch_compat.exit_autocast:
+            return torch_compat.exit_autocast(self.open_autocast.pop(args[0]))
+        return super().call_function(target, args, kwargs)
+
+
+def _like_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A fake result of attention."""
+    same = query.shape == value.shape
+    return torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+_RUN_THEIR_BODY = frozenset({"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"})
+"""Higher-order ops that run the graph that they take on their other arguments, and nothing else."""
+
+
+class _Follow(torch_compat.TorchDispatchMode):
+    """Asks, for each ATen op that a node runs, whether rows stay apart; see Note [rows stay apart]."""
+
+    def __init__(self, token_count: sympy.Symbol) -> None:
+        super().__init__()
+        self.token_count = token_count
+        self.label = ""
+        """The op of the graph that runs, as messages name it."""
+        self.is_row_wise = False
+        self._asks = True
+        self._from_floats: set[int] = set()
+        """Ids of integer tensors that were made from floats."""
+        self._keep_alive: list[Tensor] = []
+        self._decompositions = torch_compat.decompositions()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.checked(func, args, kwargs or {}, func) if self._asks else func(*args, **(kwargs or {}))
+
+    def checked(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], run: Callable[..., Any]) -> Any:
+        """Run an op; ``run`` is what runs it, and none of the ops of which it consists is asked about.
+
+        Raises:
+            _Refused: rows may not stay apart in it.
+        """
+        self._asks = False
+        try:
+            result = run(*args, **kwargs)
+        finally:
+            self._asks = True
+        call = Call(op, args, kwargs, result, self.token_count)
+        if self.is_row_wise and call.is_custom:
+            return result
+        rule = None if call.is_custom else rule_for(call)
+        if rule is None and (pieces := self._decompositions.get(op)) is not None:
+            with self:
+                return pieces(*args, **kwargs)
+        self._note_integers(call)
+        if uses_token_count(call):
+            raise _Refused(f"R4: the token count is used as a value by {self.label}")
+        if rule is None:
+            raise _Refused(self._nobody_knows(call))
+        self.check_indices(indices_of(call))
+        if not rule(call) or has_odd_sizes(call) or writes_rows_into_other_memory(call):
+            raise _Refused(f"tokens mix in {self.label}")
+        return result
+
+    def check_indices(self, indices: Sequence[Tensor]) -> None:
+        """Refuse indices made from floats: poison would send them anywhere.
+
+        On a GPU an index that is out of range ends all work of the process, so no test may try.
+        """
+        if any(id(index) in self._from_floats for index in indices):
+            raise _Refused(f"padded rows may hold any float, and {self.label} index by them")
+
+    def _nobody_knows(self, call: Call) -> str:
+        if call.is_custom:
+            return (
+                f"R3: rows may mix in the custom op {self.label}; name it in row_wise_ops if each row of its results "
+                f"is made from the same row of its arguments only"
+            )
+        part = "" if call.name == self.label else f" in {self.label}"
+        return f"R3: no rule says whether rows stay apart in aten::{call.name}{part}"
+
+    def _note_integers(self, call: Call) -> None:
+        takes = any(id(tensor) in self._from_floats for tensor in call.tensors)
+        for tensor in tensors_in(call.result):
+            is_integer = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+            if is_integer and (takes or makes_integers_from_floats(call)):
+                self._from_floats.add(id(tensor))
+                self._keep_alive.append(tensor)
 
 
 # --------------------------------------------------------------------------------- reading nodes
@@ -148,43 +329,6 @@ def random_or_written(facts: GraphFacts, nodes: Iterable[Node], renamed: Mapping
         if node not in renamed:
             writes |= facts.nodes[node].writes
     return random, writes
-
-
-def labels(ops: Iterable[Op], rule: Callable[[Op], bool]) -> tuple[str, ...]:
-    """The names of the ops for which a rule holds."""
-    return tuple(op.label for op in ops if rule(op))
-
-
-def uses_token_count(op: Op) -> bool:
-    """Whether it takes the token count other than as a size (R4)."""
-    counted = {
-        argument
-        for argument in op.node.all_input_nodes
-        if argument in op.facts.nodes
-        and op.spec(argument) is None
-        and op.token_count in op.facts.symbols_of_value(op.facts.nodes[argument].value)
-    }
-    return bool(counted) and not counted <= set(size_arguments(op))
-
-
-def indices_from_floats(ops: Iterable[Op]) -> tuple[str, ...]:
-    """Ops that index by integers which these ops made from floats: poison would send them anywhere.
-
-    On a GPU an index that is out of range ends all work of the process, so no test may try.
-    """
-    made: set[Node] = set()
-    found = []
-    for op in ops:
-        takes_made = any(argument in made for argument in op.node.all_input_nodes)
-        if op.name in INDEXING and takes_made:
-            found.append(op.label)
-        spec = op.spec(op.node)
-        if spec is None or spec.dtype.is_floating_point or spec.dtype.is_complex:
-            continue
-        is_cast = op.name in CASTS and any(operand.dtype.is_floating_point for operand in op.operands[:1])
-        if is_cast or takes_made:
-            made.add(op.node)
-    return tuple(found)
 
 
 def handed_on_allocations(

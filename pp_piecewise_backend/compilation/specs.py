@@ -2,13 +2,19 @@
 
 A dimension is a plain ``int`` or a sympy expression over the symbols of one program. Symbols serve as
 names: nothing here adds a guard to Dynamo's shape environment, and each piece is compiled in one of its own.
+
+Note [private shapes]
+Compilers add guards to the shape environment under which they trace: ``s <= 4096`` for a softmax, ``Eq(s, 10)`` for a
+pooling [ran]. In Dynamo's environment these would break the user's ``mark_dynamic`` or cost a recompile. Each piece
+is therefore compiled in an environment of its own, and what the compiler came to rely on is kept as data: where it
+does not hold, the piece runs as plain FX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -97,3 +103,70 @@ def symbols_of(dims: Iterable[object]) -> frozenset[sympy.Symbol]:
 def evaluate(dim: Dim, values: Mapping[sympy.Symbol, int]) -> int:
     """The number that a dimension stands for once its symbols have these values."""
     return dim if isinstance(dim, int) else int(torch_compat.build_expression(dim, values))
+
+
+class FakeInputs:
+    """Fake inputs for one piece in a shape environment of its own; see Note [private shapes]."""
+
+    def __init__(self, specs: Sequence[TensorSpec | SymbolSpec | None], odd: bool = False) -> None:
+        """``odd``: give symbols sizes at which nothing is equal by chance, instead of those of the traced call."""
+        self._env = torch_compat.new_shape_env()
+        self.fake_mode = torch_compat.FakeTensorMode(shape_env=self._env)
+        symbols = [spec for spec in specs if isinstance(spec, SymbolSpec)]
+        self._given = [replace(s, hint=_odd_size(s, index)) if odd else s for index, s in enumerate(symbols)]
+        symints = {
+            spec.symbol: torch_compat.new_symbol(self._env, f"s{index}", spec.hint, spec.lower, spec.upper)
+            for index, spec in enumerate(self._given)
+        }
+        self._hints = {spec.symbol: spec.hint for spec in self._given if spec.hint is not None}
+        self._private = {symbol: torch_compat.symint_expression(symint) for symbol, symint in symints.items()}
+        with self.fake_mode:
+            self.inputs: list[Any] = [
+                symints[spec.symbol] if isinstance(spec, SymbolSpec) else self._tensor(spec)
+                for spec in specs
+                if spec is not None
+            ]
+
+    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
+        shape = [self._integer(dim) for dim in spec.shape]
+        stride = [self._integer(dim) for dim in spec.stride]
+        return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+
+    def _integer(self, dim: Dim) -> int | torch.SymInt:
+        if isinstance(dim, int):
+            return dim
+        hint = evaluate(dim, self._hints) if dim.free_symbols <= self._hints.keys() else None
+        return torch_compat.symint_from_expression(self._env, dim.xreplace(self._private), hint)
+
+    def private_symbol(self, symbol: sympy.Symbol) -> sympy.Symbol | None:
+        """What stands for a symbol of the program in these inputs; None if they do not depend on it."""
+        return self._private.get(symbol)
+
+    def fixes(self, private: sympy.Symbol) -> bool:
+        """Whether what ran on these inputs holds for one value of a symbol only."""
+        conditions = torch_compat.shape_env_conditions(self._env)
+        return any(isinstance(c, sympy.Eq) and private in c.free_symbols for c in conditions)
+
+    def conditions(self) -> tuple[sympy.Basic, ...]:
+        """What the compiler relied on beyond the ranges that it was given."""
+        found = list(torch_compat.shape_env_conditions(self._env))
+        ranges = torch_compat.shape_env_ranges(self._env)
+        canonical = {}
+        for index, spec in enumerate(self._given):
+            symbol = self._private[spec.symbol]
+            canonical[symbol] = sympy.Symbol(f"s{index}")
+            lower, upper = ranges[symbol]
+            if lower is not None and (spec.lower is None or lower > spec.lower):
+                found.append(sympy.Ge(symbol, lower, evaluate=False))
+            if upper is not None and (spec.upper is None or upper < spec.upper):
+                found.append(sympy.Le(symbol, upper, evaluate=False))
+        renamed = dict.fromkeys(condition.xreplace(canonical) for condition in found)
+        return tuple(condition for condition in renamed if condition != sympy.true)
+
+
+_ODD_SIZES = (89, 97, 101, 103, 107, 109, 113, 127)
+
+
+def _odd_size(spec: SymbolSpec, index: int) -> int:
+    size = _ODD_SIZES[index % len(_ODD_SIZES)]
+    return max(spec.lower or 0, size if spec.upper is None else min(size, spec.upper))

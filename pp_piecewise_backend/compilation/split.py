@@ -28,16 +28,13 @@ from .analysis import GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
 from .fx_utils import op_name, reachable
-from .op_table import mixes_tokens, ops_of, selects_tokens
 from .padding_rules import (
+    PaddedStep,
     Traits,
     handed_on_allocations,
-    indices_from_floats,
     is_meaningless,
-    labels,
     padding_reason,
     random_or_written,
-    uses_token_count,
 )
 from .partition import Cuts, Kind, Step, Value, canonical, find_cuts, reads_input
 from .placeholders import InputTable
@@ -111,16 +108,23 @@ class Split:
     """The graph before it was cut; right, too, for calls in which one of ``cuts.exclusive_inputs`` overlaps another."""
 
 
-def split_graph(facts: GraphFacts, table: InputTable, matcher: SplitOpMatcher, whole: bool = False) -> Split:
+def split_graph(
+    facts: GraphFacts,
+    table: InputTable,
+    matcher: SplitOpMatcher,
+    whole: bool = False,
+    row_wise_ops: Sequence[str] = (),
+) -> Split:
     """Cut ``facts.graph_module``, which is not changed, into pieces.
 
     Args:
         whole: make one piece of all of it, attention and writes to state included.
+        row_wise_ops: names or globs of custom ops in which rows of tokens stay apart.
 
     Raises:
         SplitError: the graph cannot be cut without changing what it means; the message says why.
     """
-    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher, whole)).run()
+    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher, whole), row_wise_ops).run()
 
 
 class _Input(NamedTuple):
@@ -135,8 +139,10 @@ class _Input(NamedTuple):
 class _Splitter:
     """What the steps of one graph share."""
 
-    def __init__(self, facts: GraphFacts, table: InputTable, cuts: Cuts) -> None:
+    def __init__(self, facts: GraphFacts, table: InputTable, cuts: Cuts, row_wise_ops: Sequence[str]) -> None:
         self.facts = facts
+        self.row_wise_ops = row_wise_ops
+        self.row_verdicts: dict[object, str | None] = {}
         self.cuts = cuts
         self.token_count = table.token_count
         self.stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
@@ -464,13 +470,14 @@ class _StepBuilder:
         reads = dict.fromkeys(stage_labels.get(spec.storage) for spec in input_specs if isinstance(spec, TensorSpec))
         output_specs = tuple(spec for _, spec in self._exports.values())
         traits = self._traits(outputs, output_specs)
-        why_not_padded = self._padding(traits, input_specs, output_specs)
+        key = digest(piece_text(graph_module, [spec for spec in input_specs if spec is not None]))
+        why_not_padded = self._why_not_padded(graph_module, key, traits, input_specs, output_specs)
         return Piece(
             index=index,
             kind=self.step.kind,
             ops=tuple(op_name(node) for node in self.step.nodes),
             reason=self.step.reason,
-            key=digest(piece_text(graph_module, [spec for spec in input_specs if spec is not None])),
+            key=key,
             reads_stage_inputs=tuple(label for label in reads if label is not None),
             writes_stage_outputs=any(name in result_names for name in self._exports),
             padding="not tested yet" if why_not_padded is None else why_not_padded,
@@ -503,29 +510,38 @@ class _StepBuilder:
             if spec is not None
         }
         is_compute = self.step.kind == "compute"
-        ops = ops_of(facts, nodes, token_count) if is_compute else []
         return Traits(
             random=random,
             writes=tuple(writes),
             written_storages=frozenset(writes.values()),
-            token_values=labels(ops, uses_token_count),
-            selects_tokens=labels(ops, selects_tokens),
-            mixes_tokens=labels(ops, mixes_tokens),
-            float_indices=indices_from_floats(ops),
             allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),
             uninitialised=tuple(is_meaningless(output) for output in outputs),
         )
 
-    def _padding(
+    def _why_not_padded(
         self,
+        graph_module: GraphModule,
+        key: str,
         traits: Traits,
         input_specs: Sequence[TensorSpec | SymbolSpec | None],
         output_specs: Sequence[TensorSpec | None],
     ) -> str | None:
         if self.step.kind == "eager":
             return "never padded: an eager step sees the real rows"
-        token_count, stage_inputs = self._splitter.token_count, self._splitter.stage_inputs
-        return padding_reason(traits, input_specs, output_specs, token_count, stage_inputs)
+        splitter = self._splitter
+        return padding_reason(
+            PaddedStep(
+                graph_module=graph_module,
+                key=key,
+                traits=traits,
+                input_specs=input_specs,
+                output_specs=output_specs,
+                token_count=splitter.token_count,
+                stage_inputs=splitter.stage_inputs,
+                row_wise_ops=splitter.row_wise_ops,
+                verdicts=splitter.row_verdicts,
+            )
+        )
 
     def _drop_dead_nodes(self, live: list[Node]) -> None:
         """Remove views, sizes and inputs that only other steps need."""

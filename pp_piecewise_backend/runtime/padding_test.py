@@ -1,8 +1,9 @@
-"""Rule R3: does a piece keep its real rows to themselves? It is run with poison in the padded rows to find out.
+"""The witness of rule R3: a piece is run with poison in the padded rows, and its real rows must not notice.
 
-The real rows of all runs must agree bit for bit, whatever the padded rows hold, and the same rows run without padding
-must give the same up to rounding. Every instance of a piece is tested: a gate that is zero in one layer hides what
-another one leaks. See Note [padding rules] in ``padding_rules.py``.
+The rules prove this from the ops (see Note [padding rules] in ``padding_rules.py``); here it is seen. The real rows are
+made for the test: those of the call may all be alike, as in a warm-up with zeros, and would hide what mixes. They must
+agree bit for bit in all runs, whatever the padded rows hold, and with the same rows without padding up to rounding.
+Every instance of a piece is tested: a gate that is zero in one layer hides what another one leaks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .cudagraphs.memory import assign, first_rows, same_bits, without_repeats
+from .cudagraphs.memory import first_rows, like, same_bits, without_repeats
 
 # How far the same rows may differ between two numbers of rows, relative to the largest of them. Matrix products of
 # other sizes add up in another order, and float32 may go through TF32 (10 bits of mantissa).
@@ -47,9 +48,14 @@ def examine(trial: Trial, inputs: Sequence[Any], real_tokens: int) -> str | None
     """Why padded rows may not be added to this piece, as far as a test can tell; None if it found nothing.
 
     Args:
-        inputs: as wide as the bucket; the first ``real_tokens`` rows are real. They are left as they are.
+        inputs: as wide as the bucket; the first ``real_tokens`` rows are real. They are left as they are: integers
+            of the test are mixed from them, and floats are random.
         real_tokens: at least 1, below the bucket.
     """
+    inputs = [
+        _made_rows(value, dims, real_tokens, seed=index) if dims else value
+        for index, (value, dims) in enumerate(zip(inputs, trial.input_token_dims, strict=True))
+    ]
     first: list[torch.Tensor | None] = []
     for number, poison in enumerate(_POISONS):
         given = [
@@ -106,10 +112,20 @@ def first_differing_row(one: torch.Tensor, other: torch.Tensor, token_dim: int |
     return None
 
 
-def like(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return assign(copy, tensor)
+def _made_rows(value: torch.Tensor, dims: tuple[int, ...], real_tokens: int, seed: int) -> torch.Tensor:
+    """A tensor with real rows that differ from one another, as far as its values are free; equal on all ranks."""
+    made = like(value)
+    random = torch.Generator(value.device).manual_seed(seed)
+    rows = without_repeats(first_rows(made, dims, real_tokens))
+    if rows.is_floating_point():
+        rows.copy_(torch.randn(rows.shape, generator=random, device=rows.device))
+    elif not rows.is_complex():
+        # Integers may index something: only values of the same batch are sure to be valid.
+        for dim in dims:
+            if rows.shape[dim] > 1:
+                order = torch.randint(rows.shape[dim], (rows.shape[dim],), generator=random, device=rows.device)
+                rows.copy_(rows.index_select(dim, order))
+    return made
 
 
 def _poisoned(value: torch.Tensor, dims: tuple[int, ...], real_tokens: int, poison: str, number: int) -> torch.Tensor:

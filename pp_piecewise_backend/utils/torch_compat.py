@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
@@ -200,6 +201,19 @@ def overload_name(op: Callable[..., object]) -> str | None:
 def schema_writes(op: OpOverload) -> tuple[str, ...]:
     """Names of the arguments that the op's schema declares as mutated."""
     return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def schema_arguments(op: OpOverload) -> dict[str, Any]:
+    """Name of each argument of the op, in order -> its default."""
+    return {declared.name: declared.default_value for declared in op._schema.arguments}
+
+
+@functools.cache
+def decompositions() -> Mapping[OpOverload, Callable[..., Any]]:
+    """Op -> a function of other ops that does the same."""
+    from torch._decomp import core_aten_decompositions
+
+    return core_aten_decompositions()  # type: ignore[return-value]
 
 
 def argument(op: OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pp_piecewise_backend.runtime import padding_test
-from pp_piecewise_backend.runtime.padding_test import Trial, agree, examine, first_differing_row, like
+from pp_piecewise_backend.runtime.cudagraphs.memory import like
+from pp_piecewise_backend.runtime.padding_test import Trial, agree, examine, first_differing_row
 
 BUCKET, REAL = 6, 4
 ROWS = (0,)
@@ -252,3 +253,18 @@ def test_a_copy_keeps_strides() -> None:
         copy = like(tensor)
         assert torch.equal(copy, tensor) and copy.data_ptr() != tensor.data_ptr()
         assert copy.stride() == tensor.stride()
+
+
+def test_the_real_rows_are_made_for_the_test() -> None:
+    """Rows that are all alike, as in a warm-up with zeros, would hide that rows change places."""
+    seen: list[Tensor] = []
+
+    def swap(x: Tensor, ids: Tensor) -> list[Tensor]:
+        seen.extend((x[:REAL].clone(), ids[:REAL].clone()))
+        return [x.roll(1, 0)]
+
+    ids = torch.tensor([4, 4, 7, 9, 4, 4])
+    assert "changes in the real rows" in str(examined(swap, torch.zeros(BUCKET, 3), ids))
+    x, mixed = seen[:2]
+    assert len({tuple(row) for row in x.tolist()}) == REAL
+    assert set(mixed.tolist()) <= {4, 7, 9}

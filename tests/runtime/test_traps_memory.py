@@ -317,7 +317,7 @@ def write_that_no_op_tells_of(device: str) -> None:
     assert ppb.stats().replays == 4
 
 
-@trap("M1", "R2", "R3", "selection")
+@trap("M1", "R2", "R3", "mixing")
 def cache_write_with_padded_rows(device: str) -> None:
     def forward(self: Any, x: Tensor, positions: Tensor) -> Tensor:
         x = (x @ self.w) * self.angles[positions]

@@ -112,7 +112,7 @@ def mean_over_tokens(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "tokens mix in mean"})
 
 
-@trap("R3", "selection")
+@trap("R3", "mixing")
 def sort_over_tokens(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
@@ -121,7 +121,7 @@ def sort_over_tokens(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "sort"})
 
 
-@trap("R3", "selection", "mixing")
+@trap("R3", "mixing")
 def routing_with_capacity(device: str) -> None:
     """Each expert takes the two tokens that like it best."""
 
@@ -135,7 +135,7 @@ def routing_with_capacity(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "topk"})
 
 
-@trap("selection", "mixing")
+@trap("mixing")
 def selection_that_the_test_cannot_see(device: str) -> None:
     """No token of the tested batches is flagged, so poison finds nothing; later ones are."""
 
@@ -163,7 +163,7 @@ def one_padded_nan_times_zero(device: str) -> None:
         x = torch.ops.traps.kernel(x @ self.w) @ self.w
         return x + torch.ops.traps_opaque.sum_of_rows(x * 0)
 
-    pair = Pair(net(forward, device), device)
+    pair = Pair(net(forward, device), device, row_wise_ops="traps_opaque::*")
     poisoned = rows(8, device)
     poisoned[7] = float("nan")
     pair.run_sizes(lambda n: (rows(n, device),), unsafe={2: "R3"}, then=[(8, (poisoned,)), (5, (rows(5, device),))])
@@ -179,7 +179,7 @@ def gate_that_is_zero_in_the_first_layer_only(device: str) -> None:
         return x @ self.w
 
     gates = torch.nn.ParameterList(torch.nn.Parameter(torch.tensor([g]), requires_grad=False) for g in (0.0, 0.0, 1.0))
-    pair = Pair(net(forward, device, gates=gates), device)
+    pair = Pair(net(forward, device, gates=gates), device, row_wise_ops="traps_opaque::*")
     pair.run_sizes(lambda n: (rows(n, device),), unsafe={6: "R3"})
     assert pair.program.pieces[2].key == pair.program.pieces[4].key
 
@@ -289,7 +289,7 @@ def test_what_a_later_bucket_shows_holds_for_those_before_it(device: str) -> Non
     def forward(self: Any, x: Tensor) -> Tensor:
         return torch.ops.traps_few.few(torch.ops.traps.attention(x @ self.w)) @ self.w
 
-    pair = Pair(net(forward, device), device, capture_sizes="4,16", max_tokens=16)
+    pair = Pair(net(forward, device), device, capture_sizes="4,16", max_tokens=16, row_wise_ops="traps_few::few")
     with ppb.expect(miss_reasons={"first-call": 2}):
         for num_tokens in (15, 15, 15):
             pair(rows(num_tokens, device))
@@ -330,7 +330,7 @@ def test_a_kernel_that_takes_no_poison_is_not_padded(graphs: str) -> None:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
         return torch.ops.traps_opaque.finite(x) @ self.w
 
-    pair = Pair(net(forward, "cpu"), "cpu", graphs=graphs)
+    pair = Pair(net(forward, "cpu"), "cpu", graphs=graphs, row_wise_ops="traps_opaque::*")
     for num_tokens in SIZES:
         pair(rows(num_tokens, "cpu"))
     if graphs == "emulate":
@@ -340,7 +340,7 @@ def test_a_kernel_that_takes_no_poison_is_not_padded(graphs: str) -> None:
 # ----------------------------------------------------------------------------------- geometry
 
 
-@trap("R1", "R3")
+@trap("R1", "R3", "mixing")
 def four_rows_per_token(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
@@ -350,7 +350,7 @@ def four_rows_per_token(device: str) -> None:
     Pair(net(forward, device), device).run_sizes(lambda n: (rows(n, device),), unsafe={2: "R1", 4: "R1"})
 
 
-@trap("R1", "R3")
+@trap("R1", "R3", "mixing")
 def flattened_heads_and_tokens(device: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = torch.ops.traps.attention(x @ self.w) @ self.w
@@ -462,7 +462,7 @@ def more_tokens_than_the_largest_bucket(device: str) -> None:
     assert ppb.stats().miss_reasons == {"first-call": 2, "over-max": 2 * 2}
 
 
-@trap("R2")
+@trap("R2", "mixing")
 def marks_that_the_test_cannot_see(device: str) -> None:
     """Captured whole, it writes as many marks as there are rows; while it was tested, all were set already."""
 

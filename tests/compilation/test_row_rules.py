@@ -1,4 +1,4 @@
-"""Ops that mix tokens, as the graph shows it, and those in which they do not."""
+"""Ops in which rows of tokens stay apart, ops that mix them, and ops of which nobody says."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import pp_piecewise_backend as ppb
 from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_gradients")]
@@ -51,8 +52,34 @@ MIXING: dict[str, Body] = {
     "pooling": lambda x: x + F.avg_pool1d(x.t()[None], 3, stride=1, padding=1)[0].t(),
     "attention without causal mask": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "running variance in training": lambda x: F.batch_norm(x, None, None, training=True),
-    "inverse": lambda x: x + torch.linalg.pinv(x).t(),
+    "sort": lambda x: x.sort(0).values,
+    "order": lambda x: x[x[:, 0].argsort()],
+    "topk": lambda x: x + x[:, 0].topk(1).values,
+    "median": lambda x: x + x.median(0).values,
+    "kthvalue": lambda x: x + x.flatten().kthvalue(1).values,
+    "index_put": lambda x: torch.zeros_like(x).index_put((ids(x),), x),
+    "scatter": lambda x: torch.zeros_like(x).scatter(0, ids(x)[:, None].expand(-1, HIDDEN), x),
+    "renorm of columns": lambda x: x.renorm(2, 1, 1.0),
+    "ids twice, in pairs": lambda x: x + WEIGHT[ids(x).repeat(2).view(-1, 2)[:, 1]],
+    "rows twice, in pairs": lambda x: torch.cat([x, x]).view(-1, 2, HIDDEN)[:, 1],
+    "columns as rows": lambda x: x.t().reshape(-1, HIDDEN),
+    "a fixed number of rows": lambda x: x + x[:3].sum(),
+    "rows in the memory of others": lambda x: x + _written_among_others(x)[0],
 }
+
+
+def _with_first_column(x: Tensor, column: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 0] = column
+    return x
+
+
+def _written_among_others(x: Tensor) -> Tensor:
+    """Rows of x in front of others, the last of which is then read."""
+    table = torch.zeros(64, HIDDEN)
+    table[: x.shape[0]] = x
+    return table.sum(0, keepdim=True)
+
 
 APART: dict[str, Body] = {
     "linear": lambda x: F.linear(x, torch.ones(HIDDEN, HIDDEN)),
@@ -64,6 +91,14 @@ APART: dict[str, Body] = {
     "sum of rows": lambda x: x + x.sum(-1, keepdim=True),
     "prefix": lambda x: x.cumsum(0),
     "first row": lambda x: x + x[0],
+    "positions": lambda x: x + torch.arange(x.shape[0])[:, None],
+    "rows of a table, counted from its front": lambda x: x + torch.ones(64, HIDDEN)[: x.shape[0]],
+    "two per token": lambda x: (x.view(-1, 2) * 2).view(-1, HIDDEN),
+    "every second column": lambda x: x + (x[:, ::2] * x[:, 1::2]).repeat(1, 2),
+    "triangle": lambda x: x + (x[:, 0] * x[:, 1][:, None]).tril()[:, 0][:, None],
+    "rows of weights": lambda x: x + torch.zeros_like(x).scatter(1, ids(x)[:, None], 1.0),
+    "written columns": lambda x: _with_first_column(x, x[:, 1]),
+    "complex pairs": lambda x: torch.view_as_real(torch.view_as_complex(x.view(-1, 2, 2)) * 1j).view(-1, HIDDEN),
     "gate": lambda x: x[:, :2].repeat(1, 2) * x.chunk(2, -1)[1].repeat(1, 2),
     "experts": lambda x: x * x.topk(2, dim=-1).values.sum(-1, keepdim=True),
     "embedding": lambda x: x + torch.ones(HIDDEN, HIDDEN)[ids(x)],
@@ -78,10 +113,13 @@ APART: dict[str, Body] = {
 }
 
 
-def padding(body: Body) -> str:
+def padding(body: Body, **options: str) -> str:
     """What is said of the padding of ``body``; attention that torch has is no border here."""
     return paddings(
-        lambda x: torch.ops.traitstest.attention(body(x @ WEIGHT)), torch.randn(5, HIDDEN), split_ops="traitstest::*"
+        lambda x: torch.ops.traitstest.attention(body(x @ WEIGHT)),
+        torch.randn(5, HIDDEN),
+        split_ops="traitstest::*",
+        **options,
     )[0]
 
 
@@ -93,6 +131,33 @@ def test_tokens_mix(name: str) -> None:
 @pytest.mark.parametrize("name", APART)
 def test_tokens_stay_apart(name: str) -> None:
     assert padding(APART[name]) == UNDECIDED
+
+
+@torch.library.custom_op("rulestest::rows", mutates_args=())
+def rows(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@rows.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_op_without_a_rule_is_refused_by_name() -> None:
+    assert "no rule says whether rows stay apart in aten::unfold" in padding(
+        lambda x: x.unfold(1, 2, 1)[:, 0] @ WEIGHT[:2]
+    )
+    ppb.reset()
+    assert "aten::linalg_pinv" in padding(lambda x: x + torch.linalg.pinv(x).t())
+
+
+def test_custom_ops_are_refused_until_they_are_declared() -> None:
+    def body(x: Tensor) -> Tensor:
+        return torch.ops.rulestest.rows(x)  # type: ignore[no-any-return]
+
+    assert "rows may mix in the custom op rulestest::rows; name it in row_wise_ops if" in padding(body)
+    torch._dynamo.reset()
+    assert padding(body, row_wise_ops="rulestest::*") == UNDECIDED
 
 
 @pytest.mark.parametrize(
