@@ -55,6 +55,10 @@ class PiecewiseBackend:
         self.dumps = dump.Dumps()
         atexit.register(self.dumps.close)
 
+    def __reduce__(self) -> str:
+        """Copies and pickles of a compiled module name the one backend of their process; programs are not copied."""
+        return "backend"
+
     def __call__(
         self,
         graph_module: GraphModule,
@@ -91,7 +95,7 @@ class PiecewiseBackend:
                 names = [sources[name] for name in facts.needs_gradient]
                 raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
             facts = facts.with_equal_symbols(table.equal_symbols)
-            split = split_graph(facts, table, matcher, whole=config.mode == "full")
+            split = split_graph(facts, table, matcher, config.mode == "full", config.row_wise_ops)
         except (errors.SplitError, errors.GradientFallback) as error:
             program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, error)
         except Exception as error:
@@ -387,5 +391,6 @@ def warmup(
         return found
 
     if not warm_up(compiled, make_inputs, sizes, progress, captured):
-        reasons = [p.graphs_off_reason for p in backend.programs() if isinstance(p, Program) and p.graphs is None]
+        without = [program for program in backend.programs() if program.graphs is None]
+        reasons = [p.graphs_off_reason if isinstance(p, Program) else p.reason for p in without]
         warnings.warn(errors.nothing_captured(list(dict.fromkeys(reasons))), errors.PPPiecewiseWarning, stacklevel=2)

@@ -282,7 +282,7 @@ def released_in_a_call(program: str) -> str:
 
 
 def nothing_captured(reasons: Sequence[str]) -> str:
-    return f"warmup() captured nothing: {'; '.join(reasons) or 'graphs are off'}."
+    return f"warmup() captured nothing: {'; '.join(r.rstrip('.') for r in reasons) or 'graphs are off'}."
 
 
 def graphs_on_other_device(graphs: str, device: object) -> str:

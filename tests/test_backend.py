@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import logging
 import threading
 import warnings
@@ -113,6 +115,31 @@ def test_option_enabled_beats_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(program, Program)
 
 
+def test_the_stage_is_among_the_valid_options() -> None:
+    text = raised(lambda: compiled(Model(), {"stagee": None})(torch.randn(3, HIDDEN)), errors.ConfigError)
+    assert "nearest valid name is 'stage'" in text and text.endswith(", stage.")
+
+
+def save_and_load(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, save_and_load])
+@pytest.mark.parametrize("options", [{}, {"graphs": "emulate"}])
+def test_copies_of_a_compiled_module_work(copied: Callable[[Any], Any], options: dict[str, Any]) -> None:
+    run, x = compiled(Model().eval(), options), torch.randn(3, HIDDEN)
+    with torch.no_grad():
+        expected = [run(x) for _ in range(3)][-1]  # by now it has programs, and graphs if they are on
+        copied_run = copied(run)
+        for parameter in run.parameters():
+            parameter.zero_()
+        assert all(torch.equal(copied_run(x), expected) for _ in range(3))
+    assert copied(backend) is backend
+
+
 @pytest.mark.compat
 def test_unknown_option_reaches_the_user_with_the_nearest_name() -> None:
     run = compiled(Model(), {"split_opps": "x"})
@@ -180,6 +207,38 @@ def test_gradients_through_history_are_kept() -> None:
 
 
 @pytest.mark.compat
+def in_inference_mode(model: Model, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(x)  # type: ignore[no-any-return]
+
+
+def in_nested_modes(model: Model, x: Tensor) -> Tensor:
+    with torch.inference_mode(), torch.inference_mode():
+        x = model.first(x)
+    with torch.no_grad():
+        return model.second(attend(x))
+
+
+@pytest.mark.parametrize("function", [torch.inference_mode()(Model.forward), in_inference_mode, in_nested_modes])
+def test_what_runs_in_inference_mode_inside_needs_no_gradients(function: Callable[[Model, Tensor], Tensor]) -> None:
+    model, x = Model(), torch.randn(3, HIDDEN)
+    run = compiled(function, {"graphs": "emulate"})
+    with ppb.expect(grad_fallbacks=0):
+        for _ in range(4):
+            assert torch.equal(run(model, x), function(model, x)) and not run(model, x).requires_grad
+    assert ppb.stats().replays > 0
+
+
+def test_what_runs_after_an_inference_mode_inside_may_need_gradients() -> None:
+    def function(model: Model, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            scale = attend(x).mean()
+        return model.second(x) * float(scale > 0)
+
+    with pytest.warns(errors.PPPiecewiseWarning, match="gradients are required"):
+        assert compiled(function)(Model(), torch.randn(3, HIDDEN)).requires_grad
+
+
 def test_gradients_are_an_error_under_strict() -> None:
     run = compiled(Model(), {"strict": True})
     text = raised(lambda: run(torch.randn(3, HIDDEN)), errors.GradientFallback)

@@ -83,7 +83,7 @@ class Inbox:
     def take(self) -> tuple[Header, Views] | None:
         """The next micro-batch once it has landed; None when the sender has stopped. Its memory is lent to the caller.
 
-        Never one of a link that carries no tensors, of which ``wait_for`` alone has news.
+        Never one of a link that carries no tensors, of which ``wait_for`` alone is notified.
 
         Raises:
             PeerLost: the pipeline broke.

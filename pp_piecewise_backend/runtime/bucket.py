@@ -8,6 +8,7 @@ sound only because a call replays in that very order and nothing but what it ret
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,14 @@ from ..compilation.specs import SymbolSpec, TensorSpec
 from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
 from .capture_plan import GraphPlan
-from .cudagraphs.device import CapturedGraph, CaptureError, Device
+from .cudagraphs.device import CapturedGraph, Device
 from .cudagraphs.memory import (
     StaticTensor,
     address,
     assign,
     extent_bytes,
     geometry,
+    like,
     storage_addresses,
     tensor_in,
     undo_writes,
@@ -40,6 +42,8 @@ from .stage import StageMemory
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
 is still being sent."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -337,8 +341,8 @@ class BucketCapture:
         except Missed as missed:
             bucket.obstacles[step] = missed.reason
             return
-        except (CaptureError, RuntimeError) as error:
-            # RuntimeError: out of memory, or an op that fails at this size; the call goes on without this graph.
+        except Exception as error:
+            # Out of memory, or an op that refuses a size for which nobody asked: the call goes on without this graph.
             bucket.obstacles[step] = miss("capture-failed", f"{type(error).__name__}: {error}")
             return
         bucket.graphs[step] = graph
@@ -380,7 +384,7 @@ class BucketCapture:
     def _warm_up(self, step: int, instruction: Instruction, inputs: Sequence[Any]) -> None:
         """Run the piece once outside of a capture, leaving no trace, and see that it leaves alone what it should."""
         written = self._written_positions(step, instruction)
-        given = [padding_test.like(value) if at in written else value for at, value in enumerate(inputs)]
+        given = [like(value) if at in written else value for at, value in enumerate(inputs)]
         before = []
         if step not in self._verdicts.mutations_checked:
             left_alone = [v for at, v in enumerate(given) if at not in written and isinstance(v, torch.Tensor)]
@@ -423,7 +427,15 @@ class BucketCapture:
             unpadded_inputs=unpadded,
         )
         why_not = self._device.warm_up(lambda: padding_test.examine(trial, inputs, rows))
-        return None if why_not is None else miss("padding-unsafe", why_not)
+        if why_not is None:
+            return None
+        _LOG.warning(
+            "piece[%d] is not padded: by their rules its ops keep rows apart, yet %s. Unless row_wise_ops names an op "
+            "wrongly, please report this.",
+            instruction.piece.index,
+            why_not,
+        )
+        return miss("padding-unsafe", why_not)
 
     # ----------------------------------------------------------------------------- running
 
@@ -492,7 +504,7 @@ class BucketCapture:
         if any(self._plan.specs[other].storage == spec.storage for other in lease.registers):
             lease.registers.add(register)
             return output
-        return padding_test.like(output)
+        return like(output)
 
     def _admit(self, step: int, register: int, value: Any) -> None:
         """Bring a value that was made on the real rows to where captured pieces read it."""

@@ -28,7 +28,7 @@ from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
-from .cudagraphs.memory import address
+from .cudagraphs.memory import address, like
 from .hooks import NO_EVENTS, Events
 from .instructions import picker
 from .ownership import hand_over, merged_results
@@ -290,7 +290,7 @@ class Graphs:
             if program is not None:
                 program.merged_results = merged
         for index in merged:
-            results[index] = results[index].clone()
+            results[index] = like(results[index])
 
     # ------------------------------------------------------------------------- capturing
 

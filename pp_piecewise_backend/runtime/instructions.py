@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
+from .cudagraphs.memory import like
 from .ownership import undeclared_sharing
 from .tracing import Timeline, profiler_is_running, step_name, wrap
 
@@ -42,7 +43,7 @@ class Instruction:
         if self.cloned_outputs:
             outputs = list(outputs)
             for index in self.cloned_outputs:
-                outputs[index] = outputs[index].clone()
+                outputs[index] = like(outputs[index])
         return outputs
 
     def run_where_valid(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], bool]:

@@ -15,7 +15,7 @@ from ..compilation.split import Piece, Split
 from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
 from .capture_plan import GraphKind, GraphPlan
-from .cudagraphs.memory import address
+from .cudagraphs.memory import address, like
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import lay_out
@@ -174,7 +174,7 @@ class Program:
             # Plain FX does not merge what compiled code may.
             self._merged_results = None if call.plain else merged
         for index in merged:
-            results[index] = results[index].clone()
+            results[index] = like(results[index])
         return results, call
 
     def _releasing(self, listener: StageListener) -> Callable[[int, Sequence[Any]], None]:

@@ -21,7 +21,7 @@ from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
 from .bucket import Bucket, described, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
-from .cudagraphs.memory import StaticTensor, address, without_repeats
+from .cudagraphs.memory import StaticTensor, address, like, without_repeats
 from .instructions import Instruction, picker, run_steps
 from .ownership import shares_undeclared
 from .tracing import Timeline, profiler_is_running, step_name, wrap
@@ -285,7 +285,7 @@ class _OnRealRows(_Step):
             self.copied_outputs = self._hidden_aliases(outputs)
         outputs = list(outputs)
         for index in self.copied_outputs:
-            outputs[index] = padding_test.like(outputs[index])
+            outputs[index] = like(outputs[index])
         return outputs
 
     def _hidden_aliases(self, outputs: Sequence[Any]) -> tuple[int, ...]:
@@ -507,7 +507,7 @@ class _Verified(_Step):
         written = plan.written_registers[self.step]
         positions = [at for at, source in enumerate(instruction.arguments) if source in written]
         for at in positions:
-            inputs[at] = padding_test.like(inputs[at])
+            inputs[at] = like(inputs[at])
         expected = list(instruction.run(inputs)) + [inputs[at] for at in positions]
         # A copy, since a piece may return one of its inputs, which the replay may write.
         expected = [value.clone() if isinstance(value, torch.Tensor) else value for value in expected]

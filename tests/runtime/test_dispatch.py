@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
@@ -486,13 +487,15 @@ def mixing_tokens_in_an_opaque_op(self: Any, x: Tensor) -> Tensor:
     return torch.ops.graphstest.centred(x @ self.w)
 
 
+DECLARED = "graphstest::centred"
+"""By a user who is wrong."""
 FOUND_BY_THE_TEST = "R3: output 0 changes in the real rows with nan in the padded rows"
 
 
 @on_devices
 def test_a_miss_is_told_with_what_was_found_for_this_piece(device: str, tmp_path: Path) -> None:
     """The reason stays whole from the test of the padding to the log, the report, the dump and its events."""
-    pair = pair_of(net(mixing_tokens_in_an_opaque_op, device), device, dump_dir=tmp_path)
+    pair = pair_of(net(mixing_tokens_in_an_opaque_op, device), device, dump_dir=tmp_path, row_wise_ops=DECLARED)
     pair.run_sizes(lambda n: (rows(n, device),), unsafe={2: FOUND_BY_THE_TEST})
     assert pair.program.graphs is not None
     logged = {reason.sentence for reason, _ in pair.program.graphs.miss_log if reason.code == "padding-unsafe"}
@@ -508,7 +511,7 @@ def test_a_miss_is_told_with_what_was_found_for_this_piece(device: str, tmp_path
 
 @on_devices
 def test_a_strict_error_says_what_was_found_for_this_piece(device: str) -> None:
-    pair = pair_of(net(mixing_tokens_in_an_opaque_op, device), device, strict=True)
+    pair = pair_of(net(mixing_tokens_in_an_opaque_op, device), device, strict=True, row_wise_ops=DECLARED)
     for num_tokens in (8, 8, 8):
         pair(rows(num_tokens, device))
     with pytest.raises(errors.GraphMiss, match=rf"a call of 6 tokens .*\(padding-unsafe\): {FOUND_BY_THE_TEST}"):
@@ -758,3 +761,60 @@ def test_proxies_that_share_memory_which_the_graph_writes(function: Any, mode: s
         assert ppb.stats().miss_reasons["inputs-overlap"] == 4
     else:
         assert ppb.stats().replays > 0
+
+
+REFUSAL: dict[str, type[Exception]] = {"kind": RuntimeError}
+
+
+@torch.library.custom_op("graphstest::refusing_multiples_of_8", mutates_args=())
+def refusing_multiples_of_8(x: Tensor) -> Tensor:
+    if x.shape[0] % 8 == 0:
+        raise REFUSAL["kind"]("no multiples of 8")
+    return x * 2
+
+
+@refusing_multiples_of_8.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, ValueError, TypeError, KeyError, ZeroDivisionError])
+def test_what_an_op_raises_at_the_size_of_the_bucket_stays_here(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager never calls it with 8 rows."""
+    monkeypatch.setitem(REFUSAL, "kind", error)
+
+    def refused(self: Any, x: Tensor) -> Tensor:
+        return torch.ops.graphstest.attention(torch.ops.graphstest.refusing_multiples_of_8(x @ self.w)) @ self.w
+
+    pair = Pair(net(refused, "cpu"), "cpu", split_ops="+graphstest::attention", row_wise_ops="graphstest::refusing*")
+    for num_tokens in (6, 5, 5, 7):
+        pair(rows(num_tokens, "cpu"))
+    assert ppb.stats().miss_reasons["capture-failed"] > 0 and ppb.stats().replays > 0
+    (bucket,) = describe_graphs(pair.program).buckets
+    assert f"{error.__name__}: " in bucket.not_captured[0]
+    with pytest.raises(error, match="no multiples of 8"):
+        pair(rows(8, "cpu"))  # at its own size it is the caller's, as in eager
+
+
+def slice_and_softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inductor keeps both results in one buffer if the rows are random."""
+    x = torch.rand_like(x) * 0 + x
+    return x[:, :2], x.softmax(-1)
+
+
+def every_second_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = F.dropout(x * 2, 0.5, training=True)
+    return x[:, ::2], x.exp()
+
+
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+@pytest.mark.parametrize("function", [slice_and_softmax, every_second_and_sum])
+def test_results_that_a_compiler_merged_are_taken_apart_with_their_strides(function: Any, graphs: str) -> None:
+    run = torch.compile(function, backend="pp_piecewise", options={"graphs": graphs})
+    x = torch.randn(8, 4)
+    for _ in range(3):
+        results = run(x)
+        assert [result.stride() for result in results] == [result.stride() for result in function(x)]
+        assert memory.address(results[0]) != memory.address(results[1])

@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import count, repeat
 from typing import Any
@@ -288,6 +289,15 @@ def test_nothing_to_capture_is_said() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     with pytest.warns(PPPiecewiseWarning, match=r"warmup\(\) captured nothing: graphs='off'\."):
         ppb.warmup(compiled_stage(stage, graphs="off"), inputs_of(stage))
+
+
+def test_gradients_are_named_where_they_are_why_nothing_is_captured() -> None:
+    run = torch.compile(nn.Linear(4, 4), backend="pp_piecewise", options=OPTIONS)
+    with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ppb.warmup(run, lambda num_tokens: ((torch.zeros(num_tokens, 4),), {}))
+    (said,) = [str(w.message) for w in caught if "warmup()" in str(w.message)]
+    assert "captured nothing: to serve, call" in said and "gradients are required by" in said
 
 
 @pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")

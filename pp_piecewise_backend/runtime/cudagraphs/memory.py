@@ -116,6 +116,12 @@ def assign(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return target
 
 
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return assign(copy, tensor)
+
+
 def first_rows(tensor: torch.Tensor, token_dims: Sequence[int], num_tokens: int) -> torch.Tensor:
     """A view of the first so many rows along each dimension that counts tokens."""
     for dim in token_dims:
