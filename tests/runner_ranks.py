@@ -459,7 +459,7 @@ def one_rank(number: int, count: int, folder: Path, job: Mapping[str, Any]) -> i
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=count)
     rank = Rank(number, count, folder, job["timeout_seconds"], job["arguments"])
-    if job["scenario"] != "steady":
+    if rank.arguments.get("in_one_program", True):
         one_program.on()
     value = SCENARIOS[job["scenario"]](rank)
     (folder / f"rank_{number}.json").write_text(json.dumps(value))

@@ -27,7 +27,7 @@ from ..errors import SplitError
 from ..utils import torch_compat
 from .analysis import EFFECT, GraphFacts
 from .attention import SplitOpMatcher, find_written_out_attention, looks_like_attention
-from .fx_utils import is_getitem, op_name, reachable
+from .fx_utils import is_getitem, op_name, plain_op_name, reachable
 from .placeholders import GraphInput
 from .specs import TensorSpec
 
@@ -38,6 +38,9 @@ _FLOATS = (float, torch.SymFloat)
 _SETTINGS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _PLAIN = (bool, int, float, complex, str, slice, torch.SymInt, torch.SymBool, torch.SymFloat, *_SETTINGS)
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
+
+
+_CHECKS = frozenset({"_assert_scalar", "_check", "_check_is_size", "_check_value"})
 
 
 class Value(NamedTuple):
@@ -227,7 +230,11 @@ class _Cutter:
     # ------------------------------------------------------------ what must be eager
 
     def _schedulable(self) -> list[Node]:
-        """The nodes that steps consist of, memory allocations and their views moved to their first use."""
+        """The nodes that steps consist of, in order.
+
+        Checks of the inputs' sizes come first, so that they cut nothing; memory allocations and their views come where
+        they are first used.
+        """
         facts = self._facts
         nodes = []
         for node in facts.graph_module.graph.nodes:
@@ -240,7 +247,15 @@ class _Cutter:
                 )
             if node not in self._scalars and not does_nothing(facts, node):
                 nodes.append(node)
-        return self._sink_allocations(nodes)
+        return self._sink_allocations(sorted(nodes, key=lambda node: not self._checks_inputs(node)))
+
+    def _checks_inputs(self, node: Node) -> bool:
+        """Whether it does nothing but check numbers that inputs are or have as sizes."""
+        facts = self._facts
+        if plain_op_name(node) not in _CHECKS or not all(a in self._scalars for a in node.all_input_nodes):
+            return False
+        symbols = {s for a in node.all_input_nodes for s in facts.symbols_of_value(facts.nodes[a].value)}
+        return all(facts.symbol_sources[symbol][0].op == "placeholder" for symbol in symbols)
 
     def _sink_allocations(self, nodes: list[Node]) -> list[Node]:
         """Move uninitialised memory, and views of it, to where it is first used.

@@ -461,3 +461,26 @@ def test_one_piece_more_than_attention(layers: int) -> None:
     program = check(function, *tokens(*SIZES, 0))
     assert steps(program) == "ce" * layers + "c"
     assert ppb.stats().eager_steps == 4 * layers
+
+
+def test_checks_of_sizes_cut_nothing() -> None:
+    """With sizes that Dynamo knows nothing of, it writes each check into the graph, also after the first ops."""
+
+    def function(x: Tensor, residual: Tensor, positions: Tensor) -> Tensor:
+        x, residual = x.clone(), residual.clone()
+        torch._check(x.shape[0] == residual.shape[0])
+        x = x + residual
+        torch._check(x.shape[0] == positions.shape[0])
+        x = ((x + positions[:, None]) @ WEIGHT)[None]
+        return F.scaled_dot_product_attention(x, x, x)[0] @ WEIGHT
+
+    given = (torch.randn(5, 8), torch.randn(5, 8), torch.arange(5))
+    for tensor in given:
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    options = {"compiler": "eager"}
+    run = torch.compile(function, backend="pp_piecewise", options=options, fullgraph=True)
+    assert torch.equal(run(*given), function(*given))
+    (program,) = ppb.programs()
+    first, second, *_ = program.pieces
+    assert first.kind == "eager" and set(first.ops) == {"aten::_assert_scalar"}
+    assert second.kind == "compute" and second.ops.count("clone") == 2

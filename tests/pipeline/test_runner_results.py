@@ -24,6 +24,7 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 
 @on_devices
 @pytest.mark.parametrize(("count", "max_in_flight"), slow_but([(3, 3)], [(2, None), (2, 1), (3, 3), (4, 8)]))
+@pytest.mark.usefixtures("one_program")
 def test_results_are_those_of_one_thread_bit_for_bit(count: int, max_in_flight: int | None, device: str) -> None:
     chosen = sizes(125, seed=count)
     *_, (outputs, _) = all_well(
