@@ -45,6 +45,7 @@ class PiecewiseBackend:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._compiler = PieceCompiler()
+        self._row_verdicts: dict[object, str | None] = {}
         self._programs: weakref.WeakValueDictionary[int, AnyProgram] = weakref.WeakValueDictionary()
         """By id, oldest first."""
         self._dynamo_before = (0, 0)
@@ -95,7 +96,8 @@ class PiecewiseBackend:
                 names = [sources[name] for name in facts.needs_gradient]
                 raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
             facts = facts.with_equal_symbols(table.equal_symbols)
-            split = split_graph(facts, table, matcher, config.mode == "full", config.row_wise_ops)
+            whole = config.mode == "full"
+            split = split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts)
         except (errors.SplitError, errors.GradientFallback) as error:
             program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, error)
         except Exception as error:
@@ -124,6 +126,7 @@ class PiecewiseBackend:
             self._stages.clear()
             self._sealed = False
             self._compiler.reset()
+            self._row_verdicts.clear()
             # Dynamo's own counters outlive its reset.
             self._dynamo_before = torch_compat.frames_given_up_and_graph_breaks()
 

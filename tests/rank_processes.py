@@ -121,8 +121,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     if not torch.cuda.is_available():  # Dynamo begins CUDA where there are GPUs
-        torch.compile(torch.sin, backend="eager")(torch.ones(2))  # Dynamo makes its tables
-        torch._dynamo.reset()
+        _compile_once()
     for line in sys.stdin:
         request = json.loads(line)
         importlib.import_module(request["target"].partition(":")[0])  # once, and not in each rank
@@ -132,6 +131,26 @@ def _serve() -> None:
             if pids[-1] == 0:
                 _run_rank(rank, request)
         print(json.dumps(_wait_for(pids, request["left_alone"])), flush=True)
+
+
+def _compile_once() -> None:
+    """Dynamo makes its tables, and what is imported at first use is."""
+    import torch
+
+    import pp_piecewise_backend as ppb
+
+    def attend(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = (x @ weight)[None]
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[0] @ weight
+
+    x = torch.ones(3, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(attend, backend="pp_piecewise", options={"compiler": "eager", "graphs": "emulate"})
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(x, torch.ones(4, 4))
+    torch._dynamo.reset()
+    ppb.reset()
 
 
 def _run_rank(rank: int, request: Mapping[str, Any]) -> NoReturn:

@@ -79,7 +79,7 @@ class PaddedStep(NamedTuple):
     row_wise_ops: Sequence[str]
     """Names or globs of the user's, besides ``ROW_WISE_OPS``."""
     verdicts: dict[object, str | None]
-    """What the rules for ops say of equal steps; the steps of one graph share it."""
+    """What the rules for ops said of equal steps before."""
 
 
 def padding_reason(step: PaddedStep) -> str | None:
@@ -122,19 +122,27 @@ def _uncuttable(spec: TensorSpec, token_count: sympy.Symbol) -> str | None:
 
 def _rows_that_mix(step: PaddedStep) -> str | None:
     dims = (isinstance(spec, TensorSpec) and token_dims(spec, step.token_count) for spec in step.input_specs)
-    key = (step.key, *dims)
+    key = (step.key, step.row_wise_ops, *dims)
     if key not in step.verdicts:
         step.verdicts[key] = _follow_ops(step)
     return step.verdicts[key]
 
 
 def _follow_ops(step: PaddedStep) -> str | None:
+    # Some ops fix symbolic sizes unless they are decomposed in Python [ran], which takes half as long again.
+    reason, is_certain = _follow(step, contextlib.nullcontext())
+    return reason if is_certain else _follow(step, torch_compat.enable_python_dispatcher())[0]
+
+
+def _follow(step: PaddedStep, dispatcher: contextlib.AbstractContextManager[Any]) -> tuple[str | None, bool]:
+    """Why rows may mix in one of the ops, and whether they could all be followed up to there."""
     assert isinstance(step.token_count, sympy.Symbol)
     fakes = FakeInputs(step.input_specs, odd=True)
     token_count = fakes.private_symbol(step.token_count)
     if token_count is None:
-        return None  # it takes no tokens, and makes none
+        return None, True  # it takes no tokens, and makes none
     walk = _Walk(step.graph_module, token_count, (*ROW_WISE_OPS, *step.row_wise_ops))
+    reason = None
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -142,17 +150,17 @@ def _follow_ops(step: PaddedStep) -> str | None:
             stack.enter_context(torch_compat.private_tracing(fakes.fake_mode))
             stack.callback(torch_compat.leave_functorch, torch_compat.functorch_level())
             stack.callback(leave_autocast, walk.open_autocast)
-            stack.enter_context(torch_compat.enable_python_dispatcher())  # else some ops fix symbolic sizes [ran]
+            stack.enter_context(dispatcher)
             stack.enter_context(fakes.fake_mode)
             stack.enter_context(walk.follow)
             walk.run(*fakes.inputs)
     except _Refused as refused:
-        return str(refused)
+        reason = str(refused)
     except Exception as error:
-        return f"R3: {walk.follow.label} cannot be followed on fake tensors: {type(error).__name__}: {error}"
+        return f"R3: {walk.follow.label} cannot be followed on fake tensors: {type(error).__name__}: {error}", False
     if fakes.fixes(token_count):
-        return "R4: the token count is used as a value: its graph holds for one token count only"
-    return None
+        return "R4: the token count is used as a value: its graph holds for one token count only", False
+    return reason, True
 
 
 PADDING_RULES: tuple[tuple[str, Callable[[PaddedStep], str | None]], ...] = (

@@ -114,17 +114,19 @@ def split_graph(
     matcher: SplitOpMatcher,
     whole: bool = False,
     row_wise_ops: Sequence[str] = (),
+    row_verdicts: dict[object, str | None] | None = None,
 ) -> Split:
     """Cut ``facts.graph_module``, which is not changed, into pieces.
 
     Args:
         whole: make one piece of all of it, attention and writes to state included.
         row_wise_ops: names or globs of custom ops in which rows of tokens stay apart.
+        row_verdicts: what the padding rules found of pieces; graphs that share it are not asked twice about equal ones.
 
     Raises:
         SplitError: the graph cannot be cut without changing what it means; the message says why.
     """
-    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher, whole), row_wise_ops).run()
+    return _Splitter(facts, table, find_cuts(facts, table.inputs, matcher, whole), row_wise_ops, row_verdicts).run()
 
 
 class _Input(NamedTuple):
@@ -139,10 +141,17 @@ class _Input(NamedTuple):
 class _Splitter:
     """What the steps of one graph share."""
 
-    def __init__(self, facts: GraphFacts, table: InputTable, cuts: Cuts, row_wise_ops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        facts: GraphFacts,
+        table: InputTable,
+        cuts: Cuts,
+        row_wise_ops: Sequence[str],
+        row_verdicts: dict[object, str | None] | None,
+    ) -> None:
         self.facts = facts
         self.row_wise_ops = row_wise_ops
-        self.row_verdicts: dict[object, str | None] = {}
+        self.row_verdicts = {} if row_verdicts is None else row_verdicts
         self.cuts = cuts
         self.token_count = table.token_count
         self.stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
