@@ -171,7 +171,7 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
         if name is not None:
             namespace, name = name.split("::", 1)
             self.heavy |= namespace == "aten" and name in _MATMUL_OPS
-            given = functools.partial(torch_compat.argument, func, args=args, kwargs=kwargs)
+            given = torch_compat.bound_arguments(func, args, kwargs).get
             draws = torch.Tag.nondeterministic_seeded in func.tags
             self.random |= draws and given("dropout_p") != 0
             written = [given(argument) for argument in torch_compat.schema_writes(func)]

@@ -65,6 +65,17 @@ def token_dims(spec: TensorSpec, token_count: Dim | None) -> tuple[int, ...]:
     return tuple(dim for dim, size in enumerate(spec.shape) if size == token_count)
 
 
+class PaddedGraph(NamedTuple):
+    """What the padding rules know of the graph that a step is from."""
+
+    token_count: Dim | None
+    stage_inputs: tuple[str, ...]
+    row_wise_ops: tuple[str, ...]
+    """Names or globs of the user's, besides ``ROW_WISE_OPS``."""
+    verdicts: dict[object, str | None]
+    """What the rules for ops said of equal steps before."""
+
+
 class PaddedStep(NamedTuple):
     """A step as the padding rules look at it."""
 
@@ -74,17 +85,17 @@ class PaddedStep(NamedTuple):
     traits: Traits
     input_specs: Sequence[TensorSpec | SymbolSpec | None]
     output_specs: Sequence[TensorSpec | None]
-    token_count: Dim | None
-    stage_inputs: Sequence[str]
-    row_wise_ops: Sequence[str]
-    """Names or globs of the user's, besides ``ROW_WISE_OPS``."""
-    verdicts: dict[object, str | None]
-    """What the rules for ops said of equal steps before."""
+    graph: PaddedGraph
+
+    @property
+    def token_count(self) -> sympy.Symbol:
+        assert isinstance(self.graph.token_count, sympy.Symbol)
+        return self.graph.token_count
 
 
 def padding_reason(step: PaddedStep) -> str | None:
     """Why a step must not run on padded rows; None if none of the real ones can change."""
-    if not isinstance(step.token_count, sympy.Symbol):
+    if not isinstance(step.graph.token_count, sympy.Symbol):
         return "the token count is static, so no call is padded"
     return next((reason for _, check in PADDING_RULES if (reason := check(step)) is not None), None)
 
@@ -99,12 +110,11 @@ def _randomness(step: PaddedStep) -> str | None:
 
 
 def _outliving_writes(step: PaddedStep) -> str | None:
-    names = outliving_writes(step.traits, step.stage_inputs)
+    names = outliving_writes(step.traits, step.graph.stage_inputs)
     return f"R2: it writes {', '.join(names)}, which outlives the call" if names else None
 
 
 def _uncuttable_border(step: PaddedStep) -> str | None:
-    assert isinstance(step.token_count, sympy.Symbol)
     for spec in (*step.input_specs, *step.output_specs):
         if isinstance(spec, TensorSpec) and (why := _uncuttable(spec, step.token_count)):
             return f"R1: {spec} crosses its border, {why}"
@@ -122,26 +132,26 @@ def _uncuttable(spec: TensorSpec, token_count: sympy.Symbol) -> str | None:
 
 def _rows_that_mix(step: PaddedStep) -> str | None:
     dims = (isinstance(spec, TensorSpec) and token_dims(spec, step.token_count) for spec in step.input_specs)
-    key = (step.key, step.row_wise_ops, *dims)
-    if key not in step.verdicts:
-        step.verdicts[key] = _follow_ops(step)
-    return step.verdicts[key]
+    key, verdicts = (step.key, step.graph.row_wise_ops, *dims), step.graph.verdicts
+    if key not in verdicts:
+        verdicts[key] = _follow_ops(step)
+    return verdicts[key]
 
 
 def _follow_ops(step: PaddedStep) -> str | None:
     # Some ops fix symbolic sizes unless they are decomposed in Python [ran], which takes half as long again.
-    reason, is_certain = _follow(step, contextlib.nullcontext())
-    return reason if is_certain else _follow(step, torch_compat.enable_python_dispatcher())[0]
+    reason, is_certain = _follow(step, in_python=False)
+    return reason if is_certain else _follow(step, in_python=True)[0]
 
 
-def _follow(step: PaddedStep, dispatcher: contextlib.AbstractContextManager[Any]) -> tuple[str | None, bool]:
+def _follow(step: PaddedStep, in_python: bool) -> tuple[str | None, bool]:
     """Why rows may mix in one of the ops, and whether they could all be followed up to there."""
-    assert isinstance(step.token_count, sympy.Symbol)
     fakes = FakeInputs(step.input_specs, odd=True)
     token_count = fakes.private_symbol(step.token_count)
     if token_count is None:
         return None, True  # it takes no tokens, and makes none
-    walk = _Walk(step.graph_module, token_count, (*ROW_WISE_OPS, *step.row_wise_ops))
+    follow = _Follow(token_count, fakes)
+    walk = _Walk(step.graph_module, follow, (*ROW_WISE_OPS, *step.graph.row_wise_ops))
     reason = None
     try:
         with contextlib.ExitStack() as stack:
@@ -150,16 +160,17 @@ def _follow(step: PaddedStep, dispatcher: contextlib.AbstractContextManager[Any]
             stack.enter_context(torch_compat.private_tracing(fakes.fake_mode))
             stack.callback(torch_compat.leave_functorch, torch_compat.functorch_level())
             stack.callback(leave_autocast, walk.open_autocast)
-            stack.enter_context(dispatcher)
+            if in_python:
+                stack.enter_context(torch_compat.enable_python_dispatcher())
             stack.enter_context(fakes.fake_mode)
-            stack.enter_context(walk.follow)
+            stack.enter_context(follow)
             walk.run(*fakes.inputs)
     except _Refused as refused:
         reason = str(refused)
     except Exception as error:
-        return f"R3: {walk.follow.label} cannot be followed on fake tensors: {type(error).__name__}: {error}", False
-    if fakes.fixes(token_count):
-        return "R4: the token count is used as a value: its graph holds for one token count only", False
+        return f"R3: {follow.label} cannot be followed on fake tensors: {type(error).__name__}: {error}", False
+    if not fakes.goes_one_way(step.token_count):
+        return "R4: the token count is used as a value: some op does something else for other token counts", False
     return reason, True
 
 
@@ -207,10 +218,10 @@ class _Refused(Exception):
 class _Walk(Interpreter):
     """One run of a piece on fake tensors whose token count is a symbol."""
 
-    def __init__(self, graph_module: GraphModule, token_count: sympy.Symbol, row_wise_ops: Sequence[str]) -> None:
+    def __init__(self, graph_module: GraphModule, follow: _Follow, row_wise_ops: Sequence[str]) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
-        self.follow = _Follow(token_count)
+        self.follow = follow
         self.open_autocast: dict[Any, object] = {}
         self._row_wise_ops = row_wise_ops
 
@@ -226,8 +237,8 @@ class _Walk(Interpreter):
             return self.follow.checked(op, args, kwargs, _like_attention)
         if isinstance(target, torch_compat.HigherOrderOperator) and target.name() in _RUN_THEIR_BODY:
             body, *rest = args
-            inner = _Walk(body, self.follow.token_count, self._row_wise_ops)
-            inner.follow, inner.open_autocast = self.follow, self.open_autocast
+            inner = _Walk(body, self.follow, self._row_wise_ops)
+            inner.open_autocast = self.open_autocast
             return inner.run(*rest)
         if target is torch.nn.functional.one_hot:
             self.follow.check_indices(args[:1])  # on fake tensors it compares, on real ones it indexes
@@ -253,9 +264,10 @@ _RUN_THEIR_BODY = frozenset({"tag_activation_checkpoint", "wrap", "wrap_activati
 class _Follow(torch_compat.TorchDispatchMode):
     """Asks, for each ATen op that a node runs, whether rows stay apart; see Note [rows stay apart]."""
 
-    def __init__(self, token_count: sympy.Symbol) -> None:
+    def __init__(self, token_count: sympy.Symbol, fakes: FakeInputs) -> None:
         super().__init__()
-        self.token_count = token_count
+        self._token_count = token_count
+        self._fakes = fakes
         self.label = ""
         """The op of the graph that runs, as messages name it."""
         self.is_row_wise = False
@@ -276,10 +288,13 @@ class _Follow(torch_compat.TorchDispatchMode):
         """
         self._asks = False
         try:
-            result = run(*args, **kwargs)
+            # Which kernel a convolution takes depends on its sizes, and what it does not.
+            is_convolution = torch_compat.schema_name(op) == "aten::convolution"
+            with self._fakes.ignoring_conditions() if is_convolution else contextlib.nullcontext():
+                result = run(*args, **kwargs)
         finally:
             self._asks = True
-        call = Call(op, args, kwargs, result, self.token_count)
+        call = Call(op, args, kwargs, result, self._token_count)
         if self.is_row_wise and call.is_custom:
             return result
         rule = None if call.is_custom else rule_for(call)

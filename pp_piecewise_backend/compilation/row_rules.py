@@ -39,10 +39,8 @@ class Call:
         written = torch_compat.schema_writes(op)
         self.name = name.removesuffix("_") if written else name
         """Without library, overload and the mark of an in-place op."""
-        defaults = torch_compat.schema_arguments(op)
-        self.arguments: dict[str, Any] = defaults | dict(zip(defaults, args, strict=False)) | dict(kwargs)
-        names = list(defaults)
-        self.written = [self.arguments[names[at] if isinstance(at, int) else at] for at in written]
+        self.arguments = torch_compat.bound_arguments(op, args, kwargs)
+        self.written = [self.arguments[name] for name in written]
         """The arguments that it writes."""
 
     def __getitem__(self, name: str) -> Any:
@@ -158,9 +156,10 @@ def _repeats(call: Call) -> bool:
 
 def _slices(call: Call) -> bool:
     """Of tokens all; of anything else a part that begins where it does however many tokens there are."""
-    if not call.has_tokens_along(call.dims("dim")):
-        return _is(call["step"], 1) or not call.counts_tokens(call["end"])
     (dim,) = call.dims("dim")
+    if not call.has_tokens_along({dim}):
+        # As many rows as tokens, and not as many columns as there are anyway.
+        return not call.counts_tokens(call["end"]) or (_is(call["step"], 1) and dim in call.token_dims(call.result))
     sizes = [torch_compat.symint_expression(tensor.shape[dim]) for tensor in (call.first, call.result)]
     return (call["start"] is None or _is(call["start"], 0)) and _is(call["step"], 1) and sizes[0] == sizes[1]
 
@@ -216,10 +215,6 @@ def _attends(call: Call) -> bool:
 
 
 # -------------------------------------------------------------------------------------------- indices
-
-
-def _looks_up(call: Call) -> bool:
-    return not call.have_tokens([call["weight"]])
 
 
 def _gathers(call: Call) -> bool:
@@ -313,7 +308,7 @@ _RULES: Mapping[str, Rule] = {
     "cat": _joins,
     "constant_pad_nd": _pads,
     "dot": _multiplies("self", "tensor"),
-    "embedding": _looks_up,
+    "embedding": _searches("weight"),
     "gather": _gathers,
     "index_select": _not_along("dim"),
     "mv": _multiplies("self", "vec"),
@@ -353,13 +348,9 @@ def uses_token_count(call: Call) -> bool:
 
 def has_odd_sizes(call: Call) -> bool:
     """Whether a result has a size with the token count in it that is no multiple of it: rows were cut off or added."""
-    sizes = [torch_compat.symint_expression(size) for tensor in tensors_in(call.result) for size in tensor.shape]
-    per_token = [sympy.cancel(size / call.token_count) for size in sizes if call.token_count in _symbols_of(size)]
+    sizes = [size for tensor in tensors_in(call.result) for size in tensor.shape if call.counts_tokens(size)]
+    per_token = [sympy.cancel(torch_compat.symint_expression(size) / call.token_count) for size in sizes]
     return any(call.token_count in entries.free_symbols or not entries.is_integer for entries in per_token)
-
-
-def _symbols_of(size: Any) -> Collection[sympy.Symbol]:
-    return size.free_symbols if isinstance(size, sympy.Basic) else ()
 
 
 def writes_rows_into_other_memory(call: Call) -> bool:

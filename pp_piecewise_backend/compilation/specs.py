@@ -12,7 +12,8 @@ does not hold, the piece runs as plain FX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -118,6 +119,7 @@ class FakeInputs:
             spec.symbol: torch_compat.new_symbol(self._env, f"s{index}", spec.hint, spec.lower, spec.upper)
             for index, spec in enumerate(self._given)
         }
+        self._irrelevant: set[sympy.Basic] = set()
         self._hints = {spec.symbol: spec.hint for spec in self._given if spec.hint is not None}
         self._private = {symbol: torch_compat.symint_expression(symint) for symbol, symint in symints.items()}
         with self.fake_mode:
@@ -142,10 +144,29 @@ class FakeInputs:
         """What stands for a symbol of the program in these inputs; None if they do not depend on it."""
         return self._private.get(symbol)
 
-    def fixes(self, private: sympy.Symbol) -> bool:
-        """Whether what ran on these inputs holds for one value of a symbol only."""
-        conditions = torch_compat.shape_env_conditions(self._env)
-        return any(isinstance(c, sympy.Eq) and private in c.free_symbols for c in conditions)
+    @contextlib.contextmanager
+    def ignoring_conditions(self) -> Iterator[None]:
+        """What runs within may go another way for other sizes: it does the same."""
+        before = set(torch_compat.shape_env_conditions(self._env))
+        yield
+        self._irrelevant |= set(torch_compat.shape_env_conditions(self._env)) - before
+
+    def goes_one_way(self, symbol: sympy.Symbol) -> bool:
+        """Whether what ran on these inputs would have gone the same way for any other value of a symbol.
+
+        That a size is not equal to another one (as to 1) is no way of its own.
+        """
+        (spec,) = (spec for spec in self._given if spec.symbol == symbol)
+        values = {self._private[other]: hint for other, hint in self._hints.items()}
+        relevant = set(torch_compat.shape_env_conditions(self._env)) - self._irrelevant
+        conditions = [condition for condition in relevant if not isinstance(condition, sympy.Ne)]
+        smallest, largest = max(spec.lower or 0, 2), min(spec.upper or _LARGEST, _LARGEST)
+        return all(
+            condition.xreplace({**values, self._private[symbol]: sympy.Integer(size)}) == sympy.true
+            for condition in conditions
+            if self._private[symbol] in condition.free_symbols
+            for size in (smallest, largest)
+        )
 
     def conditions(self) -> tuple[sympy.Basic, ...]:
         """What the compiler relied on beyond the ranges that it was given."""
@@ -164,9 +185,11 @@ class FakeInputs:
         return tuple(condition for condition in renamed if condition != sympy.true)
 
 
+_LARGEST = 2**16
+"""Of sizes that have no upper bound."""
 _ODD_SIZES = (89, 97, 101, 103, 107, 109, 113, 127)
 
 
 def _odd_size(spec: SymbolSpec, index: int) -> int:
     size = _ODD_SIZES[index % len(_ODD_SIZES)]
-    return max(spec.lower or 0, size if spec.upper is None else min(size, spec.upper))
+    return max(spec.lower or 0, size if spec.upper is None else min(size, spec.upper - 1))

@@ -29,6 +29,7 @@ from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
 from .fx_utils import op_name, reachable
 from .padding_rules import (
+    PaddedGraph,
     PaddedStep,
     Traits,
     handed_on_allocations,
@@ -150,11 +151,12 @@ class _Splitter:
         row_verdicts: dict[object, str | None] | None,
     ) -> None:
         self.facts = facts
-        self.row_wise_ops = row_wise_ops
-        self.row_verdicts = {} if row_verdicts is None else row_verdicts
         self.cuts = cuts
         self.token_count = table.token_count
-        self.stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
+        stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
+        self.padding = PaddedGraph(
+            table.token_count, stage_inputs, tuple(row_wise_ops), {} if row_verdicts is None else row_verdicts
+        )
         order = [node for step in cuts.steps for node in step.nodes]
         self.position = {node: index for index, node in enumerate(order)}
         self.end = len(order)
@@ -480,7 +482,10 @@ class _StepBuilder:
         output_specs = tuple(spec for _, spec in self._exports.values())
         traits = self._traits(outputs, output_specs)
         key = digest(piece_text(graph_module, [spec for spec in input_specs if spec is not None]))
-        why_not_padded = self._why_not_padded(graph_module, key, traits, input_specs, output_specs)
+        step = PaddedStep(graph_module, key, traits, input_specs, output_specs, self._splitter.padding)
+        why_not_padded: str | None = "never padded: an eager step sees the real rows"
+        if self.step.kind == "compute":
+            why_not_padded = padding_reason(step)
         return Piece(
             index=index,
             kind=self.step.kind,
@@ -525,31 +530,6 @@ class _StepBuilder:
             written_storages=frozenset(writes.values()),
             allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),
             uninitialised=tuple(is_meaningless(output) for output in outputs),
-        )
-
-    def _why_not_padded(
-        self,
-        graph_module: GraphModule,
-        key: str,
-        traits: Traits,
-        input_specs: Sequence[TensorSpec | SymbolSpec | None],
-        output_specs: Sequence[TensorSpec | None],
-    ) -> str | None:
-        if self.step.kind == "eager":
-            return "never padded: an eager step sees the real rows"
-        splitter = self._splitter
-        return padding_reason(
-            PaddedStep(
-                graph_module=graph_module,
-                key=key,
-                traits=traits,
-                input_specs=input_specs,
-                output_specs=output_specs,
-                token_count=splitter.token_count,
-                stage_inputs=splitter.stage_inputs,
-                row_wise_ops=splitter.row_wise_ops,
-                verdicts=splitter.row_verdicts,
-            )
         )
 
     def _drop_dead_nodes(self, live: list[Node]) -> None:

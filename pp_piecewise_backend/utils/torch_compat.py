@@ -203,9 +203,10 @@ def schema_writes(op: OpOverload) -> tuple[str, ...]:
     return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-def schema_arguments(op: OpOverload) -> dict[str, Any]:
-    """Name of each argument of the op, in order -> its default."""
-    return {declared.name: declared.default_value for declared in op._schema.arguments}
+def bound_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name of each argument of the op, in order -> what a call gives for it, or its default."""
+    defaults = {declared.name: declared.default_value for declared in op._schema.arguments}
+    return defaults | dict(zip(defaults, args, strict=False)) | dict(kwargs)
 
 
 @functools.cache
@@ -214,14 +215,6 @@ def decompositions() -> Mapping[OpOverload, Callable[..., Any]]:
     from torch._decomp import core_aten_decompositions
 
     return core_aten_decompositions()  # type: ignore[return-value]
-
-
-def argument(op: OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call gives the op for this argument, its default if it gives nothing; None if there is no such one."""
-    for position, declared in enumerate(op._schema.arguments):
-        if declared.name == name:
-            return args[position] if position < len(args) else kwargs.get(name, declared.default_value)
-    return None
 
 
 def autocast_state() -> tuple[object, ...]:

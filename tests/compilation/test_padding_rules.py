@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings
-from pp_piecewise_backend.compilation.padding_rules import PaddedStep, Traits, padding_reason, token_dims
+from pp_piecewise_backend.compilation.padding_rules import PaddedGraph, PaddedStep, Traits, padding_reason, token_dims
 from pp_piecewise_backend.compilation.specs import SymbolSpec, TensorSpec
 from switches import RULES, switch_off
 
@@ -114,7 +114,9 @@ def reason(
     """What the rules say of a step that does nothing with its inputs."""
     nothing = torch.fx.GraphModule({}, torch.fx.Graph())
     symbols = [SymbolSpec(symbol, 8, 2, None) for symbol in (TOKENS, sympy.Symbol("s1"))]
-    return padding_reason(PaddedStep(nothing, "", traits, [*symbols, *inputs], outputs, TOKENS, stage_inputs, (), {}))
+    return padding_reason(
+        PaddedStep(nothing, "", traits, [*symbols, *inputs], outputs, PaddedGraph(TOKENS, tuple(stage_inputs), (), {}))
+    )
 
 
 def test_r2_what_outlives_the_call() -> None:

@@ -172,3 +172,26 @@ def test_custom_ops_are_refused_until_they_are_declared() -> None:
 )
 def test_indices_made_from_floats(body: Body) -> None:
     assert "index by them" in padding(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x + x[:, : x.shape[0] // 2].sum(-1, keepdim=True),
+        lambda x: x + x[:, : min(x.shape[0], 3)].sum(-1, keepdim=True),
+        lambda x: x + torch.ones(64, HIDDEN)[: x.shape[0] // 2].sum(),
+    ],
+    ids=["half as many columns", "at most 3 columns", "half as many rows of a table"],
+)
+def test_parts_whose_length_is_the_token_count(body: Body) -> None:
+    assert padding(body) != UNDECIDED
+
+
+def test_following_ops_leaves_no_mode_behind() -> None:
+    """Ops that fix sizes are followed twice, the second time with decompositions in Python."""
+    assert padding(lambda x: x + torch.fft.rfft(x, dim=-1).abs().sum(-1, keepdim=True)) == UNDECIDED
+    assert not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher)
+    torch._dynamo.reset()
+    ppb.reset()
+    assert "tokens mix" in padding(lambda x: x + torch.fft.rfft(x, dim=0).abs().sum(0))
+    assert not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher)

@@ -466,12 +466,11 @@ def test_kernel_in_python_of_what_has_none(op: Any) -> None:
     assert torch_compat.kernel_in_python(op, "cpu") is None
 
 
-def test_argument_of_a_call() -> None:
+def test_arguments_of_a_call() -> None:
     op = torch.ops.compattest.write.default
-    assert torch_compat.argument(op, "scale", ("x", "out", 2.0), {}) == 2.0
-    assert torch_compat.argument(op, "scale", ("x", "out"), {"scale": 3.0}) == 3.0
-    assert torch_compat.argument(op, "scale", ("x", "out"), {}) == 1.0
-    assert torch_compat.argument(op, "dropout_p", ("x", "out"), {}) is None
+    assert torch_compat.bound_arguments(op, ("x", "out", 2.0), {}) == {"x": "x", "out": "out", "scale": 2.0}
+    assert torch_compat.bound_arguments(op, ("x", "out"), {"scale": 3.0})["scale"] == 3.0
+    assert torch_compat.bound_arguments(op, ("x", "out"), {})["scale"] == 1.0
 
 
 def test_tensor_without_ownership() -> None:

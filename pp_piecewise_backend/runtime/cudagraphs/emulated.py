@@ -144,7 +144,7 @@ class _Recorder(torch_compat.TorchDispatchMode):
             raise CaptureError(f"{func} gives a tensor whose size depends on values, which no graph can hold")
         if (
             torch.Tag.nondeterministic_seeded in func.tags
-            and torch_compat.argument(func, "dropout_p", args, kwargs) != 0
+            and torch_compat.bound_arguments(func, args, kwargs).get("dropout_p") != 0
         ):
             raise CaptureError(f"{func} draws random numbers; captured, it would draw other ones than eager")
         if inside is not None:
