@@ -51,7 +51,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
         (padding_rules, "rule_for", lambda call: lambda call: True),
         (padding_rules, "has_odd_sizes", lambda call: False),
         (padding_rules, "writes_rows_into_other_memory", lambda call: False),
-        (padding_rules, "is_declared_row_wise", lambda node, patterns: True),
+        (padding_rules, "matching_pattern", lambda node, patterns: "*"),
     ],
     "float indices": [(padding_rules, "indices_of", lambda call: [])],
     "random": [(split, "random_or_written", lambda *args: (False, _random_or_written(*args)[1]))],

@@ -177,7 +177,7 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
             written = [given(argument) for argument in torch_compat.schema_writes(func)]
             if name in _UPDATE_STATISTICS and (given("training") or given("use_input_stats")):
                 written += [given("running_mean"), given("running_var")]
-            for tensor in _tensors(written):
+            for tensor in torch_compat.tensors_in(written):
                 if (storage := self._storage_of(tensor)) is not None:
                     self.writes.add(storage)
         return func(*args, **kwargs)
@@ -319,7 +319,7 @@ class _Walk(Interpreter):
     def _call_and_note(self, node: Node) -> Any:
         recorder = self._recorder
         arguments = {n: self.env[n] for n in node.all_input_nodes}
-        before = _tensors(list(arguments.values()))
+        before = torch_compat.tensors_in(list(arguments.values()))
         versions = [tensor._version for tensor in before]
         shapes = [(tensor.shape, tensor.stride()) for tensor in before]
         recorder.clear()
@@ -340,7 +340,7 @@ class _Walk(Interpreter):
         if value is None and not writes:
             writes.add(EFFECT)
         known = set(self._storage_numbers.values())
-        storages = {number for tensor in _tensors(value) if (number := self._number(tensor)) is not None}
+        storages = {number for tensor in torch_compat.tensors_in(value) if (number := self._number(tensor)) is not None}
         self._note_symbols(node, example)
         by_name = [*inside, op_name(node)] if is_custom_op(node) else inside
         same = [n for n, v in arguments.items() if v is value and isinstance(v, torch.Tensor)]
@@ -467,8 +467,10 @@ class _Walk(Interpreter):
     def _gradient_inputs(self, placeholders: Sequence[Node]) -> tuple[str, ...]:
         written = {storage for facts in self._facts.values() for storage in facts.writes}
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        results = _tensors([self.env[node] for node in output.all_input_nodes])
-        results += _tensors([self.env[node] for node in placeholders if self._facts[node].storages & written])
+        results = torch_compat.tensors_in([self.env[node] for node in output.all_input_nodes])
+        results += torch_compat.tensors_in(
+            [self.env[node] for node in placeholders if self._facts[node].storages & written]
+        )
         if not self._has_history and not any(tensor.grad_fn is not None for tensor in results):
             return ()
         return tuple(
@@ -490,10 +492,6 @@ def _given(spec: TensorSpec) -> NodeFacts:
     """Facts about a tensor that exists before the graph runs."""
     storages = frozenset((spec.storage,))
     return NodeFacts(spec, storages=storages, born=storages)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch_compat.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def leave_autocast(open_autocast: dict[Any, object]) -> None:

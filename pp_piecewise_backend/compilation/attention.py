@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..config import SplitOps
 from .analysis import GraphFacts
-from .fx_utils import nested_nodes, op_names, plain_op_name, reachable
+from .fx_utils import matching_pattern, nested_nodes, op_names, plain_op_name, reachable
 from .placeholders import GraphInput
 
 BUILTIN_SPLIT_OPS: tuple[str, ...] = (
@@ -90,12 +90,8 @@ class SplitOpMatcher:
 
     def match(self, node: Node) -> str | None:
         """The pattern that matches this node, or an op inside a graph that it takes as an argument."""
-        for each in (node, *nested_nodes(node)):
-            names = op_names(each)
-            for pattern in self.patterns:
-                if any(fnmatchcase(name, pattern) for name in names):
-                    return pattern
-        return None
+        patterns = (matching_pattern(each, self.patterns) for each in (node, *nested_nodes(node)))
+        return next((pattern for pattern in patterns if pattern is not None), None)
 
 
 def looks_like_attention(node: Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 
 from torch.fx import GraphModule, Node
 
@@ -45,6 +46,12 @@ def op_name(node: Node) -> str:
     if not names:
         return node.op
     return str(node.target) if node.op == "call_method" else names[0]
+
+
+def matching_pattern(node: Node, patterns: Iterable[str]) -> str | None:
+    """The first of these names or globs that is a spelling of the node's op; None if none is."""
+    names = op_names(node)
+    return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 def plain_op_name(node: Node) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import sympy
@@ -27,7 +26,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..utils import torch_compat
 from .analysis import RANDOM, GraphFacts, leave_autocast
-from .fx_utils import op_name, op_names
+from .fx_utils import matching_pattern, op_name
 from .partition import is_allocation
 from .row_rules import (
     Call,
@@ -35,7 +34,6 @@ from .row_rules import (
     indices_of,
     makes_integers_from_floats,
     rule_for,
-    tensors_in,
     uses_token_count,
     writes_rows_into_other_memory,
 )
@@ -160,7 +158,7 @@ def _follow(step: PaddedStep, in_python: bool) -> tuple[str | None, bool]:
             stack.enter_context(torch_compat.private_tracing(fakes.fake_mode))
             stack.callback(torch_compat.leave_functorch, torch_compat.functorch_level())
             stack.callback(leave_autocast, walk.open_autocast)
-            if in_python:
+            if in_python:  # made here: leaving ``inference_mode(False)`` restores which dispatch keys are set
                 stack.enter_context(torch_compat.enable_python_dispatcher())
             stack.enter_context(fakes.fake_mode)
             stack.enter_context(follow)
@@ -207,10 +205,6 @@ ROW_WISE_OPS: tuple[str, ...] = (
 """Custom ops in which rows stay apart, by name or glob; ``row_wise_ops`` adds to them."""
 
 
-def is_declared_row_wise(node: Node, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in op_names(node) for pattern in patterns)
-
-
 class _Refused(Exception):
     """An op does not let rows stay apart, or nobody says that it does; the message names it."""
 
@@ -227,7 +221,7 @@ class _Walk(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self.follow.label = op_name(n)
-        self.follow.is_row_wise = is_declared_row_wise(n, self._row_wise_ops)
+        self.follow.is_row_wise = matching_pattern(n, self._row_wise_ops) is not None
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -330,7 +324,7 @@ class _Follow(torch_compat.TorchDispatchMode):
 
     def _note_integers(self, call: Call) -> None:
         takes = any(id(tensor) in self._from_floats for tensor in call.tensors)
-        for tensor in tensors_in(call.result):
+        for tensor in torch_compat.tensors_in(call.result):
             is_integer = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
             if is_integer and (takes or makes_integers_from_floats(call)):
                 self._from_floats.add(id(tensor))

@@ -41,6 +41,7 @@ _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "
 
 
 _CHECKS = frozenset({"_assert_scalar", "_check", "_check_is_size", "_check_value"})
+"""Ops that check numbers and do nothing else."""
 
 
 class Value(NamedTuple):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..utils import torch_compat
+from .specs import symbols_of
 
 
 class Call:
@@ -49,7 +50,7 @@ class Call:
     @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors that it takes, in order."""
-        return tensors_in(list(self.arguments.values()))
+        return torch_compat.tensors_in(list(self.arguments.values()))
 
     @property
     def first(self) -> Tensor:
@@ -58,7 +59,7 @@ class Call:
 
     def counts_tokens(self, size: object) -> bool:
         """Whether a number depends on the token count."""
-        return self.token_count in _symbols(size)
+        return self.token_count in symbols_of((torch_compat.symint_expression(size),))  # type: ignore[arg-type]
 
     def token_dims(self, value: object) -> frozenset[int]:
         """The token dimensions of a tensor; none for anything else."""
@@ -79,15 +80,6 @@ class Call:
 
     def have_tokens(self, tensors: Sequence[object]) -> bool:
         return any(self.token_dims(tensor) for tensor in tensors)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch_compat.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _symbols(size: object) -> Collection[sympy.Symbol]:
-    expression = torch_compat.symint_expression(size)  # type: ignore[arg-type]
-    return expression.free_symbols if isinstance(expression, sympy.Basic) else ()
 
 
 Rule: TypeAlias = Callable[[Call], bool]
@@ -244,7 +236,7 @@ def _puts(call: Call) -> bool:
     """Rows may be written at the same last dimensions, but not each token where an index of its own says."""
     at = _indexed_dims(call)
     kept = call.first.dim() - len(at or ())
-    indices = tensors_in(call["indices"])
+    indices = torch_compat.tensors_in(call["indices"])
     if at is None or at != list(range(kept, call.first.dim())) or call.have_tokens(indices):
         return False
     in_front = kept + max(index.dim() for index in indices) - call["values"].dim()
@@ -263,10 +255,9 @@ def _named(rule: Rule, *names: str) -> dict[str, Rule]:
 _RULES: Mapping[str, Rule] = {
     # Entries at the same indices, which PyTorch does not tag as pointwise.
     **_named(_always, "_to_copy", "_conj", "_neg_view", "alias", "complex", "copy", "detach", "fill", "imag", "lift"),
-    **_named(_always, "floor_divide", "hardswish", "size"),
     **_named(_always, "lift_fresh", "lift_fresh_copy", "log_sigmoid_forward", "polar", "real", "view_as_real", "zero"),
     **_named(_always, "_prelu_kernel", "empty_like", "full_like", "ones_like", "zeros_like", "is_same_size"),
-    **_named(_always, "_assert_tensor_metadata", "convert_element_type", "device"),
+    **_named(_always, "_assert_tensor_metadata", "convert_element_type", "device", "floor_divide", "hardswish", "size"),
     # New tensors, of which each entry is the same however many there are.
     **_named(_always, "empty", "empty_permuted", "empty_strided", "full", "ones", "scalar_tensor", "zeros", "arange"),
     **_named(_always, "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
@@ -275,10 +266,8 @@ _RULES: Mapping[str, Rule] = {
     # What comes before a token does not change.
     **_named(_always, "cummax", "cummin", "cumprod", "cumsum", "logcumsumexp", "tril", "triu"),
     **_named(_not_along("dim"), "all", "amax", "amin", "aminmax", "any", "argmax", "argmin", "count_nonzero", "max"),
-    **_named(
-        _not_along("dim"), "mean", "median", "min", "nanmedian", "nansum", "prod", "std", "std_mean", "sum", "var"
-    ),
-    **_named(_not_along("dim"), "var_mean", "kthvalue", "linalg_vector_norm", "logsumexp", "mode", "norm"),
+    **_named(_not_along("dim"), "kthvalue", "linalg_vector_norm", "logsumexp", "mean", "median", "min", "mode"),
+    **_named(_not_along("dim"), "nanmedian", "nansum", "norm", "prod", "std", "std_mean", "sum", "var", "var_mean"),
     **_named(_not_along("dim", -1), "argsort", "glu", "sort", "topk"),
     **_named(_not_along("dim"), "_log_softmax", "_safe_softmax", "_softmax", "log_softmax", "softmax"),
     **_named(_not_along("dim"), "_fft_c2c", "_fft_c2r", "_fft_r2c", "split", "split_with_sizes", "unbind"),
@@ -348,7 +337,9 @@ def uses_token_count(call: Call) -> bool:
 
 def has_odd_sizes(call: Call) -> bool:
     """Whether a result has a size with the token count in it that is no multiple of it: rows were cut off or added."""
-    sizes = [size for tensor in tensors_in(call.result) for size in tensor.shape if call.counts_tokens(size)]
+    sizes = [
+        size for tensor in torch_compat.tensors_in(call.result) for size in tensor.shape if call.counts_tokens(size)
+    ]
     per_token = [sympy.cancel(torch_compat.symint_expression(size) / call.token_count) for size in sizes]
     return any(call.token_count in entries.free_symbols or not entries.is_integer for entries in per_token)
 
@@ -357,25 +348,13 @@ def writes_rows_into_other_memory(call: Call) -> bool:
     """Whether it writes rows into memory whose size does not depend on their number: padded ones stay in it."""
     return any(
         call.token_dims(tensor) and not call.counts_tokens(tensor.untyped_storage().nbytes())
-        for tensor in tensors_in(call.written)
+        for tensor in torch_compat.tensors_in(call.written)
     )
 
 
 _SAFE_INTEGERS = frozenset(
-    {
-        "argmax",
-        "argmin",
-        "argsort",
-        "bucketize",
-        "count_nonzero",
-        "cummax",
-        "cummin",
-        "kthvalue",
-        "max",
-        "median",
-        "min",
-    }
-    | {"max_pool2d_with_indices", "mode", "nanmedian", "searchsorted", "sort", "topk"}
+    {"argmax", "argmin", "argsort", "bucketize", "count_nonzero", "cummax", "cummin", "kthvalue", "max", "median"}
+    | {"min", "max_pool2d_with_indices", "mode", "nanmedian", "searchsorted", "sort", "topk"}
     | {"empty_like", "full_like", "ones_like", "zeros_like", "new_empty", "new_full", "new_ones", "new_zeros"}
 )
 """Ops whose integers are valid indices, or constants, whatever the floats are that they take."""
@@ -395,4 +374,4 @@ def indices_of(call: Call) -> list[Tensor]:
     """The integer tensors by which it indexes."""
     if call.name not in _TAKES_INDICES:
         return []
-    return tensors_in([call[name] for name in ("index", "indices")])
+    return torch_compat.tensors_in([call[name] for name in ("index", "indices")])

@@ -113,9 +113,9 @@ def split_graph(
     facts: GraphFacts,
     table: InputTable,
     matcher: SplitOpMatcher,
-    whole: bool = False,
-    row_wise_ops: Sequence[str] = (),
-    row_verdicts: dict[object, str | None] | None = None,
+    whole: bool,
+    row_wise_ops: tuple[str, ...],
+    row_verdicts: dict[object, str | None],
 ) -> Split:
     """Cut ``facts.graph_module``, which is not changed, into pieces.
 
@@ -147,16 +147,14 @@ class _Splitter:
         facts: GraphFacts,
         table: InputTable,
         cuts: Cuts,
-        row_wise_ops: Sequence[str],
-        row_verdicts: dict[object, str | None] | None,
+        row_wise_ops: tuple[str, ...],
+        row_verdicts: dict[object, str | None],
     ) -> None:
         self.facts = facts
         self.cuts = cuts
         self.token_count = table.token_count
         stage_inputs = tuple(i.name for i in table.inputs if i.kind == "stage-input")
-        self.padding = PaddedGraph(
-            table.token_count, stage_inputs, tuple(row_wise_ops), {} if row_verdicts is None else row_verdicts
-        )
+        self.padding = PaddedGraph(table.token_count, stage_inputs, row_wise_ops, row_verdicts)
         order = [node for step in cuts.steps for node in step.nodes]
         self.position = {node: index for index, node in enumerate(order)}
         self.end = len(order)

@@ -94,6 +94,11 @@ def storage_identity(tensor: torch.Tensor) -> int:
     return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of a value, however nested, in order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
 def symint_expression(value: int | torch.SymInt | torch.SymBool | torch.SymFloat) -> sympy.Basic | int:
     """The sympy expression behind a symbolic number; a plain number comes back as it is."""
     return value.node.expr if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)) else value

@@ -157,7 +157,7 @@ class _Recorder(torch_compat.TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
-        leaves = [leaf for leaf in torch_compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        leaves = torch_compat.tensors_in(result)
         self._ops.append((func, args, kwargs, leaves))
         return result
 
@@ -183,7 +183,7 @@ class _Recorder(torch_compat.TorchDispatchMode):
             with torch_compat.no_autocast():
                 for func, args, kwargs, made in steps:
                     result = func(*torch_compat.tree_map(fill, args), **torch_compat.tree_map(fill, kwargs))
-                    leaves = [leaf for leaf in torch_compat.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+                    leaves = torch_compat.tensors_in(result)
                     for slot, leaf in zip(made, leaves, strict=True):
                         values[slot] = leaf
             return [fill(value) for value in wanted]
