@@ -109,6 +109,10 @@ PROGRAMS |= {
         1, i[:, None], i[:, None].float()
     ),
     "index_put of tokens": lambda x, y, i, t, d: torch.zeros(FEATURES, FEATURES).index_put((i,), TABLE[i]),
+    "columns added up": lambda x, y, i, t, d: x.movedim(d, 0).index_add(0, torch.tensor([3, 1]), y.movedim(d, 0)[:2]),
+    "columns copied": lambda x, y, i, t, d: x.movedim(d, 0).index_copy(0, torch.tensor([3, 1]), y.movedim(d, 0)[:2]),
+    "columns filled": lambda x, y, i, t, d: x.index_fill(d, torch.tensor([3, 1]), 0.5),
+    "columns at places of the tokens": lambda x, y, i, t, d: torch.zeros(FEATURES, 8).index_copy(0, i, TABLE[i]).sum(),
     "histogram": lambda x, y, i, t, d: x + torch.zeros(FEATURES).index_add(0, i, i.float()).sum(),
     "sorted integers": lambda x, y, i, t, d: i.sort().values,
     "integers twice, in pairs": lambda x, y, i, t, d: TABLE[i.repeat(2).view(-1, 2)[:, 1]],
@@ -147,6 +151,9 @@ PROGRAMS |= {
     "tril": lambda x, y, i, t, d: x.tril(),
     "triu": lambda x, y, i, t, d: x.triu(),
     "diagonal": lambda x, y, i, t, d: x.diagonal(0, t, d).sum(),
+    "diagonal of features": lambda x, y, i, t, d: (
+        (x.movedim(t, 0).flatten(1)[:, :, None] * VECTOR).diagonal(0, 1, 2)
+    ),
     "pad of features": lambda x, y, i, t, d: F.pad(x.movedim(d, -1), (1, 2)),
     "pad of tokens": lambda x, y, i, t, d: F.pad(x.movedim(t, -1), (1, 0))[..., : x.shape[t]],
     # views

@@ -168,7 +168,7 @@ def _follow(step: PaddedStep, in_python: bool) -> tuple[str | None, bool]:
     except Exception as error:
         return f"R3: {follow.label} cannot be followed on fake tensors: {type(error).__name__}: {error}", False
     if not fakes.goes_one_way(step.token_count):
-        return "R4: the token count is used as a value: some op does something else for other token counts", False
+        return reason or "R4: the token count is used as a value: some op does something else at other sizes", False
     return reason, True
 
 

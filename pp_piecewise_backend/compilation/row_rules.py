@@ -98,6 +98,11 @@ def _not_along(name: str, default: Any = None) -> Rule:
     return lambda call: not call.has_tokens_along(call.dims(name, default))
 
 
+def _not_along_both(call: Call) -> bool:
+    """Entries along two dimensions mix."""
+    return not call.has_tokens_along(call.dims("dim1", 0) | call.dims("dim2", 1))
+
+
 def _not_along_last(count: int) -> Rule:
     """Entries along this many last dimensions mix, as in images."""
 
@@ -221,6 +226,13 @@ def _scatters(call: Call) -> bool:
     return len(dims) == 1 and not call.has_tokens_along(call.dims("dim"))
 
 
+def _moves(call: Call) -> bool:
+    """Entries are written at other places along ``dim``, the same ones in each row."""
+    source = call["value"] if call["source"] is None else call["source"]
+    lined_up = call.token_dims(source) <= call.token_dims(call.first) - call.dims("dim")
+    return lined_up and not call.has_tokens_along(call.dims("dim")) and not call.have_tokens([call["index"]])
+
+
 def _indexed_dims(call: Call) -> list[int] | None:
     """The dimensions that are indexed; None where rows would be chosen or counted."""
     given = {dim: index for dim, index in enumerate(call["indices"]) if index is not None}
@@ -272,6 +284,9 @@ _RULES: Mapping[str, Rule] = {
     **_named(_not_along("dim"), "_log_softmax", "_safe_softmax", "_softmax", "log_softmax", "softmax"),
     **_named(_not_along("dim"), "_fft_c2c", "_fft_c2r", "_fft_r2c", "split", "split_with_sizes", "unbind"),
     **_named(_not_along("dims"), "flip", "roll"),
+    **_named(_not_along_both, "diagonal", "diagonal_copy", "trace"),
+    **_named(_not_along("dimension"), "unfold", "unfold_copy"),
+    **_named(_moves, "index_add", "index_copy", "index_fill", "index_reduce"),
     **_named(_keeps_order, "_reshape_copy", "_unsafe_view", "reshape", "view"),
     **_named(_multiplies("self", "mat2"), "_int_mm", "bmm", "mm"),
     **_named(_searches("boundaries"), "bucketize"),
@@ -361,7 +376,8 @@ _SAFE_INTEGERS = frozenset(
 
 _TAKES_INDICES = frozenset(
     {"_index_put_impl", "_unsafe_index", "_unsafe_index_put", "embedding", "gather", "index", "index_put"}
-    | {"index_select", "scatter", "scatter_add", "scatter_reduce"}
+    | {"index_add", "index_copy", "index_fill", "index_reduce", "index_select"}
+    | {"scatter", "scatter_add", "scatter_reduce"}
 )
 
 

@@ -87,6 +87,8 @@ def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two results are the same up to the rounding of their dtype."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if one.is_complex():
+        return agree(*(torch.view_as_real(tensor.resolve_conj()) for tensor in (one, other)))
     if not one.is_floating_point() or not one.numel():
         return torch.equal(one, other)
     a, b = one.double(), other.double()
@@ -117,9 +119,10 @@ def _made_rows(value: torch.Tensor, dims: tuple[int, ...], real_tokens: int, see
     made = like(value)
     random = torch.Generator(value.device).manual_seed(seed)
     rows = without_repeats(first_rows(made, dims, real_tokens))
-    if rows.is_floating_point():
-        rows.copy_(torch.randn(rows.shape, generator=random, device=rows.device))
-    elif not rows.is_complex():
+    if rows.is_floating_point() or rows.is_complex():
+        dtype = torch.complex64 if rows.is_complex() else torch.float32
+        rows.copy_(torch.randn(rows.shape, generator=random, device=rows.device, dtype=dtype))
+    else:
         # Integers may index something: only values of the same batch are sure to be valid.
         for dim in dims:
             if rows.shape[dim] > 1:
