@@ -15,8 +15,6 @@ from pp_piecewise_backend.compilation import padding_rules, partition, split
 from pp_piecewise_backend.runtime import bucket, capture_plan, dispatch, instructions, replay
 from pp_piecewise_backend.runtime.cudagraphs import memory
 
-_random_or_written = split.random_or_written
-
 
 def _integers_only(plan: Any, args: Any) -> tuple[int, ...]:
     values = instructions.gather(plan.fixed_sources, args)
@@ -54,7 +52,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
         (padding_rules, "matching_pattern", lambda node, patterns: "*"),
     ],
     "float indices": [(padding_rules, "indices_of", lambda call: [])],
-    "random": [(split, "random_or_written", lambda *args: (False, _random_or_written(*args)[1]))],
+    "random": [(split, "RANDOM", None)],
     "tail": [(memory.StaticTensor, "tails", lambda self, num_tokens: [])],
     "uninitialised": [(dispatch, "hoist_buffers", lambda plan: {})],
 }

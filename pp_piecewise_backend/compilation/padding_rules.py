@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..utils import torch_compat
-from .analysis import RANDOM, GraphFacts, leave_autocast
+from .analysis import GraphFacts, leave_autocast
 from .fx_utils import matching_pattern, op_name
 from .partition import is_allocation
 from .row_rules import (
@@ -332,20 +332,6 @@ class _Follow(torch_compat.TorchDispatchMode):
 
 
 # --------------------------------------------------------------------------------- reading nodes
-
-
-def random_or_written(facts: GraphFacts, nodes: Iterable[Node], renamed: Mapping[Node, Any]) -> tuple[bool, set[int]]:
-    """Whether these nodes draw random numbers, and the storages that they write.
-
-    An in-place op that was renamed to a value writes only its own fresh copy.
-    """
-    writes: set[int] = set()
-    random = False
-    for node in nodes:
-        random |= RANDOM in facts.nodes[node].writes
-        if node not in renamed:
-            writes |= facts.nodes[node].writes
-    return random, writes
 
 
 def handed_on_allocations(

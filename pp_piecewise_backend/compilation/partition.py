@@ -342,13 +342,13 @@ class _Cutter:
                 if step.kind == "eager" or not foreign:
                     continue
                 copies = self._renamed.get(node) or self._rename(node, foreign)
-                if copies:
+                if isinstance(copies, str):
+                    new_cut = True
+                    owners = ", ".join(dict.fromkeys(self._owner(storage) for storage in foreign))
+                    self._reasons[node] = f"{op_name(node)} writes {owners}{copies and f' ({copies})'}"
+                else:
                     self._renamed[node] = copies
                     born_in.update(dict.fromkeys(foreign, index))
-                else:
-                    new_cut = True
-                    owners = dict.fromkeys(self._owner(storage) for storage in foreign)
-                    self._reasons[node] = f"{op_name(node)} writes {', '.join(owners)}"
         self._keep_groups_together()
         return new_cut
 
@@ -358,34 +358,39 @@ class _Cutter:
             return f"graph input {self._inputs[birth.name].label}"
         return f"{birth.name}, made in another step"
 
-    def _rename(self, node: Node, foreign: Sequence[int]) -> tuple[Value, ...]:
-        """The arguments that may become fresh values at this in-place op; () if that is not sound.
+    def _rename(self, node: Node, foreign: Sequence[int]) -> tuple[Value, ...] | str:
+        """The arguments that may become fresh values at this in-place op, or why that is not sound.
 
         Sound means: the memory was made in this call, and once the op has run it is read through one name only.
         """
         copies: list[Value] = []
         for storage in foreign:
-            targets = {
-                canonical(self._facts, argument)
-                for argument in node.all_input_nodes
-                if argument in self._facts.nodes and storage in self._facts.nodes[argument].storages
-            }
-            if storage in self._facts.input_storages or len(targets) != 1 or self._results_in(storage) > 1:
-                return ()
+            if storage in self._facts.input_storages:
+                return ""
+            targets = set(self._values_in(storage, node))
+            if len(targets) != 1:
+                return "it takes several views of this memory"
             (target,) = targets
+            spec = self._facts.nodes[target.node].element(target.path)
+            if not isinstance(spec, TensorSpec) or not spec.is_dense:
+                return f"a copy of {target.name} would have other strides"
+            if self._results_in(storage) > 1:
+                return "several results lie in this memory"
             for later in self._nodes[self._position[node] + 1 :]:
-                for argument in later.all_input_nodes:
-                    if argument in self._facts.nodes and storage in self._facts.nodes[argument].storages:
-                        value = canonical(self._facts, argument)
-                        if value != target and self._position[value.node] < self._position[node]:
-                            return ()
+                for value in self._values_in(storage, later):
+                    if value != target and self._position[value.node] < self._position[node]:
+                        return f"{value.name}, another view of this memory, is read later"
             copies.append(target)
         return tuple(copies)
 
+    def _values_in(self, storage: int, node: Node) -> list[Value]:
+        """The arguments of a node that lie in this memory."""
+        given = [argument for argument in node.all_input_nodes if argument in self._facts.nodes]
+        return [canonical(self._facts, a) for a in given if storage in self._facts.nodes[a].storages]
+
     def _results_in(self, storage: int) -> int:
         """How many different results of the graph lie in this memory."""
-        results = (node for node in self._nodes[-1].all_input_nodes if node in self._facts.nodes)
-        return len({canonical(self._facts, node) for node in results if storage in self._facts.nodes[node].storages})
+        return len(set(self._values_in(storage, self._nodes[-1])))
 
     # ------------------------------------------------------------------- arranging
 

@@ -52,6 +52,18 @@ class TensorSpec:
     def symbols(self) -> frozenset[sympy.Symbol]:
         return symbols_of((*self.shape, *self.stride, self.storage_offset))
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements fill its memory from the start, each once: then a clone has the same strides."""
+        dims = [(size, step) for size, step in zip(self.shape, self.stride, strict=True) if size != 1]
+        extent: Dim = 1
+        while dims:
+            if (found := next((dim for dim in dims if dim[1] == extent), None)) is None:
+                return False
+            dims.remove(found)
+            extent = extent * found[0]
+        return self.storage_offset == 0
+
     def renamed(self, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> TensorSpec:
         """The same geometry with some symbols replaced by others."""
 

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from ..errors import SplitError
 from ..utils import torch_compat
 from ..utils.reasons import Reason, miss
-from .analysis import GraphFacts
+from .analysis import RANDOM, GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
 from .fx_utils import op_name, reachable
@@ -35,7 +35,6 @@ from .padding_rules import (
     handed_on_allocations,
     is_meaningless,
     padding_reason,
-    random_or_written,
 )
 from .partition import Cuts, Kind, Step, Value, canonical, find_cuts, reads_input
 from .placeholders import InputTable
@@ -159,9 +158,12 @@ class _Splitter:
         self.position = {node: index for index, node in enumerate(order)}
         self.end = len(order)
         self._renames: dict[Value, list[Node]] = {}
+        self._renamed_storages: dict[int, list[Node]] = {}
         for node in sorted(cuts.renamed, key=self.position.__getitem__):
             for value in cuts.renamed[node]:
                 self._renames.setdefault(value, []).append(node)
+                for storage in facts.nodes[value.node].storages_at(value.path):
+                    self._renamed_storages.setdefault(storage, []).append(node)
         (output,) = (node for node in facts.graph_module.graph.nodes if node.op == "output")
         results = output.args[0]
         self._results: Sequence[Any] = results if isinstance(results, (tuple, list)) else (results,)
@@ -240,9 +242,19 @@ class _Splitter:
 
     def storages_of(self, value: Value) -> frozenset[int]:
         if value.version is not None:
-            # A renamed target lives in memory of its own; numbers below EFFECT are free.
-            return frozenset((-10 - self.position[value.version],))
+            return frozenset((self._storage_of_version(value.version),))
         return self.facts.nodes[value.node].storages_at(value.path)
+
+    def _storage_of_version(self, version: Node) -> int:
+        return -10 - self.position[version]  # memory of its own; numbers below EFFECT are free
+
+    def written_by(self, node: Node) -> frozenset[int]:
+        """Storages that a node writes: where an in-place op up to it was renamed, the copy that this one got."""
+        written = set()
+        for storage in self.facts.nodes[node].writes:
+            renamed = [r for r in self._renamed_storages.get(storage, ()) if self.position[r] <= self.position[node]]
+            written.add(self._storage_of_version(renamed[-1]) if renamed else storage)
+        return frozenset(written)
 
     def as_of(self, position: int, value: Value) -> Value:
         """The value as the last renamed in-place op before ``position``, in the order of execution, left it."""
@@ -509,13 +521,8 @@ class _StepBuilder:
     def _traits(self, outputs: Sequence[Any], output_specs: Sequence[TensorSpec | None]) -> Traits:
         facts, token_count = self._facts, self._splitter.token_count
         copies = {copy: self._copies[copy] for copy in self._graph.nodes if copy in self._copies}
-        nodes = list(copies.values())
-        random, written = random_or_written(facts, nodes, self._splitter.cuts.renamed)
-        writes = {
-            value.name: spec.storage
-            for value, spec in self._tensor_inputs()
-            if facts.nodes[value.node].storages_at(value.path) & written
-        }
+        written = frozenset().union(*map(self._splitter.written_by, copies.values()))
+        writes = {value.name: spec.storage for value, spec in self._tensor_inputs() if spec.storage in written}
         exported = {
             name: frozenset((spec.storage,))
             for name, spec in zip(self._exports, output_specs, strict=True)
@@ -523,7 +530,7 @@ class _StepBuilder:
         }
         is_compute = self.step.kind == "compute"
         return Traits(
-            random=random,
+            random=RANDOM in written,
             writes=tuple(writes),
             written_storages=frozenset(writes.values()),
             allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),

@@ -18,6 +18,7 @@ import pp_piecewise_backend as ppb
 from against_eager import assert_same
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
 from models.toy_stage import SPLIT_OPS, ToyStage
+from pp_piecewise_backend.compilation import specs, split
 from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime import dispatch, padding_test, replay
 from pp_piecewise_backend.runtime.stage import StageMemory
@@ -61,6 +62,11 @@ def accumulate(state: Tensor, x: Tensor) -> None:
 @accumulate.register_fake
 def _(state: Tensor, x: Tensor) -> None:
     return None
+
+
+@torch.library.custom_op("traps::mix_in_place", mutates_args=("x",))
+def mix_in_place(x: Tensor) -> None:
+    x.add_(x.mean(0))
 
 
 # An op that breaks the contract of custom ops: it says that its result is a tensor of its own.
@@ -315,6 +321,45 @@ def write_that_no_op_tells_of(device: str) -> None:
         pair(rows(num_tokens, device), state)
     assert ppb.stats().miss_reasons == {"first-call": 2, "writes-state": 4}
     assert ppb.stats().replays == 4
+
+
+def believe_that_writes_reach_what_was_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split._Splitter, "written_by", lambda self, node: self.facts.nodes[node].writes)
+
+
+@trap(breaks=believe_that_writes_reach_what_was_renamed, counters_only=True)
+def residual_born_in_the_first_piece_and_written_twice_in_each(device: str) -> None:
+    """As engines' fused norms do on a first stage, in pieces and in an eager step: nothing of it outlives the call."""
+
+    def forward(self: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        residual = self.embed(tokens)
+        x = torch.ops.traps.mix(residual @ self.w) @ self.w
+        for _ in range(2):
+            residual.add_(x)
+            residual.mul_(0.5)
+            x = torch.ops.traps.mix(residual @ self.w)
+            torch.ops.traps.mix_in_place(residual)
+            x = x @ self.w
+        return x, residual.sub_(x)
+
+    model = net(forward, device, embed=nn.Embedding(50, HIDDEN).requires_grad_(False))
+    pair = Pair(model, device)
+    pair.run_sizes(lambda n: (torch.arange(n, device=device) % 50,))
+    assert not any("writes" in piece.reason for piece in pair.program.pieces)
+
+
+@trap(breaks=lambda monkeypatch: monkeypatch.setattr(specs.TensorSpec, "is_dense", True))
+def in_place_op_on_every_other_column(device: str) -> None:
+    """A copy of it would have other strides than the result of eager has."""
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = (x @ self.w)[:, ::2]
+        half.add_(torch.ops.traps.mix(x @ self.w)[:, 1::2])
+        return torch.ops.traps.mix(half @ self.w[1::2]) @ self.w, half
+
+    pair = Pair(net(forward, device), device)
+    pair.run_sizes(lambda n: (rows(n, device),))
+    assert "a copy of half would have other strides" in pair.program.pieces[1].reason
 
 
 @trap("M1", "R2", "R3", "mixing")
