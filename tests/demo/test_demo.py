@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from checkout import CHECKOUT
-from pp_piecewise_backend.demo import command, questions, reference, train, verdict
+from models import train_demo as train
+from pp_piecewise_backend.demo import command, questions, reference, verdict
 from pp_piecewise_backend.demo.job import Job, RankReport, read, write
 from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR, Vocabulary
 from pp_piecewise_backend.demo.questions import Question

@@ -1,6 +1,6 @@
 """Trains the demo's decoder from nothing, on one or two CPU cores in a few minutes.
 
-    python -m pp_piecewise_backend.demo.train --out DIR
+    python tests/models/train_demo.py --out DIR
 
 writes ``config.json`` and ``model.safetensors`` of a small Llama that answers ``a+b`` and ``a-b``. Fresh
 random batches, none with the operands of a held-out question; the held-out questions are scored at the end.
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from . import questions
-from .questions import Question
-from .reference import generate_eagerly
-from .verdict import accuracy
+from pp_piecewise_backend.demo import questions
+from pp_piecewise_backend.demo.questions import Question
+from pp_piecewise_backend.demo.reference import generate_eagerly
+from pp_piecewise_backend.demo.verdict import accuracy
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -128,7 +128,7 @@ def held_out_accuracy(model: Any) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pp_piecewise_backend.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, help="questions per step (default %(default)s)")
