@@ -16,20 +16,15 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from ..compilation.cache_key import look_up
-from ..compilation.fx_utils import is_custom_op, op_name, op_names
-from ..compilation.partition import is_allocation
+from ..compilation.fx_utils import is_custom_op, op_name
 from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec, TensorSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
 from ..utils import torch_compat
 
-_VIEWS = frozenset(
-    {"view", "view_as", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "getitem", "chunk"}
-    | {"split", "unbind", "narrow", "select", "slice", "expand", "t", "detach", "unflatten", "as_strided"}
-)
 _SIZE_WITHOUT_HINT = 7
 """A size at which no dimension degenerates, for symbols that had none in the traced call."""
 
@@ -52,6 +47,7 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
     specs = dict(zip(names, piece.input_specs, strict=True))
     tensors = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
     sizes = {str(spec.symbol): _size(spec) for spec in piece.input_specs if isinstance(spec, SymbolSpec)}
+    uninitialised = tuple(index for index, is_garbage in enumerate(piece.traits.uninitialised) if is_garbage)
     inputs = [f"        {name!r}: {_tensor_text(spec, integer_ranges.get(name))}," for name, spec in tensors.items()]
     lines = [
         f'"""{_title(piece, program_name)}{top}',
@@ -65,7 +61,7 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
         f"DEVICES = {tuple(sorted({spec.device.type for spec in tensors.values()}))!r}",
         f"SIZES = {sizes!r}  # of the traced call; give others as s0=16",
         f"DYNAMIC_DIMS = {_dynamic_dims(tensors)!r}",
-        f"UNINITIALISED = {uninitialised_outputs(piece.graph_module)!r}  # outputs that hold garbage by contract",
+        f"UNINITIALISED = {uninitialised!r}  # outputs that hold garbage by contract",
         "\n",
         "\n\n\n".join(_classes(piece.graph_module, "Piece")),
         "\n",
@@ -129,30 +125,6 @@ def parent_text(program_name: str, split: Split, table: InputTable) -> str:
 def source_text(source: str | SizeOf) -> str:
     """Where an input comes from: the name of a value, or ``x.size(0)``."""
     return f"{source.value}.size({source.dim})" if isinstance(source, SizeOf) else source
-
-
-def uninitialised_outputs(graph_module: GraphModule) -> tuple[int, ...]:
-    """Positions of the outputs that come straight from ``empty`` and its kin, so that they hold garbage."""
-    results: Any = graph_module.graph.output_node().args[0]
-    return tuple(index for index, result in enumerate(results) if isinstance(result, Node) and _is_garbage(result))
-
-
-def _is_garbage(node: Node) -> bool:
-    while _is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return is_allocation(node) and not _is_filled(node)
-
-
-def _is_filled(node: Node) -> bool:
-    """Whether anything but views takes the value, and so may write into it."""
-    return any(
-        user.op != "output" and (not _is_view(user) or _is_filled(user)) and not is_allocation(user)
-        for user in node.users
-    )
-
-
-def _is_view(node: Node) -> bool:
-    return not _VIEWS.isdisjoint(op_names(node))
 
 
 # ------------------------------------------------------------------------------- what it needs
