@@ -31,8 +31,9 @@ def pick_transport(
     """
     if not isinstance(asked, str):
         return asked, None
-    from .transports import cuda_ipc, shared_memory
+    from .transports.cuda_ipc import DeviceMemory
     from .transports.one_machine import KindOfSharing, OneMachine
+    from .transports.shared_memory import HostMemory
     from .transports.torch_distributed import P2P
 
     if asked not in ("auto", "p2p", "shared_memory", "cuda_ipc"):
@@ -51,9 +52,9 @@ def pick_transport(
     p2p = P2P(device, pipeline, setup_seconds)
     kind: KindOfSharing | None = None
     if device.type == "cpu":
-        kind = shared_memory.HostMemory()
-    elif cuda_ipc.is_possible(device):
-        kind = cuda_ipc.DeviceMemory(device)
+        kind = HostMemory()
+    elif device.type == "cuda":
+        kind = DeviceMemory(device)
     if asked in ("shared_memory", "cuda_ipc") and (kind is None or kind.name != asked):
         raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
     way: Transport = p2p if asked == "p2p" or kind is None else OneMachine(p2p, kind, is_required=asked != "auto")

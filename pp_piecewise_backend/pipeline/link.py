@@ -142,7 +142,7 @@ class End:
 
     def say_closed(self) -> None:
         """Say that this end, which has stopped, closes; nobody may be there to hear it."""
-        self.check("closing")
+        self.check(lambda: "closing")
         with contextlib.suppress(ConnectionError, TimeoutError):
             self._tell(Kind.CLOSED)
 
@@ -236,21 +236,17 @@ class End:
         self._wire.break_data()
         self._put(None)
 
-    @property
-    def is_broken(self) -> bool:
-        return self._fault.loss is not None
+    def check(self, doing: Callable[[], str]) -> None:
+        """Raises `PeerLost` if the pipeline is broken.
 
-    def check(self, doing: str) -> None:
-        """Raises `PeerLost` if the pipeline is broken."""
-        self._fault.check(errors.on_rank(self.own_rank, doing))
+        ``doing`` says what this end does, once somebody wants to know: a micro-batch has no time for texts.
+        """
+        if self._fault.loss is not None:
+            self._fault.check(errors.on_rank(self.own_rank, doing()))
 
     def _checked(self, doing: Callable[[], str], call: Callable[..., Result], *arguments: Any) -> Result:
-        """What ``call`` returns; `PeerLost` if the pipeline is broken, also without it.
-
-        ``doing`` says what it does, once somebody wants to know: a micro-batch has no time for texts.
-        """
-        if self.is_broken:
-            self.check(doing())
+        """What ``call`` returns; `PeerLost` if the pipeline is broken, also without it."""
+        self.check(doing)
         return self._judged(doing, call, *arguments)
 
     def _judged(self, doing: Callable[[], str], call: Callable[..., Result], *arguments: Any) -> Result:
@@ -268,7 +264,7 @@ class End:
             PeerLost: the pipeline broke before.
         """
         self._stopped.wait(self._settings.patience.setup_seconds)
-        self.check(f"waiting for STOP of rank {self.peer_rank}")
+        self.check(lambda: f"waiting for STOP of rank {self.peer_rank}")
 
     def wait_for_closed(self) -> None:
         """Return once the other end, which has stopped, closes or is gone, or does not come.
@@ -277,7 +273,7 @@ class End:
             PeerLost: the pipeline broke after all.
         """
         self._silent.wait(self._settings.patience.silence_seconds)
-        self.check(f"waiting for rank {self.peer_rank} to close")
+        self.check(lambda: f"waiting for rank {self.peer_rank} to close")
 
     def close(self) -> None:
         """Release the wire."""
@@ -388,11 +384,10 @@ class Receiver(End):
         """
         if self._at_end:
             return None
-        if self.is_broken:
-            self.check(self._waiting_for_header())
+        self.check(self._waiting_for_header)
         header = self._headers.get()
         if header is None:
-            self.check(self._waiting_for_header())
+            self.check(self._waiting_for_header)
             self._at_end = True
             return None
         _ONE_HEADER.add_to(self._settings.stats)
@@ -415,8 +410,7 @@ class Receiver(End):
         def doing() -> str:
             return f"receiving {_what(header, slot)} from rank {self.peer_rank}"
 
-        if self.is_broken:
-            self.check(doing())
+        self.check(doing)
         try:
             landed = self._landing(ordered)
         except (ConnectionError, TimeoutError) as error:

@@ -73,11 +73,6 @@ class DeviceMemory:
         return DeviceSharing(line, is_source, self._device)
 
 
-def is_possible(device: torch.device) -> bool:
-    """Whether processes of this system can share memory of that device in the way of this module."""
-    return device.type == "cuda" and machine() != ""
-
-
 def _uuid(index: int) -> str:
     # The same GPU has other numbers in other processes, as CUDA_VISIBLE_DEVICES says.
     return str(torch.cuda.get_device_properties(index).uuid)

@@ -9,7 +9,7 @@ import contextlib
 import mmap
 import socket
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import torch
@@ -31,31 +31,15 @@ class LocalHub:
         self.stage_count = stage_count
         self.setup_seconds = setup_seconds
         self.device = torch.device(device)
-        self._texts: list[list[str]] = [[] for _ in range(stage_count)]
+        self.texts: list[list[str]] = [[] for _ in range(stage_count)]
         """Stage -> what it brought, one text per round."""
-        self._links: dict[tuple[int, int, str], _Link] = {}
-        self._changed = threading.Condition()
+        self.links: defaultdict[tuple[int, int, str], _Link] = defaultdict(_Link)
+        """By source, target and name."""
+        self.changed = threading.Condition()
+        """Held by whoever uses texts and links."""
 
     def transport(self, stage: int) -> LocalTransport:
         return LocalTransport(self, stage)
-
-    def exchange(self, stage: int, text: str) -> list[str]:
-        with self._changed:
-            at = len(self._texts[stage])
-            self._texts[stage].append(text)
-            self._changed.notify_all()
-            if not self._changed.wait_for(lambda: all(len(own) > at for own in self._texts), self.setup_seconds):
-                missing = [rank for rank, own in enumerate(self._texts) if len(own) <= at]
-                what = f"the plans of ranks {missing}"
-                raise errors.PeerLost(errors.ranks_missing_at_setup(stage, what, self.setup_seconds, "none came"))
-            return [own[at] for own in self._texts]
-
-    def link(self, source: int, target: int, name: str) -> _Link:
-        with self._changed:
-            ends = (source, target, name)
-            if ends not in self._links:
-                self._links[ends] = _Link()
-            return self._links[ends]
 
 
 class _Link:
@@ -84,12 +68,21 @@ class LocalTransport:
         self._hub = hub
 
     def exchange(self, text: str) -> list[str]:
-        return self._hub.exchange(self.stage, text)
+        texts, seconds = self._hub.texts, self._hub.setup_seconds
+        with self._hub.changed:
+            at = len(texts[self.stage])
+            texts[self.stage].append(text)
+            self._hub.changed.notify_all()
+            if not self._hub.changed.wait_for(lambda: all(len(own) > at for own in texts), seconds):
+                what = f"the plans of ranks {[rank for rank, own in enumerate(texts) if len(own) <= at]}"
+                raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, "none came"))
+            return [own[at] for own in texts]
 
     def wire(self, source: int, target: int, name: str) -> OneMachineWire | None:
         if self.stage not in (source, target):
             return None
-        link = self._hub.link(source, target, name)
+        with self._hub.changed:
+            link = self._hub.links[source, target, name]
         messages, data = link.ends[self.stage == target]
         return OneMachineWire(messages, data, InProcess(link, self._hub.device), self._hub.setup_seconds)
 

@@ -7,7 +7,6 @@ import mmap
 import os
 import socket
 import struct
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -24,18 +23,13 @@ class HostMemory:
     name = "shared_memory"
 
     def place(self) -> str:
-        return machine() if is_possible() else ""
+        return machine() if hasattr(os, "memfd_create") and hasattr(socket, "send_fds") else ""
 
     def joins(self, one: str, other: str) -> bool:
         return one == other
 
     def end(self, line: socket.socket, is_source: bool) -> HostSharing:
         return HostSharing(line)
-
-
-def is_possible() -> bool:
-    """Whether processes of this system can share memory in the way of this module."""
-    return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(socket, "send_fds")
 
 
 class HostSharing(Sharing):

@@ -24,7 +24,7 @@ from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory, H
 
 pytestmark = [
     pytest.mark.compat,
-    pytest.mark.skipif(not shared_memory.is_possible(), reason="memory files and their descriptors are Linux's"),
+    pytest.mark.skipif(not shared_memory.HostMemory().place(), reason="memory files and their descriptors are Linux's"),
 ]
 
 SECONDS = 20.0
