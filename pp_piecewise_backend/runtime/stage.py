@@ -16,7 +16,7 @@ from .. import errors
 from ..compilation.specs import TensorSpec
 from ..utils.counters import Stats
 from .cudagraphs.device import Pool
-from .cudagraphs.memory import StaticMemory, allocate, contiguous_stride, spoil, tensor_in
+from .cudagraphs.memory import StaticMemory, allocate, spoil, tensor_in
 from .hooks import StageListener
 
 Layout = Literal["replicated", "scattered"]
@@ -174,7 +174,7 @@ class Stage:
             if len(self._views) >= 4096:
                 self._views.clear()
             self._views[num_tokens] = {
-                name: tensor_in(block, (num_tokens, *p.shape), contiguous_stride((num_tokens, *p.shape)), p.dtype)
+                name: tensor_in(block, (num_tokens, *p.shape), (), p.dtype)
                 for (name, block), p in zip(self._landing.items(), self.inputs.values(), strict=True)
             }
         return dict(self._views[num_tokens])
@@ -194,10 +194,6 @@ class Stage:
     def landing_addresses(self) -> frozenset[int]:
         """Where the landing memory of each proxy begins."""
         return frozenset(block.data_ptr() for block in self._landing.values())
-
-    @property
-    def landing_bytes(self) -> int:
-        return sum(block.numel() for block in self._landing.values())
 
     def check(self, name: str, spec: TensorSpec, token_dim: int | None) -> str | None:
         """Why the graph input ``name`` cannot land in this memory; None if it can."""

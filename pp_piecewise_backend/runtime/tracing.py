@@ -61,20 +61,18 @@ class Timeline:
         self.micro_batch: int | None = None
         """The one whose steps run now."""
 
-    def add(
-        self, lane: str, name: str, begin_ns: int, end_ns: int | None = None, micro_batch: int | None = None
-    ) -> None:
-        """A span that ends now, if no end is given."""
-        end_ns = time.time_ns() if end_ns is None else end_ns
-        self.spans.append(Span(lane, name, begin_ns, end_ns, self.micro_batch if micro_batch is None else micro_batch))
+    def add(self, lane: str, name: str, begin_ns: int, micro_batch: int | None = None) -> None:
+        """A span that ends now."""
+        micro_batch = self.micro_batch if micro_batch is None else micro_batch
+        self.spans.append(Span(lane, name, begin_ns, time.time_ns(), micro_batch))
 
     @contextmanager
-    def span(self, lane: str, name: str, micro_batch: int | None = None) -> Iterator[None]:
+    def span(self, lane: str, name: str) -> Iterator[None]:
         begin_ns = time.time_ns()
         try:
             yield
         finally:
-            self.add(lane, name, begin_ns, micro_batch=micro_batch)
+            self.add(lane, name, begin_ns)
 
     def to_text(self) -> str:
         return json.dumps(self.spans)

@@ -74,10 +74,8 @@ NAMES: tuple[str, ...] = (*COUNTERS, *MISS_COUNTERS)
 class Snapshot(Mapping[str, Any]):
     """The counters at one moment; read-only, as ``snapshot.pieces`` or ``snapshot["pieces"]``."""
 
-    __slots__ = ("_values",)
-
     def __init__(self, values: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "_values", dict(values))
+        self.__dict__["_values"] = dict(values)
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -97,9 +95,6 @@ class Snapshot(Mapping[str, Any]):
         raise AttributeError(f"a {type(self).__name__} is read-only")
 
     __delattr__ = __setattr__
-
-    def __reduce__(self) -> tuple[type[Snapshot], tuple[dict[str, Any]]]:
-        return Snapshot, (self._values,)
 
     def __repr__(self) -> str:
         return _text(self, self)

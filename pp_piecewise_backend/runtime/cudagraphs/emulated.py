@@ -45,7 +45,8 @@ class EmulatedGraph:
             if key not in placed:
                 placed[key] = pool.take(storage.nbytes(), result.device)
             block = self._blocks[index] = placed[key]
-            self.outputs[index] = _placed(block, result)
+            offset = int(result.storage_offset())
+            self.outputs[index] = tensor_in(block, result.shape, result.stride(), result.dtype, offset)
             if result.numel():
                 block.fill_(SCRIBBLE_BYTE)  # a real capture computes nothing
         self._unread = {index for index, block in enumerate(self._blocks) if block is not None}
@@ -132,7 +133,8 @@ class _Recorder(torch_compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inside = torch_compat.kernel_in_python(func, _device_type((args, kwargs)))
+        device_type = next((tensor.device.type for tensor in torch_compat.tensors_in((args, kwargs))), "cpu")
+        inside = torch_compat.kernel_in_python(func, device_type)
         if isinstance(func, torch_compat.HigherOrderOperator):
             if inside is None:
                 raise CaptureError(f"{func} has no kernel that can be followed")
@@ -216,17 +218,3 @@ def _indexes_by_numbers(func: Any, args: Sequence[Any]) -> bool:
     if func is not torch.ops.aten.index.Tensor:
         return False
     return not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-
-
-def _device_type(values: Any) -> str:
-    for leaf in torch_compat.tree_leaves(values):
-        if isinstance(leaf, torch.Tensor):
-            return leaf.device.type
-    return "cpu"
-
-
-def _placed(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    tensor = tensor_in(block, like.shape, like.stride(), like.dtype)
-    if like.storage_offset():
-        tensor = tensor.as_strided(like.shape, like.stride(), like.storage_offset())
-    return tensor

@@ -38,11 +38,13 @@ def _aligned_on_cpu(num_bytes: int) -> torch.Tensor:
         return torch.frombuffer(raw, dtype=torch.uint8, offset=start, count=num_bytes)
 
 
-def tensor_in(block: torch.Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor with this geometry at the start of ``block``."""
+def tensor_in(
+    block: torch.Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, offset: int = 0
+) -> torch.Tensor:
+    """The tensor with this geometry in the storage of ``block``; ``stride`` ``()``: that of a contiguous one."""
     with torch.inference_mode(False), torch.no_grad():
         typed = torch.empty(0, dtype=dtype, device=block.device)
-        return typed.set_(block.untyped_storage(), 0, tuple(shape), tuple(stride))
+        return typed.set_(block.untyped_storage(), offset, tuple(shape), tuple(stride))
 
 
 def extent_bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
@@ -127,15 +129,6 @@ def first_rows(tensor: torch.Tensor, token_dims: Sequence[int], num_tokens: int)
     for dim in token_dims:
         tensor = tensor.narrow(dim, 0, num_tokens)
     return tensor
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    stride: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= size
-    return tuple(reversed(stride))
 
 
 @dataclass
