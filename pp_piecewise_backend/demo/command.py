@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..utils.counters import counted
 from . import questions
 from .job import Job, RankFailed, run_ranks
 from .prompts import OWN_MODEL_DIR, Vocabulary, is_own_model, vocabulary_of
@@ -146,7 +147,7 @@ def execute(task: Task) -> int:
     job = task.job
     transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
     print(
-        f"{verdict.count(len(job.prompts), 'prompt')}, {verdict.count(job.ranks, 'rank')}, {transport}, "
+        f"{counted(len(job.prompts), 'prompt')}, {counted(job.ranks, 'rank')}, {transport}, "
         f"compiler {job.options['compiler']}, graphs {job.options['graphs']}",
         flush=True,
     )

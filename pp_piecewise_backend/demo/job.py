@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import tempfile
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from pydantic import BaseModel
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(BaseModel, frozen=True):
     """Prompts to continue greedily with a pipeline of ``ranks`` stages."""
 
     model_dir: str
@@ -29,8 +27,7 @@ class Job:
     """A row that generated one of these is finished."""
 
 
-@dataclass(frozen=True)
-class RankReport:
+class RankReport(BaseModel, frozen=True):
     """What one rank did."""
 
     rank: int
@@ -48,17 +45,6 @@ class RankReport:
     generate_seconds: float
     generated: list[list[int]] | None
     """New tokens per prompt, the end token included; on the first and the last rank, which know them."""
-
-
-Content = TypeVar("Content", Job, RankReport)
-
-
-def read(path: Path, kind: type[Content]) -> Content:
-    return kind(**json.loads(path.read_text()))
-
-
-def write(path: Path, content: Job | RankReport) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(content)))
 
 
 def report_path(folder: Path, rank: int) -> Path:
@@ -81,7 +67,7 @@ def run_ranks(job: Job) -> list[RankReport]:
     with tempfile.TemporaryDirectory(prefix="pp_piecewise_demo_") as name:
         folder = Path(name)
         job_path = folder / "job.json"
-        write(job_path, job)
+        job_path.write_text(job.model_dump_json())
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -101,7 +87,8 @@ def run_ranks(job: Job) -> list[RankReport]:
             raise RankFailed(
                 f"rank {rank} of {job.ranks} failed with exit code {failure.exitcode}: {_last_line(failure.message)}"
             ) from error
-        return [read(report_path(folder, rank), RankReport) for rank in range(job.ranks)]
+        texts = [report_path(folder, rank).read_text() for rank in range(job.ranks)]
+        return [RankReport.model_validate_json(text) for text in texts]
 
 
 def _last_line(message: object) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import pp_piecewise_backend as ppb
 
 from ..integrations.huggingface import DecoderStep, load_stage
-from .job import Job, RankReport, read, report_path, write
+from .job import Job, RankReport, report_path
 from .schedule import Turn, turns
 
 PROMPTS_AT_ONCE_PER_RANK = 2
@@ -31,13 +31,13 @@ FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
 
 @record
 def main() -> None:
-    job, report_folder = read(Path(sys.argv[1]), Job), Path(sys.argv[2])
+    job, report_folder = Job.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the ranks share the cores of one machine
     dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
     try:
         report = _run(job)
-        write(report_path(report_folder, report.rank), report)
+        report_path(report_folder, report.rank).write_text(report.model_dump_json())
         dist.barrier()
     finally:
         dist.destroy_process_group()

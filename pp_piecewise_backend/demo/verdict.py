@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
+from ..utils.counters import counted
 from .job import RankReport
 
 HANDOFF_COUNTERS = (
@@ -105,13 +106,9 @@ def answers_table(
         [
             row("eager transformers, 1 process", eager, "-", eager_seconds),
             # Ranks wait for one another: one clock is the pipeline's.
-            row(f"pipeline, {count(len(reports), 'rank')}", pipeline, agreement, reports[0].generate_seconds),
+            row(f"pipeline, {counted(len(reports), 'rank')}", pipeline, agreement, reports[0].generate_seconds),
         ]
     )
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def ranks_table(reports: Sequence[RankReport]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import transformers
 from checkout import CHECKOUT
 from models import train_demo as train
 from pp_piecewise_backend.demo import command, questions, reference, verdict
-from pp_piecewise_backend.demo.job import Job, RankReport, read, write
+from pp_piecewise_backend.demo.job import Job, RankReport
 from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR, Vocabulary
 from pp_piecewise_backend.demo.questions import Question
 from pp_piecewise_backend.demo.reference import cut_at_end, load_decoder
@@ -204,7 +205,7 @@ def test_one_other_token_fails_the_command(
 ) -> None:
     monkeypatch.setattr(command, "run_ranks", lambda job: [report([generated])])
     monkeypatch.setattr(reference, "generate_eagerly", lambda *_, **__: [[1, 2]])
-    job = Job(str(OWN_MODEL_DIR), 1, "cpu", {"compiler": "eager", "graphs": "off"}, [[0]], 2, [])
+    job = a_job([[0]], 2, model_dir=str(OWN_MODEL_DIR), ranks=1, options={"compiler": "eager", "graphs": "off"})
     task = command.Task(job, ["1+1"], None, Vocabulary(lambda text: [], lambda tokens: "3"))
     assert command.execute(task) == exit_code
     output = capsys.readouterr()
@@ -243,19 +244,18 @@ def test_tokens_after_the_end_do_not_count() -> None:
     assert cut_at_end([5, 6], []) == [5, 6]
 
 
-def test_jobs_and_reports_survive_their_files(tmp_path: Path) -> None:
-    job = Job("dir", 2, "cpu", {"compiler": "eager"}, [[1, 2]], 3, [4])
-    write(tmp_path / "job.json", job)
-    assert read(tmp_path / "job.json", Job) == job
-    write(tmp_path / "report.json", report([[1]]))
-    assert read(tmp_path / "report.json", RankReport) == report([[1]])
+def test_jobs_and_reports_survive_their_files() -> None:
+    job = a_job([[1, 2]], 3, options={"compiler": "eager"})
+    assert Job.model_validate_json(job.model_dump_json()) == job
+    assert RankReport.model_validate_json(report([[1]]).model_dump_json()) == report([[1]])
 
 
 # Which micro-batch comes next
 
 
-def a_job(prompts: list[list[int]], max_new_tokens: int) -> Job:
-    return Job("dir", 2, "cpu", {}, prompts, max_new_tokens, end_tokens=[0])
+def a_job(prompts: list[list[int]], max_new_tokens: int, **others: Any) -> Job:
+    given = {"model_dir": "dir", "ranks": 2, "device": "cpu", "options": {}, "end_tokens": [0], **others}
+    return Job(prompts=prompts, max_new_tokens=max_new_tokens, **given)
 
 
 def play(
