@@ -20,6 +20,7 @@ from .compilation.analysis import collect_facts
 from .compilation.attention import SplitOpMatcher
 from .compilation.inductor import CompiledPiece, PieceCompiler
 from .compilation.placeholders import InputTable, classify_inputs
+from .compilation.specs import SymbolSpec
 from .compilation.split import Split, split_graph
 from .config import Config
 from .debug import dump
@@ -89,15 +90,9 @@ class PiecewiseBackend:
         events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops)
         try:
-            facts = collect_facts(graph_module, example_inputs)
-            table = classify_inputs(facts, _tail_ranks(config, stage))
-            if facts.needs_gradient:
-                sources = {i.name: short_source(i.source) or i.label for i in table.inputs}
-                names = [sources[name] for name in facts.needs_gradient]
-                raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
-            facts = facts.with_equal_symbols(table.equal_symbols)
-            whole = config.mode == "full"
-            split = split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts)
+            split, table = self._split(graph_module, example_inputs, config, stage, matcher)
+            if _guard_equal_sizes(split, table):
+                split, table = self._split(graph_module, example_inputs, config, stage, matcher)
         except (errors.SplitError, errors.GradientFallback) as error:
             program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, error)
         except Exception as error:
@@ -155,6 +150,24 @@ class PiecewiseBackend:
         return explain_all(texts, frames_given_up=now[0] - before[0], graph_breaks=now[1] - before[1])
 
     # ------------------------------------------------------------------------ building
+
+    def _split(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        config: Config,
+        stage: Stage | None,
+        matcher: SplitOpMatcher,
+    ) -> tuple[Split, InputTable]:
+        facts = collect_facts(graph_module, example_inputs)
+        table = classify_inputs(facts, _tail_ranks(config, stage))
+        if facts.needs_gradient:
+            sources = {i.name: short_source(i.source) or i.label for i in table.inputs}
+            names = [sources[name] for name in facts.needs_gradient]
+            raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
+        facts = facts.with_equal_symbols(table.equal_symbols)
+        whole = config.mode == "full"
+        return split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts), table
 
     def _build(
         self, name: str, split: Split, table: InputTable, config: Config, stage: Stage | None, events: Events
@@ -287,6 +300,19 @@ def _graph_kind(config: Config, table: InputTable) -> tuple[GraphKind | None, st
         warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
         return None, sentence
     return kind, ""
+
+
+def _guard_equal_sizes(split: Split, table: InputTable) -> bool:
+    """Have Dynamo guard that other sizes which compute pieces take equal the token count, if they seem to.
+
+    Whoever marks each argument as dynamic gets a symbol for each. A call in which they differ is then one for another
+    graph, in which they stay apart.
+    """
+    compute = [piece for piece in split.pieces if piece.kind == "compute"]
+    taken = {spec.symbol for piece in compute for spec in piece.input_specs if isinstance(spec, SymbolSpec)}
+    equal = [symbol for symbol in table.likely_equal if symbol in taken]
+    sizes = torch_compat.placeholder_sizes(split.whole) if equal else {}
+    return bool(equal) and all([bool(sizes[symbol] == sizes[table.token_count]) for symbol in equal])
 
 
 def _checked(stage: Stage, table: InputTable) -> Stage:

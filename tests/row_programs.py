@@ -102,7 +102,6 @@ PROGRAMS |= {
     "rows by gather": lambda x, y, i, t, d: x.movedim(t, 0).flatten(1).gather(0, (i % 2)[:, None]),
     "columns by integers": lambda x, y, i, t, d: x.movedim(d, 0).index_select(0, torch.tensor([3, 1])),
     "each token its column": lambda x, y, i, t, d: x.movedim(t, 0).flatten(1).gather(1, i[:, None]),
-    "take_along_dim": lambda x, y, i, t, d: torch.take_along_dim(x.movedim(t, 0).flatten(1), i[:, None], 1),
     "scatter along tokens": lambda x, y, i, t, d: torch.zeros(8, FEATURES).index_add(0, i % 2, _rows(x, t)),
     "scatter along features": lambda x, y, i, t, d: torch.zeros(i.shape[0], FEATURES).scatter(1, i[:, None], 1.0),
     "scatter_add along features": lambda x, y, i, t, d: torch.ones(i.shape[0], FEATURES).scatter_add(

@@ -78,7 +78,7 @@ def test_padded_rows_change_nothing(name: str, layout: str) -> None:
         (expected, _), (found, _) = forward(*given), compiled(*given)
         assert found.shape == expected.shape and found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    (program,) = ppb.programs()
+    program = ppb.programs()[-1]  # of two where PyTorch goes another way from 16 rows up
     assert isinstance(program, Program), program.explain()
     last = [piece.padding for piece in program.pieces if piece.kind == "compute"][-1]
     assert last != UNDECIDED

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..utils import torch_compat
 from .analysis import GraphFacts
 from .sources import AccessPath, argument_path
-from .specs import Dim, TensorSpec, as_dim
+from .specs import Dim, SymbolSpec, TensorSpec, as_dim
 
 InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
 
@@ -60,6 +60,8 @@ class InputTable:
     ops leave that open; each call has to check it."""
     equal_rows: tuple[tuple[int, int], ...] = ()
     """Positions of these stage inputs, and the dimension that must have the size of the token count."""
+    likely_equal: tuple[sympy.Symbol, ...] = ()
+    """Other sizes that were the token count in the traced call, of tensors that seem to be per-token."""
 
     def of_kind(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(graph_input for graph_input in self.inputs if graph_input.kind == kind)
@@ -102,6 +104,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         tuple(n for n in tail_ranks if n not in found),
         equal,
         tuple(rows) if equal else (),
+        _likely_equal(facts, candidates, token_count),
     )
 
 
@@ -132,7 +135,7 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None)
         return result("parameter", what)
     if is_written:
         return result("state", "the graph writes it")
-    if token_dim is not None and _may_be_per_token(candidate, token_count):
+    if token_dim is not None and (not isinstance(token_count, int) or _is_passed_itself(candidate.path)):
         return result("per-token", f"dimension {token_dim} is the token count", token_dim=token_dim)
     return result("other-tensor", "no dimension is the token count")
 
@@ -157,8 +160,7 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate]) -> tuple[D
         # What is passed as such comes before what is nested, and of these what varies first.
         return 1 if len(candidate.path) == 1 else 2, not isinstance(_token_dim_size(candidate), sympy.Symbol)
 
-    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
-    for candidate in sorted(plain, key=order):
+    for candidate in sorted((c for c in candidates if _is_plain(facts, c)), key=order):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"
@@ -171,6 +173,34 @@ def _equal_symbols(facts: GraphFacts, stage: Sequence[_Candidate]) -> dict[sympy
     if len(symbols) < 2 or len(symbols) < len(sizes) or len({facts.symbols[s].hint for s in symbols}) > 1:
         return {}
     return dict.fromkeys(symbols[1:], symbols[0])
+
+
+def _likely_equal(
+    facts: GraphFacts, candidates: Sequence[_Candidate], token_count: Dim | None
+) -> tuple[sympy.Symbol, ...]:
+    """See ``InputTable.likely_equal``: of tensors passed to forward itself in which nothing else varies."""
+    if not isinstance(token_count, sympy.Symbol) or facts.symbols[token_count].hint is None:
+        return ()
+    excluded = {token_count}
+    for c in candidates:
+        if c.spec is not None and not (_is_plain(facts, c) and len(c.spec.symbols) == 1):
+            excluded |= c.spec.symbols
+    passed = [c for c in candidates if c.path[-2:-1] == ("size",) and _is_passed_itself(c.path[:-2])]
+    sizes = dict.fromkeys(facts.expression(facts.nodes[c.node].value) for c in passed)
+    hint, bounds = facts.symbols[token_count].hint, _bounds(facts.symbols[token_count])
+    found = []
+    for size in sizes:
+        spec = None if size in excluded else facts.symbols.get(size)
+        # Dynamo refuses to narrow bounds that the user gave.
+        if spec is not None and spec.hint == hint and (not bounds or _bounds(spec) in ((), bounds)):
+            bounds = bounds or _bounds(spec)
+            found.append(size)
+    return tuple(found)
+
+
+def _bounds(spec: SymbolSpec) -> tuple[int | None, ...]:
+    """The range of a size; () if it is that of every size which varies."""
+    return () if (spec.lower or 0) <= 2 and spec.upper is None else (spec.lower, spec.upper)
 
 
 def _token_dim_size(candidate: _Candidate) -> Dim | None:
@@ -218,9 +248,14 @@ def _token_reason(facts: GraphFacts, size: Dim | None, candidate: _Candidate) ->
     return f"{facts.symbols.get(size, size)}, from {where}{also}"
 
 
-def _may_be_per_token(candidate: _Candidate, token_count: Dim | None) -> bool:
-    # A static size matches by chance all too often; then only what is passed to forward itself counts.
-    return not isinstance(token_count, int) or len(candidate.path) == 1 or candidate.label in _PER_TOKEN_NAMES
+def _is_passed_itself(path: AccessPath) -> bool:
+    """Whether it is an argument of forward, and not a part of one. Sizes of parts match by chance all too often."""
+    return len(path) == 1 or path[-1] in _PER_TOKEN_NAMES
+
+
+def _is_plain(facts: GraphFacts, candidate: _Candidate) -> bool:
+    """Whether it is a tensor that the caller passes and the graph only reads."""
+    return not (candidate.spec is None or candidate.in_module or candidate.spec.storage in facts.written)
 
 
 def _candidates(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> list[_Candidate]:

@@ -64,6 +64,13 @@ def placeholder_source(node: torch.fx.Node) -> str | None:
     return None if source is None else str(source.name)
 
 
+def placeholder_sizes(graph_module: torch.fx.GraphModule) -> dict[sympy.Basic, torch.SymInt]:
+    """The symbolic sizes among what Dynamo feeds to a graph. To compare two of them adds a guard of Dynamo's."""
+    examples = [node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    sizes = [n for e in examples for n in (e.shape if isinstance(e, torch.Tensor) else (e,))]
+    return {size.node.expr: size for size in sizes if isinstance(size, torch.SymInt)}
+
+
 def is_python_float(node: torch.fx.Node) -> bool:
     """Whether a placeholder is a Python float that Dynamo passes as a 0-d tensor, as ``dynamic=True`` makes it do."""
     return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
