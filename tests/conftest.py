@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import hypothesis
 import pytest
 
+import rank_processes
 from processor_seconds import FileCosts
 from tiers import TimeLimit, mark_default
 
@@ -27,6 +28,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """
     trace = logging.getLogger("torch.__trace")
     trace.handlers[:] = [handler for handler in trace.handlers if not type(handler).__module__.startswith("_pytest.")]
+    rank_processes.leave_guards_unmeasured()
     return (yield)
 
 

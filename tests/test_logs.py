@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
-from checkout import CHECKOUT
+from forked import run_program
 
 PROGRAM = r"Layers#0: 3 compute pieces \(3 distinct\), 3 compiled in \d+\.\d\d s, 0 reused; "
 
@@ -53,14 +51,9 @@ def test_one_line_per_program(graphs: str, end: str, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.compat
-def test_torch_logs_shows_it_once() -> None:
+def test_torch_logs_shows_it_once(tmp_path: Path) -> None:
     """torch takes the name of a package for a logger: nothing has to be registered."""
-    environment = {**os.environ, "TORCH_LOGS": "+pp_piecewise_backend", "PYTHONPATH": str(CHECKOUT)}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    lines = [line for line in done.stderr.splitlines() if "pp_piecewise_backend" in line]
-    assert len(lines) == 1 and re.search(PROGRAM, lines[0]), done.stderr
-
-
-if __name__ == "__main__":
-    run(graphs="off")
+    (tmp_path / "program.py").write_text("import test_logs\n\ntest_logs.run(graphs='off')\n")
+    done = run_program(tmp_path / "program.py", environment={"TORCH_LOGS": "+pp_piecewise_backend"})
+    lines = [line for line in done.log.splitlines() if "pp_piecewise_backend" in line]
+    assert done.exit_code == 0 and len(lines) == 1 and re.search(PROGRAM, lines[0]), done.log

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,17 +49,6 @@ def test_public_names_are_there(name: str) -> None:
     assert getattr(ppb, name) is not None
 
 
-def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
-    code = (
-        "import importlib, pkgutil, pp_piecewise_backend as ppb\n"
-        "for module in pkgutil.iter_modules(ppb.__path__):\n"
-        "    if module.name != '__main__':\n"
-        "        importlib.import_module('pp_piecewise_backend.' + module.name)\n"
-        "print([name for name in ppb.__all__ if name != 'errors' and not callable(getattr(ppb, name))])\n"
-    )
-    assert run_python(code).strip() == "[]"
-
-
 def test_unknown_names_raise() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = ppb.Nothing
@@ -75,36 +65,57 @@ def test_the_entry_point_is_registered() -> None:
 
 # --------------------------------------------------------------------------------------- imports
 
-LOADED = "import json, sys; print(json.dumps([name for name in sys.modules if name not in before]))"
+IMPORTS = """
+import importlib, json, pkgutil, sys
+
+def loaded():
+    new, seen[:] = [name for name in sys.modules if name not in seen], list(sys.modules)
+    return {"loaded": new, "cuda": torch.cuda.is_initialized()}
+
+seen, found = [], {}
+import torch
+found["torch"] = loaded()
+import pp_piecewise_backend as ppb
+found["the package"] = loaded()
+import pp_piecewise_backend.backend
+found["the backend"] = loaded()
+for module in pkgutil.iter_modules(ppb.__path__):
+    if module.name != "__main__":
+        importlib.import_module("pp_piecewise_backend." + module.name)
+found["hidden"] = [name for name in ppb.__all__ if name != "errors" and not callable(getattr(ppb, name))]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """One fresh process, in which more and more is imported: what each step loads on top of those before it."""
+    return dict(json.loads(run_python(IMPORTS)))
 
 
 @pytest.mark.compat
-def test_importing_torch_does_not_import_the_package() -> None:
-    loaded = json.loads(run_python(f"before = set(); import torch; {LOADED}"))
+def test_importing_torch_does_not_import_the_package(imported: dict[str, Any]) -> None:
+    loaded = imported["torch"]["loaded"]
     assert "torch" in loaded
     assert not [name for name in loaded if name.startswith("pp_piecewise_backend")]
 
 
 @pytest.mark.compat
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    # torch itself imports torch.distributed, so only what comes on top of torch counts.
-    code = (
-        "import sys, torch; before = set(sys.modules); import pp_piecewise_backend; "
-        f"assert not torch.cuda.is_initialized(); {LOADED}"
-    )
-    loaded = json.loads(run_python(code))
-    assert "pp_piecewise_backend.config" in loaded
+def test_importing_the_package_loads_nothing_heavy(imported: dict[str, Any]) -> None:
+    loaded = imported["the package"]["loaded"]
+    assert "pp_piecewise_backend.config" in loaded and not imported["the package"]["cuda"]
     heavy = ("depyf", "transformers", "torch", "triton", "matplotlib", "tqdm")
     assert not [name for name in loaded if name.partition(".")[0] in heavy]
 
 
-def test_loading_the_backend_adds_neither_depyf_nor_transformers_nor_cuda() -> None:
-    code = (
-        f"before = set(); import torch, pp_piecewise_backend.backend; assert not torch.cuda.is_initialized(); {LOADED}"
-    )
-    loaded = json.loads(run_python(code))
-    assert "pp_piecewise_backend.backend" in loaded
+def test_loading_the_backend_adds_neither_depyf_nor_transformers_nor_cuda(imported: dict[str, Any]) -> None:
+    loaded = [name for step in ("torch", "the package", "the backend") for name in imported[step]["loaded"]]
+    assert "pp_piecewise_backend.backend" in loaded and not imported["the backend"]["cuda"]
     assert not [name for name in loaded if name.partition(".")[0] in ("depyf", "transformers", "matplotlib")]
+
+
+def test_functions_are_not_hidden_by_modules_of_the_same_name(imported: dict[str, Any]) -> None:
+    assert imported["hidden"] == []
 
 
 def test_importing_the_package_reads_no_settings() -> None:

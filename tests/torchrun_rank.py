@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -34,6 +36,14 @@ def main() -> int:
     if outcome.error is None:
         dist.destroy_process_group()
     return outcome.exit_code
+
+
+def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int:
+    """The same in its first life, forked."""
+    world = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
+    os.environ.update({name: str(value) for name, value in world.items()}, TORCHELASTIC_RESTART_COUNT="0")
+    sys.argv[1:] = [str(folder)]
+    return main()
 
 
 if __name__ == "__main__":

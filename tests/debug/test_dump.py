@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import pp_piecewise_backend as ppb
-from checkout import TESTS
 from dumping import EAGER, Small, events_of, program_folders, run_small, run_toy_stage, summary_of
+from forked import run_program
 from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.compilation.inductor import PieceCompiler
 from pp_piecewise_backend.config import Config
@@ -429,13 +429,13 @@ def test_a_frame_with_a_graph_break(tmp_path: Path) -> None:
 
 
 def test_torchs_structured_trace_gets_it(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    code = (
+    (tmp_path / "program.py").write_text(
         "import torch; from dumping import *; torch.set_grad_enabled(False)\n"
         "torch.compile(Small(), backend='pp_piecewise', options=EAGER)(torch.randn(3, 4))"
     )
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
-    (log,) = tmp_path.glob("*.log")
+    done = run_program(tmp_path / "program.py", environment={"TORCH_TRACE": str(tmp_path / "trace")})
+    assert done.exit_code == 0, done.log
+    (log,) = (tmp_path / "trace").glob("*.log")
     text = log.read_text()
     for name in ("pp_piecewise_explain", "pp_piecewise_split", "pp_piecewise_summary"):
         assert f'"name": "{name}"' in text

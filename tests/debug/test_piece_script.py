@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import pp_piecewise_backend as ppb
 from checkout import PACKAGE
 from dumping import EAGER
+from forked import run_program
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.compilation.split import Piece
@@ -90,6 +91,14 @@ def _defined(source: str) -> set[str]:
     return bound
 
 
+def test_through_inductor(run_script: RunScript) -> None:
+    (piece,) = pieces_of(lambda x: (x @ x.t()).relu() + 1, torch.randn(3, 4))
+    code, printed = run_script(piece)
+    assert code == 0 and ": equal: 1 outputs and 1 inputs" in printed
+    assert re.search(r"eager [\d.]+ us, inductor [\d.]+ us, compiled in", printed)
+
+
+@pytest.mark.slow  # the same in a process that has imported nothing yet, and that could not import this package
 def test_in_a_fresh_process_through_inductor(tmp_path: Path) -> None:
     piece = pieces_of(lambda x: (x @ x.t()).relu() + 1, torch.randn(3, 4))[0]
     path = tmp_path / "piece.py"
@@ -293,20 +302,17 @@ def test_custom_ops_that_are_not_importable_are_said(tmp_path: Path, run_script:
     (piece,) = pieces_of(lambda x: torch.ops.scripttest.double(x @ x), torch.randn(3, 3))
     path = tmp_path / "piece.py"
     path.write_text(piece_script(piece, "Model#0", {}))
-    command = [sys.executable, str(path), *FAST]
-    alone = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert alone.returncode == 0, alone.stderr
-    assert "cannot run here: the custom op scripttest::double is not registered" in alone.stdout
-    assert "--import MODULE" in alone.stdout
+    alone = run_program(path, *FAST)
+    assert alone.exit_code == 0, alone.log
+    assert "cannot run here: the custom op scripttest::double is not registered" in alone.log
+    assert "--import MODULE" in alone.log
     (tmp_path / "registers.py").write_text(
         "import torch\n@torch.library.custom_op('scripttest::double', mutates_args=())\n"
         "def double(x: torch.Tensor) -> torch.Tensor:\n    return x * 2\n"
         "@double.register_fake\ndef _(x):\n    return torch.empty_like(x)\n"
     )
-    told = subprocess.run(
-        [*command, "--import", "registers"], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
-    assert told.returncode == 0 and ": equal: " in told.stdout, told.stdout + told.stderr
+    told = run_program(path, *FAST, "--import", "registers")
+    assert told.exit_code == 0 and ": equal: " in told.log, told.log
 
 
 def test_functions_of_the_user(run_script: RunScript) -> None:

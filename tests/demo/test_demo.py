@@ -13,8 +13,10 @@ import pytest
 import torch
 import transformers
 
+import demo_ranks
 from checkout import CHECKOUT
 from models import train_demo as train
+from pp_piecewise_backend.__main__ import main
 from pp_piecewise_backend.demo import command, questions, reference, verdict
 from pp_piecewise_backend.demo.job import Job, RankReport
 from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR, Vocabulary
@@ -22,7 +24,6 @@ from pp_piecewise_backend.demo.questions import Question
 from pp_piecewise_backend.demo.reference import cut_at_end, load_decoder
 from pp_piecewise_backend.demo.schedule import Turn, turns
 from pp_piecewise_backend.demo.verdict import HANDOFF_COUNTERS
-from tiers import slow_but
 
 TIMEOUT_SECONDS = 280
 HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9f3a"
@@ -323,15 +324,31 @@ def handoff_of(output: str) -> list[dict[str, int]]:
     return rows
 
 
-@pytest.mark.parametrize(("ranks", "asked"), slow_but([(2, 10)], [(2, 10), (2, 200), (4, 200)]))
+def test_the_pipeline_answers_as_eager_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The demo itself, which README runs first, starts its ranks by torchrun's launcher; here they are forked."""
+    monkeypatch.setattr(command, "run_ranks", demo_ranks.forked(tmp_path))
+    code = main(["demo", "--device", "cpu", "--compiler", "eager", "--questions", "4"])
+    printed = capfd.readouterr()
+    assert code == 0, printed.err
+    check_answers(printed.out, printed.err, ranks=2, asked=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "asked"), [(2, 200), (4, 200)])
 def test_the_pipeline_answers_all_questions_as_eager_does(ranks: int, asked: int) -> None:
     result = run_demo("--ranks", str(ranks), "--compiler", "eager", "--questions", str(asked))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{asked} prompts, {ranks} ranks" in result.stdout
-    assert f"{6 * asked} of {6 * asked}" in result.stdout
-    assert "scaled_dot_product_attention" in result.stdout
-    assert f"{asked}/{asked}" in result.stderr  # the progress bar
-    counts = handoff_of(result.stdout)
+    check_answers(result.stdout, result.stderr, ranks, asked)
+
+
+def check_answers(printed: str, errors: str, ranks: int, asked: int) -> None:
+    assert f"{asked} prompts, {ranks} ranks" in printed
+    assert f"{6 * asked} of {6 * asked}" in printed
+    assert "scaled_dot_product_attention" in printed
+    assert f"{asked}/{asked}" in errors  # the progress bar
+    counts = handoff_of(printed)
     assert [row["rank"] for row in counts] == list(range(ranks))
     calls = asked * questions.ANSWER_TOKENS  # a prompt, and all of its answer but the end
     layers = load_decoder(str(OWN_MODEL_DIR)).config.num_hidden_layers // ranks

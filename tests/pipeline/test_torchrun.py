@@ -1,4 +1,4 @@
-"""Ranks that torchrun starts, and starts again when one of them has died; each in an interpreter of its own."""
+"""Ranks that torchrun starts, and starts again when one of them has died."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkout import TESTS
+from rank_processes import run_ranks
 
 RANK = TESTS / "torchrun_rank.py"
 LONGEST_SECONDS = 200.0
@@ -45,22 +46,7 @@ def test_a_rank_that_lost_its_peer_ends_by_itself(tmp_path: Path) -> None:
     """Nobody ends it, and no thread keeps its interpreter from ending."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    setting = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RESTART_COUNT="0")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RANK), str(tmp_path)],
-            env={**setting, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        logs = [process.communicate(timeout=LONGEST_SECONDS)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [1, 3], "\n".join(logs)
-    assert report(tmp_path, 0, 0)["error"] == "PeerLost", logs[0]
+        port = free.getsockname()[1]
+    ended = run_ranks("torchrun_rank:one_rank", 2, tmp_path, {"port": port, "ends_itself": True})
+    assert [rank.exit_code for rank in ended] == [1, 3], "\n".join(rank.log for rank in ended)
+    assert report(tmp_path, 0, 0)["error"] == "PeerLost", ended[0].log

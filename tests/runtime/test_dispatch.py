@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -19,8 +16,8 @@ from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, SIZES, Pair, misses_between, net, rows
-from checkout import CHECKOUT, TESTS
 from dumping import events_of, program_folders, summary_of
+from forked import run_program
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime.cudagraphs import emulated, memory
@@ -711,11 +708,9 @@ def test_release_leaves_no_memory_behind(device: str) -> None:
 
 
 _SCRIPT = """
-import sys
-sys.path[:0] = [{tests!r}, {tests!r} + "/runtime"]
 import torch
-import test_dispatch
-from captured import SIZES, Pair, net, rows
+from captured import SIZES, net, rows
+from runtime import test_dispatch
 torch.set_grad_enabled(False)
 pair = test_dispatch.pair_of(net(test_dispatch.forward, {device!r}), {device!r})
 for n in SIZES:
@@ -725,13 +720,10 @@ print(test_dispatch.ppb.stats().replays)
 
 
 @on_devices
-def test_the_interpreter_exits_cleanly_with_graphs_alive(device: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
-    script = _SCRIPT.format(tests=str(TESTS), device=device)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "12", "")
+def test_the_interpreter_exits_cleanly_with_graphs_alive(device: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(_SCRIPT.format(device=device))
+    ended = run_program(tmp_path / "program.py", ends_itself=True)
+    assert (ended.exit_code, ended.log.strip()) == (0, "12")
 
 
 # ---------------------------------------------------------------- two stage inputs in one memory
