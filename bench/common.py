@@ -45,6 +45,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def unshared_compiler() -> Any:
+    """Compiles each piece again. No option turns sharing off: nobody else wants that."""
+    from pp_piecewise_backend.compilation.inductor import PieceCompiler
+
+    class Unshared(PieceCompiler):
+        def compile(self, *arguments: Any) -> Any:
+            self.reset()
+            return super().compile(*arguments)
+
+    return Unshared()
+
+
 def command_line() -> str:
     """The command that this process was started with, from the root of the repository; not where its output went."""
     script = Path(sys.argv[0]).resolve()

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, TEST_MODELS, run_child, spread, write_result
+from common import RESULTS, TEST_MODELS, run_child, spread, unshared_compiler, write_result
 
 NAME = "compile_time"
 METHODS = {
@@ -175,10 +175,9 @@ def piecewise_backend(compiler: str, split_ops: str) -> Backend:
 
 def unshared_backend(compiler: str, split_ops: str) -> Backend:
     from pp_piecewise_backend.backend import PiecewiseBackend
-    from pp_piecewise_backend.compilation.inductor import PieceCompiler
 
     backend = PiecewiseBackend()
-    backend._compiler = PieceCompiler(share=False)  # no option turns sharing off: nobody else wants that
+    backend._compiler = unshared_compiler()
     return _our_backend(backend, compiler, split_ops)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, plotted, run_child, write_result
+from common import RESULTS, plotted, run_child, unshared_compiler, write_result
 from compile_time import CACHES, cache_variables
 
 NAME = "gpu_startup"
@@ -148,10 +148,9 @@ def start_ours(stage: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
     import pp_piecewise_backend as ppb
     from pp_piecewise_backend.backend import backend
-    from pp_piecewise_backend.compilation.inductor import PieceCompiler
 
     if request["method"] == "unshared":
-        backend._compiler = PieceCompiler(share=False)  # no option turns sharing off: nobody else wants that
+        backend._compiler = unshared_compiler()
     options = {
         "compiler": request["compiler"],
         "split_ops": SPLIT_OPS,

@@ -149,6 +149,8 @@ class Bench:
         """Replace the work of the flat program by no-ops; the sequence of the other package with as many."""
         from breakable_cuda_graphs import BreakableCUDAGraph, _EagerSegment
 
+        from models.replaced_work import replace_work
+
         eager_calls: list[tuple[tuple[Any, ...], Any]] = []
 
         def noting(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,10 +161,10 @@ class Bench:
 
             return run
 
-        self.flat.replace_work(lambda replay: replay, noting)
+        replace_work(self.flat, lambda replay: replay, noting)
         self.program(*self.args)
         remaining = iter(eager_calls)
-        self.flat.replace_work(lambda replay: nothing, lambda body: next(remaining)[1])
+        replace_work(self.flat, lambda replay: nothing, lambda body: next(remaining)[1])
         sequence = BreakableCUDAGraph(pool=())
         remaining = iter(eager_calls)
         for instruction in self.graphs.plan.instructions:

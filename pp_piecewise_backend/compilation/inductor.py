@@ -52,9 +52,7 @@ class CompiledPiece:
 class PieceCompiler:
     """Compiles pieces and remembers them by meaning. Threads may share it."""
 
-    def __init__(self, share: bool = True) -> None:
-        """``share=False`` compiles every piece again, for comparison."""
-        self._share = share
+    def __init__(self) -> None:
         self._compiled: dict[tuple[object, ...], CompiledPiece] = {}
         self._in_progress: dict[tuple[object, ...], threading.Lock] = {}
         self._lock = threading.Lock()
@@ -65,11 +63,9 @@ class PieceCompiler:
         with self._lock:
             turn = self._in_progress.setdefault(key, threading.Lock())
         with turn:
-            if self._share and (known := self._compiled.get(key)) is not None:
+            if (known := self._compiled.get(key)) is not None:
                 return known, True
-            compiled = _compile(piece, key, config.compiler)
-            if self._share:
-                self._compiled[key] = compiled
+            compiled = self._compiled[key] = _compile(piece, key, config.compiler)
             return compiled, False
 
     def reset(self) -> None:

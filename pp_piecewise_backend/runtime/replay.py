@@ -376,22 +376,6 @@ class FlatProgram:
         lands = self.plan.arrivals.get(register) == "landing"
         return _Copy(register, self.bucket.static[register], self.num_tokens, lands)
 
-    def replace_work(
-        self,
-        replay: Callable[[Callable[[], None]], Callable[[], None]],
-        body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
-    ) -> None:
-        """Run, in later calls, what these make of each graph's replay and of the body of each eager step.
-
-        Benchmarks put callables there that do nothing, to time what a call costs the host besides its work.
-        """
-        for step in self.steps:
-            if isinstance(step, _Replay):
-                step.replay = replay(step.replay)
-            elif isinstance(step, _OnRealRows) and body is not None and step.body is not None:
-                step.body = body(step.body)
-        self.bind(self.steps)
-
     def _declared_memory(self) -> dict[int, frozenset[int]]:
         found: dict[int, set[int]] = {where: set() for where in self.bucket.static_memory}
         for static in self.bucket.static.values():

@@ -227,12 +227,6 @@ def test_a_piece_is_compiled_once_and_forgotten_at_reset() -> None:
     assert compiler.compile(piece, config)[1] is False
 
 
-def test_without_sharing_each_piece_is_compiled_again() -> None:
-    piece, config = piece_of(plain_layer), ppb.Config(compiler="aot_eager")
-    compiler = PieceCompiler(share=False)
-    assert [compiler.compile(piece, config)[1] for _ in range(2)] == [False, False]
-
-
 @pytest.mark.timeout(60)
 def test_threads_wait_for_the_one_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     piece, config = piece_of(plain_layer), ppb.Config(compiler="aot_eager")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pp_piecewise_backend as ppb
+from models.replaced_work import replace_work
 from models.toy_stage import SPLIT_OPS, ToyStage
 from pp_piecewise_backend.runtime.program import Program
 from pp_piecewise_backend.runtime.replay import FlatProgram
@@ -70,7 +71,7 @@ class Observer(TorchDispatchMode):
         return hidden
 
     def watch(self, flat: FlatProgram) -> None:
-        flat.replace_work(self.hide, self.hide)
+        replace_work(flat, self.hide, self.hide)
 
 
 class Compiled:
