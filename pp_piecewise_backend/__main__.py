@@ -18,20 +18,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="A torch.compile backend for pipeline stages: tools around it.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    demo_parser = commands.add_parser(
-        "demo",
-        help="run a small decoder as a pipeline of processes and compare it with eager",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.run)
-    inspect_parser = commands.add_parser(
-        "inspect",
-        help="show a dump, or what differs between two",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    inspect_dump.add_arguments(inspect_parser)
-    inspect_parser.set_defaults(run=inspect_dump.run)
+    for name, tool, text in (
+        ("demo", demo, "run a small decoder as a pipeline of processes and compare it with eager"),
+        ("inspect", inspect_dump, "show a dump, or what differs between two"),
+    ):
+        tool_parser = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        tool.add_arguments(tool_parser)
+        tool_parser.set_defaults(run=tool.run)
     env_parser = commands.add_parser("env", help="every option: environment variable, value in effect, source")
     env_parser.add_argument("--markdown", action="store_true", help="as a table with the defaults and what they mean")
     env_parser.set_defaults(run=show_options)

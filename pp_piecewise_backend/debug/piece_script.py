@@ -47,6 +47,8 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
     specs = dict(zip(names, piece.input_specs, strict=True))
     tensors = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
     sizes = {str(spec.symbol): _size(spec) for spec in piece.input_specs if isinstance(spec, SymbolSpec)}
+    dims = [(name, dim, size) for name, spec in tensors.items() for dim, size in enumerate(spec.shape)]
+    dynamic_dims = tuple((name, dim) for name, dim, size in dims if isinstance(size, sympy.Symbol))
     uninitialised = tuple(index for index, is_garbage in enumerate(piece.traits.uninitialised) if is_garbage)
     inputs = [f"        {name!r}: {_tensor_text(spec, integer_ranges.get(name))}," for name, spec in tensors.items()]
     lines = [
@@ -60,7 +62,7 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
         f"MISSING = {needs.missing!r}  # what is used below and cannot be imported from anywhere",
         f"DEVICES = {tuple(sorted({spec.device.type for spec in tensors.values()}))!r}",
         f"SIZES = {sizes!r}  # of the traced call; give others as s0=16",
-        f"DYNAMIC_DIMS = {_dynamic_dims(tensors)!r}",
+        f"DYNAMIC_DIMS = {dynamic_dims!r}",
         f"UNINITIALISED = {uninitialised!r}  # outputs that hold garbage by contract",
         "\n",
         "\n\n\n".join(_classes(piece.graph_module, "Piece")),
@@ -234,12 +236,3 @@ def _argument_text(name: str, spec: object, tensors: Mapping[str, TensorSpec]) -
         if spec.symbol in tensor.shape:
             return f"t[{tensor_name!r}].size({tensor.shape.index(spec.symbol)})"
     return f"sizes[{str(spec.symbol)!r}]"
-
-
-def _dynamic_dims(tensors: Mapping[str, TensorSpec]) -> tuple[tuple[str, int], ...]:
-    return tuple(
-        (name, dim)
-        for name, spec in tensors.items()
-        for dim, size in enumerate(spec.shape)
-        if isinstance(size, sympy.Symbol)
-    )

@@ -117,15 +117,8 @@ class DecoderStage(nn.Module):
         self.index = index
         self.count = count
         self.layers = layers
+        self.is_first, self.is_last = index == 0, index == count - 1
         self.train(decoder.training)
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.count - 1
 
     def forward(
         self,

@@ -147,7 +147,7 @@ class End:
             self._tell(Kind.CLOSED)
 
     def _keep_alive(self) -> None:
-        while not self._gone.wait(self._settings.patience.keep_alive_seconds):
+        while not self._gone.wait(self._settings.patience.silence_seconds / 3):
             try:
                 self._tell(Kind.KEEP_ALIVE, tag=self._state)
             except (ConnectionError, TimeoutError):

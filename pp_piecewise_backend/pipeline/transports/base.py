@@ -37,10 +37,6 @@ class Patience:
             if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
                 raise errors.ConfigError(errors.bad_patience(name, seconds))
 
-    @property
-    def keep_alive_seconds(self) -> float:
-        return self.silence_seconds / 3
-
 
 @dataclass(frozen=True, slots=True)
 class Pending:

@@ -100,9 +100,6 @@ class InProcess(Sharing):
         """Where this end writes."""
         self._landed_count = 0
 
-    def _now(self) -> torch.Event | None:
-        return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
-
     def make(self, num_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             if self._stream is None:
@@ -118,10 +115,10 @@ class InProcess(Sharing):
         return self._link.blocks.popleft()
 
     def free(self) -> None:
-        self._link.freed.append(self._now())
+        self._link.freed.append(self.ready())
 
     def ready(self) -> torch.Event | None:
-        return self._now()
+        return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
 
     def write(
         self, ready: torch.Event | None, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]
@@ -134,7 +131,7 @@ class InProcess(Sharing):
             for block, offset, tensor in writes:
                 flat = tensor.view(-1).view(torch.uint8)
                 block[offset : offset + tensor.nbytes].copy_(flat, non_blocking=True)
-            written = self._now()
+            written = self.ready()
         self._link.landed.append(written)
         return written
 
