@@ -475,7 +475,9 @@ def _load_weights(model: PreTrainedModel, checkpoint: _Checkpoint, names: set[st
     tied = {name: {other for other in state if state[other] is state[name]} for name in names - stored}
     missing = sorted(name for name, others in tied.items() if not others & stored)
     if missing or unexpected:
-        raise ValueError(_keys_differ(model, missing, sorted(unexpected)))
+        parts = [f"it lacks {_listed(missing)}"] if missing else []
+        parts += [f"it has {_listed(sorted(unexpected))}, which the model does not know"] if unexpected else []
+        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}.")
     # What is tied and stored once is read under the name that it is stored by.
     wanted = names.union(*tied.values())
     weights = checkpoint.read(key for key, name in name_of.items() if name in wanted)
@@ -542,14 +544,6 @@ def _compute_buffers(decoder: PreTrainedModel, device: torch.device) -> None:
             f"transformers does not compute {_listed(unknown)} of {type(decoder).__name__} without loading the "
             "whole model; load it whole and cut it."
         )
-
-
-def _keys_differ(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    parts = [
-        *([f"it lacks {_listed(missing)}"] if missing else []),
-        *([f"it has {_listed(unexpected)}, which the model does not know"] if unexpected else []),
-    ]
-    return f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}."
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

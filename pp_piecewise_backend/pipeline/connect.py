@@ -114,10 +114,6 @@ class Links:
         rank = self._transports[0].ranks[self.stage]
         self._fault.record(Loss(rank, reason, errors.own_failure(rank, reason)))
 
-    def exchange(self, text: str) -> list[str]:
-        """The texts of all ranks, in stage order; see ``Transport.exchange``."""
-        return self._transports[0].exchange(text)
-
     def close(self) -> None:
         """Say STOP on all links, wait until the neighbours said it and all close, and close the transport.
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -152,7 +152,10 @@ class Inbox:
             self._stats.add("recv_allocations", len(self._landing.inputs))
         memory, read = self._free.popleft()
         views = memory.views(header.num_tokens)
-        with contextlib.nullcontext() if read is None else self._after(read):
+        with contextlib.ExitStack() as stack:
+            if self._stream is not None and read is not None:
+                stack.enter_context(self._stream)
+                self._stream.wait_event(read)
             transfer = self._receiver.receive(header, views)
         self._posted.append(_Posted(header, memory, views, transfer, time.time_ns()))
 
@@ -162,11 +165,3 @@ class Inbox:
     def _shared(self, memory: Stage) -> Stage:
         memory.land_in(self._receiver.landing_memory(memory.max_tokens))
         return memory
-
-    @contextlib.contextmanager
-    def _after(self, event: torch.Event) -> Iterator[None]:
-        """What is enqueued inside waits for ``event``, and for nothing else of this thread's stream."""
-        assert self._stream is not None
-        with self._stream:
-            self._stream.wait_event(event)
-            yield

@@ -127,11 +127,12 @@ class StageRunner:
     ) -> None:
         _check(receive, max_in_flight, options or {})
         patience = Patience(timeout_s, setup_timeout_s)
-        self._stage = Stage(inputs or {}, max_tokens, _device_of(module))
+        device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
+        self._stage = Stage(inputs or {}, max_tokens, device)
         self._stage.listener = self
         capture_sizes = Config.resolve(options).capture_sizes
         way, siblings = pick_transport(transport, group, mesh, self._stage.device, setup_timeout_s)
-        self.stage, self.stage_count = way.stage, way.stage_count
+        self.stage, self.stage_count, self._exchange = way.stage, way.stage_count, way.exchange
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
         self._check_ends(inputs, outputs, feedback)
         if feedback is None and max_in_flight is not None and self.stage_count > 1 and (self.is_first or self.is_last):
@@ -442,7 +443,7 @@ class StageRunner:
             path = path.with_suffix(f".rank{self.stage}{path.suffix}")
             path.write_text(json.dumps(chrome_trace([Timeline.spans_of(own)])))
             return
-        texts = self._links.exchange(own)
+        texts = self._exchange(own)
         if self.is_first:
             path.write_text(json.dumps(chrome_trace([Timeline.spans_of(text) for text in texts])))
 
@@ -541,10 +542,6 @@ def _check(receive: str, max_in_flight: int | None, options: Mapping[str, Any]) 
     for name in ("stage", "static_outputs", "max_tokens"):
         if name in options:
             raise errors.ConfigError(errors.runner_sets_option(name))
-
-
-def _device_of(module: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
 
 
 _stage_numbers = itertools.count()

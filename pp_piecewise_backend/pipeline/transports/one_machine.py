@@ -129,7 +129,7 @@ class OneMachine:
                 raise errors.ConfigError(errors.ranks_share_no_memory(self.name, found))
             return self._p2p.wire(source, target, name)
         listener = Listener() if self.stage == target else None
-        with contextlib.nullcontext() if listener is None else listener:
+        with contextlib.nullcontext() if listener is None else contextlib.closing(listener):
             # Once all know the address, the listener is there.
             address = self.exchange("" if listener is None else listener.address)[target]
             if self.stage not in (source, target):

@@ -41,10 +41,7 @@ class Listener:
                 end.close()
         return [found[number] for number in range(count)]
 
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._socket.close()
 
 

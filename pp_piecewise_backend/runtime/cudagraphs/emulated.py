@@ -169,9 +169,7 @@ class _Recorder(torch_compat.TorchDispatchMode):
         steps = []
         for func, args, kwargs, leaves in self._ops:
             taken = torch_compat.tree_map(lambda v: _Slot(slots[id(v)]) if id(v) in slots else v, (args, kwargs))
-            made = []
-            for leaf in leaves:
-                made.append(slots.setdefault(id(leaf), len(slots)))
+            made = [slots.setdefault(id(leaf), len(slots)) for leaf in leaves]
             steps.append((func, *taken, made))
         wanted = [_Slot(slots[id(r)]) if id(r) in slots else r for r in results]
         count = len(slots)

@@ -190,7 +190,7 @@ def descriptors() -> list[str]:
 
 
 def test_a_stranger_at_the_door_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    with sockets.Listener() as listener:
+    with contextlib.closing(sockets.Listener()) as listener:
         name, key = json.loads(listener.address)
         strangers = []
         monkeypatch.setattr(sockets, "_INTRODUCTION_SECONDS", 0.5)
