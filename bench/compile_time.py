@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def run_once(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     sys.path.insert(0, str(TEST_MODELS))
-    from models.toy_stage import SPLIT_OPS, ToyStage
+    from models.toy_stage import NAMED_OPS, ToyStage
 
     started = time.perf_counter()
     torch.compile(lambda x: x * 2 + 1, backend=request["compiler"])(torch.ones(8))
@@ -120,7 +120,7 @@ def run_once(request: dict[str, Any]) -> dict[str, Any]:
     for tensor in inputs.values():
         if tensor is not None:
             torch._dynamo.mark_dynamic(tensor, 0)
-    compile_graph, counts = METHOD_BACKENDS[request["method"]](request["compiler"], SPLIT_OPS)
+    compile_graph, counts = METHOD_BACKENDS[request["method"]](request["compiler"], NAMED_OPS)
     backend_seconds: list[float] = []
     run_seconds: list[float] = []
 
@@ -161,31 +161,31 @@ Backend = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]
 """What compiles a graph, and what says afterwards how often and how long it compiled."""
 
 
-def stock_backend(compiler: str, split_ops: str) -> Backend:
+def stock_backend(compiler: str, named_ops: Mapping[str, str]) -> Backend:
     import torch
 
     return torch._dynamo.lookup_backend(compiler), lambda: {"pieces": 1, "pieces_compiled": 1}
 
 
-def piecewise_backend(compiler: str, split_ops: str) -> Backend:
+def piecewise_backend(compiler: str, named_ops: Mapping[str, str]) -> Backend:
     from pp_piecewise_backend.backend import backend
 
-    return _our_backend(backend, compiler, split_ops)
+    return _our_backend(backend, compiler, named_ops)
 
 
-def unshared_backend(compiler: str, split_ops: str) -> Backend:
+def unshared_backend(compiler: str, named_ops: Mapping[str, str]) -> Backend:
     from pp_piecewise_backend.backend import PiecewiseBackend
 
     backend = PiecewiseBackend()
     backend._compiler = unshared_compiler()
-    return _our_backend(backend, compiler, split_ops)
+    return _our_backend(backend, compiler, named_ops)
 
 
-def _our_backend(backend: Callable[..., Any], compiler: str, split_ops: str) -> Backend:
+def _our_backend(backend: Callable[..., Any], compiler: str, named_ops: Mapping[str, str]) -> Backend:
     import pp_piecewise_backend as ppb
 
     def compile_graph(graph: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return backend(graph, example_inputs, options={"compiler": compiler, "split_ops": split_ops})
+        return backend(graph, example_inputs, options={"compiler": compiler, **named_ops})
 
     def counts() -> dict[str, Any]:
         stats = ppb.stats()

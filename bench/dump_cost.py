@@ -24,7 +24,7 @@ sys.path.insert(0, str(TEST_MODELS))
 
 import torch
 
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.debug import dump, dynamo_frame
 
@@ -90,7 +90,7 @@ class _Stopwatch:
 
 def _program(options: argparse.Namespace, **more: Any) -> tuple[ToyStage, Callable[..., Any]]:
     stage = ToyStage(options.layers, last=True)
-    own_options = {"compiler": options.compiler, "split_ops": SPLIT_OPS, **more}
+    own_options = {"compiler": options.compiler, **NAMED_OPS, **more}
     run = torch.compile(stage, backend="pp_piecewise", options=own_options)
     run(**stage.make_inputs(options.tokens))
     return stage, run

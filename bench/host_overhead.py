@@ -110,7 +110,7 @@ class Bench:
         import pp_piecewise_backend as ppb
 
         sys.path.insert(0, str(TEST_MODELS))
-        from models.toy_stage import SPLIT_OPS, ToyStage
+        from models.toy_stage import NAMED_OPS, ToyStage
 
         module = ToyStage(layers, hidden=hidden)
         proxies = {name: ppb.Proxy((hidden,), torch.float32) for name in ("hidden_states", "residual")}
@@ -118,7 +118,7 @@ class Bench:
         # The compiler decides nothing here: no compiled code runs once the work is replaced.
         options = {
             "compiler": "eager",
-            "split_ops": SPLIT_OPS,
+            **NAMED_OPS,
             "graphs": "emulate",
             "stage": stage,
             "dump_dir": dump_dir,
@@ -218,11 +218,11 @@ class UncapturedBench:
         import torch
 
         import pp_piecewise_backend as ppb
-        from models.toy_stage import SPLIT_OPS, ToyStage
+        from models.toy_stage import NAMED_OPS, ToyStage
 
         module = ToyStage(layers, hidden=hidden)
         # Traces a piece and asks about its sizes as Inductor does, in a fraction of the time.
-        options = {"compiler": "aot_eager", "split_ops": SPLIT_OPS, "graphs": "off"}
+        options = {"compiler": "aot_eager", **NAMED_OPS, "graphs": "off"}
         compiled = torch.compile(module, backend="pp_piecewise", options=options)
         inputs = with_any_number_of_tokens(module.make_inputs(tokens))
         compiled(**inputs)

@@ -88,18 +88,18 @@ class PiecewiseBackend:
         name = self._count_graph()
         events = self.dumps.start(name, config)
         events.traced(graph_module, example_inputs)
-        matcher = SplitOpMatcher.from_config(config.split_ops)
+        matcher = SplitOpMatcher.from_config(config.split_ops, config.graph_safe_ops)
         try:
             split, table = self._split(graph_module, example_inputs, config, stage, matcher)
             if _guard_equal_sizes(split, table):
                 split, table = self._split(graph_module, example_inputs, config, stage, matcher)
         except (errors.SplitError, errors.GradientFallback) as error:
-            program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, error)
+            program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, stage, error)
         except Exception as error:
             # A graph that we do not understand must still run; the traceback is for the report of the bug.
             _LOG.error("%s: internal error while splitting", name, exc_info=True)
             refusal = errors.SplitError(errors.internal_error(error))
-            program = _unsplit(name, graph_module, example_inputs, config, refusal)
+            program = _unsplit(name, graph_module, example_inputs, config, stage, refusal)
         else:
             events.split(split, table)
             _report_unmatched(config, matcher, table, split)
@@ -324,7 +324,12 @@ def _checked(stage: Stage, table: InputTable) -> Stage:
 
 
 def _unsplit(
-    name: str, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, why: errors.PPPiecewiseError
+    name: str,
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    stage: Stage | None,
+    why: errors.PPPiecewiseError,
 ) -> UnsplitProgram:
     """The program of a graph that goes to the stock backend whole; under ``strict``, ``why`` is raised."""
     needs_gradient = isinstance(why, errors.GradientFallback)
@@ -332,7 +337,8 @@ def _unsplit(
         _warn(why, config.strict)
     _LOG.warning("%s is not split: %s", name, why)
     call = torch_compat.stock_backend(config.compiler)(graph_module, list(example_inputs))
-    program = UnsplitProgram(name, call, config, str(why), "grad_fallbacks" if needs_gradient else None, _explain)
+    counter = "grad_fallbacks" if needs_gradient else None
+    program = UnsplitProgram(name, call, config, str(why), counter, _explain, stage)
     program.stats.add("programs")
     return program
 

@@ -291,6 +291,12 @@ class Config:
         "Names or globs of custom ops in which each row of the results is made from the same row of the arguments "
         "only, besides the built-in list; pieces with any other custom op are not padded.",
     ] = ()
+    graph_safe_ops: Annotated[
+        tuple[str, ...],
+        PATTERNS,
+        "Names or globs of ops with a kernel in Python that read nothing but their arguments, besides the built-in "
+        "list; any other may read what a graph would freeze, so it runs between the pieces.",
+    ] = ()
     padding: Annotated[
         Padding,
         _one_of(Padding),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.debug.summary import Summary
 
@@ -55,7 +55,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, list[str | N
 def run_toy_stage(folder: Path, num_layers: int = 2, sizes: tuple[int, ...] = (5, 6), **options: Any) -> ToyStage:
     """Run a toy stage with a dump; the first size makes a static program, the others a dynamic one."""
     stage = ToyStage(num_layers)
-    options = {**EAGER, "split_ops": SPLIT_OPS, "dump_dir": folder, **options}
+    options = {**EAGER, **NAMED_OPS, "dump_dir": folder, **options}
     run = torch.compile(stage, backend="pp_piecewise", options=options)
     for tokens in sizes:
         run(**stage.make_inputs(tokens))

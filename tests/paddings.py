@@ -31,7 +31,7 @@ def paddings(
     """What the graph says of padding each compute piece of a function; all sizes of dimension 0 are one symbol."""
     for tensor in inputs:
         torch._dynamo.mark_dynamic(tensor, 0)
-    options = {"compiler": "eager", "graphs": "emulate", "split_ops": split_ops, **more}
+    options = {"compiler": "eager", "graphs": "emulate", "split_ops": split_ops, "graph_safe_ops": "*::*", **more}
     torch.compile(function, backend="pp_piecewise", options=options, fullgraph=True)(*inputs)
     (program,) = ppb.programs()
     assert isinstance(program, Program), ppb.explain()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import pp_piecewise_backend as ppb
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.runtime.program import Program, UnsplitProgram
@@ -382,7 +382,7 @@ def test_graph_breaks() -> None:
 @torch.no_grad()
 def test_several_models_do_not_disturb_one_another() -> None:
     models = [Model() for _ in range(3)] + [ToyStage(1, first=True, last=True)]
-    run = [compiled(model, {"split_ops": SPLIT_OPS} if isinstance(model, ToyStage) else None) for model in models]
+    run = [compiled(model, NAMED_OPS if isinstance(model, ToyStage) else None) for model in models]
     x = torch.randn(3, HIDDEN)
     for _ in range(2):
         for model, call in zip(models, run, strict=True):

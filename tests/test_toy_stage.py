@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from tiers import slow_but
 
 ATTENTION = "toy::attention"
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_backend")
 
 
 def compile_stage(stage: ToyStage, compiler: str = "eager") -> Any:
-    return torch.compile(stage, backend="pp_piecewise", options={"compiler": compiler, "split_ops": SPLIT_OPS})
+    return torch.compile(stage, backend="pp_piecewise", options={"compiler": compiler, **NAMED_OPS})
 
 
 def mark_tokens_dynamic(inputs: dict[str, Tensor | None]) -> None:

@@ -22,7 +22,16 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..errors import SplitError
 from ..utils import torch_compat
-from .fx_utils import is_custom_op, named_like_matmul, nested_nodes, op_name, plain_op_name
+from .fx_utils import (
+    function_names,
+    is_custom_op,
+    named_like_matmul,
+    nested_nodes,
+    op_name,
+    op_names,
+    plain_op_name,
+    runs_python,
+)
 from .regions import Regions, find_regions
 from .specs import SymbolSpec, TensorSpec, as_dim
 
@@ -71,6 +80,8 @@ class NodeFacts:
     """Whether it changes the shape or strides of one of its arguments, as ``transpose_`` does."""
     region: int | None = None
     """Inseparable group of nodes (see ``regions.py``), if any."""
+    in_python: tuple[tuple[str, ...], ...] = ()
+    """All names of each op that it runs and that may run Python code of others, which may read anything."""
 
     def element(self, path: tuple[int, ...]) -> Any:
         """The part of the value at ``path``."""
@@ -158,15 +169,21 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
     def __init__(self, storage_of: Callable[[torch.Tensor], int | None]) -> None:
         super().__init__()
         self._storage_of = storage_of
+        self._in_python: dict[Any, tuple[tuple[str, ...], ...]] = {}
+        """What is known of each op seen so far."""
         self.clear()
 
     def clear(self) -> None:
         self.heavy = False
         self.random = False
         self.writes: set[int] = set()
+        self.in_python: dict[tuple[str, ...], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in self._in_python:
+            self._in_python[func] = (function_names(func),) if torch_compat.runs_python(func) else ()
+        self.in_python.update(dict.fromkeys(self._in_python[func]))
         name = torch_compat.schema_name(func)
         if name is not None:
             namespace, name = name.split("::", 1)
@@ -342,6 +359,7 @@ class _Walk(Interpreter):
         known = set(self._storage_numbers.values())
         storages = {number for tensor in torch_compat.tensors_in(value) if (number := self._number(tensor)) is not None}
         self._note_symbols(node, example)
+        in_python = dict.fromkeys(op_names(n) for n in (node, *nested_nodes(node)) if runs_python(n))
         by_name = [*inside, op_name(node)] if is_custom_op(node) else inside
         same = [n for n, v in arguments.items() if v is value and isinstance(v, torch.Tensor)]
         self._facts[node] = NodeFacts(
@@ -354,6 +372,7 @@ class _Walk(Interpreter):
             heavy=recorder.heavy or node.op == "call_module" or any(map(named_like_matmul, by_name)),
             reshapes_in_place=shapes != [(tensor.shape, tensor.stride()) for tensor in before],
             region=self._regions.bound.get(node),
+            in_python=tuple(in_python | recorder.in_python),
         )
         return value
 

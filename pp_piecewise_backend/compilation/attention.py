@@ -70,6 +70,33 @@ BUILTIN_SPLIT_OPS: tuple[str, ...] = (
 )
 """Names or globs, matched against every spelling in ``op_names``; see docs/options.md for how to add to them."""
 
+GRAPH_SAFE_OPS: tuple[str, ...] = (
+    # vLLM and SGLang capture these themselves: experts, quantised products, and what ranks do together.
+    "vllm::moe_forward*",
+    "vllm::*fused_experts*",
+    "vllm::*gemm*",
+    "vllm::*scaled_mm*",
+    "vllm::*quant*",
+    "vllm::*rms_norm*",
+    "vllm::all_reduce",
+    "vllm::all_gather",
+    "vllm::reduce_scatter",
+    "sglang::*place_all_reduce",
+    "sglang::reg_all_gather_into_tensor",
+    # Kernels that see their arguments only. ``mode="full"`` captures attention, too.
+    "flash_attn::*",
+    "flash_attn_*::*",
+    "xformers*::*",
+    "flashinfer*::*norm*",
+    "flashinfer*::*_and_mul*",
+    "flashinfer*::*rope*",
+    "torch_attn::*",
+    "torchao::*",
+    "quantized_decomposed::*",
+    "einops.einops.*",
+)
+"""Ops with a kernel in Python that a graph may hold; ``graph_safe_ops`` adds to them."""
+
 _LOOKS_LIKE_ATTENTION = ("*attention*", "*attn*", "*sdpa*", "*mla*", "*fmha*")
 
 
@@ -82,16 +109,33 @@ class SplitOpMatcher:
     """The patterns that the user gave: one that matches nothing is reported."""
     written_out: bool
     """Whether attention written out in plain ops counts too."""
+    graph_safe: tuple[str, ...]
+    """The ops in Python, by name or glob, that read nothing but their arguments, and what never changes."""
 
     @classmethod
-    def from_config(cls, split_ops: SplitOps) -> SplitOpMatcher:
+    def from_config(cls, split_ops: SplitOps, graph_safe_ops: Sequence[str] = ()) -> SplitOpMatcher:
         builtin = BUILTIN_SPLIT_OPS if split_ops.extends_builtin else ()
-        return cls((*builtin, *split_ops.patterns), split_ops.patterns, written_out=split_ops.extends_builtin)
+        return cls(
+            (*builtin, *split_ops.patterns),
+            split_ops.patterns,
+            written_out=split_ops.extends_builtin,
+            graph_safe=(*GRAPH_SAFE_OPS, *graph_safe_ops),
+        )
 
     def match(self, node: Node) -> str | None:
         """The pattern that matches this node, or an op inside a graph that it takes as an argument."""
-        patterns = (matching_pattern(each, self.patterns) for each in (node, *nested_nodes(node)))
+        patterns = (matching_pattern(op_names(each), self.patterns) for each in (node, *nested_nodes(node)))
         return next((pattern for pattern in patterns if pattern is not None), None)
+
+    def unsafe_op(self, node: Node, in_python: Iterable[Sequence[str]]) -> str | None:
+        """The first op, given by all its names, that a graph would freeze with what it reads; None if none is known.
+
+        Args:
+            in_python: the ops in Python that the node runs.
+        """
+        if matching_pattern(op_names(node), self.graph_safe) is not None:
+            return None
+        return next((names[0] for names in in_python if matching_pattern(names, self.graph_safe) is None), None)
 
 
 def looks_like_attention(node: Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -19,19 +20,21 @@ def op_names(node: Node) -> tuple[str, ...]:
     ``vllm::unified_attention.default`` and ``vllm.unified_attention`` for ops of a library,
     ``torch.nn.functional.softmax`` and ``softmax`` for functions, ``Tensor.view`` and ``view`` for methods.
     """
-    target = node.target
     if node.op == "call_method":
-        return (f"Tensor.{target}", str(target))
+        return (f"Tensor.{node.target}", str(node.target))
     if node.op == "call_module":
-        return (str(target),)
-    if node.op != "call_function":
-        return ()
+        return (str(node.target),)
+    return function_names(node.target) if node.op == "call_function" else ()
+
+
+def function_names(target: Any) -> tuple[str, ...]:
+    """The same for a function or library op, wherever it is called."""
     if isinstance(target, torch_compat.HigherOrderOperator):
         return (target.name(), f"higher_order::{target.name()}", f"torch.ops.higher_order.{target.name()}")
-    if (schema_name := torch_compat.schema_name(target)) is not None:  # type: ignore[arg-type]
+    if (schema_name := torch_compat.schema_name(target)) is not None:
         namespace, name = schema_name.split("::", 1)
         names: tuple[str, ...] = (schema_name, name, f"{namespace}.{name}", f"torch.ops.{namespace}.{name}")
-        if (overload := torch_compat.overload_name(target)) is not None:  # type: ignore[arg-type]
+        if (overload := torch_compat.overload_name(target)) is not None:
             names += tuple(f"{spelling}.{overload}" for spelling in names if spelling != name)
         return names
     name = getattr(target, "__name__", None) or type(target).__name__
@@ -48,9 +51,8 @@ def op_name(node: Node) -> str:
     return str(node.target) if node.op == "call_method" else names[0]
 
 
-def matching_pattern(node: Node, patterns: Iterable[str]) -> str | None:
-    """The first of these names or globs that is a spelling of the node's op; None if none is."""
-    names = op_names(node)
+def matching_pattern(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first of these names or globs that is a spelling of the op with these ``names``; None if none is."""
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
@@ -63,6 +65,14 @@ def is_custom_op(node: Node) -> bool:
     """Whether the op comes from a library other than PyTorch's own."""
     name = torch_compat.schema_name(node.target) if callable(node.target) else None
     return name is not None and name.split("::", 1)[0] not in ("aten", "prim", "prims")
+
+
+def runs_python(node: Node) -> bool:
+    """Whether the node itself may run Python code that is not PyTorch's; ops that it runs are not looked at."""
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        module = node.graph.owning_module.get_submodule(str(node.target))
+        return not type(module).__module__.startswith("torch.nn.")
+    return node.op == "call_function" and torch_compat.runs_python(node.target)
 
 
 def named_like_matmul(name: str) -> bool:

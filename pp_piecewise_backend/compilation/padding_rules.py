@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..utils import torch_compat
 from .analysis import GraphFacts, leave_autocast
-from .fx_utils import matching_pattern, op_name
+from .fx_utils import matching_pattern, op_name, op_names
 from .partition import is_allocation
 from .row_rules import (
     Call,
@@ -221,7 +221,7 @@ class _Walk(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self.follow.label = op_name(n)
-        self.follow.is_row_wise = matching_pattern(n, self._row_wise_ops) is not None
+        self.follow.is_row_wise = matching_pattern(op_names(n), self._row_wise_ops) is not None
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -161,18 +161,19 @@ def find_cuts(facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpM
     Raises:
         SplitError: the graph changes the shape of a tensor in place, which a cut cannot follow.
     """
-    cutter = _Cutter(facts, inputs)
-    cutter.find_split_ops(matcher)
+    cutter = _Cutter(facts, inputs, matcher)
+    cutter.find_split_ops()
     return cutter.run_whole() if whole else cutter.run()
 
 
 class _Cutter:
-    def __init__(self, facts: GraphFacts, inputs: Sequence[GraphInput]) -> None:
+    def __init__(self, facts: GraphFacts, inputs: Sequence[GraphInput], matcher: SplitOpMatcher) -> None:
         self._facts = facts
         self._scalars = find_scalars(facts)
         self._inputs = {graph_input.name: graph_input for graph_input in inputs}
         self._matches: dict[str, int] = {}
         self._attention_like: dict[str, None] = {}
+        self._matcher = matcher
         self._split_ops: dict[Node, str] = {}
         """The nodes to cut at, and what this is called as a reason."""
         self._reasons: dict[Node, str] = {}
@@ -182,6 +183,9 @@ class _Cutter:
         self._nodes = list(facts.graph_module.graph.nodes)
         self._position = {node: index for index, node in enumerate(self._nodes)}
         self._order = self._schedulable()
+        unsafe = {node: matcher.unsafe_op(node, facts.nodes[node].in_python) for node in self._order}
+        self._unsafe = {node: name for node, name in unsafe.items() if name is not None}
+        """The nodes that run Python code which may read anything, and the op that does."""
         # A stage input that shares its memory with another input is treated like any other: the compiler of a piece
         # would not see that they are one.
         shared = [s for n, f in facts.nodes.items() if n.op == "placeholder" for s in f.storages]
@@ -191,7 +195,8 @@ class _Cutter:
             if i.kind == "stage-input" and i.spec is not None and shared.count(i.spec.storage) == 1
         }
 
-    def find_split_ops(self, matcher: SplitOpMatcher) -> None:
+    def find_split_ops(self) -> None:
+        matcher = self._matcher
         for node in self._order:
             if (pattern := matcher.match(node)) is not None:
                 self._split_ops[node] = f"split op {op_name(node)}"
@@ -215,10 +220,9 @@ class _Cutter:
     def run_whole(self) -> Cuts:
         self._mark_opaque()
         steps = self._steps(self._runs(self._order))
-        if len(steps) > 1:
-            raise SplitError(
-                f"mode='full' needs a graph that can be compiled as one: {steps[0].reason or steps[1].reason}"
-            )
+        cuts = [n for step in steps if step.kind == "eager" for n in step.nodes if not self._checks_inputs(n)]
+        if cuts and len(steps) > 1:
+            raise SplitError(f"mode='full' needs a graph that can be compiled as one: {self._reason(cuts)}")
         return self._cuts(steps, self._order)
 
     def _cuts(self, steps: list[Step], reordered: Sequence[Node]) -> Cuts:
@@ -316,6 +320,11 @@ class _Cutter:
                 _is_plain(leaf) or isinstance(leaf, TensorSpec) for leaf in torch_compat.tree_leaves(node_facts.value)
             ):
                 self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
+            elif node in self._unsafe:
+                self._reasons[node] = (
+                    f"{self._unsafe[node]} runs Python code, which may read what a graph would freeze; name it in "
+                    f"graph_safe_ops if it reads nothing but its arguments"
+                )
         self._keep_groups_together()
 
     def _keep_groups_together(self) -> None:
@@ -434,6 +443,8 @@ class _Cutter:
             facts = self._facts.nodes[node]
             needed = set(self._arguments(node))
             reads, writes = facts.reads, facts.writes
+            if node in self._unsafe:  # what one reads, another may write
+                reads, writes = reads | {EFFECT}, writes | {EFFECT}
             for storage in reads | writes:
                 if storage in last_write:
                     needed.add(last_write[storage])

@@ -218,7 +218,6 @@ class UnsplitProgram:
 
     pieces: tuple[Piece, ...] = ()
     inputs: tuple[GraphInput, ...] = ()
-    stage = None
     graphs = None
     events = NO_EVENTS
     __code__ = Program.__code__
@@ -231,10 +230,12 @@ class UnsplitProgram:
         reason: str,
         counter: str | None = None,
         explain: Callable[[Any], str] = repr,
+        stage: Stage | None = None,
     ) -> None:
         self.name = name
         self._explain = explain
         self.config = config
+        self.stage = stage
         self.reason = reason
         self.stats = Stats(parent=TOTALS)
         self._call = call
@@ -245,7 +246,7 @@ class UnsplitProgram:
         if session is None:
             self.stats.add_many(self._amounts)
         else:
-            session.note(self.name, self.config.max_tokens, None)
+            session.note(self.name, self.config.max_tokens if self.stage is None else self.stage.max_tokens, None)
         return self._call(*args)
 
     def release(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -303,21 +305,60 @@ def kernel_in_python(op: Callable[..., Any], device_type: str) -> Callable[..., 
     """
     if isinstance(op, HigherOrderOperator):
         return op.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
-    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES or not _has_kernel_in_python(op, device_type):
+    if not isinstance(op, OpOverload) or op.namespace in _OWN_NAMESPACES:
+        return None
+    if not _kernels_in_python(op) & {device_type.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd"}:
         return None
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device_type.upper()))
     return lambda *args, **kwargs: op.redispatch(keys, *args, **kwargs)
 
 
-def _has_kernel_in_python(op: OpOverload, device_type: str) -> bool:
-    name = op.name().replace("::", "/")
-    keys = (device_type.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd")
-    return any(f"{form}/{key}" in torch.library._impls for form in (name, f"{name}.default") for key in keys)
+def runs_python(function: Any) -> bool:
+    """Whether a call of a function or library op may run Python code that is not PyTorch's own.
+
+    Such code may read anything. What is not known to be native counts as Python: kernels are known by the file that
+    registered them, other functions by their module.
+    """
+    function = getattr(function, "_opoverload", function)
+    if isinstance(function, OpOverloadPacket):
+        return any(runs_python(getattr(function, overload)) for overload in function.overloads())
+    if isinstance(function, OpOverload):
+        return bool(_kernels_in_python(function))
+    if isinstance(function, HigherOrderOperator):
+        return function.name() not in _RUN_NOTHING_BUT_GRAPHS
+    module = getattr(function, "__module__", None) or type(function).__module__
+    calls_others = module.startswith("torch._dynamo.variables")  # what allow_in_graph and nonstrict_trace put there
+    return calls_others or module.partition(".")[0] not in ("torch", "operator", "_operator", "builtins", "math")
 
 
 _OWN_NAMESPACES = frozenset(
     {"aten", "prim", "prims", "inductor", "quantized", "mkldnn", "mkl", "_quantized", "profiler"}
 )
+_KERNEL = re.compile(r"^(\w+)(?:\[alias\])?: registered at (.*):\d+ ::", re.MULTILINE)
+_NATIVE_SOURCES = (".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hpp", ".hip", ".mm")
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+_FOR_USERS = os.path.join(_TORCH_FOLDER, "library.py")
+"""Where torch registers kernels for others."""
+_ONLY_WHILE_TRACING = frozenset({"Meta", "FuncTorchBatched", "Batched", "Functionalize"})
+_RUN_NOTHING_BUT_GRAPHS = frozenset(
+    {"associative_scan", "autograd_function_apply", "cond", "flex_attention", "flex_attention_backward", "scan"}
+    | {"hints_wrapper", "inline_asm_elementwise", "invoke_subgraph", "map_impl", "strict_mode", "switch", "wrap"}
+    | {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"}
+    | {"triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation", "while_loop", "while_loop_stack_output"}
+)
+"""Higher-order ops that run the graphs among their arguments, or a kernel that is compiled, and nothing else."""
+
+
+def _kernels_in_python(op: OpOverload) -> set[str]:
+    """Dispatch keys of the op's kernels that are not known to be native, nor PyTorch's own."""
+    found = _KERNEL.findall(torch._C._dispatch_dump(op.name()))
+    kernels = [(key, file) for key, file in found if key not in _ONLY_WHILE_TRACING]
+    others = {key for key, file in kernels if not file.endswith(_NATIVE_SOURCES)}
+    if op.namespace in _OWN_NAMESPACES:
+        return others & {key for key, file in kernels if not file.startswith(_TORCH_FOLDER) or file == _FOR_USERS}
+    # Wrappers around the other kernels, which ``register_autograd`` and ``register_autocast`` make.
+    others -= {key for key, file in kernels if key.startswith("Auto") and file == _FOR_USERS}
+    return others if kernels else {"none is known"}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from models.hf import greedy_decode, make_model, make_prompts
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.compilation.placeholders import GraphInput
 from pp_piecewise_backend.runtime.program import Program
 
@@ -514,7 +514,7 @@ def test_a_mutated_stage_input_stays_a_stage_input() -> None:
 def test_written_buffers_are_state() -> None:
     stage = ToyStage(2)
     inputs = stage.make_inputs(TOKENS)
-    torch.compile(stage, backend="pp_piecewise", options={"compiler": "eager", "split_ops": SPLIT_OPS})(**inputs)
+    torch.compile(stage, backend="pp_piecewise", options={"compiler": "eager", **NAMED_OPS})(**inputs)
     (program,) = ppb.programs()
     assert {i.label: i.reason for i in program.table.of_kind("state")} == {
         "k_cache": "module buffer that the graph writes", "v_cache": "module buffer that the graph writes",

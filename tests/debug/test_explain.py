@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from models.hf import greedy_decode, make_model, make_prompts
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.backend import backend
 from pp_piecewise_backend.debug import describe, explain
 from pp_piecewise_backend.debug.text import fold, ranges
@@ -115,7 +115,7 @@ def assert_every_step_is_counted(program: Program, report: str) -> None:
 @pytest.mark.parametrize("num_layers", [2, 8])
 def test_toy_stage(num_layers: int) -> None:
     stage = ToyStage(num_layers)
-    run = torch.compile(stage, backend="pp_piecewise", options={"compiler": "eager", "split_ops": SPLIT_OPS})
+    run = torch.compile(stage, backend="pp_piecewise", options={"compiler": "eager", **NAMED_OPS})
     for tokens in (5, 6):
         run(**stage.make_inputs(tokens))
     for program in ppb.programs():

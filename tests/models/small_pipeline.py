@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from one_program import for_every_size
 
 HIDDEN = 16
 MAX_TOKENS = 8
 PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
 FEEDBACK = {"next_tokens": ppb.Proxy((), torch.int64)}
-OPTIONS = {"compiler": "eager", "graphs": "emulate", "split_ops": SPLIT_OPS, "capture_sizes": "2,4,8"}
+OPTIONS = {"compiler": "eager", "graphs": "emulate", **NAMED_OPS, "capture_sizes": "2,4,8"}
 
 
 class PipelineStage(nn.Module):

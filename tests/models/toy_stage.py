@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SPLIT_OPS = "+toy::attention*"
-"""The `split_ops` option that names this stage's attention."""
+NAMED_OPS = {"split_ops": "+toy::attention*", "graph_safe_ops": "toy::fused*"}
+"""The options that name this stage's own ops."""
 
 ROTARY_BASE = 10_000.0
 

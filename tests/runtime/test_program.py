@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pp_piecewise_backend as ppb
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.runtime.program import Program
 
 HIDDEN = 8
@@ -286,7 +286,7 @@ class _CountAttention(TorchDispatchMode):
 @pytest.mark.compat
 def test_counters_against_an_observer() -> None:
     stage = ToyStage(3)
-    run = torch.compile(stage, backend="pp_piecewise", options={"compiler": "eager", "split_ops": SPLIT_OPS})
+    run = torch.compile(stage, backend="pp_piecewise", options={"compiler": "eager", **NAMED_OPS})
     with ppb.expect(programs=1, calls=1, eager_steps=3, pieces=4, pieces_compiled=3, pieces_reused=1, recompiles=0):
         run(**stage.make_inputs(5))
     program = the_program()
@@ -382,9 +382,7 @@ def test_two_instances_through_one_program() -> None:
 def test_two_compiled_instances_of_one_class() -> None:
     stages = [ToyStage(1, seed=seed) for seed in range(3)]
     references = copy.deepcopy(stages)
-    runs = [
-        torch.compile(s, backend="pp_piecewise", options={"compiler": "eager", "split_ops": SPLIT_OPS}) for s in stages
-    ]
+    runs = [torch.compile(s, backend="pp_piecewise", options={"compiler": "eager", **NAMED_OPS}) for s in stages]
     for start in (0, 4):
         for run, stage, reference in zip(runs, stages, references, strict=True):
             inputs = stage.make_inputs(4, start)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pp_piecewise_backend as ppb
 from models.replaced_work import replace_work
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.runtime.program import Program
 from pp_piecewise_backend.runtime.replay import FlatProgram
 
@@ -82,7 +82,7 @@ class Compiled:
         self.reference = copy.deepcopy(self.module)
         proxies = {name: ppb.Proxy((self.module.hidden,), torch.float32) for name in ("hidden_states", "residual")}
         self.stage = ppb.Stage(proxies, MAX_TOKENS, device="cpu")
-        options = {"compiler": "eager", "split_ops": SPLIT_OPS, "graphs": "emulate", "stage": self.stage}
+        options = {"compiler": "eager", **NAMED_OPS, "graphs": "emulate", "stage": self.stage}
         compiled = torch.compile(self.module, backend="pp_piecewise", options=options)
         inputs = self.inputs(MAX_TOKENS, in_place=False)
         for tensor in inputs.values():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pp_piecewise_backend as ppb
 from against_eager import assert_same
 from captured import DEVICES, HIDDEN, SIZES, Pair, Trap, Traps, Wrong, misses_between, net, rows
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.compilation import specs, split
 from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime import dispatch, padding_test, replay
@@ -139,7 +139,7 @@ def copy_nothing_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def toy_pair(device: str, landing: ppb.Stage | None = None, **options: Any) -> Pair:
     model = ToyStage(2, hidden=16, inplace_norm=True, max_tokens=64).to(device)
     options |= {} if landing is None else {"stage": landing}
-    return Pair(model, device, dims=(None, 0, 0, 0), split_ops=SPLIT_OPS, **options)
+    return Pair(model, device, dims=(None, 0, 0, 0), **NAMED_OPS, **options)
 
 
 @trap(breaks=copy_nothing_back)
@@ -567,7 +567,7 @@ def ten_stages_of_one_class(device: str) -> None:
     torch._dynamo.reset()
     ppb.reset()
     pairs = []
-    options = {"compiler": "eager", "split_ops": SPLIT_OPS, "capture_sizes": "1,2,4,8", "max_tokens": 8}
+    options = {"compiler": "eager", **NAMED_OPS, "capture_sizes": "1,2,4,8", "max_tokens": 8}
     options["graphs"] = "emulate" if device == "cpu" else "cuda"
     for model in models:
         twin = ToyStage(1, hidden=16, seed=0).to(device)

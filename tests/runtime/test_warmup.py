@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from captured import misses_between
-from models.toy_stage import SPLIT_OPS, ToyStage
+from models.toy_stage import NAMED_OPS, ToyStage
 from one_program import for_every_size
 from pp_piecewise_backend import Proxy, Stage
 from pp_piecewise_backend.errors import ConfigError, PPPiecewiseError, PPPiecewiseWarning
@@ -30,7 +30,7 @@ from tiers import slow_but
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
 MAX_TOKENS = 6
-OPTIONS = {"compiler": "eager", "graphs": "emulate", "split_ops": SPLIT_OPS, "capture_sizes": "1,4"}
+OPTIONS = {"compiler": "eager", "graphs": "emulate", **NAMED_OPS, "capture_sizes": "1,4"}
 VARIANTS: list[dict[str, bool]] = [{}, {"inplace_norm": True}, {"first": True}, {"last": True}]
 NOTHING_NEW = {"programs": 0, "recompiles": 0, "pieces_compiled": 0, "captures": 0, "graph_misses": 0}
 

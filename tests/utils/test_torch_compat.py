@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -468,6 +471,53 @@ def test_kernel_in_python_of_an_op_that_writes() -> None:
 )
 def test_kernel_in_python_of_what_has_none(op: Any) -> None:
     assert torch_compat.kernel_in_python(op, "cpu") is None
+
+
+_LIBRARY.define("of_others(Tensor x) -> Tensor")
+_LIBRARY.impl("of_others", lambda x: x.tan(), "CompositeImplicitAutograd")
+_LIBRARY.define("without_kernel(Tensor x) -> Tensor")
+torch.library.register_fake("compattest::without_kernel", lambda x: x, lib=_LIBRARY)
+
+
+@torch.library.triton_op("compattest::with_triton", mutates_args=())
+def with_triton(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(torch.ops.compattest.in_python, torch.ops.compattest.on_cpu.default, on_cpu, torch.ops.compattest.by_hand),
+        *(torch.ops.compattest.composite.default, torch.ops.compattest.of_others, with_triton),
+        *(torch.ops.compattest.without_kernel.default, lambda x: x, functools.partial(torch.add, 1)),
+        torch._dynamo.variables.misc.produce_trampoline_autograd_apply(torch.autograd.Function),
+        torch.ops.higher_order.call_torchbind,
+    ],
+)
+def test_what_may_run_python(function: Any) -> None:
+    assert torch_compat.runs_python(function)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(torch.ops.aten.mm, torch.ops.aten.add.Tensor, torch.ops.aten.bmm.default, torch.ops.prims.sin.default),
+        torch.ops._c10d_functional.all_reduce.default,  # C++, with a formula for gradients in Python
+        *(torch.add, torch.nn.functional.linear, torch.einsum, torch.nn.functional.max_pool2d, torch.Tensor.view),
+        *(operator.add, getattr, math.sqrt, torch.sym_max, torch.ops.higher_order.wrap, torch.ops.higher_order.cond),
+    ],
+)
+def test_what_runs_no_python_but_that_of_torch(function: Any) -> None:
+    assert not torch_compat.runs_python(function)
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding")
+def test_an_op_of_torch_that_somebody_replaced() -> None:
+    op = torch.ops.aten.special_bessel_j1.default
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("special_bessel_j1", torch.clone, "CPU")
+        assert torch_compat.runs_python(op)
+    assert not torch_compat.runs_python(op)
 
 
 def test_arguments_of_a_call() -> None:
