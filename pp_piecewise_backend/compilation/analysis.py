@@ -33,7 +33,7 @@ from .fx_utils import (
     runs_python,
 )
 from .regions import Regions, find_regions
-from .specs import SymbolSpec, TensorSpec, as_dim
+from .specs import ObjectSpec, SymbolSpec, TensorSpec, as_dim
 
 RANDOM = -1
 """Stands for the state of the random generators, as if it were a storage that random ops write."""
@@ -291,7 +291,8 @@ class _Walk(Interpreter):
         for node, example, given in zip(placeholders, examples, self._example_inputs, strict=True):
             if not isinstance(example, torch.Tensor):
                 self.env[node] = self._concrete(example)
-                self._facts[node] = NodeFacts(value=example)
+                kind = torch_compat.opaque_type(example)
+                self._facts[node] = NodeFacts(example if kind is None else ObjectSpec(kind.__qualname__, example))
                 continue
             fake = self._fake_input(node, example)
             number = self._number(fake)

@@ -3,8 +3,8 @@
 Note [what a piece's key holds]
 Everything that changes what the piece computes: ops and their arguments with types, bodies of higher-order ops,
 functions by identity unless their qualified name leads back to them, geometry and aliasing of inputs, symbols with
-their ranges. Constants are inputs of a piece, so their contents need no place here. What is ambient (default dtype,
-autocast, Inductor's settings, versions) is added in ``inductor.py``, where the piece is compiled.
+their ranges. Constants and objects are inputs of a piece, so their contents need no place here. What is ambient
+(default dtype, autocast, Inductor's settings, versions) is added in ``inductor.py``, where the piece is compiled.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..utils import torch_compat
-from .specs import SymbolSpec, TensorSpec
+from .specs import InputSpec, SymbolSpec, TensorSpec
 
 _SETTINGS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LITERALS = (type(None), type(Ellipsis), bool, int, float, complex, str, *_SETTINGS)
 
 
-def piece_text(graph_module: GraphModule, inputs: Sequence[TensorSpec | SymbolSpec]) -> str:
+def piece_text(graph_module: GraphModule, inputs: Sequence[InputSpec]) -> str:
     """Canonical text of a piece: its inputs with renumbered symbols and storages, then its nodes, renumbered."""
     symbols = {spec.symbol: f"s{i}" for i, spec in enumerate(s for s in inputs if isinstance(s, SymbolSpec))}
     storages: dict[int, int] = {}
@@ -35,13 +35,15 @@ def piece_text(graph_module: GraphModule, inputs: Sequence[TensorSpec | SymbolSp
         if isinstance(spec, SymbolSpec):
             backing = "unbacked" if spec.hint is None else "backed"
             lines.append(f"{symbols[spec.symbol]}: {backing} [{spec.lower}, {spec.upper}]")
-        else:
+        elif isinstance(spec, TensorSpec):
             storage = storages.setdefault(spec.storage, len(storages))
             dims = [
                 ",".join(_dim_text(dim, symbols) for dim in dims)
                 for dims in (spec.shape, spec.stride, (spec.storage_offset,))
             ]
             lines.append(f"{spec.dtype} {spec.device} [{dims[0]}] stride [{dims[1]}] offset {dims[2]} memory {storage}")
+        else:
+            lines.append(str(spec))
     return "\n".join((*lines, graph_text(graph_module)))
 
 

@@ -37,7 +37,7 @@ from .row_rules import (
     uses_token_count,
     writes_rows_into_other_memory,
 )
-from .specs import Dim, FakeInputs, SymbolSpec, TensorSpec, symbols_of
+from .specs import Dim, FakeInputs, InputSpec, TensorSpec, symbols_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PaddedStep(NamedTuple):
     key: str
     """Equal for steps with equal meaning."""
     traits: Traits
-    input_specs: Sequence[TensorSpec | SymbolSpec | None]
+    input_specs: Sequence[InputSpec]
     output_specs: Sequence[TensorSpec | None]
     graph: PaddedGraph
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..utils import torch_compat
 from .analysis import GraphFacts
 from .sources import AccessPath, argument_path
-from .specs import Dim, SymbolSpec, TensorSpec, as_dim
+from .specs import Dim, ObjectSpec, SymbolSpec, TensorSpec, as_dim
 
 InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
 
@@ -39,8 +39,8 @@ class GraphInput:
     reason: str
     spec: TensorSpec | None
     """Geometry of a tensor; None for numbers."""
-    expression: Dim | None = None
-    """Symbol or value of an integer; None for tensors."""
+    expression: Dim | ObjectSpec | None = None
+    """Symbol or value of an integer, or an object; None for tensors."""
     token_dim: int | None = None
     """The dimension that counts tokens, for stage inputs and per-token tensors."""
 
@@ -115,6 +115,8 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None)
     spec = candidate.spec
     if spec is None:
         value = facts.nodes[candidate.node].value
+        if isinstance(value, ObjectSpec):
+            return result("scalar", "an object, compared in each call", expression=value)
         expression = as_dim(value) if isinstance(value, torch.SymInt) else value
         if isinstance(expression, sympy.Symbol):
             expression = facts.equal_symbols.get(expression, expression)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import sympy
@@ -96,6 +96,22 @@ class SymbolSpec:
         return f"{self.symbol} in [{lower}, {upper}]"
 
 
+@dataclass(frozen=True)
+class ObjectSpec:
+    """An object such as the name of a layer: for the pieces that take it a constant, compared in each call."""
+
+    type_name: str
+    example: Any = field(compare=False, repr=False)
+    """What stands for it while a graph is traced."""
+
+    def __str__(self) -> str:
+        return self.type_name
+
+
+InputSpec: TypeAlias = TensorSpec | SymbolSpec | ObjectSpec | None
+"""What is known of an input of a step; None for one that only eager steps can take."""
+
+
 def as_dim(value: int | torch.SymInt) -> Dim:
     """``value`` as a ``Dim``: symbolic integers with a known value become plain ones."""
     expression = torch_compat.symint_expression(value)
@@ -121,7 +137,7 @@ def evaluate(dim: Dim, values: Mapping[sympy.Symbol, int]) -> int:
 class FakeInputs:
     """Fake inputs for one piece in a shape environment of its own; see Note [private shapes]."""
 
-    def __init__(self, specs: Sequence[TensorSpec | SymbolSpec | None], odd: bool = False) -> None:
+    def __init__(self, specs: Sequence[InputSpec], odd: bool = False) -> None:
         """``odd``: give symbols sizes at which nothing is equal by chance, instead of those of the traced call."""
         self._env = torch_compat.new_shape_env()
         self.fake_mode = torch_compat.FakeTensorMode(shape_env=self._env)
@@ -135,13 +151,15 @@ class FakeInputs:
         self._hints = {spec.symbol: spec.hint for spec in self._given if spec.hint is not None}
         self._private = {symbol: torch_compat.symint_expression(symint) for symbol, symint in symints.items()}
         with self.fake_mode:
-            self.inputs: list[Any] = [
-                symints[spec.symbol] if isinstance(spec, SymbolSpec) else self._tensor(spec)
+            self.inputs = [
+                symints[spec.symbol] if isinstance(spec, SymbolSpec) else self._input(spec)
                 for spec in specs
                 if spec is not None
             ]
 
-    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
+    def _input(self, spec: TensorSpec | ObjectSpec) -> Any:
+        if isinstance(spec, ObjectSpec):
+            return spec.example
         shape = [self._integer(dim) for dim in spec.shape]
         stride = [self._integer(dim) for dim in spec.stride]
         return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)

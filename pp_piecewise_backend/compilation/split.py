@@ -38,7 +38,7 @@ from .padding_rules import (
 )
 from .partition import Cuts, Kind, Step, Value, canonical, find_cuts, reads_input
 from .placeholders import InputTable
-from .specs import SymbolSpec, TensorSpec
+from .specs import InputSpec, ObjectSpec, TensorSpec
 
 
 class SizeOf(NamedTuple):
@@ -80,8 +80,8 @@ class Piece:
     """Why not, as far as its graph shows; None if a test may decide."""
     graph_module: GraphModule = field(repr=False, compare=False)
     inputs: tuple[Source, ...] = field(repr=False)
-    input_specs: tuple[TensorSpec | SymbolSpec | None, ...] = field(repr=False)
-    """Geometry of each input; None for one that is neither tensor nor symbol (eager steps only)."""
+    input_specs: tuple[InputSpec, ...] = field(repr=False)
+    """What is known of each input."""
     outputs: tuple[str, ...] = field(repr=False)
     """Names of the values that it returns, in order."""
     output_specs: tuple[TensorSpec | None, ...] = field(repr=False)
@@ -133,7 +133,7 @@ class _Input(NamedTuple):
     """What a step takes from an earlier one, or from the caller."""
 
     source: Source
-    spec: TensorSpec | SymbolSpec | None
+    spec: InputSpec
     value: Value
     """The value that it is, or whose size it is."""
 
@@ -357,7 +357,9 @@ class _StepBuilder:
             if self._splitter.is_remade(value):
                 return self._remake(value)
         if latest not in self._input_nodes:
-            self._add_input(latest, latest.name, _Input(latest.name, self._splitter.spec(latest), latest))
+            known = self._facts.nodes[latest.node].value
+            spec = known if isinstance(known, ObjectSpec) else self._splitter.spec(latest)
+            self._add_input(latest, latest.name, _Input(latest.name, spec, latest))
         return self._input_nodes[latest]
 
     def _element(self, value: Value) -> Any:
@@ -491,7 +493,7 @@ class _StepBuilder:
         reads = dict.fromkeys(stage_labels.get(spec.storage) for spec in input_specs if isinstance(spec, TensorSpec))
         output_specs = tuple(spec for _, spec in self._exports.values())
         traits = self._traits(outputs, output_specs)
-        key = digest(piece_text(graph_module, [spec for spec in input_specs if spec is not None]))
+        key = digest(piece_text(graph_module, (*input_specs, *self._made_from_objects())))
         step = PaddedStep(graph_module, key, traits, input_specs, output_specs, self._splitter.padding)
         why_not_padded: str | None = "never padded: an eager step sees the real rows"
         if self.step.kind == "compute":
@@ -514,6 +516,13 @@ class _StepBuilder:
             own_memory=tuple(spec is not None and spec.storage in shared for spec in output_specs),
             traits=traits,
         )
+
+    def _made_from_objects(self) -> list[TensorSpec]:
+        """What the ops that take an object return: its geometry does not follow from the other inputs."""
+        objects = {node for node, i in self._inputs.items() if isinstance(i.spec, ObjectSpec)}
+        made = [node for copy, node in self._copies.items() if not objects.isdisjoint(copy.all_input_nodes)]
+        leaves = torch_compat.tree_leaves([self._facts.nodes[node].value for node in made])
+        return [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
 
     def _tensor_inputs(self) -> Iterator[tuple[Value, TensorSpec]]:
         return ((i.value, i.spec) for i in self._inputs.values() if isinstance(i.spec, TensorSpec))

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule
 from ..compilation.cache_key import look_up
 from ..compilation.fx_utils import is_custom_op, op_name
 from ..compilation.placeholders import InputTable
-from ..compilation.specs import SymbolSpec, TensorSpec
+from ..compilation.specs import ObjectSpec, SymbolSpec, TensorSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
 from ..utils import torch_compat
 
@@ -51,6 +51,7 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
     dynamic_dims = tuple((name, dim) for name, dim, size in dims if isinstance(size, sympy.Symbol))
     uninitialised = tuple(index for index, is_garbage in enumerate(piece.traits.uninitialised) if is_garbage)
     inputs = [f"        {name!r}: {_tensor_text(spec, integer_ranges.get(name))}," for name, spec in tensors.items()]
+    objects = {f"an object of type {spec}": None for spec in specs.values() if isinstance(spec, ObjectSpec)}
     lines = [
         f'"""{_title(piece, program_name)}{top}',
         "from torch import device, inf, nan  # names that FX uses",
@@ -59,7 +60,7 @@ def piece_script(piece: Piece, program_name: str, integer_ranges: Mapping[str, t
         f"FUNCTIONS = {needs.functions!r}  # name below: module and path within it",
         f"MODULES = {tuple(sorted(needs.modules))!r}  # of torch, that hold functions used below",
         f"CUSTOM_OPS = {tuple(sorted(needs.custom_ops))!r}  # must be registered: --import the module that does it",
-        f"MISSING = {needs.missing!r}  # what is used below and cannot be imported from anywhere",
+        f"MISSING = {[*needs.missing, *objects]!r}  # what is used below and cannot be imported from anywhere",
         f"DEVICES = {tuple(sorted({spec.device.type for spec in tensors.values()}))!r}",
         f"SIZES = {sizes!r}  # of the traced call; give others as s0=16",
         f"DYNAMIC_DIMS = {dynamic_dims!r}",

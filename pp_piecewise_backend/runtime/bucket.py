@@ -105,8 +105,8 @@ class Bucket:
     """Eager step -> the static output buffers that it is given."""
     obstacles: dict[int, Reason] = field(default_factory=dict)
     """Steps that could not be captured in this bucket."""
-    fixed: tuple[int, ...] = ()
-    """Addresses and integers at capture, in the order of ``GraphPlan.fixed_sources``."""
+    fixed: tuple[Any, ...] = ()
+    """Addresses, integers and objects at capture, in the order of ``GraphPlan.fixed_sources``."""
     seconds: float = 0.0
     step_seconds: dict[int, float] = field(default_factory=dict)
     """How long each step took in the call that captured the bucket, replays included."""
@@ -529,11 +529,11 @@ def inputs_as_wide_as_the_bucket(
     """The arguments with which a step is captured: static tensors, tensors read by address, the bucket's size."""
     inputs: list[Any] = []
     for source, spec in zip(instruction.arguments, instruction.piece.input_specs, strict=True):
-        if isinstance(spec, SymbolSpec):
-            if spec.symbol == plan.token_symbol:
-                inputs.append(bucket.tokens)
-            else:
-                inputs.append(bucket.fixed[plan.fixed_sources.index(source)])
+        if isinstance(spec, SymbolSpec) and spec.symbol == plan.token_symbol:
+            inputs.append(bucket.tokens)
+            continue
+        if not isinstance(spec, TensorSpec):
+            inputs.append(bucket.fixed[plan.fixed_sources.index(source)])
             continue
         assert isinstance(source, int)
         if source in bucket.static:
@@ -568,10 +568,10 @@ def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and address(one) == address(other)
 
 
-def fixed_values(plan: GraphPlan, args: Sequence[Any]) -> tuple[int, ...]:
-    """Where the tensors of ``fixed_sources`` lie in a call, and what its integers are."""
+def fixed_values(plan: GraphPlan, args: Sequence[Any]) -> tuple[Any, ...]:
+    """Where the tensors of ``fixed_sources`` lie in a call, and what its integers and objects are."""
     values = gather(plan.fixed_sources, args)
-    return tuple(value.data_ptr() if isinstance(value, torch.Tensor) else int(value) for value in values)
+    return tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values)
 
 
 def plan_name(plan: GraphPlan, register: int) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from ..compilation.padding_rules import outliving_writes, token_dims
 from ..compilation.placeholders import GraphInput, InputTable
-from ..compilation.specs import SymbolSpec, TensorSpec
+from ..compilation.specs import ObjectSpec, SymbolSpec, TensorSpec
 from ..compilation.split import Split
 from ..config import Config
 from ..utils.reasons import Reason, miss
@@ -92,7 +92,7 @@ class GraphPlan:
         self.parameter_positions = self._arriving_as("parameter")
         self.address_positions = self._arriving_as("address")
         self.fixed_sources = (*self.address_positions, *scalar_sources)
-        """What must be as it was at capture: addresses of these, then where integers other than the token count are."""
+        """What must be as it was at capture: addresses of these, then objects, and integers but the token count."""
         self.unseen_aliases = _unseen_aliases(inputs, written_storages["eager"], self.arrivals)
         """Positions of the inputs that eager steps write, and of those that must not share memory with them.
 
@@ -223,14 +223,14 @@ def writes_what_two_inputs_hold(step: Instruction, inputs: Sequence[GraphInput])
 def _what_is_read(
     steps: Sequence[Instruction], capturable: Sequence[int], symbol: sympy.Symbol | None
 ) -> tuple[dict[int, tuple[int, ...]], tuple[int | tuple[int, int], ...]]:
-    """What captured pieces take: register of a tensor -> its readers, and where integers but the token count are."""
+    """What captured pieces take: register of a tensor -> its readers, and where objects and other integers are."""
     readers: dict[int, tuple[int, ...]] = {}
     scalars: dict[int | tuple[int, int], None] = {}
     for at in capturable:
         for source, spec in zip(steps[at].arguments, steps[at].piece.input_specs, strict=True):
             if isinstance(spec, TensorSpec) and isinstance(source, int):
                 readers[source] = (*readers.get(source, ()), at)
-            elif isinstance(spec, SymbolSpec) and spec.symbol != symbol:
+            elif isinstance(spec, ObjectSpec) or (isinstance(spec, SymbolSpec) and spec.symbol != symbol):
                 scalars[source] = None
     return readers, tuple(scalars)
 

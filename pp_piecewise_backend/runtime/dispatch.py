@@ -73,7 +73,7 @@ class ParameterSet:
     calls_seen: dict[int, int] = field(default_factory=dict)
     """Bucket -> calls that could have used it before it was captured."""
     recaptures: dict[int, int] = field(default_factory=dict)
-    moved_to: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    moved_to: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     """Bucket -> the fixed values that a call found, if not those of its capture."""
 
     def release(self) -> None:
@@ -368,7 +368,7 @@ class Graphs:
         for parameters in self._sets.values():
             parameters.release()
 
-    def _moved(self, bucket: Bucket, here: tuple[int, ...]) -> dict[int, Reason]:
+    def _moved(self, bucket: Bucket, here: tuple[Any, ...]) -> dict[int, Reason]:
         moved: dict[int, Reason] = {}
         for step in bucket.graphs:
             changed = [index for index in self.plan.depends_on(step) if here[index] != bucket.fixed[index]]
@@ -377,7 +377,7 @@ class Graphs:
                 moved[step] = miss("address-moved" if is_address else "scalar-changed")
         return moved
 
-    def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[int, ...]) -> bool:
+    def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[Any, ...]) -> bool:
         """Whether what moved has stayed since the last call of this bucket."""
         stayed = parameters.moved_to.get(size) == here
         parameters.moved_to[size] = here

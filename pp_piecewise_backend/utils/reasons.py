@@ -28,7 +28,7 @@ SENTENCES: Mapping[str, str] = {
     "padding-unsafe": "padded rows could change the real ones, so padded calls run the piece on the real rows",
     "address-moved": "parameters or large tensors lie elsewhere than at capture; what stays is captured again",
     "moved-too-often": "parameters or large tensors moved so often that nothing more is captured for them",
-    "scalar-changed": "an integer other than the token count differs from the one at capture",
+    "scalar-changed": "an integer other than the token count, or an object, differs from the one at capture",
     "scalar-made-in-call": "an integer that the piece takes is made in the middle of the call",
     "other-dynamic-dimension": "a size other than the token count varies in what the piece takes or gives",
     "no-token-count": "no input tells the number of tokens",

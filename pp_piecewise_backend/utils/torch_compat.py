@@ -21,6 +21,8 @@ from torch._dispatch.python import enable_python_dispatcher as enable_python_dis
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
+from torch._library.fake_class_registry import FakeScriptObject
+from torch._library.opaque_object import is_opaque_type, is_opaque_value_type
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -101,6 +103,18 @@ def storage_identity(tensor: torch.Tensor) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+
+
+def opaque_type(value: Any) -> type | None:
+    """The registered type of the object for which ``value`` stands in a trace; None if it stands for none.
+
+    Objects of such a type are interchangeable if they are equal: they are registered as values, or equal nothing but
+    themselves.
+    """
+    if not isinstance(value, FakeScriptObject):
+        return None
+    found = type(value.real_obj)
+    return found if is_opaque_value_type(found) or (is_opaque_type(found) and found.__eq__ is object.__eq__) else None
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._library import opaque_object
 from torch.utils.checkpoint import checkpoint
 
 import pp_piecewise_backend as ppb
 from against_eager import check, compute_ops, eager_ops
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
+
+OPAQUE_BASE: Any = getattr(opaque_object, "OpaqueBase", None) or opaque_object.CustomClassBase  # since 2.14
 
 STATE = {"scale": 1.0}
 """What an engine would call its forward context."""
@@ -144,3 +147,106 @@ def test_the_ops_of_engines_that_may_be_captured_are_known(op: str) -> None:
         function: Any = getattr(getattr(torch.ops, namespace), name)
         program = check(lambda x: function(x @ WEIGHT) @ WEIGHT, (torch.randn(4, 8),))
     assert (op in compute_ops(program)) == (op == "vllm::moe_forward")
+
+
+# ------------------------------------------------------------------------------------------ objects
+
+
+class LayerName(OPAQUE_BASE):  # type: ignore[misc, valid-type]
+    """As vLLM has it: each call makes new ones."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerName) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __fx_repr__(self) -> tuple[str, dict[str, type]]:
+        return f"LayerName({self.value!r})", {"LayerName": LayerName}
+
+
+class Handle(OPAQUE_BASE):  # type: ignore[misc, valid-type]
+    """Equal to itself only."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+
+opaque_object.register_opaque_type(LayerName, typ="value", hoist=True)
+opaque_object.register_opaque_type(Handle, typ="reference")
+
+SCALES = {"a": 2.0, "b": 3.0, "c": 4.0}
+
+
+def _expert(x: Tensor, layer: Any) -> Tensor:
+    return x * SCALES[layer.value]
+
+
+def _define(name: str, layer_type: type) -> Any:
+    _expert.__annotations__["layer"] = layer_type
+    _LIBRARY.define(name + torch.library.infer_schema(_expert, mutates_args=()))
+    _LIBRARY.impl(name, _expert, "CPU")
+    torch.library.register_fake(f"opaquetest::{name}", lambda x, layer: torch.empty_like(x), lib=_LIBRARY)
+    return getattr(torch.ops.opaquetest, name)
+
+
+of_layer, of_handle = _define("of_layer", LayerName), _define("of_handle", Handle)
+SAFE = {"graph_safe_ops": "opaquetest::*", "row_wise_ops": "opaquetest::*"}
+
+
+class Layers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in SCALES)
+        self.handles = [Handle("c") for _ in SCALES]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, handle, name in zip(self.layers, self.handles, SCALES, strict=True):
+            x = layer(x)
+            x = x + torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+            x = of_handle(of_layer(x, LayerName(name)) @ WEIGHT, handle)
+        return x
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_pieces_that_take_objects_replay_and_share_a_compilation(compiler: str) -> None:
+    model = Layers()
+    options: Any = {**OPTIONS, "compiler": compiler, **SAFE}
+    compiled = torch.compile(model, backend="pp_piecewise", options=options, fullgraph=True)
+    for index, num_tokens in enumerate((4, 4, 3, 4)):
+        x = torch.randn(num_tokens, 8)
+        if index == 0:
+            torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    (program,) = ppb.programs()
+    keys = [piece.key for piece in program.pieces if piece.kind == "compute"]
+    assert len(keys) == 4 and len(set(keys)) == 3  # before the first attention, between two, after the last
+    assert all(compiled.failure is None for compiled in program.compiled if compiled is not None)
+    assert ppb.stats().miss_reasons == {"first-call": 4} and ppb.stats().padded_tokens == 1
+    assert "scalar l_self_handles_0_" not in ppb.explain() and "Handle: an object" in ppb.explain()
+
+
+def test_another_object_is_no_longer_the_one_that_was_captured() -> None:
+    def function(x: Tensor, layer: LayerName, handle: Handle) -> tuple[Tensor, Tensor]:
+        return of_layer(x @ WEIGHT, layer) @ WEIGHT, of_handle(x @ WEIGHT, handle)
+
+    compiled = torch.compile(function, backend="pp_piecewise", options={**OPTIONS, **SAFE}, fullgraph=True)
+    x, one, other = torch.randn(4, 8), Handle("a"), Handle("b")
+    compiled(x, LayerName("a"), one)
+    program = ppb.programs()[-1]
+
+    def replays(layer: LayerName, handle: Handle) -> int:
+        before = ppb.stats().replays
+        given = {"x": x, "layer": layer, "handle": handle}  # to the program itself, past the guards of Dynamo
+        results = program(*(given.get(i.label, WEIGHT) for i in program.inputs))
+        torch.testing.assert_close(list(results), list(function(x, layer, handle)))
+        return int(ppb.stats().replays - before)
+
+    assert [replays(LayerName("a"), one) for _ in range(2)] == [1, 1]
+    assert replays(LayerName("b"), one) == 0 and replays(LayerName("a"), other) == 0
+    assert replays(LayerName("a"), Handle("a")) == 0
+    assert ppb.stats().miss_reasons["scalar-changed"] == 3
+    assert replays(LayerName("a"), one) == 1
