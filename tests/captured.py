@@ -204,6 +204,16 @@ class Trap:
 
 
 class Traps(list[Trap]):
+    def closing(self) -> list[Any]:
+        """For ``parametrize``: traps are slow whose rules another one before has shown to be needed."""
+        shown: list[tuple[str, ...]] = []
+        params = []
+        for trap in self:
+            is_shown = trap.breaks is None and trap.rules in shown
+            params.append(pytest.param(trap, marks=pytest.mark.slow if is_shown else (), id=str(trap)))
+            shown.append(trap.rules)
+        return params
+
     def trap(
         self,
         *rules: str,

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+# Else each process that compiles by Inductor starts another, which imports torch for the few kernels of a test.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import hypothesis
 import pytest

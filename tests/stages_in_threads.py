@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 import threading
 import time
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 import pp_piecewise_backend as ppb
-from models.small_pipeline import FEEDBACK, MAX_TOKENS, OPTIONS, PROXIES, PipelineStage, own_inputs
+from models.small_pipeline import FEEDBACK, MAX_TOKENS, OPTIONS, PROXIES, one_layer, own_inputs
 from pp_piecewise_backend.pipeline.transports.local import LocalHub, LocalTransport
 
 LONGEST_SECONDS = 120.0
@@ -43,9 +42,6 @@ class Delayed(LocalTransport):
 
 
 Rank = Callable[[ppb.StageRunner, int], Any]
-
-
-one_layer: Callable[[int, int], nn.Module] = functools.partial(PipelineStage, num_layers=1)
 
 
 def in_threads(

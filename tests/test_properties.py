@@ -648,7 +648,7 @@ def test_a_replay_that_differs_in_the_last_call_is_noticed(monkeypatch: pytest.M
     assert "verify-failed" not in ppb.stats().miss_reasons
 
 
-@examples_per_run(default=35, slow=150, nightly=2000)
+@examples_per_run(default=20, slow=150, nightly=2000)
 def test_equal_to_eager_with_graphs(draws: settings) -> None:
     padded: list[int] = []
 
@@ -662,7 +662,7 @@ def test_equal_to_eager_with_graphs(draws: settings) -> None:
     assert sum(count > 0 for count in padded) >= len(padded) * SMALLEST_PADDED_SHARE
 
 
-@examples_per_run(default=25, slow=120, nightly=2000)
+@examples_per_run(default=15, slow=120, nightly=2000)
 def test_stages_are_equal_to_eager_wherever_their_proxies_lie(draws: settings) -> None:
     padded: list[bool] = []
     landed: list[bool] = []

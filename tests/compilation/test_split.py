@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from against_eager import aliasing, assert_same, check, steps, tokens
+from tiers import slow_but
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 SIZES = (5, 9, 1)
@@ -113,8 +114,14 @@ RESULTS = [
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", RESULTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("function", "compiler"),
+    slow_but(
+        [*((function, "eager") for function in RESULTS), (views_of_results, "aot_eager"), (same_twice, "aot_eager")],
+        [(function, compiler) for function in RESULTS for compiler in ("eager", "aot_eager")],
+    ),
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_results(function: Any, compiler: str) -> None:
     check(function, *tokens(*SIZES), compiler=compiler, tolerance=0 if compiler == "eager" else 1e-6)
 

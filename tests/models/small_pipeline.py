@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,12 +56,19 @@ def sizes(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, MAX_TOKENS + 1), k=count)
 
 
+one_layer = functools.partial(PipelineStage, num_layers=1)
+
+
 def one_after_the_other(
-    chosen: Sequence[int], count: int, options: Mapping[str, Any] | None, device: str = "cpu"
+    chosen: Sequence[int],
+    count: int,
+    options: Mapping[str, Any] | None,
+    device: str = "cpu",
+    make_module: Callable[[int, int], nn.Module] = PipelineStage,
 ) -> Iterator[Any]:
     """What the last stage gives when the same stages run in one thread; eagerly without options."""
     with torch.no_grad():
-        stages: list[Any] = [PipelineStage(stage, count).to(device) for stage in range(count)]
+        stages: list[Any] = [make_module(stage, count).to(device) for stage in range(count)]
         if options is not None:
             whole = [
                 torch.compile(stage, backend="pp_piecewise", options={**options, "max_tokens": MAX_TOKENS})

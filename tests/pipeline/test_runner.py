@@ -19,18 +19,24 @@ from models.small_pipeline import (
     PROXIES,
     PipelineStage,
     one_after_the_other,
+    one_layer,
     own_inputs,
     sizes,
 )
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
-from stages_in_threads import all_well, in_threads, one_layer, play_all
+from stages_in_threads import all_well, in_threads, play_all
 from tiers import slow_but
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend", "one_program"), pytest.mark.timeout(300)]
 
 
-class Breaking(PipelineStage):
+class OneLayer(PipelineStage):
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__(index, count, num_layers=1)
+
+
+class Breaking(OneLayer):
     """Two graphs per forward."""
 
     def forward(self, positions: Tensor, **arguments: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -40,11 +46,11 @@ class Breaking(PipelineStage):
 
 
 def test_a_stage_that_breaks_the_graph_runs_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    chosen = sizes(30)
+    chosen = sizes(15)
     *_, (outputs, stats) = all_well(in_threads(2, play_all(chosen), make_module=Breaking, delay_seconds=0.002))
     assert "breaks into several graphs" in caplog.text
     assert stats["early_releases"] == 0
-    for got, expected in zip(outputs, one_after_the_other(chosen, 2, None), strict=True):
+    for got, expected in zip(outputs, one_after_the_other(chosen, 2, None, make_module=OneLayer), strict=True):
         torch.testing.assert_close(got["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -230,7 +236,7 @@ def test_a_module_that_returns_something_else_is_told(change: Callable[[Any], An
 
 
 def test_results_with_other_strides_are_copied_and_counted() -> None:
-    class Transposed(PipelineStage):
+    class Transposed(OneLayer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
             if self.is_last:
@@ -240,7 +246,7 @@ def test_results_with_other_strides_are_copied_and_counted() -> None:
     chosen = sizes(10, seed=1)
     (_, stats), (outputs, _) = all_well(in_threads(2, play_all(chosen), make_module=Transposed))
     assert stats["proxy_copies"] == 2 * sum(num_tokens > 1 for num_tokens in chosen)
-    for got, expected in zip(outputs, one_after_the_other(chosen, 2, None), strict=True):
+    for got, expected in zip(outputs, one_after_the_other(chosen, 2, None, make_module=OneLayer), strict=True):
         torch.testing.assert_close(got["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -266,7 +272,7 @@ def test_arguments_that_cannot_be_used(arguments: Mapping[str, Any], words: str)
 
 def test_a_pipeline_of_one_stage() -> None:
     runner = ppb.StageRunner(
-        PipelineStage(0, 1), make_inputs=lambda n, tag: own_inputs(True, n, tag), max_tokens=MAX_TOKENS,
+        OneLayer(0, 1), make_inputs=lambda n, tag: own_inputs(True, n, tag), max_tokens=MAX_TOKENS,
         transport=LocalHub(1).transport(0), options=OPTIONS,
     )  # fmt: skip
     with pytest.raises(errors.PPPiecewiseError, match="no micro-batches on the first stage"):
@@ -279,7 +285,7 @@ def test_a_pipeline_of_one_stage() -> None:
         runner.feedback()
     runner.close()
     runner.close()
-    for got, expected in zip(outputs, one_after_the_other(chosen, 1, None), strict=True):
+    for got, expected in zip(outputs, one_after_the_other(chosen, 1, None, make_module=OneLayer), strict=True):
         torch.testing.assert_close(got["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
 
 

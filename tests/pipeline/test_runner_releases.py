@@ -8,7 +8,7 @@ import pytest
 import test_runner_results as results
 
 import pp_piecewise_backend as ppb
-from models.small_pipeline import sizes
+from models.small_pipeline import one_layer, sizes
 from stages_in_threads import all_well, in_threads, play_all
 
 pytestmark = pytest.mark.usefixtures("fresh_backend")
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("fresh_backend")
 def test_a_release_one_step_too_early_gives_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pp_piecewise_backend.runtime.capture_plan.find_boundary", results.too_early)
     with pytest.raises(AssertionError):
-        results.test_results_are_those_of_one_thread_bit_for_bit(2, None, "cpu")
+        results.compare_with_one_thread(3, None, "cpu", one_layer)
 
 
 @pytest.mark.usefixtures("one_program")
 def test_without_the_wait_for_the_last_send_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppb.StageRunner, "results_are_written", lambda self: None)
     with pytest.raises(AssertionError):
-        results.test_results_are_those_of_one_thread_bit_for_bit(3, None, "cpu")
+        results.compare_with_one_thread(3, None, "cpu", one_layer)
 
 
 @pytest.mark.usefixtures("one_program")

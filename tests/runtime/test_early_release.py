@@ -137,9 +137,9 @@ module returns, as the runner does, or to clone proxies in the graph, as it also
 """
 
 WAYS = [
-    pytest.param("eager", "off", id="eager-off"),
+    # Without graphs are contained in those with: their first call runs without.
+    pytest.param("eager", "off", id="eager-off", marks=pytest.mark.slow),
     pytest.param("eager", "emulate", id="eager-emulate"),
-    # Contained in the next: its first call runs without graphs.
     pytest.param("inductor", "off", id="inductor-off", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     pytest.param("inductor", "emulate", id="inductor-emulate", marks=pytest.mark.timeout(600)),
 ]

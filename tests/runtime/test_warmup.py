@@ -77,12 +77,13 @@ def test_no_size_compiles_or_captures_after_it(variant: dict[str, bool], inferen
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("one_program")
 def test_capture_in_warmup_only() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     run = compiled_stage(stage, capture="warmup")
     with ppb.expect(captures=0, replays=0):
         for _ in range(3):
-            run(**stage.make_inputs(3))
+            run(**for_every_size(stage.make_inputs(3)))
     ppb.warmup(run, inputs_of(stage))
     with ppb.expect(**NOTHING_NEW):
         for num_tokens in range(1, MAX_TOKENS + 1):
@@ -137,7 +138,7 @@ def test_sealed_after_it() -> None:
 )
 @pytest.mark.filterwarnings("ignore::pp_piecewise_backend.errors.PPPiecewiseWarning")
 def test_state_and_proxies_are_as_before(graphs: str, inplace_norm: bool) -> None:
-    stage = ToyStage(2, hidden=16, heads=2, kv_heads=1, inplace_norm=inplace_norm)
+    stage = ToyStage(1, hidden=16, heads=2, kv_heads=1, inplace_norm=inplace_norm)
     for buffer in stage.buffers():
         buffer.normal_()
     before = [buffer.clone() for buffer in stage.buffers()]
@@ -276,6 +277,7 @@ def test_it_does_not_nest() -> None:
     assert current_session() is None
 
 
+@pytest.mark.usefixtures("one_program")
 def test_a_module_that_was_not_compiled() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     with pytest.raises(PPPiecewiseError, match="no program of backend 'pp_piecewise' ran"):
@@ -285,6 +287,7 @@ def test_a_module_that_was_not_compiled() -> None:
         ppb.warmup(stage, inputs_of(stage))  # programs of others do not count
 
 
+@pytest.mark.usefixtures("one_program")
 def test_nothing_to_capture_is_said() -> None:
     stage = ToyStage(1, hidden=16, heads=2, kv_heads=1)
     with pytest.warns(PPPiecewiseWarning, match=r"warmup\(\) captured nothing: graphs='off'\."):
@@ -321,6 +324,7 @@ def test_a_program_that_is_not_split_is_warmed_up_too() -> None:
             run(torch.randn(num_tokens, 4))
 
 
+@pytest.mark.usefixtures("one_program")
 def test_another_thread_serves_meanwhile() -> None:
     stage, other = (ToyStage(1, hidden=16, heads=2, kv_heads=1, seed=seed) for seed in (0, 1))
     run, serve = compiled_stage(stage), compiled_stage(other)
@@ -338,7 +342,7 @@ def test_another_thread_serves_meanwhile() -> None:
             thread = threading.Thread(target=serve_once)
             thread.start()
             thread.join(timeout=60)
-        return (), stage.make_inputs(num_tokens)
+        return (), for_every_size(stage.make_inputs(num_tokens))
 
     ppb.warmup(run, make_inputs)
     assert served == [1]  # a call of another thread is no call of the warm-up
