@@ -135,7 +135,7 @@ class Pair:
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
-        from gpu_stage import SHAPES, SPLIT_OPS, GPUStage
+        from gpu_stage import NAMED_OPS, SHAPES, GPUStage
 
         import pp_piecewise_backend as ppb
 
@@ -157,7 +157,7 @@ class Pair:
         ]
         self.settings = {
             "compiler": options.compiler,
-            "split_ops": SPLIT_OPS,
+            **NAMED_OPS,
             "graphs": "cuda" if options.device == "cuda" else "emulate",
             "capture_sizes": ",".join(map(str, sorted(set(options.tokens)))),
         }

@@ -207,9 +207,9 @@ def prepare(method: str, bench: Bench) -> Method:
 
 def compiled_by_us(bench: Bench, **options: Any) -> Callable[..., Any]:
     import torch
-    from gpu_stage import SPLIT_OPS
+    from gpu_stage import NAMED_OPS
 
-    settings = {"compiler": bench.options.compiler, "split_ops": SPLIT_OPS, **options}
+    settings = {"compiler": bench.options.compiler, **NAMED_OPS, **options}
     return torch.compile(bench.stage, backend="pp_piecewise", options=settings)
 
 

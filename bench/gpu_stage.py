@@ -26,8 +26,8 @@ MAX_SEQUENCES = 64
 """More rows than these are the prefill of one sequence."""
 
 NORM_EPSILON = 1e-6
-SPLIT_OPS = "+gpu_stage::attention"
-"""The `split_ops` option that names this stage's attention."""
+NAMED_OPS = {"split_ops": "+gpu_stage::attention", "graph_safe_ops": "gpu_stage::attention"}
+"""The options that name this stage's attention; a full graph holds it, too."""
 
 
 @dataclass(frozen=True)

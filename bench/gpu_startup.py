@@ -144,7 +144,7 @@ def run_once(request: dict[str, Any]) -> dict[str, Any]:
 
 def start_ours(stage: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     import torch
-    from gpu_stage import SPLIT_OPS
+    from gpu_stage import NAMED_OPS
 
     import pp_piecewise_backend as ppb
     from pp_piecewise_backend.backend import backend
@@ -153,7 +153,7 @@ def start_ours(stage: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         backend._compiler = unshared_compiler()
     options = {
         "compiler": request["compiler"],
-        "split_ops": SPLIT_OPS,
+        **NAMED_OPS,
         "graphs": "cuda" if request["device"] == "cuda" else "emulate",
         "capture_sizes": request["sizes"],
         "max_tokens": max(request["sizes"]),

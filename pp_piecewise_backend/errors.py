@@ -251,6 +251,14 @@ def replay_differs(program: str, bucket: int, where: str) -> str:
     )
 
 
+def full_replay_differs(program: str, bucket: int, where: str) -> str:
+    return (
+        f"{program}: a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself: "
+        f"{where}. An op reads more than its arguments, which the capture froze. The bucket is replayed no more; take "
+        f"that op out of graph_safe_ops, or use mode='piecewise'"
+    )
+
+
 def no_room_for_state(num_bytes: int) -> str:
     return (
         f"warmup() copies the state that a call writes, to restore it, and there was no room for {num_bytes} bytes. "

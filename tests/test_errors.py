@@ -112,6 +112,10 @@ MESSAGES = {
         errors.bucket_dropped("Model#0", 64, 4096, 1024),
         ["Model#0", "bucket of 64 tokens", "4096 bytes", "allows 1024", "Raise the limit"],
     ),
+    "full_replay_differs": (
+        errors.full_replay_differs("Model#0", 64, "piece[0], tensor x, row 3"),
+        ["Model#0", "bucket of 64", "piece[0], tensor x, row 3", "graph_safe_ops", "mode='piecewise'"],
+    ),
     "replay_differs": (
         errors.replay_differs("Model#0", 64, "piece[2], tensor x, row 3"),
         ["Model#0", "bucket of 64 tokens", "piece[2], tensor x, row 3", "replayed no more", "report it"],
@@ -217,7 +221,8 @@ MESSAGES = {
 
 
 CLAUSES = {
-    "bucket_dropped", "replay_differs", "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
+    "bucket_dropped", "replay_differs", "full_replay_differs",
+    "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
     "peer_failed", "own_failure", "on_rank", "place_differs",

@@ -481,7 +481,7 @@ def check(
     expected_module, module = module_class(example.source), module_class(example.source)
     kept: list[tuple[Tensor, Tensor]] = []
     """What the last call returned in memory of its own, and copies of it."""
-    options = {"compiler": compiler, "split_ops": SPLIT_OPS, **options}
+    options = {"compiler": compiler, "split_ops": SPLIT_OPS, "graph_safe_ops": SPLIT_OPS[1:], **options}
     compiled = torch.compile(module, backend="pp_piecewise", options=options)
     for call, tokens in enumerate(example.sizes if sizes is None else sizes):
         expected_arguments = make_arguments(example, tokens, seed=call)

@@ -4,6 +4,11 @@ Note [one pass per bucket]
 All pieces of a bucket are captured in one pass over the program, in the order in which they replay. Memory whose last
 reader has been captured serves what is captured later, of this bucket and of all others of the same stage; that is
 sound only because a call replays in that very order and nothing but what it returns outlives it.
+
+Note [proof of a full graph] (rule R9)
+A full graph holds attention, too, and froze whatever that reads besides its inputs. So a bucket of ``mode="full"`` is
+compared with the un-captured graph, under other contexts than that of its capture, before it serves alone: at one more
+call in the warm-up, and at the first call after it, which returns what the un-captured graph gives if they differ.
 """
 
 from __future__ import annotations
@@ -115,6 +120,8 @@ class Bucket:
     """Addresses of the memory that captured pieces and eager steps of this bucket write in."""
     overwritten: frozenset[int] = frozenset()
     """Addresses of all memory that later calls overwrite: the static memory, and where stage inputs land."""
+    proofs_left: int = 0
+    """Replays still to be compared with what was captured; see Note [proof of a full graph]."""
     programs: dict[Any, Any] = field(default_factory=dict)
     """Flat programs, by number of tokens and what misses (see ``replay.py``)."""
 
@@ -195,7 +202,7 @@ class BucketCapture:
         self._device = device
         self._memory = memory
         self._verdicts = verdicts
-        self.bucket = Bucket(tokens)
+        self.bucket = Bucket(tokens, proofs_left=2 if plan.config.mode == "full" else 0)
         self._leases: dict[int, _Lease] = {}
         """Address of static memory -> who still reads it."""
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}

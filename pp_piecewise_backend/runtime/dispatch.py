@@ -213,7 +213,10 @@ class Graphs:
         self._calls += 1
         if self._memory.given_out:
             self._memory.spoil_given_out()
-        if config.verify_every and self._calls % config.verify_every == 0:
+        bucket = program.bucket
+        is_proof = bucket.proofs_left > (session is not None)
+        if is_proof or (config.verify_every and self._calls % config.verify_every == 0):
+            bucket.proofs_left -= is_proof
             results = self._run_verified(program, args, call)
         else:
             results = program.run(args, call)
@@ -390,9 +393,17 @@ class Graphs:
 
     def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call) -> list[Any]:
         found: list[str] = []
-        results, size = program.run_verified(args, call, found.append), program.bucket.tokens
+        size, is_full = program.bucket.tokens, self.plan.config.mode == "full"
+        try:
+            results = program.run_verified(args, call, found.append)
+        except torch.OutOfMemoryError:
+            if not is_full:
+                raise
+            # State that the graph writes is copied first: nothing has run yet.
+            self.dropped[size] = miss("graph-memory", "no memory was left to compare a replay of the whole graph")
+            raise Missed(self.dropped[size]) from None
         if found:
-            sentence = errors.replay_differs(self.name, size, found[0])
+            sentence = (errors.full_replay_differs if is_full else errors.replay_differs)(self.name, size, found[0])
             if self.plan.config.strict:
                 raise errors.ReplayDiffers(sentence)
             _LOG.error("%s", sentence)

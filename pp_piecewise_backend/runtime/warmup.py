@@ -57,6 +57,8 @@ class Session:
     """The largest call that a program is meant for."""
     captures: bool = False
     """Whether calls capture at once; before that they only bring programs into being."""
+    proves: bool = False
+    """Whether captures are to be compared with what was captured; see Note [proof of a full graph]."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 
@@ -66,6 +68,7 @@ class Session:
         self.max_tokens = max(self.max_tokens, max_tokens)
         if plan is None:
             return
+        self.proves |= plan.config.mode == "full"
         if plan.token_symbol is None:
             self.has_static_programs = True
         else:
@@ -152,6 +155,7 @@ def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None
         wanted = [inside, bucket] if inside != bucket else [bucket]
         if sizes is not None:
             wanted = sorted({size for size in sizes if below < size <= bucket}, reverse=True)
+        wanted += wanted[-1:] * session.proves
         if wanted and inside != bucket:
             padded.append(len(groups))
         groups.append(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,10 +132,34 @@ def test_full_graphs_are_refused_over_ops_that_may_read_a_context() -> None:
     (program,) = ppb.programs()
     assert not program.pieces
     assert "opaquetest::scaled runs Python code" in program.reason and "graph_safe_ops" in program.reason
+
+
+def test_a_full_graph_is_compared_under_another_context_before_it_serves() -> None:
+    """Declared wrongly: the op reads more than its arguments."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return (scaled(x @ WEIGHT) @ WEIGHT,)
+
+    options = {"mode": "full", "graph_safe_ops": "opaquetest::scaled"}
+    assert not wrong_after_a_change(function, **options)  # the first replay after the two that agreed
+    assert ppb.stats().replays == 3
+    text = " ".join(ppb.explain().split())
+    assert "differs from the graph itself" in text and "take that op out of graph_safe_ops" in text
     ppb.reset()
     torch._dynamo.reset()
-    assert wrong_after_a_change(function, mode="full", graph_safe_ops="opaquetest::scaled")
-    assert ppb.stats().replays > 0
+
+    contexts = itertools.count(1)
+
+    def make_inputs(num_tokens: int) -> Any:
+        STATE["scale"] = float(next(contexts))
+        return (torch.randn(num_tokens, 8),), {}
+
+    compiled = torch.compile(function, backend="pp_piecewise", options={**OPTIONS, **options}, fullgraph=True)
+    ppb.warmup(compiled, make_inputs, progress=False)
+    assert {tuple(p.graphs.dropped) for p in ppb.programs()} == {(4,), ()}  # one is for calls of 1 token only
+    x = torch.randn(4, 8)
+    with ppb.expect(replays=0):
+        torch.testing.assert_close(compiled(x), function(x))
 
 
 @pytest.mark.parametrize("op", ["vllm::moe_forward", "vllm::unified_attention_of_mine"])
