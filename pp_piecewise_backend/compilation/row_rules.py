@@ -170,9 +170,9 @@ def _is(value: object, number: int) -> bool:
 
 
 def _joins(call: Call) -> bool:
-    # cat takes an empty vector beside tensors of any rank.
-    joined = [tensor for tensor in call["tensors"] if not (tensor.dim() == 1 and _is(tensor.shape[0], 0))]
-    return all(not call.has_tokens_along({call["dim"] % tensor.dim()}, tensor) for tensor in joined)
+    # Empty ones, such as a new cache, add nothing: beside them, one tensor alone is copied.
+    joined = [tensor for tensor in call["tensors"] if not any(_is(size, 0) for size in tensor.shape)]
+    return len(joined) == 1 or all(not call.has_tokens_along({call["dim"] % tensor.dim()}, tensor) for tensor in joined)
 
 
 def _pads(call: Call) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -43,6 +44,7 @@ MIXING: dict[str, Body] = {
     "last row": lambda x: x + x[-1],
     "last row by select": lambda x: x + x.select(0, -1),
     "last rows": lambda x: x + x[-2:].sum(),
+    "joined with one row": lambda x: torch.cat([x, torch.zeros(0, HIDDEN), torch.ones(1, HIDDEN)])[1:],
     "shift up": lambda x: torch.cat([x[1:], x[:1]]),
     "differences": lambda x: x + (x[1:] - x[:-1]).sum(),
     "rows by number": lambda x: x[ids(x)],
@@ -112,12 +114,14 @@ APART: dict[str, Body] = {
     "columns copied": lambda x: x.index_copy(1, torch.tensor([3, 1]), x[:, :2]),
     "columns filled": lambda x: x.index_fill(-1, torch.tensor([3, 1]), 0.5),
     "gather of columns": lambda x: x + x.gather(1, ids(x)[:, None]),
-    "einsum": lambda x: torch.einsum("nd,de->ne", x, torch.ones(HIDDEN, HIDDEN)),
+    "einsum with weights": lambda x: torch.einsum("nd,de->ne", x, torch.ones(HIDDEN, HIDDEN)),
     "einsum of rows": lambda x: x + torch.einsum("...d,...d->...", x, x)[:, None],
     "angles": lambda x: x + (torch.ones(1, HIDDEN, 1) @ ids(x)[None, None].float())[0].t().cos(),
     "dtype of another": lambda x: x + torch.ones(HIDDEN, dtype=torch.float64).type_as(x),
     "memory like it": lambda x: x + x.new_zeros(HIDDEN),
     "evaluated batch norm": lambda x: F.batch_norm(x, torch.zeros(HIDDEN), torch.ones(HIDDEN)),
+    "joined with an empty vector": lambda x: torch.cat([torch.tensor([]), x]),
+    "joined with an empty cache": lambda x: torch.cat([torch.zeros(0, HIDDEN), x, torch.zeros(0, HIDDEN)]),
     "causal attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0],
 }
 
@@ -132,14 +136,26 @@ def padding(body: Body, **options: str) -> str:
     )[0]
 
 
+@functools.cache
+def said_of_all() -> dict[str, str]:
+    """What is said of the padding of each body: all are pieces of one program."""
+    bodies = {**MIXING, **APART}
+    assert len(bodies) == len(MIXING) + len(APART)
+
+    def all_of_them(x: Tensor) -> list[Tensor]:
+        return [torch.ops.traitstest.attention(body(x @ WEIGHT)) for body in bodies.values()]
+
+    return dict(zip(bodies, paddings(all_of_them, torch.randn(5, HIDDEN), split_ops="traitstest::*"), strict=True))
+
+
 @pytest.mark.parametrize("name", MIXING)
 def test_tokens_mix(name: str) -> None:
-    assert "tokens mix in" in padding(MIXING[name])
+    assert "tokens mix in" in said_of_all()[name]
 
 
 @pytest.mark.parametrize("name", APART)
 def test_tokens_stay_apart(name: str) -> None:
-    assert padding(APART[name]) == UNDECIDED
+    assert said_of_all()[name] == UNDECIDED
 
 
 @torch.library.custom_op("rulestest::rows", mutates_args=())
