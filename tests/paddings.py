@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,19 @@ def paddings(
     (program,) = ppb.programs()
     assert isinstance(program, Program), ppb.explain()
     return [piece.padding for piece in program.split.pieces if piece.kind == "compute"]
+
+
+def paddings_of(bodies: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, str]:
+    """The same for bodies on ``[tokens, hidden]``, each a piece in front of an attention: all in one program.
+
+    Attention that torch has is no border here.
+    """
+
+    def all_of_them(x: Tensor) -> list[Tensor]:
+        return [torch.ops.traitstest.attention(body(x @ WEIGHT)) for body in bodies.values()]
+
+    found = paddings(all_of_them, torch.randn(5, HIDDEN), split_ops="traitstest::*")
+    return dict(zip(bodies, found, strict=True))
 
 
 UNDECIDED = "not tested yet"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
-from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings
+from paddings import HIDDEN, UNDECIDED, WEIGHT, paddings, paddings_of
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("fresh_backend", "no_gradients")]
 
@@ -138,14 +138,9 @@ def padding(body: Body, **options: str) -> str:
 
 @functools.cache
 def said_of_all() -> dict[str, str]:
-    """What is said of the padding of each body: all are pieces of one program."""
     bodies = {**MIXING, **APART}
     assert len(bodies) == len(MIXING) + len(APART)
-
-    def all_of_them(x: Tensor) -> list[Tensor]:
-        return [torch.ops.traitstest.attention(body(x @ WEIGHT)) for body in bodies.values()]
-
-    return dict(zip(bodies, paddings(all_of_them, torch.randn(5, HIDDEN), split_ops="traitstest::*"), strict=True))
+    return paddings_of(bodies)
 
 
 @pytest.mark.parametrize("name", MIXING)
