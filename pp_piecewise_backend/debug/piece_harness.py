@@ -15,13 +15,14 @@ import contextlib
 import copy
 import importlib
 import operator
+import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
 
 # --------------------------------------------------------------------------------------- this piece
 
@@ -165,9 +166,15 @@ def differences(wanted: dict[str, Any], got: dict[str, Any]) -> tuple[list[str],
 
 def microseconds(function: Function, piece: Piece, tensors: Tensors, sizes: dict[str, int]) -> float:
     """Median time of a call."""
-    names = {"function": function, "piece": piece, "tensors": copy.deepcopy(tensors), "sizes": sizes}
-    timer = Timer("function(piece, tensors, sizes)", globals=names, num_threads=torch.get_num_threads())
-    return 1e6 * timer.blocked_autorange(min_run_time=0.1).median
+    tensors = copy.deepcopy(tensors)
+
+    def once() -> None:
+        function(piece, tensors, sizes)
+        if "cuda" in DEVICES:
+            torch.cuda.synchronize()
+
+    times = max(5, min(200, int(0.3 / timeit.timeit(once, number=1))))
+    return 1e6 * statistics.median(timeit.repeat(once, number=1, repeat=times))
 
 
 def main() -> int:
