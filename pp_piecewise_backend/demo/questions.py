@@ -20,8 +20,6 @@ from dataclasses import dataclass
 BEGIN = "^"
 END = "$"
 ALPHABET = "0123456789+-=" + BEGIN + END
-BEGIN_TOKEN = ALPHABET.index(BEGIN)
-END_TOKEN = ALPHABET.index(END)
 
 OPERAND_DIGITS = 3
 ANSWER_DIGITS = 4

@@ -440,18 +440,12 @@ class _Checkpoint:
 
 def _names_in_stage(model: PreTrainedModel, plan: DecoderPlan, index: int, count: int, layers: range) -> set[str]:
     """Names in the whole model's state dict that are parts of this stage; what the plan does not name is in each."""
-    absent = plan.absent(index, count)
-
-    def is_local(name: str) -> bool:
-        prefix, _, rest = name.partition(".")
-        if prefix != model.base_model_prefix:
-            return index == count - 1  # the head
-        child, _, rest = rest.partition(".")
-        if child == plan.layers:
-            return int(rest.partition(".")[0]) in layers
-        return child not in absent
-
-    return {name for name in model.state_dict() if is_local(name)}
+    base = f"{model.base_model_prefix}."
+    other_layers = [f"{plan.layers}.{layer}" for layer in range(plan.layer_count) if layer not in layers]
+    elsewhere = tuple(f"{base}{part}." for part in (*plan.absent(index, count), *other_layers))
+    if index < count - 1:
+        elsewhere += tuple(name for name in model.state_dict() if not name.startswith(base))  # the head
+    return {name for name in model.state_dict() if not name.startswith(elsewhere)}
 
 
 def _load_weights(model: PreTrainedModel, checkpoint: _Checkpoint, names: set[str], device: torch.device) -> None:

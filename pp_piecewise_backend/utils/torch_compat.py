@@ -1,6 +1,6 @@
 """Every use of private torch API, in one place.
 
-Tested on the torch versions below. When a torch release moves one of these names, this file is the only one
+Tested on torch 2.11.0, 2.13.0 and 2.14.1. When a torch release moves one of these names, this file is the only one
 to mend; the rest of the package uses documented API and what is defined here.
 """
 
@@ -37,8 +37,6 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges
-
-TESTED_TORCH_VERSIONS = ("2.11.0", "2.13.0", "2.14.1")
 
 GUARDS_PARAMETER_STRIDES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 """Whether Dynamo notices that a parameter was given other strides at its old address; 2.11 does not [ran]."""

@@ -41,8 +41,8 @@ def new_decoder(seed: int = 0) -> LlamaForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=32,
-            bos_token_id=questions.BEGIN_TOKEN,
-            eos_token_id=questions.END_TOKEN,
+            bos_token_id=questions.ALPHABET.index(questions.BEGIN),
+            eos_token_id=questions.ALPHABET.index(questions.END),
             pad_token_id=None,
             tie_word_embeddings=False,
             **marker,
@@ -122,7 +122,7 @@ def held_out_accuracy(model: Any) -> float:
         model,
         [questions.encode_prompt(question) for question in asked],
         max_new_tokens=questions.ANSWER_TOKENS,
-        end_tokens=[questions.END_TOKEN],
+        end_tokens=questions.encode(questions.END),
     )
     return accuracy([questions.encode_answer(question) for question in asked], generated)
 
