@@ -213,10 +213,7 @@ class Graphs:
         self._calls += 1
         if self._memory.given_out:
             self._memory.spoil_given_out()
-        bucket = program.bucket
-        is_proof = bucket.proofs_left > (session is not None)
-        if is_proof or (config.verify_every and self._calls % config.verify_every == 0):
-            bucket.proofs_left -= is_proof
+        if (program.bucket.proofs_left or config.verify_every) and self._shall_verify(program.bucket, session):
             results = self._run_verified(program, args, call)
         else:
             results = program.run(args, call)
@@ -390,6 +387,13 @@ class Graphs:
         return True
 
     # --------------------------------------------------------------------------- verifying
+
+    def _shall_verify(self, bucket: Bucket, session: Session | None) -> bool:
+        if bucket.proofs_left > (session is not None):
+            bucket.proofs_left -= 1
+            return True
+        every = self.plan.config.verify_every
+        return bool(every) and self._calls % every == 0
 
     def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call) -> list[Any]:
         found: list[str] = []

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pp_piecewise_backend as ppb
 from against_eager import check, compute_ops, eager_ops
+from tiers import slow_but
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -236,7 +237,7 @@ class Layers(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", slow_but(["eager"], ["eager", "inductor"]))
 def test_pieces_that_take_objects_replay_and_share_a_compilation(compiler: str) -> None:
     model = Layers()
     options: Any = {**OPTIONS, "compiler": compiler, **SAFE}
