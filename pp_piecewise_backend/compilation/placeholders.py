@@ -20,7 +20,7 @@ InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "sta
 _PER_TOKEN_NAMES = (
     "input_ids", "inputs_embeds", "hidden_states", "positions", "position_ids", "input_embeds", "tokens", "x",
 )  # fmt: skip
-"""Names that engines and Hugging Face give to per-token inputs, the surest first."""
+"""Names that engines and Hugging Face give to per-token inputs, the surest first; the last one says little."""
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
 
@@ -62,6 +62,8 @@ class InputTable:
     """Positions of these stage inputs, and the dimension that must have the size of the token count."""
     likely_equal: tuple[sympy.Symbol, ...] = ()
     """Other sizes that were the token count in the traced call, of tensors that seem to be per-token."""
+    may_lack_tokens: bool = False
+    """Whether ``token_count`` is a number, the size of a static graph, that may well count something else."""
 
     def of_kind(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(graph_input for graph_input in self.inputs if graph_input.kind == kind)
@@ -95,6 +97,12 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         candidates = _candidates(facts, tail_ranks)
     token_count, token_reason = _token_count(facts, candidates)
     inputs = tuple(_classify(facts, c, token_count) for c in candidates)
+    certain = {*tail_ranks, *_PER_TOKEN_NAMES[:-1]}
+    may_lack_tokens = isinstance(token_count, int) and certain.isdisjoint(
+        i.label for i in inputs if i.token_dim is not None
+    )
+    if may_lack_tokens:
+        token_reason += ", which may count something else: no capture is refused for its size"
     found = {c.label for c in candidates if c.is_stage_input}
     rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.kind == "stage-input" and i.token_dim is not None]
     return InputTable(
@@ -105,6 +113,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         equal,
         tuple(rows) if equal else (),
         _likely_equal(facts, candidates, token_count),
+        may_lack_tokens,
     )
 
 
@@ -130,16 +139,14 @@ def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None)
         return result("stage-input", f"registered as {candidate.label!r}{also}", token_dim=token_dim)
     if torch_compat.is_python_float(candidate.node):
         return result("scalar", "a Python float, which Dynamo passes as a 0-d tensor")
-    if candidate.in_module:
-        what = _member_kind(candidate)
-        if is_written:
-            return result("state", f"{what} that the graph writes")
-        return result("parameter", what)
+    what = _member_kind(candidate) if candidate.in_module else ""
     if is_written:
-        return result("state", "the graph writes it")
-    if token_dim is not None and (not isinstance(token_count, int) or _is_passed_itself(candidate.path)):
+        return result("state", f"{what} that the graph writes" if what else "the graph writes it")
+    # A static size matches by chance all too often; then only what is passed to forward itself counts.
+    is_certain = not isinstance(token_count, int) or (not what and _is_passed_itself(candidate.path))
+    if token_dim is not None and is_certain:
         return result("per-token", f"dimension {token_dim} is the token count", token_dim=token_dim)
-    return result("other-tensor", "no dimension is the token count")
+    return result("parameter", what) if what else result("other-tensor", "no dimension is the token count")
 
 
 # ------------------------------------------------------------------------------- token count
@@ -162,7 +169,8 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate]) -> tuple[D
         # What is passed as such comes before what is nested, and of these what varies first.
         return 1 if len(candidate.path) == 1 else 2, not isinstance(_token_dim_size(candidate), sympy.Symbol)
 
-    for candidate in sorted((c for c in candidates if _is_plain(facts, c)), key=order):
+    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
+    for candidate in sorted(plain, key=order):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"
@@ -180,14 +188,14 @@ def _equal_symbols(facts: GraphFacts, stage: Sequence[_Candidate]) -> dict[sympy
 def _likely_equal(
     facts: GraphFacts, candidates: Sequence[_Candidate], token_count: Dim | None
 ) -> tuple[sympy.Symbol, ...]:
-    """See ``InputTable.likely_equal``: of tensors passed to forward itself in which nothing else varies."""
+    """See ``InputTable.likely_equal``: of arguments and attributes of modules, in which nothing else varies."""
     if not isinstance(token_count, sympy.Symbol) or facts.symbols[token_count].hint is None:
         return ()
     excluded = {token_count}
     for c in candidates:
-        if c.spec is not None and not (_is_plain(facts, c) and len(c.spec.symbols) == 1):
+        if c.spec is not None and (c.spec.storage in facts.written or len(c.spec.symbols) > 1):
             excluded |= c.spec.symbols
-    passed = [c for c in candidates if c.path[-2:-1] == ("size",) and _is_passed_itself(c.path[:-2])]
+    passed = [c for c in candidates if c.path[-2:-1] == ("size",) and _may_count_tokens(c)]
     sizes = dict.fromkeys(facts.expression(facts.nodes[c.node].value) for c in passed)
     hint, bounds = facts.symbols[token_count].hint, _bounds(facts.symbols[token_count])
     found = []
@@ -198,6 +206,11 @@ def _likely_equal(
             bounds = bounds or _bounds(spec)
             found.append(size)
     return tuple(found)
+
+
+def _may_count_tokens(size: _Candidate) -> bool:
+    path = size.path[:-2]  # of the tensor
+    return _is_passed_itself(path) or (size.in_module and isinstance(path[-1], str))
 
 
 def _bounds(spec: SymbolSpec) -> tuple[int | None, ...]:
@@ -251,13 +264,8 @@ def _token_reason(facts: GraphFacts, size: Dim | None, candidate: _Candidate) ->
 
 
 def _is_passed_itself(path: AccessPath) -> bool:
-    """Whether it is an argument of forward, and not a part of one. Sizes of parts match by chance all too often."""
-    return len(path) == 1 or path[-1] in _PER_TOKEN_NAMES
-
-
-def _is_plain(facts: GraphFacts, candidate: _Candidate) -> bool:
-    """Whether it is a tensor that the caller passes and the graph only reads."""
-    return not (candidate.spec is None or candidate.in_module or candidate.spec.storage in facts.written)
+    """Whether it is an argument of forward, and not a part of one."""
+    return len(path) < 2 or path[-1] in _PER_TOKEN_NAMES
 
 
 def _candidates(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> list[_Candidate]:

@@ -11,7 +11,7 @@ import torch
 
 from ..compilation.padding_rules import outliving_writes, token_dims
 from ..compilation.placeholders import GraphInput, InputTable
-from ..compilation.specs import ObjectSpec, SymbolSpec, TensorSpec
+from ..compilation.specs import ObjectSpec, SymbolSpec, TensorSpec, symbols_of
 from ..compilation.split import Split
 from ..config import Config
 from ..utils.reasons import Reason, miss
@@ -129,9 +129,10 @@ class GraphPlan:
         return {} if self.token_symbol is None else {self.token_symbol: num_tokens}
 
     def bucket(self, num_tokens: int) -> int | None:
-        """The bucket for a call; a graph with a static token count has that one only."""
+        """The bucket for a call; a graph with a static token count has that one only. None for too many tokens."""
         if self.token_symbol is None:
-            return num_tokens if num_tokens <= self.ladder.max_tokens else None
+            is_one = self.table.may_lack_tokens or num_tokens <= self.ladder.max_tokens
+            return num_tokens if is_one else None
         return self.ladder.bucket(num_tokens)
 
     def depends_on(self, step: int) -> list[int]:
@@ -185,13 +186,24 @@ def _obstacle(
     piece = step.piece
     if piece.traits.random:
         return miss("random")
+    taken = [inputs[source] for source in step.arguments if isinstance(source, int) and source < len(inputs)]
+    if floats := [i.label for i in taken if i.kind == "scalar" and i.spec is not None]:
+        return miss(
+            "float-varies",
+            f"{', '.join(floats)} varies, a Python float, which a graph would freeze: pass it as a tensor, or always "
+            f"the same number; torch.compile(dynamic=True) lets every float vary",
+        )
     specs = (*piece.input_specs, *piece.output_specs)
     if any(spec is None for spec in specs):
         return miss("no-tensor")
     tensors = [spec for spec in specs if isinstance(spec, TensorSpec)]
-    foreign = {str(s) for spec in tensors for s in spec.symbols if s != symbol}
-    if foreign:
-        return miss("other-dynamic-dimension", f"{', '.join(sorted(foreign))} varies, next to the token count")
+    if foreign := {s for spec in tensors for s in spec.symbols if s != symbol}:
+        found = ", ".join(sorted({_what_varies(s, inputs) for s in foreign}))
+        return miss(
+            "other-dynamic-dimension",
+            f"{found} varies, next to the token count: pass it as a copy (clone()) of one size, or hold it in a "
+            f"buffer of the module; torch._dynamo.mark_static makes a program for each size",
+        )
     if any(spec.device != device for spec in tensors):
         devices = ", ".join(sorted({str(spec.device) for spec in tensors}))
         return miss("mixed-devices", f"tensors on {devices}; the graphs are for {device}")
@@ -206,6 +218,14 @@ def _obstacle(
         if outliving := outliving_writes(piece.traits, stage_inputs):
             return miss("writes-state", f"it writes {', '.join(outliving)}")
     return None
+
+
+def _what_varies(symbol: sympy.Symbol, inputs: Sequence[GraphInput]) -> str:
+    for i in inputs:
+        if i.spec is not None and symbol in i.spec.symbols:
+            dims = [dim for dim, size in enumerate(i.spec.shape) if symbol in symbols_of((size,))]
+            return f"dimension {dims[0]} of {i.label}" if dims else f"the place of {i.label} in its memory"
+    return next((i.label for i in inputs if i.expression == symbol), f"{symbol}, a size made in the call,")
 
 
 def writes_what_two_inputs_hold(step: Instruction, inputs: Sequence[GraphInput]) -> bool:

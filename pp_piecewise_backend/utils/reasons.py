@@ -30,6 +30,7 @@ SENTENCES: Mapping[str, str] = {
     "moved-too-often": "parameters or large tensors moved so often that nothing more is captured for them",
     "scalar-changed": "an integer other than the token count, or an object, differs from the one at capture",
     "scalar-made-in-call": "an integer that the piece takes is made in the middle of the call",
+    "float-varies": "the piece takes a Python float that varies, which a graph would freeze",
     "other-dynamic-dimension": "a size other than the token count varies in what the piece takes or gives",
     "no-token-count": "no input tells the number of tokens",
     "random": "the piece draws random numbers, which a graph would freeze or draw otherwise than eager",

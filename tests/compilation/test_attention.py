@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -113,6 +114,47 @@ def test_encoder_layer(training: bool) -> None:
     assert any(
         name in ("_transformer_encoder_layer_fwd", "multi_head_attention_forward") for name in eager_ops(program)
     )
+
+
+# ----------------------------------------------------------------------------- attention with sinks
+
+
+def sinks_as_in_gpt_oss(q: Tensor) -> Tensor:
+    scores = torch.matmul(q, q.transpose(2, 3)) * 0.5
+    scores = scores + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)
+    sinks = SINKS.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    scores = torch.cat([scores, sinks], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1].to(q.dtype), q)
+
+
+def sinks_in_front(q: Tensor) -> Tensor:
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, q)
+    scores = torch.cat([SINKS.view(1, 2, 1, 1).expand(*scores.shape[:3], 1), scores], -1).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", scores.narrow(-1, 1, scores.shape[-1] - 1), q)
+
+
+SINKS = torch.tensor([0.5, -1.0])
+
+
+@pytest.mark.parametrize("attention", [sinks_as_in_gpt_oss, sinks_in_front])
+def test_attention_with_sinks_is_one_step(attention: Any) -> None:
+    def layer(x: Tensor) -> Tensor:
+        return attention(heads(x @ WEIGHT)).transpose(1, 2).reshape(-1, 8) @ WEIGHT
+
+    program = check(layer, *tokens(5, 9), tolerance=1e-6)
+    assert steps(program) == "cec"
+    assert "softmax" not in compute_ops(program) and {"cat", "softmax"} <= set(eager_ops(program))
+
+
+def test_gpt_oss() -> None:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 32)
+    counts = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    config = transformers.GptOssConfig(**sizes, **counts, head_dim=8, pad_token_id=0, attn_implementation="eager")
+    model = transformers.GptOssModel(config).eval()
+    program = check(lambda ids: model(ids[None], use_cache=False)[0], (torch.arange(3, 9),))
+    assert steps(program) == "cec"
+    assert eager_ops(program).count("matmul") == 2 and "softmax" in compute_ops(program)  # the router's
 
 
 # ---------------------------------------------------------------------------------------- FlexAttention

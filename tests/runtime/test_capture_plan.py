@@ -207,7 +207,10 @@ def test_what_tells_the_number_of_tokens() -> None:
 
 
 def test_a_static_graph_has_one_bucket() -> None:
-    plan = run_twice(lambda x: torch.ops.plantest.attention(x @ WEIGHT) @ WEIGHT, (rows(5),), mark=False, max_tokens=6)
+    def function(hidden_states: Tensor) -> Tensor:
+        return torch.ops.plantest.attention(hidden_states @ WEIGHT) @ WEIGHT
+
+    plan = run_twice(function, (rows(5),), mark=False, max_tokens=6)
     assert plan.token_symbol is None and plan.count_tokens([]) == 5
     assert plan.bucket(5) == 5 and plan.bucket(7) is None and plan.symbols(5) == {}
     assert ppb.stats().padded_tokens == 0 and ppb.stats().replays == 4

@@ -261,7 +261,7 @@ def test_inputs_with_an_offset_run_without_graphs_and_say_so(device: str) -> Non
         pair(rows(num_tokens, device), rows(num_tokens + offset, device)[offset:])
     assert ppb.stats().miss_reasons == {"first-call": 1, "other-dynamic-dimension": 5}
     (obstacle,) = describe_graphs(pair.program).never_captured
-    assert "varies, next to the token count" in obstacle.sentence
+    assert "the place of y in its memory varies, next to the token count" in obstacle.sentence
 
 
 @on_devices

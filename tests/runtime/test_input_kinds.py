@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
-from captured import HIDDEN, Pair, rows
+from captured import HIDDEN, Pair, net, rows
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -101,3 +104,104 @@ def test_what_lies_in_another_object_may_have_the_token_count_by_chance() -> Non
             torch._dynamo.mark_dynamic(tensor, 0)
         torch.testing.assert_close(compiled(x, cache), forward(x, cache), rtol=1e-5, atol=1e-5)
     assert len(ppb.programs()) == 1
+
+
+# ------------------------------------------------------------------------- members of modules
+
+
+def scaled(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = attend((x @ self.w) * self.context.scale[:, None]) @ self.w
+    return x, self.shift[..., None] * self.w[0]
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_tensors_that_are_set_on_a_module_before_each_call(marks: bool) -> None:
+    """A prefix of one buffer, in an object of the module's, and one with the token count last."""
+    members = {"context": SimpleNamespace(scale=None), "shift": None}
+    pair, buffer = Pair(net(scaled, "cpu", **members), "cpu", mark=marks), torch.rand(64)
+    for num_tokens in (7, 6, 8, 5, 7, 3, 8):
+        for module in (pair.function, pair.twin):
+            module.context.scale = buffer[:num_tokens]
+            module.shift = torch.full((2, num_tokens), 0.5)
+            if marks:
+                torch._dynamo.mark_dynamic(module.context.scale, 0)
+                torch._dynamo.mark_dynamic(module.shift, 1)
+        pair(rows(num_tokens, "cpu"))
+    found = {i.label: (i.kind, i.reason, i.token_dim) for i in pair.program.inputs if i.label in ("scale", "shift")}
+    assert found == {
+        "scale": ("per-token", "dimension 0 is the token count", 0),
+        "shift": ("per-token", "dimension 1 is the token count", 1),
+    }
+    assert set(ppb.stats().miss_reasons) == {"first-call"}
+    assert set(pair.padding.values()) == {"safe"}
+
+
+def test_members_of_the_size_of_a_static_graph_stay_where_they_are() -> None:
+    pair = Pair(
+        net(lambda self, x: attend(x @ self.w) * self.scale[:, None], "cpu", scale=torch.rand(7)), "cpu", mark=False
+    )
+    for _ in range(3):
+        pair(rows(7, "cpu"))
+    assert {i.label: i.kind for i in pair.program.inputs} == {"x": "per-token", "w": "parameter", "scale": "parameter"}
+
+
+# --------------------------------------------------------------------------- no tokens at all
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(20, HIDDEN), (20,)),
+        (nn.Conv1d(3, 4, 5, stride=5), (2, 3, 20)),
+        (nn.Conv3d(1, 2, (5, 4, 1)), (1, 1, 20, 20, 3)),
+    ],
+)
+def test_a_size_above_max_tokens_that_counts_no_tokens(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    pair = Pair(nn.Sequential(layer, nn.ReLU()).eval(), "cpu", mark=False)
+    for _ in range(3):
+        pair(torch.randn(shape))
+    assert ppb.stats().miss_reasons == {"first-call": 1} and ppb.stats().replays == 2
+    assert "which may count something else" in pair.program.table.token_reason
+
+
+# ------------------------------------------------------------------------------- what is said
+
+
+def obstacles(pair: Pair) -> dict[str, str]:
+    """Of the pieces that are never captured: code -> sentence."""
+    return {reason.code: reason.sentence for reason in pair.program.graphs.plan.obstacles.values()}
+
+
+def test_a_float_that_varies_is_named() -> None:
+    """As the bound of a clamp and as a factor; the piece that takes none is captured."""
+
+    def forward(x: Tensor, ceiling: float, factors: dict[str, float]) -> Tensor:
+        return attend(x @ TABLE[:HIDDEN]).clamp(max=ceiling).add(x, alpha=factors["gain"]) @ TABLE[:HIDDEN]
+
+    pair = Pair(forward, "cpu")
+    for num_tokens, number in [(7, 0.5), (6, 0.7), (8, 0.7), (5, 0.9), (7, 0.9)]:
+        pair(rows(num_tokens, "cpu"), number, {"gain": number / 3})
+    assert "capture-failed" not in ppb.stats().miss_reasons and ppb.stats().replays > 0
+    sentence = obstacles(pair)["float-varies"]
+    assert "ceiling, gain varies" in sentence or "gain, ceiling varies" in sentence
+    assert "pass it as a tensor" in sentence and sentence.split(":")[0] in " ".join(ppb.explain().split())
+
+
+@pytest.mark.parametrize(
+    ("dim", "second", "said"),
+    [
+        (0, lambda n: torch.ones(n % 3 + 2, HIDDEN), "dimension 0 of scale varies, next to the token count"),
+        (1, lambda n: torch.ones(HIDDEN, n % 3 + 2), "dimension 1 of scale varies, next to the token count"),
+    ],
+)
+def test_what_varies_next_to_the_token_count_is_named(dim: int, second: Any, said: str) -> None:
+    def forward(x: Tensor, options: dict[str, Tensor]) -> Tensor:
+        return attend(x @ TABLE[:HIDDEN]) @ TABLE[:HIDDEN] + options["scale"].sum()
+
+    pair = Pair(forward, "cpu", dims=(0, None))
+    for num_tokens in (7, 6, 8, 5, 7):
+        scale = second(num_tokens)
+        torch._dynamo.mark_dynamic(scale, dim)
+        pair(rows(num_tokens, "cpu"), {"scale": scale})
+    sentence = obstacles(pair)["other-dynamic-dimension"]
+    assert said in sentence and "torch._dynamo.mark_static" in sentence
