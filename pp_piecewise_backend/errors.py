@@ -244,6 +244,18 @@ def bucket_dropped(program: str, bucket: int, held_bytes: int, limit_bytes: int)
     )
 
 
+def moved(what: str, call: int | None, most: int | None) -> str:
+    """``call``: which one with the same captures, if any but ``warmup()`` does; ``most``: captures that a bucket has,
+    if it has as many as are kept."""
+    when = "only warmup() captures" if call is None else f"call {call} in a row with the same captures it too"
+    if most is not None:
+        when += f", in place of the least used of the {most} captures that a bucket keeps"
+    return (
+        f"{what} than at capture; {when}. Keep the same tensors, with new values copied into them (copy_), and the "
+        f"same numbers to replay in each call"
+    )
+
+
 def replay_differs(program: str, bucket: int, where: str) -> str:
     return (
         f"{program}: a replay in the bucket of {bucket} tokens differs from the piece that it was captured from: "

@@ -116,6 +116,10 @@ MESSAGES = {
         errors.full_replay_differs("Model#0", 64, "piece[0], tensor x, row 3"),
         ["Model#0", "bucket of 64", "piece[0], tensor x, row 3", "graph_safe_ops", "mode='piecewise'"],
     ),
+    "moved": (
+        errors.moved("mask lies elsewhere", 5, 32),
+        ["mask lies elsewhere than at capture", "call 5 in a row", "least used of the 32 captures", "copied into them"],
+    ),
     "replay_differs": (
         errors.replay_differs("Model#0", 64, "piece[2], tensor x, row 3"),
         ["Model#0", "bucket of 64 tokens", "piece[2], tensor x, row 3", "replayed no more", "report it"],
@@ -221,7 +225,7 @@ MESSAGES = {
 
 
 CLAUSES = {
-    "bucket_dropped", "replay_differs", "full_replay_differs",
+    "bucket_dropped", "moved", "replay_differs", "full_replay_differs",
     "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",

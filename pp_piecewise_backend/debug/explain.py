@@ -50,7 +50,7 @@ def explain(summary: Summary) -> str:
         f"{counted(counters.get('pieces_compiled', 0), 'piece')} in {counters.get('compile_seconds', 0.0):.2f} s, "
         f"{counters.get('pieces_reused', 0)} served by equal ones",
     )
-    return "\n".join([*lines, *_graph_lines(summary.graphs, compute)])
+    return "\n".join([*lines, *_graph_lines(summary.graphs, compute, counters.get("graph_misses", 0))])
 
 
 def _without_addresses(summary: Summary) -> Summary:
@@ -85,19 +85,20 @@ _ARRIVALS = {
 }
 
 
-def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry]) -> list[str]:
+def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry], missed: int) -> list[str]:
     """What is captured, what never can be, and why compute pieces ran without their graphs."""
     if graphs.mode in ("off", "none"):
         return entry("  graphs", f"{graphs.mode}: {graphs.reason}".removesuffix(": "))
     only = "; this graph has one size only" if graphs.has_one_size else ""
     lines = entry("  graphs", f"{graphs.mode}; buckets of {graphs.ladder} tokens{only}")
-    for bucket in graphs.buckets:
+    for tokens, buckets in grouped(graphs.buckets, lambda bucket: bucket.tokens).items():
+        several = f", {len(buckets)} times: for other parameters, large tensors or numbers" if len(buckets) > 1 else ""
         lines += entry(
             "  captured",
-            f"{counted(bucket.tokens, 'token')}: {counted(bucket.pieces, 'piece')} in {bucket.seconds:.2f} s, "
-            f"{bucket.bytes} bytes more",
+            f"{counted(tokens, 'token')}: {counted(sum(bucket.pieces for bucket in buckets), 'piece')} in "
+            f"{sum(bucket.seconds for bucket in buckets):.2f} s, {sum(b.bytes for b in buckets)} bytes more{several}",
         )
-        lines += _by_reason("    not here", bucket.not_captured)
+        lines += _by_reason("    not here", dict(item for bucket in buckets for item in bucket.not_captured.items()))
     for dropped in graphs.dropped:
         lines += entry("  dropped", f"{counted(dropped.tokens, 'token')} ({dropped.reason}): {dropped.sentence}")
     never = {never.piece: f"{never.reason}: {never.sentence}" for never in graphs.never_captured}
@@ -108,10 +109,10 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry]) -> list[str]:
             labels = dict.fromkeys(address["input"] for address in addresses)
             names = ", ".join(labels) if how != "parameter" else counted(len(addresses), "tensor")
             lines += entry("  read from", f"{_ARRIVALS[how]}: {shortened(names)}")
-    return lines + _miss_lines(graphs.misses)
+    return lines + _miss_lines(graphs.misses, missed)
 
 
-def _miss_lines(misses: Sequence[MissEntry]) -> list[str]:
+def _miss_lines(misses: Sequence[MissEntry], missed: int) -> list[str]:
     """One line per reason; sentences that differ in numbers only, such as a layer's, share one."""
     lines = []
     for (code, _), members in grouped(misses, lambda miss: (miss.reason, without_numbers(miss.sentence))).items():
@@ -123,6 +124,8 @@ def _miss_lines(misses: Sequence[MissEntry]) -> list[str]:
         times = f"{counted(sum(m.pieces for m in members), 'piece')} in {counted(sum(calls.values()), 'call')}"
         sentence = shortened(common_text(list(dict.fromkeys(miss.sentence for miss in members))))
         lines += entry("  missed", f"{code}: {times} {where}: {sentence}")
+    if (earlier := missed - sum(miss.pieces for miss in misses)) > 0:
+        lines += entry("  missed", f"{counted(earlier, 'piece')} more, longer ago than the last {len(misses)} kinds")
     return lines
 
 

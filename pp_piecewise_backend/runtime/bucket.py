@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +38,7 @@ from .cudagraphs.memory import (
     extent_bytes,
     geometry,
     like,
+    memory_of,
     storage_addresses,
     tensor_in,
     undo_writes,
@@ -112,6 +115,10 @@ class Bucket:
     """Steps that could not be captured in this bucket."""
     fixed: tuple[Any, ...] = ()
     """Addresses, integers and objects at capture, in the order of ``GraphPlan.fixed_sources``."""
+    memory: Sequence[weakref.ref[torch.UntypedStorage]] = ()
+    """Of the tensors among these, which it does not keep alive."""
+    calls: int = 0
+    """Calls in which all that is captured could replay."""
     seconds: float = 0.0
     step_seconds: dict[int, float] = field(default_factory=dict)
     """How long each step took in the call that captured the bucket, replays included."""
@@ -122,8 +129,8 @@ class Bucket:
     """Addresses of all memory that later calls overwrite: the static memory, and where stage inputs land."""
     proofs_left: int = 0
     """Replays still to be compared with what was captured; see Note [proof of a full graph]."""
-    programs: dict[Any, Any] = field(default_factory=dict)
-    """Flat programs, by number of tokens and what misses (see ``replay.py``)."""
+    programs: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    """Flat programs, by number of tokens and what misses (see ``replay.py``); the one used last at the end."""
 
     def release(self) -> None:
         """See Note [release order]."""
@@ -220,6 +227,7 @@ class BucketCapture:
         pools = [self._pool(name) for name in (GRAPH_POOL, OUTPUT_POOL)]
         held_before = sum(pool.held_bytes for pool in pools)
         self.bucket.fixed = fixed_values(plan, args)
+        self.bucket.memory = memory_of([args[at] for at in plan.address_positions])
         self._admit_inputs()
         needs_test = self._needs_test()
 

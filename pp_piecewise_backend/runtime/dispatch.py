@@ -4,6 +4,11 @@ Note [sets of parameters] (rule R7)
 Dynamo may run several module instances through one program. Captures hang on the addresses of the parameters that the
 pieces read: another instance, or a parameter that was given other memory, is another set with captures of its own.
 Nothing is ever copied into a tensor that is read by address.
+
+Note [what is kept]
+A set lives as long as the memory of its parameters, however many there are. In it, a bucket is captured for each place
+of large tensors, and each number, that comes again; those used least recently go first. Where captures go before they
+have paid, because their memory was freed or others took their place, each time again the next wait for twice as long.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
-from .cudagraphs.memory import address, like
+from .cudagraphs.memory import address, like, memory_of
 from .hooks import NO_EVENTS, Events
 from .instructions import picker
 from .ownership import hand_over, merged_results
@@ -38,17 +43,20 @@ from .warmup import Session
 
 _LOG = logging.getLogger(__name__)
 
-MAX_PARAMETER_SETS = 32
-"""Sets of parameters with captures at one time; the one not used for longest goes first."""
+MAX_PLACES = 32
+"""Captures of one bucket that a set of parameters keeps."""
 
-MAX_CAPTURED_SETS = 128
-"""Sets of parameters that are captured in a program's life."""
+CALLS_THAT_PAY = 16
+"""Replays after which a capture has saved about what it cost."""
 
-MAX_RECAPTURES = 4
-"""How often one bucket is captured again because something that it reads by address moved and stayed."""
+CAPTURES_ON_CREDIT = 4
+"""Times in a row that captures may go before they have paid and the next does not wait for it."""
 
-MAX_FLAT_PROGRAMS = 64
-"""Flat programs kept per bucket; each holds the views for one number of tokens."""
+MAX_WAIT_CALLS = 1024
+"""Calls that a capture waits for at most, and places without captures that are remembered."""
+
+MAX_FLAT_STEPS = 32768
+"""Steps of the flat programs kept per bucket; each program holds the views for one number of tokens."""
 
 _NOTHING_MOVED: Mapping[int, Reason] = MappingProxyType({})
 
@@ -64,24 +72,56 @@ class Misses(NamedTuple):
     """Which call of the program was the last of them, counted from 1."""
 
 
+Place = tuple[Any, ...]
+"""Where the large tensors lie and what numbers and objects are, in the order of ``GraphPlan.fixed_sources``."""
+
+
 @dataclass
 class ParameterSet:
     """Captures for one tuple of parameter addresses."""
 
+    memory: Sequence[weakref.ref[torch.UntypedStorage]] = ()
     verdicts: Verdicts = field(default_factory=Verdicts)
     buckets: dict[int, Bucket] = field(default_factory=dict)
-    calls_seen: dict[int, int] = field(default_factory=dict)
-    """Bucket -> calls that could have used it before it was captured."""
-    recaptures: dict[int, int] = field(default_factory=dict)
-    moved_to: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    """Bucket -> the fixed values that a call found, if not those of its capture."""
+    """Size -> its captures that were used last."""
+    by_place: dict[int, OrderedDict[Place, Bucket]] = field(default_factory=dict)
+    """Size -> all its captures, those used last at the end."""
+    calls_seen: OrderedDict[tuple[int, Place], int] = field(default_factory=OrderedDict)
+    """Calls of a size that could have used captures before there were any; all in one place until it has some."""
 
-    def release(self) -> None:
-        """Release all graphs; the next call of a bucket captures it again."""
-        while self.buckets:
-            size, bucket = self.buckets.popitem()
+    @property
+    def all_buckets(self) -> list[Bucket]:
+        return [bucket for places in list(self.by_place.values()) for bucket in list(places.values())]
+
+    def is_full(self, size: int) -> bool:
+        return len(self.by_place.get(size, ())) >= MAX_PLACES
+
+    def bucket_at(self, size: int, here: Place) -> Bucket | None:
+        """The captures for a place, if there are any."""
+        found = self.by_place[size].get(here)
+        if found is not None:
+            self.by_place[size].move_to_end(here)
+            self.buckets[size] = found
+            if self.is_full(size):
+                self.calls_seen.clear()  # more than are kept take turns: none of those in use is to go
+        return found
+
+    def make_room(self, size: int) -> list[Bucket]:
+        """Release captures whose memory is gone or, without any, the least recently used one beyond the bound."""
+        places = self.by_place.setdefault(size, OrderedDict())
+        gone = [bucket for bucket in places.values() if _is_gone(bucket)]
+        return self.release(gone or list(places.values())[: self.is_full(size)])
+
+    def release(self, buckets: Sequence[Bucket] | None = None) -> list[Bucket]:
+        """Release these graphs, or all; the next call of a size that has none left captures it again."""
+        released = self.all_buckets if buckets is None else list(buckets)
+        for bucket in released:
+            del self.by_place[bucket.tokens][bucket.fixed]
+            if self.buckets.get(bucket.tokens) is bucket:
+                del self.buckets[bucket.tokens]
+                self.calls_seen[bucket.tokens, ()] = MAX_WAIT_CALLS
             bucket.release()
-            self.calls_seen[size] = 1
+        return released
 
 
 class Graphs:
@@ -97,10 +137,12 @@ class Graphs:
         self._hoisted = hoist_buffers(plan)
         self._stats = stats
         self._device: Device = make_device(plan.kind, plan.config.compiler != "inductor")
-        self._sets: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()
+        self._sets: dict[tuple[Any, ...], ParameterSet] = {}
         self._last_set: tuple[tuple[Any, ...] | None, ParameterSet | None] = None, None
         """The set of the last call: to compare its addresses costs less than to hash them."""
-        self._sets_captured = 0
+        self._sets_made = 0
+        self._gone_unpaid = 0
+        """Times in a row that captures went before they had paid."""
         self.dropped: dict[int, Reason] = {}
         """Buckets that are captured no more, and why."""
         self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
@@ -158,12 +200,22 @@ class Graphs:
         parameters = self._parameter_set(args)
         if size in self.dropped:
             raise Missed(self.dropped[size])
-        program = self._usable_program(parameters, args, num_tokens, size)
-        if program is not None:
-            return self._run_flat(program, args, session)
+        here = fixed_values(self.plan, args) if self.plan.fixed_sources else ()
+        bucket = parameters.buckets.get(size)
+        if bucket is not None and bucket.fixed != here:
+            bucket = parameters.bucket_at(size, here)
+        if bucket is not None:
+            bucket.calls += 1
+            return self._run_flat(self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens), args, session)
         if self.plan.overwrites_an_argument(args, self.plan.foreign_stage_inputs(args, num_tokens)):
             raise Missed(miss("inputs-overlap"))
-        self._check_may_capture(parameters, num_tokens, size, session)
+        try:
+            self._check_may_capture(parameters, num_tokens, size, here, session)
+        except Missed:
+            if (bucket := parameters.buckets.get(size)) is None:
+                raise
+            moved = self._moved(bucket, here, parameters.is_full(size))
+            return self._run_flat(self._flat_program(parameters, bucket, moved, num_tokens), args, session)
         return self._capture(parameters, args, num_tokens, size, session)
 
     def _parameter_set(self, args: Sequence[Any]) -> ParameterSet:
@@ -174,31 +226,22 @@ class Graphs:
             return last_set
         parameters = self._sets.get(key)
         if parameters is None:
-            if self._sets_captured >= MAX_CAPTURED_SETS:
-                raise Missed(miss("moved-too-often", f"{self._sets_captured} sets of parameters were captured already"))
-            if len(self._sets) >= MAX_PARAMETER_SETS:
-                _, oldest = self._sets.popitem(last=False)
-                oldest.release()
-            parameters = self._sets[key] = ParameterSet()
-        self._sets.move_to_end(key)
+            for gone in [other for other, found in self._sets.items() if _is_gone(found)]:
+                self._learn_from(self._sets.pop(gone).release())
+            parameters = self._sets[key] = ParameterSet(memory_of(self._parameters(args)))
+            self._sets_made += 1
         self._last_set = key, parameters
         return parameters
 
-    def _usable_program(
-        self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int
-    ) -> FlatProgram | None:
-        """What the call runs, without replays of steps whose inputs moved; None if the bucket is to be captured."""
-        bucket = parameters.buckets.get(size)
-        if bucket is None:
-            return None
-        here = fixed_values(self.plan, args) if self.plan.fixed_sources else ()
-        if here == bucket.fixed:
-            return self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens)
-        if not self._shall_recapture(parameters, size, here):
-            return self._flat_program(parameters, bucket, self._moved(bucket, here), num_tokens)
-        parameters.buckets.pop(size).release()
-        parameters.calls_seen[size] = 1
-        return None
+    def _learn_from(self, released: Sequence[Bucket]) -> None:
+        if released:
+            has_paid = any(bucket.calls >= CALLS_THAT_PAY for bucket in released)
+            self._gone_unpaid = 0 if has_paid else self._gone_unpaid + 1
+
+    @property
+    def _wait_calls(self) -> int:
+        """Calls for which what moved must stay before it is captured, see Note [what is kept]."""
+        return int(min(max(1, 2 ** (self._gone_unpaid - CAPTURES_ON_CREDIT)), MAX_WAIT_CALLS))
 
     def _run_flat(self, program: FlatProgram, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call]:
         """The results of a call that replays; raises ``Missed`` for inputs that replays must not read."""
@@ -257,9 +300,10 @@ class Graphs:
                     obstacle = may_pad(self.plan, parameters.verdicts, step)
                 if obstacle is not None:
                     misses[step] = obstacle
-            if len(bucket.programs) >= MAX_FLAT_PROGRAMS:
-                bucket.programs.pop(next(iter(bucket.programs)))
+            if len(bucket.programs) * len(self.plan.instructions) >= MAX_FLAT_STEPS:
+                bucket.programs.popitem(last=False)
             program = bucket.programs[key] = FlatProgram(self.plan, bucket, num_tokens, misses)
+        bucket.programs.move_to_end(key)
         return program
 
     def _hand_over(
@@ -294,30 +338,35 @@ class Graphs:
 
     # ------------------------------------------------------------------------- capturing
 
-    def _check_may_capture(self, parameters: ParameterSet, num_tokens: int, size: int, session: Session | None) -> None:
+    def _check_may_capture(
+        self, parameters: ParameterSet, num_tokens: int, size: int, here: Place, session: Session | None
+    ) -> None:
         """Raises ``Missed`` if this call does not capture the bucket."""
-        plan = self.plan
+        plan, latest, seen = self.plan, parameters.buckets.get(size), parameters.calls_seen
         if num_tokens < size:
             found = {step: may_pad(plan, parameters.verdicts, step) for step in plan.capturable}
             refused = {step: reason for step, reason in found.items() if reason is not None}
             if len(refused) == len(found):
                 raise Missed(miss("padding-unsafe"), refused)
         if session is not None:
-            if not session.captures:
+            if not session.captures or (any(latest is bucket for bucket in session.captured)):
                 raise Missed(miss("first-call"))
             return
         if plan.config.capture == "warmup":
             raise Missed(miss("not-warmed-up"))
-        seen = parameters.calls_seen.get(size, 0)
-        parameters.calls_seen[size] = seen + 1
-        if not seen:
-            raise Missed(miss("address-moved" if len(self._sets) > 1 and not parameters.buckets else "first-call"))
+        key = size, () if latest is None else here
+        seen[key] = seen.pop(key, 0) + 1
+        if len(seen) > MAX_WAIT_CALLS:
+            seen.popitem(last=False)
+        is_new_set = self._sets_made > 1 and not parameters.buckets
+        if seen[key] <= (1 if latest is None and not is_new_set else self._wait_calls):
+            what = "the parameters, of another instance of the module or replaced, lie elsewhere"
+            raise Missed(self._why_moved(what, "address-moved") if is_new_set else miss("first-call"))
 
     def _capture(
         self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
     ) -> tuple[list[Any], Call]:
-        if not parameters.buckets:
-            self._sets_captured += 1
+        self._learn_from(parameters.make_room(size))
         self._memory.spoil_given_out()
         if self.plan.listener is not None:
             self.plan.listener.results_are_written()
@@ -325,9 +374,10 @@ class Graphs:
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size, self._hoisted)
         bucket, results = capture.run(args, num_tokens)
         if parameters.verdicts.refused != refused_before:
-            for other in parameters.buckets.values():  # their programs were made when padding seemed right
+            for other in parameters.all_buckets:  # their programs were made when padding seemed right
                 other.programs.clear()
-        parameters.buckets[size] = bucket
+        parameters.buckets[size] = parameters.by_place[size][bucket.fixed] = bucket
+        parameters.calls_seen.pop((size, bucket.fixed), None)
         self._memory.add_user(self)
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
@@ -340,6 +390,8 @@ class Graphs:
         self._hand_over(args, results, bucket, call, None, may_be_static=not is_over_limit)
         if session is None:
             self._add_misses(program.miss_counts, num_tokens)
+        else:
+            session.captured.append(bucket)
         self._stats.add_many({"captures": len(bucket.graphs), "capture_seconds": bucket.seconds})
         self._events.captured(
             tokens=size, pieces=len(bucket.graphs), graph_bytes=bucket.graph_bytes, seconds=bucket.seconds
@@ -368,23 +420,23 @@ class Graphs:
         for parameters in self._sets.values():
             parameters.release()
 
-    def _moved(self, bucket: Bucket, here: tuple[Any, ...]) -> dict[int, Reason]:
+    def _moved(self, bucket: Bucket, here: Place, is_full: bool) -> dict[int, Reason]:
         moved: dict[int, Reason] = {}
         for step in bucket.graphs:
             changed = [index for index in self.plan.depends_on(step) if here[index] != bucket.fixed[index]]
             if changed:
                 is_address = changed[0] < len(self.plan.address_positions)
-                moved[step] = miss("address-moved" if is_address else "scalar-changed")
+                sources = [self.plan.fixed_sources[index] for index in changed]
+                names = [self.plan.inputs[at if isinstance(at, int) else at[0]].label for at in sources]
+                what = f"{', '.join(names)} {'lies elsewhere' if is_address else 'has another size or value'}"
+                code = "address-moved" if is_address else "scalar-changed"
+                moved[step] = self._why_moved(what, code, MAX_PLACES if is_full else None)
         return moved
 
-    def _shall_recapture(self, parameters: ParameterSet, size: int, here: tuple[Any, ...]) -> bool:
-        """Whether what moved has stayed since the last call of this bucket."""
-        stayed = parameters.moved_to.get(size) == here
-        parameters.moved_to[size] = here
-        if not stayed or parameters.recaptures.get(size, 0) >= MAX_RECAPTURES or self.plan.config.capture == "warmup":
-            return False
-        parameters.recaptures[size] = parameters.recaptures.get(size, 0) + 1
-        return True
+    def _why_moved(self, what: str, code: str, most: int | None = None) -> Reason:
+        call = None if self.plan.config.capture == "warmup" else self._wait_calls + 1
+        is_too_often = call is not None and (call > 2 or most is not None)
+        return miss("moved-too-often" if is_too_often else code, errors.moved(what, call, most))
 
     # --------------------------------------------------------------------------- verifying
 
@@ -468,7 +520,7 @@ class Graphs:
         self._sets.clear()
         self._last_set = None, None
         self.dropped.clear()
-        self._sets_captured = 0
+        self._sets_made, self._gone_unpaid = 0, 0
         self._memory.remove_user(self)
         self._memory.update_gauges(self._stats)
 
@@ -477,7 +529,7 @@ class Graphs:
     @property
     def buckets(self) -> list[tuple[Bucket, ParameterSet]]:
         """What is captured now, largest bucket first."""
-        found = [(bucket, parameters) for parameters in self._sets.values() for bucket in parameters.buckets.values()]
+        found = [(bucket, parameters) for parameters in list(self._sets.values()) for bucket in parameters.all_buckets]
         return sorted(found, key=lambda pair: -pair[0].tokens)
 
     def padding_of(self, step: int) -> str:
@@ -489,6 +541,11 @@ class Graphs:
         for reason in filter(None, verdicts):
             return reason.sentence
         return "safe" if verdicts else piece.padding
+
+
+def _is_gone(captures: ParameterSet | Bucket) -> bool:
+    """Whether some of the memory that it was captured for was freed."""
+    return any(storage() is None for storage in captures.memory)
 
 
 def make_device(kind: str, compiler_runs_ops: bool) -> Device:

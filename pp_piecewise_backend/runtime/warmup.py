@@ -59,6 +59,8 @@ class Session:
     """Whether calls capture at once; before that they only bring programs into being."""
     proves: bool = False
     """Whether captures are to be compared with what was captured; see Note [proof of a full graph]."""
+    captured: list[object] = field(default_factory=list)
+    """The buckets that it captured."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 

@@ -22,12 +22,12 @@ class Reason:
 
 SENTENCES: Mapping[str, str] = {
     "first-call": "the first call of a bucket runs without its graph; the second one captures it",
-    "not-warmed-up": "capture='warmup' captures in warmup() only, and this bucket was not warmed up",
+    "not-warmed-up": "capture='warmup' captures in warmup() only, and this bucket was not warmed up like that",
     "over-max": "the call has more tokens than max_tokens",
     "padding-off": "padding='never', and no bucket has exactly this many tokens",
     "padding-unsafe": "padded rows could change the real ones, so padded calls run the piece on the real rows",
     "address-moved": "parameters or large tensors lie elsewhere than at capture; what stays is captured again",
-    "moved-too-often": "parameters or large tensors moved so often that nothing more is captured for them",
+    "moved-too-often": "parameters, large tensors or numbers change so often that a capture waits for more calls",
     "scalar-changed": "an integer other than the token count, or an object, differs from the one at capture",
     "scalar-made-in-call": "an integer that the piece takes is made in the middle of the call",
     "float-varies": "the piece takes a Python float that varies, which a graph would freeze",

@@ -327,27 +327,10 @@ def test_a_new_large_cache_for_each_conversation(device: str) -> None:
             pair(rows(5 + call, device, seed=seed), cache)
             found.append(misses_between(before, ppb.stats()))
             assert ppb.stats().replays - before.replays == 2 - len(found[-1])
-    # Captured again four times at most; the piece that does not read it always replays.
-    moved = {"address-moved": 1}
-    assert found == [moved, {}, {}] * 4 + [moved] * 6
-    assert "address-moved" in {miss.reason for miss in describe_graphs(pair.program).misses}
-
-
-@on_devices
-def test_parameters_that_move_too_often(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pp_piecewise_backend.runtime.dispatch.MAX_CAPTURED_SETS", 2)
-    pair = pair_of(net(forward, device), device)
-    pair.run_sizes(lambda n: (rows(n, device),))
-    kept = []
-    for attempt in range(3):
-        for model in (pair.function, pair.twin):
-            kept.append(model.w.data)
-            model.w.data = model.w.data + 0.1
-        before = ppb.stats()
-        for num_tokens in (5, 6, 7):
-            pair(rows(num_tokens, device))
-        expected = {"address-moved": 3} if attempt == 0 else {"moved-too-often": 9}
-        assert misses_between(before, ppb.stats()) == expected
+    # The piece that does not read it always replays.
+    assert found == [{"address-moved": 1}, {}, {}] * 6
+    (moved,) = [miss for miss in describe_graphs(pair.program).misses if miss.reason == "address-moved"][:1]
+    assert moved.sentence.startswith("cache lies elsewhere than at capture; call 2 in a row")
 
 
 @on_devices

@@ -94,9 +94,9 @@ class EmulatedDevice:
         pass
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: StaticMemory) -> EmulatedGraph:
-        # Aliases keep the captured addresses, also where somebody gives the tensor another memory later.
-        with torch.no_grad():
-            captured = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
+        # As in a real graph: the captured addresses, whatever becomes of the tensors and of their memory.
+        alias = torch_compat.tensor_without_ownership
+        captured = [alias(value) if isinstance(value, torch.Tensor) else value for value in inputs]
         storages = storage_addresses(captured)
         recorder = _Recorder()
         before = [(value, value.clone()) for value in captured if isinstance(value, torch.Tensor)]

@@ -8,7 +8,8 @@ recompile, and Inductor clones inputs that are not aligned to 16 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +196,11 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal bit for bit, NaN included."""
     a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
     return torch.equal(a, b)
+
+
+def memory_of(tensors: Iterable[torch.Tensor]) -> list[weakref.ref[torch.UntypedStorage]]:
+    """The storages of some tensors, which it does not keep alive."""
+    return [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
 
 
 def storage_addresses(values: Sequence[Any]) -> set[int]:
