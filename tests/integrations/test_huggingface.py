@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
 from pp_piecewise_backend.integrations import huggingface
+from tiers import slow_but
 
 LAYERS = 4
 TINY = dict(
@@ -75,8 +77,13 @@ def run_stages(stages, caches, tokens, positions, mask):
     return value
 
 
-@pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "cache_kind"),
+    slow_but(
+        [*((name, "static") for name in DECODERS), *((name, "dynamic") for name in ("llama", "qwen2-window"))],
+        itertools.product(DECODERS, ["dynamic", "static"]),
+    ),
+)
 @torch.no_grad()
 def test_prefill_and_cached_decoding_equal_the_whole_model(name: str, cache_kind: str) -> None:
     model = tiny_decoder(name)
@@ -231,8 +238,13 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    slow_but(
+        [*((name, False) for name in DECODERS), *((name, True) for name in ("llama-tied", "qwen3-moe"))],
+        itertools.product(DECODERS, [False, True]),
+    ),
+)
 @torch.no_grad()
 def test_loaded_stages_equal_those_cut_from_the_loaded_model(name: str, sharded: bool, tmp_path: Path) -> None:
     save(name, tmp_path, sharded=sharded)
