@@ -15,6 +15,7 @@ in padded rows. What is proven so is then tried: padded rows are poisoned in ``p
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -229,6 +230,9 @@ class _Walk(Interpreter):
             # Asked as a whole: of which ops it consists depends on the machine.
             op = torch.ops.aten.scaled_dot_product_attention.default
             return self.follow.checked(op, args, kwargs, _like_attention)
+        if target in _ASKED_AS_A_WHOLE:
+            op = _ASKED_AS_A_WHOLE[target]
+            return self.follow.checked(op, args, kwargs, op)
         if isinstance(target, torch_compat.HigherOrderOperator) and target.name() in _RUN_THEIR_BODY:
             body, *rest = args
             inner = _Walk(body, self.follow, self._row_wise_ops)
@@ -250,6 +254,12 @@ def _like_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwa
     same = query.shape == value.shape
     return torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
 
+
+_ASKED_AS_A_WHOLE = {
+    torch.nn.functional.linear: torch.ops.aten.linear.default,
+    **dict.fromkeys((operator.matmul, torch.matmul), torch.ops.aten.matmul.default),
+}
+"""Functions whose ops fold the sequences of a batch into one dimension with their tokens, and the op that is asked."""
 
 _RUN_THEIR_BODY = frozenset({"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"})
 """Higher-order ops that run the graph that they take on their other arguments, and nothing else."""

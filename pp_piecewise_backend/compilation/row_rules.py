@@ -289,6 +289,8 @@ _RULES: Mapping[str, Rule] = {
     **_named(_moves, "index_add", "index_copy", "index_fill", "index_reduce"),
     **_named(_keeps_order, "_reshape_copy", "_unsafe_view", "reshape", "view"),
     **_named(_multiplies("self", "mat2"), "_int_mm", "bmm", "mm"),
+    "linear": lambda call: not any(call.has_tokens_along({call[t].dim() - 1}, call[t]) for t in ("input", "weight")),
+    "matmul": _multiplies("self", "other"),
     **_named(_searches("boundaries"), "bucketize"),
     **_named(_searches("sorted_sequence", "sorter"), "searchsorted"),
     **_named(_searches("test_elements"), "isin"),

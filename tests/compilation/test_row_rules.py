@@ -35,6 +35,8 @@ MIXING: dict[str, Body] = {
     "softmax": lambda x: x.softmax(0),
     "log_softmax": lambda x: F.log_softmax(x, dim=-2),
     "transposed product": lambda x: x @ (x.t() @ x),
+    "linear of columns": lambda x: x @ F.linear(x.t(), x.t()),
+    "linear over a batch of tokens": lambda x: x + F.linear((torch.ones(2, 1, 1) * x).mT, x.t()).sum((0, 1)),
     "two products": lambda x: (x @ x.t()) @ x,
     "einsum": lambda x: x @ torch.einsum("nd,ne->de", x, x),
     "flip": lambda x: x + x.flip(0),
@@ -122,6 +124,8 @@ APART: dict[str, Body] = {
     "evaluated batch norm": lambda x: F.batch_norm(x, torch.zeros(HIDDEN), torch.ones(HIDDEN)),
     "joined with an empty vector": lambda x: torch.cat([torch.tensor([]), x]),
     "joined with an empty cache": lambda x: torch.cat([torch.zeros(0, HIDDEN), x, torch.zeros(0, HIDDEN)]),
+    "linear of several sequences": lambda x: F.linear(torch.ones(2, 1, 1) * x, WEIGHT, WEIGHT[0]).sum(0),
+    "product of several sequences": lambda x: torch.matmul((torch.ones(2, 1, 1) * x) @ WEIGHT, WEIGHT).sum(0),
     "causal attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0],
 }
 

@@ -35,7 +35,8 @@ LOGIT_TOLERANCE = 1e-3
 RECOMPILE_LIMIT = {"gemma2": 16}
 
 
-pytestmark = pytest.mark.usefixtures("fresh_backend")
+# The slow ones take a minute of a processor, which others may want too.
+pytestmark = [pytest.mark.usefixtures("fresh_backend"), pytest.mark.timeout(900)]
 
 
 def assert_decodes_like_eager(
