@@ -154,6 +154,7 @@ class Graphs:
         self._written_memory: set[int] = set()
         """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
         self._parameters = picker(plan.parameter_positions)
+        self._may_verify = plan.config.mode == "full" or plan.config.verify_every > 0
 
     # ------------------------------------------------------------------------------ calls
 
@@ -256,7 +257,7 @@ class Graphs:
         self._calls += 1
         if self._memory.given_out:
             self._memory.spoil_given_out()
-        if (program.bucket.proofs_left or config.verify_every) and self._shall_verify(program.bucket, session):
+        if self._may_verify and self._shall_verify(program.bucket, session):
             results = self._run_verified(program, args, call)
         else:
             results = program.run(args, call)
