@@ -12,20 +12,33 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from handoff_ranks import play
-from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P, join_world
+from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P
 
 LONGEST_SECONDS = 100.0
 
 
+def join_world(life: int) -> None:
+    """``init_process_group`` from what torchrun sets for each rank, also after it has restarted them.
+
+    The store of torchrun outlives the ranks, and with it the addresses that they had before a restart; under these
+    gloo waits for the dead. So each restart gets keys of its own.
+    """
+    timeout = timedelta(seconds=LONGEST_SECONDS)
+    store, rank, rank_count = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    fresh = dist.PrefixStore(f"restart_{life}", store)
+    dist.init_process_group("gloo", store=fresh, rank=rank, world_size=rank_count, timeout=timeout)
+
+
 def main() -> int:
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    join_world(life, setup_seconds=LONGEST_SECONDS)
+    join_world(life)
     transport = P2P("cpu", setup_seconds=LONGEST_SECONDS)
     if life == 0:
         outcome = play("fault", transport, silence_seconds=20.0, kind="exit", victim=1)

@@ -34,23 +34,6 @@ _DOWN, _UP, _BREAK = 0, 1, 2
 """Tags of messages with the data, against it, and of the receive that nobody answers."""
 
 
-def join_world(restart_count: int = 0, backend: str = "gloo", setup_seconds: float = 1800.0) -> None:
-    """``init_process_group`` from what torchrun sets for each rank, also after it has restarted them.
-
-    The store of torchrun outlives the ranks, and with it the addresses that they had before a restart; under these
-    gloo waits for the dead. So each restart gets keys of its own.
-
-    Args:
-        restart_count: ``TORCHELASTIC_RESTART_COUNT`` of the environment; equal on all ranks.
-        backend: as ``init_process_group`` takes it.
-        setup_seconds: how long ranks wait for one another.
-    """
-    timeout = timedelta(seconds=setup_seconds)
-    store, rank, rank_count = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    fresh = dist.PrefixStore(f"restart_{restart_count}", store)
-    dist.init_process_group(backend, store=fresh, rank=rank, world_size=rank_count, timeout=timeout)
-
-
 class P2P:
     """One rank's way to the others of its pipeline; ``torch.distributed`` must be initialised.
 
