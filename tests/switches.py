@@ -35,7 +35,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "R5": [(module, "real_rows", lambda static, num_tokens: static.rows(num_tokens)) for module in (bucket, replay)],
     "R6": [(instructions.Instruction, "holds", lambda self, arguments: True)],
     "R7": [
-        (dispatch.Graphs, "_parameter_addresses", lambda self, args: ()),
+        (dispatch.Graphs, "parameter_addresses", lambda self, args: ()),
         *((module, "fixed_values", _integers_only) for module in (bucket, dispatch)),
     ],
     "aliases": [

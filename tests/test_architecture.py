@@ -20,6 +20,7 @@ ORDER = (
     "utils.counters",
     "utils.torch_compat",
     "utils.versions",
+    "utils.addresses",
     "config",
     # FX graph -> GraphInput -> Piece -> CompiledPiece
     "compilation.specs",
@@ -46,6 +47,7 @@ ORDER = (
     "runtime.stage",
     "runtime.ownership",
     "runtime.instructions",
+    "runtime.apart",
     "runtime.padding_test",
     "runtime.capture_plan",
     "runtime.warmup",

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..errors import SplitError
 from ..utils import torch_compat
+from ..utils.addresses import Span, overlap, span
 from .fx_utils import (
     function_names,
     is_custom_op,
@@ -287,7 +288,7 @@ class _Walk(Interpreter):
         pairs = zip(placeholders, examples, strict=True)
         for node, example in sorted(pairs, key=lambda pair: isinstance(pair[1], torch.Tensor)):
             self._note_symbols(node, example)
-        real_storages: dict[int, int] = {}
+        real: list[tuple[Span, int]] = []
         for node, example, given in zip(placeholders, examples, self._example_inputs, strict=True):
             if not isinstance(example, torch.Tensor):
                 self.env[node] = self._concrete(example)
@@ -296,11 +297,14 @@ class _Walk(Interpreter):
                 continue
             fake = self._fake_input(node, example)
             number = self._number(fake)
-            # Two inputs over one storage must count as one memory, or a write through one would go unseen.
+            # Two inputs in one memory must count as one, or a write through one would go unseen.
             if isinstance(given, torch.Tensor) and not isinstance(given, torch_compat.FakeTensor):
                 with contextlib.suppress(RuntimeError, NotImplementedError):
-                    number = real_storages.setdefault(torch_compat.storage_identity(given), number)
-                    self._storage_numbers[torch_compat.storage_identity(fake)] = number
+                    if given.data_ptr():  # none on the meta device
+                        place = span(given)
+                        number = next((other for taken, other in real if overlap(place, taken)), number)
+                        self._storage_numbers[torch_compat.storage_identity(fake)] = number
+                        real.append((place, number))
             self.env[node] = fake
             self._facts[node] = _given(TensorSpec.of(example, number))
 

@@ -47,6 +47,8 @@ class Traits:
 
     random: bool = False
     """Whether it draws random numbers."""
+    opaque: bool = False
+    """Whether ops of other libraries than PyTorch's run in it, which may return other memory than they say."""
     writes: tuple[str, ...] = ()
     """Names of its inputs whose memory it writes."""
     written_storages: frozenset[int] = frozenset()

@@ -44,6 +44,10 @@ class GraphInput:
     token_dim: int | None = None
     """The dimension that counts tokens, for stage inputs and per-token tensors."""
 
+    @property
+    def outlives_the_call(self) -> bool:
+        return self.kind in ("parameter", "state")
+
 
 @dataclass(frozen=True)
 class InputTable:

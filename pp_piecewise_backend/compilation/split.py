@@ -27,7 +27,7 @@ from ..utils.reasons import Reason, miss
 from .analysis import RANDOM, GraphFacts
 from .attention import SplitOpMatcher
 from .cache_key import digest, piece_text
-from .fx_utils import op_name, reachable
+from .fx_utils import is_custom_op, op_name, reachable
 from .padding_rules import (
     PaddedGraph,
     PaddedStep,
@@ -540,6 +540,7 @@ class _StepBuilder:
         is_compute = self.step.kind == "compute"
         return Traits(
             random=RANDOM in written,
+            opaque=any(map(is_custom_op, copies.values())),
             writes=tuple(writes),
             written_storages=frozenset(writes.values()),
             allocations={} if is_compute else handed_on_allocations(facts, copies, exported, token_count),

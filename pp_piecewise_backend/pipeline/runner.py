@@ -31,10 +31,10 @@ from .. import errors
 from ..backend import warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
-from ..runtime.cudagraphs.memory import address
 from ..runtime.stage import Proxy, Stage
 from ..runtime.tracing import Timeline, chrome_trace, profiler_is_running, wrap
 from ..utils import torch_compat
+from ..utils.addresses import overlap, span
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from ..utils.versions import versions
 from .connect import make_links, pick_transport
@@ -324,8 +324,8 @@ class StageRunner:
 
     def _has_landing_memory(self, output: Any) -> bool:
         tensors = output.values() if isinstance(output, Mapping) else ()
-        landing = self._stage.landing_addresses
-        return any(isinstance(tensor, torch.Tensor) and address(tensor) in landing for tensor in tensors)
+        places = [span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        return any(overlap(*both) for both in itertools.product(places, self._stage.landing_spans))
 
     # Called by programs of the stage, within a call: see ``hooks.StageListener``.
 

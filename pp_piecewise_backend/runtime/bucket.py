@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +28,18 @@ from torch import fx
 
 from ..compilation.padding_rules import token_dims
 from ..compilation.specs import SymbolSpec, TensorSpec
+from ..utils.addresses import MemoryMap, Span, overlap, span
 from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
 from .capture_plan import GraphPlan
 from .cudagraphs.device import CapturedGraph, Device
 from .cudagraphs.memory import (
     StaticTensor,
-    address,
     assign,
     extent_bytes,
     geometry,
     like,
     memory_of,
-    storage_addresses,
     tensor_in,
     undo_writes,
     without_repeats,
@@ -123,10 +123,10 @@ class Bucket:
     step_seconds: dict[int, float] = field(default_factory=dict)
     """How long each step took in the call that captured the bucket, replays included."""
     graph_bytes: int = 0
-    static_memory: frozenset[int] = frozenset()
-    """Addresses of the memory that captured pieces and eager steps of this bucket write in."""
-    overwritten: frozenset[int] = frozenset()
-    """Addresses of all memory that later calls overwrite: the static memory, and where stage inputs land."""
+    static_memory: frozenset[Span] = frozenset()
+    """Where captured pieces and eager steps of this bucket write."""
+    overwritten: MemoryMap = field(default_factory=MemoryMap)
+    """All memory that later calls overwrite: the static memory, and where stage inputs land."""
     proofs_left: int = 0
     """Replays still to be compared with what was captured; see Note [proof of a full graph]."""
     programs: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
@@ -183,6 +183,7 @@ def _with_given_buffers(graph_module: fx.GraphModule, names: Sequence[str]) -> A
 class _Lease:
     """Memory that must not be reused while one of these registers is still to be read."""
 
+    place: Span
     registers: set[int]
     ends: list[Callable[[], None]]
     """What makes it free."""
@@ -210,8 +211,8 @@ class BucketCapture:
         self._memory = memory
         self._verdicts = verdicts
         self.bucket = Bucket(tokens, proofs_left=2 if plan.config.mode == "full" else 0)
-        self._leases: dict[int, _Lease] = {}
-        """Address of static memory -> who still reads it."""
+        self._leases: list[_Lease] = []
+        """Of all static memory, in the order in which it was taken: one place may serve one value after the other."""
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
         self._registers: list[Any] = []
         self._real_tokens = 0
@@ -257,8 +258,8 @@ class BucketCapture:
         self._end_all()
         if needs_test:
             self._verdicts.extend_to(self.bucket.tokens)
-        self.bucket.static_memory = frozenset(self._leases)
-        self.bucket.overwritten = self.bucket.static_memory | plan.landing_addresses
+        self.bucket.static_memory = frozenset(lease.place for lease in self._leases)
+        self.bucket.overwritten = MemoryMap(product((*self.bucket.static_memory, *plan.landing_spans), [None]))
         self.bucket.graph_bytes = max(0, sum(pool.held_bytes for pool in pools) - held_before)
         self.bucket.seconds = time.perf_counter() - started
         return self.bucket, results
@@ -283,11 +284,16 @@ class BucketCapture:
         block = self._memory.blocks.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
         static = self._static_tensor(spec, block)
         self.bucket.static[register] = static
-        self._leases[address(block)] = _Lease({register}, [lambda: self._memory.blocks.give_back(block)])
+        self._leases.append(_Lease(span(block), {register}, [lambda: self._memory.blocks.give_back(block)]))
         return static
 
+    def _lease_of(self, tensor: torch.Tensor) -> _Lease | None:
+        """Who still reads the static memory that a tensor lies in."""
+        where = span(tensor)
+        return next((lease for lease in self._leases if lease.registers and overlap(lease.place, where)), None)
+
     def _end(self, register: int) -> None:
-        for lease in self._leases.values():
+        for lease in self._leases:
             if register in lease.registers:
                 lease.registers.discard(register)
                 if not lease.registers:
@@ -295,7 +301,7 @@ class BucketCapture:
 
     def _end_all(self) -> None:
         self._registers = []
-        for lease in self._leases.values():
+        for lease in self._leases:
             lease.end()
 
     def _admit_inputs(self) -> None:
@@ -361,18 +367,18 @@ class BucketCapture:
             bucket.obstacles[step] = miss("capture-failed", f"{type(error).__name__}: {error}")
             return
         bucket.graphs[step] = graph
-        given = storage_addresses(inputs)  # what lies elsewhere, the graph allocated
+        given = MemoryMap.of(inputs)  # what lies elsewhere, the graph allocated
         for index, (register, static) in enumerate(zip(instruction.outputs, places, strict=True)):
             bucket.static[register] = static
             if not static.tensor.numel():
                 continue
-            where = address(static.tensor)
-            lease = self._leases.get(where)
-            if lease is not None and lease.registers:
+            is_given, lease = given.holds(static.tensor), self._lease_of(static.tensor)
+            if lease is not None:
                 lease.registers.add(register)  # an alias: of an input, or of an output before it
-            elif where not in given:
-                lease = self._leases[where] = _Lease({register}, [])
-            if lease is not None and where not in given:
+            elif not is_given:
+                lease = _Lease(span(static.tensor), {register}, [])
+                self._leases.append(lease)
+            if lease is not None and not is_given:
                 lease.ends.append(partial(graph.release_output, index))
 
     def _places(self, graph: CapturedGraph, instruction: Instruction) -> list[StaticTensor]:
@@ -501,7 +507,7 @@ class BucketCapture:
                 if output_spec is not None and output_spec.storage == spec.storage
             ]
             static = self._take(users[0][0], spec)
-            self._leases[address(static.tensor)].registers.update(register for register, _ in users)
+            self._leases[-1].registers.update(register for register, _ in users)
             for register, output_spec in users:
                 assert static.block is not None
                 self.bucket.static[register] = self._static_tensor(output_spec, static.block)
@@ -512,9 +518,8 @@ class BucketCapture:
         """The output, copied if it lies in static memory although its facts say that it does not."""
         if not isinstance(output, torch.Tensor) or not output.numel():
             return output
-        lease = self._leases.get(address(output))
-        spec = self._plan.specs.get(register)
-        if lease is None or spec is None or not lease.registers:
+        lease, spec = self._lease_of(output), self._plan.specs.get(register)
+        if lease is None or spec is None:
             return output
         if any(self._plan.specs[other].storage == spec.storage for other in lease.registers):
             lease.registers.add(register)
@@ -580,7 +585,7 @@ def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
 
 def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writes to one of two tensors of the same value show in the other."""
-    return one.data_ptr() == other.data_ptr() and address(one) == address(other)
+    return one.data_ptr() == other.data_ptr()
 
 
 def fixed_values(plan: GraphPlan, args: Sequence[Any]) -> tuple[Any, ...]:

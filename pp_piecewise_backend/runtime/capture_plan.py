@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from math import prod
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.specs import ObjectSpec, SymbolSpec, TensorSpec, symbols_of
 from ..compilation.split import Split
 from ..config import Config
+from ..utils.addresses import MemoryMap
 from ..utils.reasons import Reason, miss
+from .apart import Apart
 from .cudagraphs.ladder import Ladder
-from .cudagraphs.memory import address, extent_bytes, geometry
+from .cudagraphs.memory import geometry
 from .hooks import StageListener
 from .instructions import Instruction, Layout
 from .ownership import find_boundary
@@ -48,7 +51,8 @@ class GraphPlan:
         self.config, self.kind, self.stage = config, kind, stage
         self.inputs, self.instructions = inputs, steps = table.inputs, layout.instructions
         self.listener: StageListener | None = None if stage is None else stage.listener
-        self.landing_addresses: frozenset[int] = frozenset() if stage is None else stage.landing_addresses
+        self.landing_spans = () if stage is None else stage.landing_spans
+        self.landing_memory = MemoryMap(product(self.landing_spans, [None]))
         self.pads = config.padding == "tested"
         self.boundary = find_boundary(split, table)
         self.device = _graph_device(inputs)
@@ -93,14 +97,9 @@ class GraphPlan:
         self.address_positions = self._arriving_as("address")
         self.fixed_sources = (*self.address_positions, *scalar_sources)
         """What must be as it was at capture: addresses of these, then objects, and integers but the token count."""
-        self.unseen_aliases = _unseen_aliases(inputs, written_storages["eager"], self.arrivals)
-        """Positions of the inputs that eager steps write, and of those that must not share memory with them.
-
-        The latter reach captured pieces by a copy, and when the graph was traced they shared no memory with the former,
-        so nothing refreshes the copy. No guard of Dynamo's tells when they do in a later call.
-        """
-        self.smallest_written_bytes = _smallest_bytes([self.specs[at] for at in self.unseen_aliases[0]])
-        """What each storage that eager steps write holds at least: no smaller one can be among them."""
+        # What reaches captured pieces by a copy, which nothing refreshes when an eager step writes where it came from.
+        self.copied_apart = self._apart(written_storages["eager"], "copied")
+        self.foreign_apart = self._apart(written_storages["eager"], "landing")
         self.result_registers = frozenset(layout.results)
         self.input_storages = frozenset(i.spec.storage for i in inputs if i.spec is not None)
         """Numbers of the storages of the graph's inputs."""
@@ -108,9 +107,14 @@ class GraphPlan:
             at: stage.landing(inputs[at].label).data_ptr() for at in self._arriving_as("landing") if stage is not None
         }
         """Position of each stage input that lands -> the address at which captured pieces read it."""
-        kinds = ("stage-input", "per-token", "other-tensor")
-        self.passed_in_the_call = tuple(at for at, i in enumerate(inputs) if i.spec is not None and i.kind in kinds)
+        self._stage_inputs = {at for at, i in enumerate(inputs) if i.kind == "stage-input"}
+        self.passed_in_the_call = tuple(at for at, i in enumerate(inputs) if i.spec and not i.outlives_the_call)
         """Tensors that may lie in landing memory: weights and state outlive a call, and landing memory does not."""
+
+    def _apart(self, written_storages: Collection[int], arrival: Arrival) -> Apart | None:
+        written = inputs_in_memory_of(written_storages, self.inputs)
+        copied = [at for at in self._arriving_as(arrival) if at not in written]
+        return Apart(self.inputs, written, copied) if written and copied else None
 
     def _arriving_as(self, arrival: Arrival) -> tuple[int, ...]:
         return tuple(at for at, found in self.arrivals.items() if found == arrival)
@@ -147,15 +151,21 @@ class GraphPlan:
         return [at for at, block in places if args[at].data_ptr() != block or args[at].stride() != strides[at]]
 
     def overwrites_an_argument(self, args: Sequence[Any], foreign: Collection[int]) -> bool:
-        """Whether bringing these stage inputs to landing memory may overwrite what the caller passes.
+        """Whether bringing these stage inputs to landing memory may overwrite what the caller passes, or do no good.
+
+        So may whoever listens, once all steps that read stage inputs have run. A copy does no good where an eager step
+        writes what was copied.
 
         What the graph does not use is not among ``args``: where one proxy lies in the memory of another, the other one
         may lie in that of the first, so any argument in landing memory counts that is not in its own place.
         """
-        if not foreign or self.stage is None or not self.stage.is_shown:
+        if foreign and self.foreign_apart is not None and self.foreign_apart.are_broken(args):
+            return True
+        if not (foreign or self.listener) or self.stage is None or not self.stage.is_shown:
             return False
-        in_place = self.landing_blocks.keys() - foreign
-        return any(at not in in_place and address(args[at]) in self.landing_addresses for at in self.passed_in_the_call)
+        # Where nothing is copied, only who listens writes there, and it waits for the last reader of any stage input.
+        in_place = self.landing_blocks.keys() - foreign if foreign else self._stage_inputs
+        return any(at not in in_place and self.landing_memory.holds(args[at]) for at in self.passed_in_the_call)
 
 
 def _token_source(inputs: Sequence[GraphInput], symbol: sympy.Symbol | None) -> tuple[int, int | None] | None:
@@ -305,20 +315,3 @@ def _arrival(
     is_small = len(sizes) == len(spec.shape) and prod(sizes) * spec.dtype.itemsize <= SMALL_TENSOR_BYTES
     counts_tokens = symbol is not None and symbol in spec.symbols
     return "copied" if graph_input.kind == "per-token" or is_small or counts_tokens else "address"
-
-
-def _unseen_aliases(
-    inputs: Sequence[GraphInput], written_storages: Collection[int], arrivals: Mapping[int, Arrival]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    tensors = [(at, i.spec.storage) for at, i in enumerate(inputs) if i.spec is not None]
-    written = tuple(at for at, storage in tensors if storage in written_storages)
-    copied = tuple(
-        at for at, storage in tensors if storage not in written_storages and arrivals.get(at) in ("copied", "landing")
-    )
-    return (written, copied) if written and copied else ((), ())
-
-
-def _smallest_bytes(specs: Sequence[TensorSpec]) -> int:
-    if any(spec.symbols for spec in specs):
-        return 0
-    return min((extent_bytes(*geometry(spec, {}), spec.dtype) for spec in specs), default=0)

@@ -26,6 +26,7 @@ import torch
 
 from .. import errors
 from ..utils import torch_compat
+from ..utils.addresses import MemoryMap
 from ..utils.counters import Stats
 from ..utils.reasons import Missed, Reason, miss
 from .bucket import Bucket, BucketCapture, Verdicts, fixed_values, hoist_buffers, may_pad
@@ -33,7 +34,7 @@ from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
-from .cudagraphs.memory import address, like, memory_of
+from .cudagraphs.memory import like, memory_of
 from .hooks import NO_EVENTS, Events
 from .instructions import picker
 from .ownership import hand_over, merged_results
@@ -148,20 +149,18 @@ class Graphs:
         self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
-        written, copied = plan.unseen_aliases
-        self._written, self._copied = picker(written) if written else None, picker(copied)
-        self._written_pointers: tuple[int, ...] = ()
-        self._written_memory: set[int] = set()
-        """Storages of the inputs that eager steps write, as long as they lie at these addresses."""
         self._parameters = picker(plan.parameter_positions)
         self._may_verify = plan.config.mode == "full" or plan.config.verify_every > 0
 
     # ------------------------------------------------------------------------------ calls
 
-    def run(self, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call] | None:
+    def run(
+        self, args: Sequence[Any], addresses: tuple[Any, ...], session: Session | None
+    ) -> tuple[list[Any], Call] | None:
         """The graph's results, or None where the call is to run without graphs; then every miss is counted.
 
         Args:
+            addresses: what ``parameter_addresses`` says of these arguments.
             session: the warm-up that makes the call, if one does: its calls are not counted.
 
         Raises:
@@ -169,12 +168,14 @@ class Graphs:
         """
         num_tokens = self.plan.count_tokens(args)
         try:
-            return self._run(args, num_tokens, session)
+            return self._run(args, addresses, num_tokens, session)
         except Missed as missed:
             self._miss_all(missed, num_tokens, session)
             return None
 
-    def _run(self, args: Sequence[Any], num_tokens: int | None, session: Session | None) -> tuple[list[Any], Call]:
+    def _run(
+        self, args: Sequence[Any], addresses: tuple[Any, ...], num_tokens: int | None, session: Session | None
+    ) -> tuple[list[Any], Call]:
         """The results; raises ``Missed`` before anything was run."""
         plan, memory = self.plan, self._memory
         if not plan.capturable or num_tokens is None:
@@ -188,17 +189,17 @@ class Graphs:
             raise Missed(miss("concurrent-call"))
         try:
             memory.holder = get_ident()
-            return self._run_in_bucket(args, num_tokens, size, session)
+            return self._run_in_bucket(args, addresses, num_tokens, size, session)
         finally:
             memory.holder = None
             memory.lock.release()
 
     def _run_in_bucket(
-        self, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
+        self, args: Sequence[Any], addresses: tuple[Any, ...], num_tokens: int, size: int, session: Session | None
     ) -> tuple[list[Any], Call]:
-        if self._meets_written_memory(args):
+        if self._meets_written_memory(args) or self._takes_what_was_given_out(args):
             raise Missed(miss("inputs-overlap"))
-        parameters = self._parameter_set(args)
+        parameters = self._parameter_set(args, addresses)
         if size in self.dropped:
             raise Missed(self.dropped[size])
         here = fixed_values(self.plan, args) if self.plan.fixed_sources else ()
@@ -219,9 +220,8 @@ class Graphs:
             return self._run_flat(self._flat_program(parameters, bucket, moved, num_tokens), args, session)
         return self._capture(parameters, args, num_tokens, size, session)
 
-    def _parameter_set(self, args: Sequence[Any]) -> ParameterSet:
-        """The captures for the parameters of this call, none yet if they are new."""
-        key = self._parameter_addresses(args)
+    def _parameter_set(self, args: Sequence[Any], key: tuple[Any, ...]) -> ParameterSet:
+        """The captures for parameters at these addresses, none yet if they are new."""
         last_key, last_set = self._last_set
         if last_set is not None and key == last_key:
             return last_set
@@ -250,7 +250,7 @@ class Graphs:
         if not program.admits(args):
             raise Missed(miss("rows-disagree"))
         call = program.begin(args)
-        if call.foreign and self.plan.overwrites_an_argument(args, call.foreign):
+        if (call.foreign or self.plan.listener) and self.plan.overwrites_an_argument(args, call.foreign):
             raise Missed(miss("inputs-overlap"))
         if config.strict:
             self._refuse(program.miss_counts, program.num_tokens)
@@ -269,20 +269,22 @@ class Graphs:
 
     def _meets_written_memory(self, args: Sequence[Any]) -> bool:
         """Whether pieces would read a copy of what an eager step of this very call writes."""
-        if self._written is None:
-            return False
-        copied = self._copied(args)
-        sizes_bytes = map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, copied))
-        if max(sizes_bytes) < self.plan.smallest_written_bytes:
-            return False
-        written = self._written(args)
-        pointers = tuple(map(torch.Tensor.data_ptr, written))
-        if pointers != self._written_pointers:
-            self._written_pointers = pointers
-            self._written_memory = {address(tensor) for tensor in written if tensor.numel()}
-        return any(address(tensor) in self._written_memory for tensor in copied)
+        apart = self.plan.copied_apart
+        return apart is not None and apart.are_broken(args)
 
-    def _parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
+    def _takes_what_was_given_out(self, args: Sequence[Any]) -> bool:
+        """Whether an argument lies in memory that replays write: it is a static result of the last call."""
+        plan, memory = self.plan, self._memory
+        if not plan.config.static_outputs:
+            return False
+        given_out = MemoryMap.of(reference() for reference in memory.given_out)
+        return any(
+            given_out.holds(args[at])
+            or (memory.overwritten.holds(args[at]) and not plan.landing_memory.holds(args[at]))
+            for at in plan.passed_in_the_call
+        )
+
+    def parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
         parameters = self._parameters(args)
         found = tuple(map(torch.Tensor.data_ptr, parameters))
@@ -321,6 +323,7 @@ class Graphs:
         storages = plan.split.result_storages
         static = bucket.overwritten
         if plan.config.static_outputs and may_be_static:
+            self._memory.overwritten = static
             if plan.config.strict and plan.kind == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)
@@ -331,7 +334,7 @@ class Graphs:
         call.output_copies = hand_over(results, storages, plan.input_storages, static)
         merged = program.merged_results if program is not None else None
         if merged is None:
-            merged = merged_results(plan.inputs, args, results, storages)
+            merged = merged_results(plan.inputs, args, results, plan.split)
             if program is not None:
                 program.merged_results = merged
         for index in merged:

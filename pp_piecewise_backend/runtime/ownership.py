@@ -12,14 +12,13 @@ their outputs have addresses of their own, and eager steps between them are give
 Note [undeclared sharing]
 The graph says which values share a storage: each spec has its number, the declared storage. What runs may know better
 or do otherwise: a compiler merges equal outputs, an op returns its argument although it says that it does not, a caller
-passes one tensor twice. Two tensors share undeclared if they lie at one address although their declared storages
-differ. ``shares_undeclared`` answers that, but for the three questions that replayed calls ask, too, which look at few
-addresses (``Program._overlap``, ``Graphs._meets_written_memory``, ``GraphPlan.overwrites_an_argument``).
+passes one tensor twice, or two slices of one array. Two tensors share undeclared if the addresses of their storages
+overlap although their declared storages differ (``MemoryMap``). About the inputs of a call, ``Apart`` asks that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Split
+from ..utils.addresses import MemoryMap, Span, overlap, span
 from .cudagraphs.memory import address, extent_bytes
 
 
@@ -62,16 +62,12 @@ def find_boundary(split: Split, table: InputTable) -> Boundary:
     )
 
 
-def shares_undeclared(value: Any, storage: int | None, declared: Mapping[int, Collection[int | None]]) -> bool:
-    """Whether a value lies in known memory that its declared storage does not lie in; see Note [undeclared sharing].
-
-    Args:
-        declared: address -> numbers of the storages that, as the graph has it, may begin there.
-    """
-    if not isinstance(value, torch.Tensor) or not value.numel():
+def shares_undeclared(value: Any, storage: int | None, declared: MemoryMap) -> bool:
+    """Whether a value lies in known memory that its declared storage does not lie in; see Note [undeclared sharing]."""
+    if not isinstance(value, torch.Tensor):
         return False
-    storages = declared.get(address(value))
-    return storages is not None and storage not in storages
+    found = declared.numbers_in(span(value))
+    return bool(found) and storage not in found
 
 
 def undeclared_sharing(
@@ -82,33 +78,37 @@ def undeclared_sharing(
     Args:
         values, given: each with the number of its declared storage; None for what is no tensor.
     """
-    declared: dict[int, set[int | None]] = {}
-    for value, storage in given:
-        if isinstance(value, torch.Tensor) and value.numel():
-            declared.setdefault(address(value), set()).add(storage)
+    known = MemoryMap((span(value), storage) for value, storage in given if isinstance(value, torch.Tensor))
+    earlier: list[tuple[Span, int | None]] = []
     found = []
     for index, (value, storage) in enumerate(values):
-        if shares_undeclared(value, storage, declared):
+        if not isinstance(value, torch.Tensor):
+            continue
+        place = span(value)
+        declared = known.numbers_in(place).union(number for other, number in earlier if overlap(place, other))
+        if declared and storage not in declared:
             found.append(index)
-        elif isinstance(value, torch.Tensor) and value.numel():
-            declared.setdefault(address(value), {storage})
+        else:
+            earlier.append((place, storage))
     return tuple(found)
 
 
 def merged_results(
-    inputs: Sequence[GraphInput], args: Sequence[Any], results: Sequence[Any], storages: Sequence[int | None]
+    inputs: Sequence[GraphInput], args: Sequence[Any], results: Sequence[Any], split: Split
 ) -> tuple[int, ...]:
     """Indices of results that share memory with an input or an earlier result although eager's would not.
 
-    Args:
-        storages: per result, the number of its storage in eager; None for what is no tensor.
+    What eager steps make is not among them: it lies where eager's does.
     """
     given = [(value, i.spec.storage) for i, value in zip(inputs, args, strict=True) if i.spec is not None]
-    return undeclared_sharing(zip(results, storages, strict=True), given)
+    found = undeclared_sharing(zip(results, split.result_storages, strict=True), given)
+    outputs = [spec for piece in split.pieces if piece.kind == "compute" for spec in piece.output_specs]
+    compiled = {spec.storage for spec in outputs if spec is not None}
+    return tuple(index for index in found if split.result_storages[index] in compiled)
 
 
 def hand_over(
-    results: list[Any], storages: Sequence[int | None], input_storages: Collection[int], static: Collection[int]
+    results: list[Any], storages: Sequence[int | None], input_storages: Collection[int], static: MemoryMap
 ) -> int:
     """Replace, in ``results``, what lies in static memory by copies that belong to the caller.
 
@@ -116,19 +116,20 @@ def hand_over(
 
     Args:
         input_storages: numbers of the storages of graph inputs; a result that is a view of one stays a view.
-        static: addresses of memory that later calls overwrite.
+        static: memory that later calls overwrite.
     """
     groups: dict[tuple[int, int | None], list[int]] = {}
     for index, (value, storage) in enumerate(zip(results, storages, strict=True)):
-        if isinstance(value, torch.Tensor) and storage not in input_storages:
-            where = address(value)
-            if where in static:
-                groups.setdefault((where, storage), []).append(index)
+        if not isinstance(value, torch.Tensor) or storage in input_storages:
+            continue
+        if static.holds(value) or not value.numel():  # no address tells where what has no elements is from
+            groups.setdefault((address(value), storage), []).append(index)
     copied = 0
     for members in groups.values():
         tensors = [results[index] for index in members]
-        for index, copy in zip(members, _copies(tensors), strict=True):
-            results[index] = copy
+        copies = dict(zip(map(id, tensors), _copies(tensors), strict=True))  # one tensor returned twice stays one
+        for index in members:
+            results[index] = copies[id(results[index])]
         copied += len(members)
     return copied
 

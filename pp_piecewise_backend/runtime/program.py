@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ import torch
 
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
+from ..utils.addresses import MemoryMap
 from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
+from .apart import Apart
 from .capture_plan import GraphKind, GraphPlan
-from .cudagraphs.memory import address, like
+from .cudagraphs.memory import like
 from .dispatch import Graphs
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import lay_out
@@ -69,22 +72,23 @@ class Program:
         self.whole_plain_run: str | None = None
         """Why a call ran the graph as it came, if one did."""
         self.layout = lay_out(split, table, compiled, pieces_are_exact=config.compiler == "eager")
-        tensors = [(at, i.spec.storage, i) for at, i in enumerate(table.inputs) if i.spec is not None]
-        self._exclusive = {at: storage for at, storage, i in tensors if i.name in split.cuts.exclusive_inputs}
-        """Position -> storage number of the inputs that must not overlap with another storage."""
-        storages = set(self._exclusive.values())
-        self._others = tuple(at for at, storage, i in tensors if i.kind != "parameter" and storage not in storages)
+        tensors = [at for at, i in enumerate(table.inputs) if i.spec is not None]
+        self._exclusive = [at for at in tensors if table.inputs[at].name in split.cuts.exclusive_inputs]
+        """Positions of the inputs whose writes were moved, or given to a compiler."""
         self._equal_rows = table.equal_rows
         self.boundary = find_boundary(split, table)
         self._merged_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
+        known: tuple[int, ...] = ()
         self.graphs: Graphs | None = None
         if graph_kind is not None:
             plan = GraphPlan(self.layout, split, table, config, graph_kind, stage)
             memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
+            known = plan.parameter_positions
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
+        self._apart = Apart(table.inputs, self._exclusive, tensors, known)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -148,14 +152,15 @@ class Program:
 
     def _results(self, args: Sequence[Any], session: Session | None) -> tuple[Sequence[Any], Call]:
         graphs = self.graphs
-        if self._exclusive and self._overlap(args):
+        addresses = () if graphs is None else graphs.parameter_addresses(args)
+        if self._exclusive and self._apart.are_broken(args, addresses):
             names = ", ".join(self.inputs[position].label for position in self._exclusive)
             why = f"inputs that the graph writes ({names}) share memory with other inputs"
             return self._run_whole(args, miss("inputs-overlap", why), session)
         if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
             return self._run_whole(args, miss("rows-disagree", "stage inputs have different numbers of rows"), session)
         if graphs is not None:
-            outcome = graphs.run(args, session)
+            outcome = graphs.run(args, addresses, session)
             if outcome is not None:
                 return outcome
         return self._run_uncaptured(args)
@@ -167,22 +172,23 @@ class Program:
         if listener is None:
             results, call.plain = self.layout.run(args)
         else:
-            results, call.plain = self.layout.run(args, self._releasing(listener), listener.timeline)
+            results, call.plain = self.layout.run(args, self._releasing(args, listener), listener.timeline)
         merged = self._merged_results
         if merged is None:
-            merged = merged_results(self.inputs, args, results, self.split.result_storages)
+            merged = merged_results(self.inputs, args, results, self.split)
             # Plain FX does not merge what compiled code may.
             self._merged_results = None if call.plain else merged
         for index in merged:
             results[index] = like(results[index])
         return results, call
 
-    def _releasing(self, listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
+    def _releasing(self, args: Sequence[Any], listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
         """What to do after each step of an un-captured call, see Note [early release]."""
         assert self.stage is not None
         boundary = self.boundary
-        landing = dict.fromkeys(self.stage.landing_addresses, boundary.landing_storages)
-        is_hidden = False
+        landing = MemoryMap(product(self.stage.landing_spans, boundary.landing_storages))
+        passed = [(at, i.spec.storage) for at, i in enumerate(self.inputs) if i.spec and not i.outlives_the_call]
+        is_hidden = any(shares_undeclared(args[at], storage, landing) for at, storage in passed)
 
         def watch(step: int, outputs: Sequence[Any]) -> None:
             nonlocal is_hidden
@@ -197,14 +203,6 @@ class Program:
                 listener.landing_was_read()
 
         return watch
-
-    def _overlap(self, args: Sequence[Any]) -> bool:
-        """Whether an input whose writes were moved shares memory with another input; no guard of Dynamo's notices."""
-        owner: dict[int, int] = {}
-        for position, storage in self._exclusive.items():
-            if owner.setdefault(address(args[position]), storage) != storage:
-                return True
-        return any(address(args[position]) in owner for position in self._others)
 
     def _run_whole(self, args: Sequence[Any], reason: Reason, session: Session | None) -> tuple[Sequence[Any], Call]:
         self.whole_plain_run = reason.sentence

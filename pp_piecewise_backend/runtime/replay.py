@@ -10,18 +10,20 @@ import copy as shallow
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
+from itertools import product
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
+from ..utils.addresses import MemoryMap, Span, span
 from ..utils.counters import Amounts
 from ..utils.reasons import Missed, Reason, miss
 from . import padding_test
 from .bucket import Bucket, described, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
-from .cudagraphs.memory import StaticTensor, address, like, without_repeats
+from .cudagraphs.memory import StaticTensor, like, without_repeats
 from .instructions import Instruction, picker, run_steps
 from .ownership import shares_undeclared
 from .tracing import Timeline, profiler_is_running, step_name, wrap
@@ -242,8 +244,10 @@ class _OnRealRows(_Step):
         self.refreshed = [copy for copy in copies if copy is not None]
         """Of what it writes; into landing memory only where the caller's tensor lies elsewhere."""
         self.memory, self.specs = program.declared_memory, plan.specs
+        self.is_opaque = instruction.piece.traits.opaque and any(out.register is not None for out in self.outputs)
+        """Whether each call may keep an output in other memory than the last one."""
         self.copied_outputs: tuple[int, ...] | None = None
-        """Outputs that lie in static memory although their facts say otherwise; None before the first call."""
+        """Outputs that lie in static memory although their facts say otherwise; None if a call has to look."""
 
     def row(self) -> _Row:
         if len(self.outputs) == 1 and not (self.body is None or self.refreshed or self.ends):
@@ -281,10 +285,12 @@ class _OnRealRows(_Step):
         return UnexpectedTensor(self.step, f"piece[{self.step}], an eager step, {what}")
 
     def _with_memory_of_their_own(self, outputs: Sequence[Any]) -> Sequence[Any]:
-        if self.copied_outputs is None:
-            self.copied_outputs = self._hidden_aliases(outputs)
+        copied = self.copied_outputs
+        if copied is None:
+            copied = self._hidden_aliases(outputs)
+            self.copied_outputs = None if self.is_opaque else copied
         outputs = list(outputs)
-        for index in self.copied_outputs:
+        for index in copied:
             outputs[index] = like(outputs[index])
         return outputs
 
@@ -325,7 +331,7 @@ class FlatProgram:
         self.last_use_outside = self._uses_outside()
         """Register of a value made in the call -> the last step that does not replay and uses it."""
         self.declared_memory = self._declared_memory()
-        """Address of static memory -> numbers of the storages that, by their facts, may lie in it."""
+        """Static memory and landing memory, with the storages that, by their facts, may lie in it."""
         self.template: list[Any] = plan.layout.fill([None] * len(plan.inputs))
         """What is in the registers before the first step; static output buffers of eager steps come after them."""
         arriving = [copy for register in plan.arrivals if (copy := self.copy_after(-1, register)) is not None]
@@ -376,11 +382,10 @@ class FlatProgram:
         lands = self.plan.arrivals.get(register) == "landing"
         return _Copy(register, self.bucket.static[register], self.num_tokens, lands)
 
-    def _declared_memory(self) -> dict[int, frozenset[int]]:
-        found: dict[int, set[int]] = {where: set() for where in self.bucket.static_memory}
-        for static in self.bucket.static.values():
-            found.setdefault(address(static.tensor), set()).add(static.spec.storage)
-        return {where: frozenset(storages) for where, storages in found.items()}
+    def _declared_memory(self) -> MemoryMap:
+        placed: list[tuple[Span, int | None]] = [(place, None) for place in self.bucket.static_memory]
+        placed += [(span(static.tensor), static.spec.storage) for static in self.bucket.static.values()]
+        return MemoryMap([*placed, *product(self.plan.landing_spans, self.plan.boundary.landing_storages)])
 
     def _uses_outside(self) -> dict[int, int]:
         given = len(self.plan.inputs) + len(self.plan.layout.constants)

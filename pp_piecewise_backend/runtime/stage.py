@@ -14,6 +14,7 @@ import torch
 
 from .. import errors
 from ..compilation.specs import TensorSpec
+from ..utils.addresses import MemoryMap, Span, span
 from ..utils.counters import Stats
 from .cudagraphs.device import Pool
 from .cudagraphs.memory import StaticMemory, allocate, spoil, tensor_in
@@ -79,6 +80,8 @@ class StageMemory:
         self._users: set[Captures] = set()
         self.given_out: list[weakref.ref[torch.Tensor]] = []
         """Results of the last call that the next one is to overwrite, to show that they are valid until then only."""
+        self.overwritten = MemoryMap()
+        """Where static results of the last call may lie."""
         self._counted_bytes = (0, 0)
 
     @property
@@ -191,9 +194,9 @@ class Stage:
         return self._landing[name]
 
     @cached_property
-    def landing_addresses(self) -> frozenset[int]:
-        """Where the landing memory of each proxy begins."""
-        return frozenset(block.data_ptr() for block in self._landing.values())
+    def landing_spans(self) -> tuple[Span, ...]:
+        """Where the landing memory of each proxy lies."""
+        return tuple(map(span, self._landing.values()))
 
     def check(self, name: str, spec: TensorSpec, token_dim: int | None) -> str | None:
         """Why the graph input ``name`` cannot land in this memory; None if it can."""

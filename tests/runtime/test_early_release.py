@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -228,12 +229,18 @@ def test_an_alias_that_facts_do_not_know_is_seen_when_it_is_made() -> None:
     assert program.stage is not None and program.boundary.last_reader == 0
     spoiler = program.stage.listener
     assert isinstance(spoiler, Spoiler)
-    for output, released in (
-        (program.stage.views(4)["hidden_states"][:, 1:], 0),
-        (torch.randn(4, HIDDEN), 1),
+    views, apart = program.stage.views(4), torch.randn(4, HIDDEN)
+    inside = torch.from_numpy(views["residual"].numpy()[1:])  # of another storage
+    program.inputs = tuple(replace(i, kind="other-tensor") if i.label == "w" else i for i in program.inputs)
+    for output, weight, released in (
+        (views["hidden_states"][:, 1:], apart, 0),
+        (inside, apart, 0),
+        (apart, inside, 0),  # what the caller passes may be read after the release
+        (apart, apart, 1),
     ):
         before = spoiler.releases
-        program._releasing(spoiler)(0, [output])
+        given = [views.get(i.label, weight) if i.spec is not None else 4 for i in program.inputs]
+        program._releasing(given, spoiler)(0, [output])
         assert spoiler.releases - before == released
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pp_piecewise_backend.compilation.placeholders import GraphInput
 from pp_piecewise_backend.compilation.specs import TensorSpec
 from pp_piecewise_backend.runtime.cudagraphs.memory import address
 from pp_piecewise_backend.runtime.ownership import hand_over, merged_results, shares_undeclared, undeclared_sharing
+from pp_piecewise_backend.utils.addresses import MemoryMap, span
 
 
 def graph_input(tensor: Tensor, storage: int) -> GraphInput:
@@ -19,7 +21,14 @@ def graph_input(tensor: Tensor, storage: int) -> GraphInput:
 
 
 def handed(results: list[Any], storages: list[int | None], static: Tensor, inputs: set[int] | None = None) -> int:
-    return hand_over(results, storages, inputs or set(), {address(static)})
+    return hand_over(results, storages, inputs or set(), MemoryMap.of([static]))
+
+
+def split(result_storages: list[int | None], compiled: set[int]) -> Any:
+    x = torch.randn(1)
+    piece = SimpleNamespace(kind="compute", output_specs=[TensorSpec.of(x, storage) for storage in compiled])
+    step = SimpleNamespace(kind="eager", output_specs=[None, TensorSpec.of(x, 2)])
+    return SimpleNamespace(result_storages=result_storages, pieces=[piece, step])
 
 
 @pytest.mark.parametrize(
@@ -103,30 +112,35 @@ def test_results_that_a_compiler_merged_are_found() -> None:
     x, y = torch.randn(3), torch.randn(3)
     inputs, args = [graph_input(x, 0), graph_input(y, 1)], [x, y]
     own = torch.randn(4)
-    assert merged_results(inputs, args, [x, y[1:], own], [0, 1, 2]) == ()
-    assert merged_results(inputs, args, [x, y, own], [2, 1, 3]) == (0,)  # eager gave new memory for the first
-    assert merged_results(inputs, args, [own, own[1:], own[2:]], [2, 2, 3]) == (2,)
-    assert merged_results(inputs, args, [own, own], [2, 3]) == (1,)
+    assert merged_results(inputs, args, [x, y[1:], own], split([0, 1, 2], {2})) == ()
+    assert merged_results(inputs, args, [x, y, own], split([2, 1, 3], {2, 3})) == (0,)
+    assert merged_results(inputs, args, [x, y, own], split([2, 1, 3], {3})) == ()  # an eager step does as eager does
+    assert merged_results(inputs, args, [own, own[1:], own[2:]], split([2, 2, 3], {2, 3})) == (2,)
+    assert merged_results(inputs, args, [own, own], split([2, 3], {2, 3})) == (1,)
 
 
 def test_what_has_no_memory_is_not_merged() -> None:
     x = torch.randn(0)
-    assert merged_results([graph_input(x, 0)], [x], [x, 3, None, torch.empty(0)], [1, None, None, 2]) == ()
+    assert (
+        merged_results([graph_input(x, 0)], [x], [x, 3, None, torch.empty(0)], split([1, None, None, 2], {1, 2})) == ()
+    )
 
 
 def test_what_two_inputs_declare_of_one_memory_is_believed_of_both() -> None:
     x = torch.randn(3)  # passed as two arguments, which no guard of Dynamo's forbids
     inputs = [graph_input(x, 0), graph_input(x, 1)]
-    assert merged_results(inputs, [x, x], [x[1:], x[1:], x], [1, 0, 2]) == (2,)
+    assert merged_results(inputs, [x, x], [x[1:], x[1:], x], split([1, 0, 2], {2})) == (2,)
 
 
 def test_sharing_is_declared_by_any_storage_at_the_address() -> None:
-    x = torch.randn(3)
-    assert not shares_undeclared(x[1:], 5, {address(x): {4, 5}})
-    assert shares_undeclared(x, 6, {address(x): {4, 5}}) and shares_undeclared(x, None, {address(x): {4}})
-    assert not shares_undeclared(x.clone(), 6, {address(x): {4, 5}})
-    assert not shares_undeclared(3, None, {address(x): {4}})
-    assert not shares_undeclared(torch.empty(0), 1, {address(torch.empty(0)): {4}})
+    array = torch.randn(8).numpy()
+    x, middle, after = (torch.from_numpy(part) for part in (array[:4], array[2:6], array[4:]))
+    declared = MemoryMap([(span(x), 4), (span(x), 5), (span(torch.empty(0)), 7)])
+    assert not shares_undeclared(x[1:], 5, declared) and not shares_undeclared(middle, 5, declared)
+    assert shares_undeclared(x, 6, declared) and shares_undeclared(x, None, declared)
+    assert shares_undeclared(middle, 6, declared)  # in a storage of its own, over half of the memory
+    for other in (x.clone(), after, x[:0], torch.empty(0), 3):
+        assert not shares_undeclared(other, 6, declared)
 
 
 def test_sharing_among_values_is_found_at_the_later_one() -> None:

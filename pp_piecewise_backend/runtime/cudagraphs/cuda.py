@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ...utils import torch_compat
+from ...utils.addresses import MemoryMap
 from .device import CaptureError, PieceCall, released
-from .memory import address, storage_addresses
 
 
 class CudaPool:
@@ -46,16 +46,12 @@ class CudaPool:
 class CudaGraph:
     """One captured piece on CUDA."""
 
-    def __init__(
-        self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], input_storages: set[int], pool: CudaPool
-    ) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], inputs: MemoryMap, pool: CudaPool) -> None:
         self._graph = graph
         self._pool: CudaPool | None = pool
         pool.graphs += 1
         self.replay = graph.replay
-        self._strong: list[Any] = [
-            o if isinstance(o, torch.Tensor) and address(o) not in input_storages else None for o in outputs
-        ]
+        self._strong: list[Any] = [o if isinstance(o, torch.Tensor) and not inputs.holds(o) else None for o in outputs]
         self.outputs = [torch_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
 
     def release_output(self, index: int) -> None:
@@ -103,7 +99,7 @@ class CudaDevice:
             with contextlib.suppress(Exception):
                 torch.cuda.synchronize()
             raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return CudaGraph(graph, outputs, storage_addresses(inputs), pool)
+        return CudaGraph(graph, outputs, MemoryMap.of(inputs), pool)
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -11,8 +11,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ...utils import torch_compat
+from ...utils.addresses import MemoryMap
 from .device import CaptureError, PieceCall, released
-from .memory import StaticMemory, address, storage_addresses, tensor_in, undo_writes
+from .memory import StaticMemory, tensor_in, undo_writes
 
 SCRIBBLE_BYTE = 0xFF
 """What emulation writes over memory that a real graph might overwrite: NaN as a float, -1 as an integer."""
@@ -29,7 +30,7 @@ class EmulatedGraph:
         self,
         run: Callable[[], Sequence[Any]],
         results: Sequence[Any],
-        input_storages: set[int],
+        inputs: MemoryMap,
         pool: StaticMemory,
     ) -> None:
         self._run, self._pool = run, pool
@@ -38,7 +39,7 @@ class EmulatedGraph:
         self.outputs = list(results)
         placed: dict[int, torch.Tensor] = {}
         for index, result in enumerate(results):
-            if not isinstance(result, torch.Tensor) or address(result) in input_storages:
+            if not isinstance(result, torch.Tensor) or inputs.holds(result):
                 continue
             storage = result.untyped_storage()
             key = storage.data_ptr() if result.numel() else -index - 1
@@ -97,7 +98,7 @@ class EmulatedDevice:
         # As in a real graph: the captured addresses, whatever becomes of the tensors and of their memory.
         alias = torch_compat.tensor_without_ownership
         captured = [alias(value) if isinstance(value, torch.Tensor) else value for value in inputs]
-        storages = storage_addresses(captured)
+        given = MemoryMap.of(captured)
         recorder = _Recorder()
         before = [(value, value.clone()) for value in captured if isinstance(value, torch.Tensor)]
         _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
@@ -113,7 +114,7 @@ class EmulatedDevice:
             with torch.no_grad():
                 undo_writes(before)  # a real capture runs nothing
         run = recorder.tape(captured, results) if self._records_ops else None
-        return EmulatedGraph(run or (lambda: call(captured)), results, storages, pool)
+        return EmulatedGraph(run or (lambda: call(captured)), results, given, pool)
 
     def is_capturing(self) -> bool:
         return getattr(_CAPTURING, "depth", 0) > 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import sympy
 import torch
@@ -201,11 +200,6 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def memory_of(tensors: Iterable[torch.Tensor]) -> list[weakref.ref[torch.UntypedStorage]]:
     """The storages of some tensors, which it does not keep alive."""
     return [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
-
-
-def storage_addresses(values: Sequence[Any]) -> set[int]:
-    """Where the storages of the tensors among ``values`` begin; storages without memory have no address."""
-    return {address(v) for v in values if isinstance(v, torch.Tensor) and v.untyped_storage().nbytes()}
 
 
 def undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
