@@ -153,8 +153,9 @@ def test_gpt_oss() -> None:
     config = transformers.GptOssConfig(**sizes, **counts, head_dim=8, pad_token_id=0, attn_implementation="eager")
     model = transformers.GptOssModel(config).eval()
     program = check(lambda ids: model(ids[None], use_cache=False)[0], (torch.arange(3, 9),))
-    assert steps(program) == "cec"
-    assert eager_ops(program).count("matmul") == 2 and "softmax" in compute_ops(program)  # the router's
+    ops = program.pieces[1].ops  # in some versions of PyTorch, the experts' product is an eager step too
+    assert steps(program).startswith("cec") and ops.count("matmul") == 2 and {"cat", "softmax"} <= set(ops)
+    assert "softmax" in compute_ops(program)  # the router's
 
 
 # ---------------------------------------------------------------------------------------- FlexAttention
