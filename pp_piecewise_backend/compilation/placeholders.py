@@ -60,10 +60,10 @@ class InputTable:
     unmatched_stage_inputs: tuple[str, ...]
     """Registered names that no input of this graph has."""
     equal_symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
-    """Symbol of a stage input's rows -> the token count, where the graph itself does not say that they agree. Opaque
-    ops leave that open; each call has to check it."""
+    """Symbol of an input's rows -> the token count, where the graph itself does not say that they agree. Opaque ops
+    leave that open; each call has to check it."""
     equal_rows: tuple[tuple[int, int], ...] = ()
-    """Positions of these stage inputs, and the dimension that must have the size of the token count."""
+    """Positions of the inputs to check, and the dimension that must have the size of the token count."""
     likely_equal: tuple[sympy.Symbol, ...] = ()
     """Other sizes that were the token count in the traced call, of tensors that seem to be per-token."""
     may_lack_tokens: bool = False
@@ -95,7 +95,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
             dimensions come after the token dimension; None where nobody declared it.
     """
     candidates = _candidates(facts, tail_ranks)
-    equal = _equal_symbols(facts, [c for c in candidates if c.is_stage_input])
+    equal = _equal_symbols(facts, candidates)
     if equal:
         facts = facts.with_equal_symbols(equal)
         candidates = _candidates(facts, tail_ranks)
@@ -108,7 +108,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
     if may_lack_tokens:
         token_reason += ", which may count something else: no capture is refused for its size"
     found = {c.label for c in candidates if c.is_stage_input}
-    rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.kind == "stage-input" and i.token_dim is not None]
+    rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.token_dim is not None]
     return InputTable(
         inputs,
         token_count,
@@ -180,8 +180,17 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate]) -> tuple[D
     return None, "no stage input and no per-token input was found"
 
 
-def _equal_symbols(facts: GraphFacts, stage: Sequence[_Candidate]) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Symbols of the stage inputs' rows that had the same value while tracing -> the first of them."""
+def _equal_symbols(facts: GraphFacts, candidates: Sequence[_Candidate]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Symbols of the stage inputs' rows that had the same value while tracing -> the first of them.
+
+    Of unbacked symbols no value is known; then inputs with the names of per-token ones count too.
+    """
+    stage = [c for c in candidates if c.is_stage_input]
+    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
+    named = [c for c in plain if c.label in _PER_TOKEN_NAMES[:-1] and not c.is_stage_input]
+    unbacked = {symbol for symbol, spec in facts.symbols.items() if spec.hint is None}
+    if unbacked.issuperset(_token_dim_size(c) for c in (*stage, *named)):
+        stage += named
     sizes = list(dict.fromkeys(_token_dim_size(candidate) for candidate in stage))
     symbols = [size for size in sizes if isinstance(size, sympy.Symbol) and size in facts.symbols]
     if len(symbols) < 2 or len(symbols) < len(sizes) or len({facts.symbols[s].hint for s in symbols}) > 1:

@@ -158,7 +158,8 @@ class Program:
             why = f"inputs that the graph writes ({names}) share memory with other inputs"
             return self._run_whole(args, miss("inputs-overlap", why), session)
         if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-            return self._run_whole(args, miss("rows-disagree", "stage inputs have different numbers of rows"), session)
+            names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
+            return self._run_whole(args, miss("rows-disagree", f"{names} have different numbers of rows"), session)
         if graphs is not None:
             outcome = graphs.run(args, addresses, session)
             if outcome is not None:

@@ -57,6 +57,23 @@ def test_arguments_that_are_marked_each_on_its_own() -> None:
     assert len(ppb.programs()) == 2
 
 
+def test_unbacked_arguments_with_the_names_of_per_token_ones() -> None:
+    """Dynamo knows no value of theirs, so nothing guards that they agree: each call checks it."""
+
+    def forward(input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(TABLE[input_ids] @ TABLE[:HIDDEN]) + 1, TABLE[positions] @ TABLE[:HIDDEN]
+
+    pair = Pair(forward, "cpu", mark=False)
+    for num_tokens, num_positions in [(7, 7), (6, 6), (8, 8), (5, 4), (3, 1), (5, 5)]:
+        given = ids(num_tokens), ids(num_positions)
+        for tensor in given:
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        pair(*given)
+    assert len(ppb.programs()) == 1 and set(pair.padding.values()) == {"safe"}
+    assert ppb.stats().miss_reasons == {"first-call": 2, "rows-disagree": 2 * 2}
+    assert "input_ids, positions have different numbers of rows" in ppb.explain()
+
+
 def test_a_size_that_no_compute_piece_takes_is_left_alone() -> None:
     def forward(x: Tensor, lengths: Tensor) -> Tensor:
         return torch.ops.kindtest.attention((x + 1) @ TABLE.t()[:, :HIDDEN], lengths) @ TABLE[:HIDDEN]
