@@ -61,9 +61,10 @@ def test_unbacked_arguments_with_the_names_of_per_token_ones() -> None:
     """Dynamo knows no value of theirs, so nothing guards that they agree: each call checks it."""
 
     def forward(input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(TABLE[input_ids] @ TABLE[:HIDDEN]) + 1, TABLE[positions] @ TABLE[:HIDDEN]
+        x = torch.ops.kindtest.attention(TABLE[input_ids] @ TABLE[:HIDDEN], TABLE)
+        return x + 1, TABLE[positions] @ TABLE[:HIDDEN]
 
-    pair = Pair(forward, "cpu", mark=False)
+    pair = Pair(forward, "cpu", mark=False, split_ops="+kindtest::*")
     for num_tokens, num_positions in [(7, 7), (6, 6), (8, 8), (5, 4), (3, 1), (5, 5)]:
         given = ids(num_tokens), ids(num_positions)
         for tensor in given:
