@@ -13,7 +13,7 @@ import transformers
 from checkout import CHECKOUT
 from pp_piecewise_backend.__main__ import main
 from pp_piecewise_backend.demo import command
-from pp_piecewise_backend.demo.prompts import OWN_MODEL_DIR
+from pp_piecewise_backend.demo.questions import OWN_MODEL_DIR
 
 
 def test_help_without_the_demo_dependencies() -> None:

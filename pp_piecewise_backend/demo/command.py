@@ -7,12 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.counters import counted
 from . import questions
-from .job import Job, RankFailed, run_ranks
-from .prompts import OWN_MODEL_DIR, Vocabulary, is_own_model, vocabulary_of
+from .questions import OWN_MODEL_DIR, Vocabulary, is_own_model, vocabulary_of
+
+if TYPE_CHECKING:
+    from .rank import Job
 
 DESCRIPTION = """\
 Runs a decoder as a pipeline of processes on this machine, each with a StageRunner that compiles its half (third, ...)
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions",
         type=int,
         metavar="K",
-        help=f"ask only the first K of the {questions.HELD_OUT_COUNT} held-out questions",
+        help="ask only the first K of the 200 held-out questions",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -95,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> Task:
     """Checks the arguments. Raises `ValueError` that says what was got and what is expected."""
     config = _read_config(options.model)
+    from .rank import Job
+
     layer_count = config.num_hidden_layers
     if not 1 <= options.ranks <= layer_count:
         raise ValueError(
@@ -141,8 +145,9 @@ def plan(options: argparse.Namespace) -> Task:
 
 def execute(task: Task) -> int:
     """Runs the ranks, then eager, and prints answers and tables; the exit code as `run`."""
-    from . import verdict
-    from .reference import generate_eagerly, load_decoder
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    from . import rank, verdict
 
     job = task.job
     transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
@@ -152,17 +157,17 @@ def execute(task: Task) -> int:
         flush=True,
     )
     try:
-        reports = run_ranks(job)
-    except RankFailed as error:
-        print(f"demo: {error}", file=sys.stderr)
+        reports = rank.run_ranks(job)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        print(f"demo: rank {error.error_index} of {job.ranks} failed: {str(error).strip()}", file=sys.stderr)
         return 1
-    decoder = load_decoder(job.model_dir).to(job.device)
+    decoder = verdict.load_decoder(job.model_dir).to(job.device)
     begin = time.perf_counter()
-    eager = generate_eagerly(decoder, job.prompts, max_new_tokens=job.max_new_tokens, end_tokens=job.end_tokens)
+    eager = verdict.generate_eagerly(decoder, job.prompts, max_new_tokens=job.max_new_tokens, end_tokens=job.end_tokens)
     eager_seconds = time.perf_counter() - begin
     problems = verdict.problems(task.texts, eager, reports, task.right)
     if len(task.texts) == 1:
-        print(f"{task.texts[0]} -> {task.vocabulary.decode(verdict.answers(reports)[0])}")
+        print(f"{task.texts[0]} -> {task.vocabulary.decode(reports[0].generated[0])}")
     print()
     print(verdict.answers_table(eager, eager_seconds, reports, task.right))
     print()

@@ -1,8 +1,8 @@
-"""Questions ``a+b`` and ``a-b``, their tokens, and the split between training and held-out questions.
+"""What the demo asks: questions ``a+b`` and ``a-b``, their tokens, and those of another decoder.
 
-Tokens are single characters. Numbers are written with the least significant digit first and padded with
-zeros to a fixed width, so that a digit of the answer stands at the same distance from the two digits (and the
-carry) that it is made of, and a batch of questions needs no padding:
+Tokens of the demo's own decoder are single characters. Numbers are written with the least significant digit first and
+padded with zeros to a fixed width, so that a digit of the answer stands at the same distance from the two digits (and
+the carry) that it is made of, and a batch of questions needs no padding:
 
     12-345      ->  ^ 2 1 0 - 5 4 3 =          9 prompt tokens
     -333        ->  - 3 3 3 0 $                6 answer tokens: sign, four digits, end
@@ -12,10 +12,13 @@ What people read (``Question.text``, `decode_answer`) is in the usual order.
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OWN_MODEL_DIR = Path(__file__).parent / "model"
 
 BEGIN = "^"
 END = "$"
@@ -26,9 +29,6 @@ ANSWER_DIGITS = 4
 LARGEST_OPERAND = 10**OPERAND_DIGITS - 1
 PROMPT_TOKENS = 1 + OPERAND_DIGITS + 1 + OPERAND_DIGITS + 1
 ANSWER_TOKENS = 1 + ANSWER_DIGITS + 1
-
-HELD_OUT_COUNT = 200
-HELD_OUT_SEED = 20260
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,6 @@ class Question:
     def answer(self) -> int:
         return self.left + self.right if self.operation == "+" else self.left - self.right
 
-    @property
-    def operands(self) -> frozenset[int]:
-        return frozenset((self.left, self.right))
-
 
 def parse_question(text: str) -> Question:
     """Reads ``12+34`` or ``5 - 678``. Raises `ValueError` that says what was got and what is expected."""
@@ -63,8 +59,9 @@ def parse_question(text: str) -> Question:
     return Question(int(match[1]), match[2], int(match[3]))
 
 
-def _reversed_digits(number: int, width: int) -> str:
-    return f"{number:0{width}d}"[::-1]
+def held_out_questions() -> list[Question]:
+    """200 questions. No question in the training has the same two operands, in either order, with either operation."""
+    return [parse_question(line) for line in (OWN_MODEL_DIR / "held_out_questions.txt").read_text().splitlines()]
 
 
 def encode(characters: str) -> list[int]:
@@ -77,43 +74,57 @@ def decode(tokens: Sequence[int]) -> str:
 
 def encode_prompt(question: Question) -> list[int]:
     """The `PROMPT_TOKENS` tokens that the decoder reads."""
-    left = _reversed_digits(question.left, OPERAND_DIGITS)
-    right = _reversed_digits(question.right, OPERAND_DIGITS)
+    left, right = (f"{number:0{OPERAND_DIGITS}d}"[::-1] for number in (question.left, question.right))
     return encode(f"{BEGIN}{left}{question.operation}{right}=")
 
 
 def encode_answer(question: Question) -> list[int]:
     """The `ANSWER_TOKENS` tokens that a right answer consists of."""
-    sign = "-" if question.answer < 0 else "+"
-    return encode(sign + _reversed_digits(abs(question.answer), ANSWER_DIGITS) + END)
+    written = f"{question.answer:+0{1 + ANSWER_DIGITS}d}"
+    return encode(written[0] + written[:0:-1] + END)
 
 
-def decode_answer(tokens: Sequence[int]) -> int | None:
-    """The number that generated tokens stand for, or None if they are not an answer of the fixed form."""
-    match = re.fullmatch(rf"([+-])(\d{{{ANSWER_DIGITS}}})\$", decode(tokens))
-    if match is None:
-        return None
-    magnitude = int(match[2][::-1])
-    return -magnitude if match[1] == "-" else magnitude
+def decode_answer(tokens: Sequence[int]) -> str:
+    """The number that generated tokens stand for; their characters if they are no answer of the fixed form."""
+    characters = decode(tokens)
+    match = re.fullmatch(rf"([+-])(\d{{{ANSWER_DIGITS}}})\$", characters)
+    return characters if match is None else str(int(match[1] + match[2][::-1]))
 
 
-def held_out_questions() -> list[Question]:
-    """The `HELD_OUT_COUNT` questions no part of which training sees, the same on every machine.
+class Vocabulary(NamedTuple):
+    encode: Callable[[str], list[int]]
+    """Raises `ValueError` that says what to write instead."""
+    decode: Callable[[Sequence[int]], str]
 
-    No training question has the same two operands, in either order and with either operation. Half of the
-    questions have operands uniform in 0..999, half have operands of one, two or three digits equally often.
-    """
-    # Only random() is promised to give the same numbers in every version of Python.
-    generator = random.Random(HELD_OUT_SEED)
-    seen: set[frozenset[int]] = set()
-    questions: list[Question] = []
-    while len(questions) < HELD_OUT_COUNT:
-        limits = [LARGEST_OPERAND + 1] * 2
-        if len(questions) % 2:
-            limits = [10 ** (1 + int(generator.random() * OPERAND_DIGITS)) for _ in range(2)]
-        left, right = (int(generator.random() * limit) for limit in limits)
-        question = Question(left, "+" if generator.random() < 0.5 else "-", right)
-        if question.operands not in seen:
-            seen.add(question.operands)
-            questions.append(question)
-    return questions
+
+def is_own_model(config: Any) -> bool:
+    """Whether the decoder was made by the demo's training script."""
+    return getattr(config, "demo_alphabet", None) == ALPHABET
+
+
+def vocabulary_of(model_dir: Path, config: Any) -> Vocabulary:
+    """Arithmetic questions for the demo's decoder, else the tokenizer in the folder, else comma-separated token ids."""
+    if is_own_model(config):
+        return Vocabulary(lambda text: encode_prompt(parse_question(text)), decode_answer)
+    if any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        import transformers
+
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return Vocabulary(
+            lambda text: list(tokenizer(text)["input_ids"]),
+            lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        )
+
+    def token_ids(text: str) -> list[int]:
+        try:
+            tokens = [int(part) for part in text.split(",")]
+        except ValueError:
+            tokens = []
+        if not tokens or not all(0 <= token < config.vocab_size for token in tokens):
+            raise ValueError(
+                f"{model_dir} has no tokenizer, so --prompt must be comma-separated token ids in "
+                f"0..{config.vocab_size - 1}, such as 1,15,7; got {text!r}."
+            )
+        return tokens
+
+    return Vocabulary(token_ids, lambda tokens: ",".join(map(str, tokens)))

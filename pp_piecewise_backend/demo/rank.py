@@ -1,53 +1,111 @@
-"""One rank of the demo: ``python -m pp_piecewise_backend.demo.rank JOB.json REPORT_FOLDER`` under torchrun.
+"""The ranks of the demo: processes on this machine, each of which loads its stage and answers the job's prompts.
 
-Loads the weights of its stage, and answers the job's prompts together with the other ranks: a `StageRunner` on each,
-several prompts in the pipeline at once, and the tokens that the last rank chooses come back to the first.
+Each drives a `StageRunner`, several prompts are in the pipeline at once, and the tokens that the last rank chooses come
+back to the first.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import sys
+import struct
+import tempfile
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import transformers
-from torch.distributed.elastic.multiprocessing.errors import record
+from pydantic import BaseModel
 from tqdm import tqdm
 
 import pp_piecewise_backend as ppb
 
 from ..integrations.huggingface import DecoderStep, load_stage
-from .job import Job, RankReport, report_path
-from .schedule import Turn, turns
 
 PROMPTS_AT_ONCE_PER_RANK = 2
 FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
 
 
-@record
-def main() -> None:
-    job, report_folder = Job.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+class Job(BaseModel, frozen=True):
+    """Prompts to continue greedily with a pipeline of ``ranks`` stages."""
+
+    model_dir: str
+    ranks: int
+    device: str
+    """``cpu`` or ``cuda`` (one GPU per rank)."""
+    options: dict[str, str]
+    """Those of the backend."""
+    prompts: list[list[int]]
+    """Tokens; all rows have the same length."""
+    max_new_tokens: int
+    end_tokens: list[int]
+    """A row that generated one of these is finished."""
+
+
+class RankReport(BaseModel, frozen=True):
+    """What one rank did; a file in JSON, by which it tells the process that started it."""
+
+    rank: int
+    layers: list[int]
+    counters: dict[str, Any]
+    """``ppb.stats()``, in which the calls of the warm-up do not count."""
+    eager_parts: dict[str, int]
+    """How often which ops run eagerly between the compiled pieces, and why; layers that differ only in their
+    number count as one."""
+    load_seconds: float
+    compile_seconds: float
+    generate_seconds: float
+    generated: list[list[int]]
+    """New tokens per prompt, the end token included; on the first rank only, which hears of them."""
+
+
+def run_ranks(job: Job) -> list[RankReport]:
+    """Runs ``job.ranks`` processes to their end; their output goes to this process's.
+
+    Raises `torch.multiprocessing.ProcessRaisedException` or `ProcessExitedException` when one fails, once the others
+    are stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="pp_piecewise_demo_") as folder:
+        torch.multiprocessing.spawn(run_rank, (job, Path(folder)), nprocs=job.ranks)
+        return read_reports(job, Path(folder))
+
+
+def read_reports(job: Job, folder: Path) -> list[RankReport]:
+    return [RankReport.model_validate_json(_report_path(folder, rank).read_text()) for rank in range(job.ranks)]
+
+
+def _report_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.json"
+
+
+def run_rank(rank: int, job: Job, folder: Path) -> None:
+    """All that one process does. ``folder``, the same for all ranks and empty at first, gets the report."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the ranks share the cores of one machine
-    dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
+    os.environ["RANK"] = str(rank)  # by which a dump names its folder
+    device = torch.device("cuda", rank) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=(folder / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=job.ranks,
+    )
     try:
-        report = _run(job)
-        report_path(report_folder, report.rank).write_text(report.model_dump_json())
+        report = _run(job, rank, device)
+        _report_path(folder, rank).write_text(report.model_dump_json())
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def _run(job: Job) -> RankReport:
-    rank = dist.get_rank()
-    device = torch.device("cuda", rank) if job.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def _run(job: Job, rank: int, device: torch.device) -> RankReport:
     begin = time.perf_counter()
     stage = load_stage(job.model_dir, stages=job.ranks, stage=rank, device=device).requires_grad_(False)
     loaded = time.perf_counter()
@@ -62,10 +120,8 @@ def _run(job: Job) -> RankReport:
     return RankReport(
         rank=rank,
         layers=list(stage.layers),
-        counters=dict(ppb.stats().items()),
+        counters=dict(ppb.stats()),
         eager_parts=_eager_parts(),
-        calls=worker.calls,
-        calls_without_program=worker.calls_without_program,
         load_seconds=loaded - begin,
         compile_seconds=compiled - loaded,
         generate_seconds=seconds,
@@ -74,21 +130,64 @@ def _run(job: Job) -> RankReport:
 
 
 def _eager_parts() -> dict[str, int]:
-    parts: Counter[str] = Counter()
-    for program in ppb.programs():
-        for piece in program.pieces:
-            if piece.kind == "eager":
-                reason = re.sub(r"\d+", "*", piece.reason)
-                parts[f"{', '.join(piece.ops)}: {reason}"] += 1
-    return dict(parts)
+    eager = (piece for program in ppb.programs() for piece in program.pieces if piece.kind == "eager")
+    return dict(Counter(re.sub(r"\d+", "*", f"{', '.join(piece.ops)}: {piece.reason}") for piece in eager))
+
+
+_LAYOUT = struct.Struct("<III")
+
+
+class Turn(NamedTuple):
+    """What one micro-batch is; every rank reads it from the tag."""
+
+    prompt: int
+    slot: int
+    """Which of its key-value caches a rank takes. Prompts that are under way at once have different ones."""
+    position: int
+    """Of the first token of the micro-batch in its sequence; 0 starts a sequence, in an emptied cache."""
+
+    def to_tag(self) -> bytes:
+        return _LAYOUT.pack(*self)
+
+    @classmethod
+    def from_tag(cls, tag: bytes) -> Turn:
+        return cls(*_LAYOUT.unpack(tag))
+
+
+def turns(
+    job: Job,
+    slot_count: int,
+    generated: list[list[int]],
+    next_result: Callable[[], tuple[bytes, int]],
+    on_end: Callable[[], object],
+) -> Iterator[tuple[Turn, list[int]]]:
+    """Greedy decoding of a job's prompts, at most ``slot_count`` of them at once: turns in order, with their tokens.
+
+    Each prompt is one micro-batch of all its tokens, and then one micro-batch for each new token, which the last rank
+    chose and ``next_result`` brings back: ``(tag, chosen token)`` of the oldest micro-batch that was not asked for.
+    ``generated``, a list per prompt, gets the new tokens, the end token included; ``on_end`` is called when it has all.
+    """
+    waiting, free_slots = deque(enumerate(job.prompts)), deque(range(slot_count))
+    while waiting or len(free_slots) < slot_count:
+        if waiting and free_slots:
+            prompt, tokens = waiting.popleft()
+            yield Turn(prompt, free_slots.popleft(), position=0), tokens
+            continue
+        tag, token = next_result()
+        turn = Turn.from_tag(tag)
+        chosen = generated[turn.prompt]
+        chosen.append(token)
+        if token in job.end_tokens or len(chosen) == job.max_new_tokens:
+            free_slots.append(turn.slot)
+            on_end()
+        else:
+            yield turn._replace(position=len(job.prompts[turn.prompt]) + len(chosen) - 1), [token]
 
 
 class Worker:
     """One stage with its key-value caches and its runner, in step with the other ranks."""
 
     def __init__(self, job: Job, step: DecoderStep, device: torch.device) -> None:
-        self.calls = 0
-        self.calls_without_program = 0
         self._job = job
         self._device = device
         self._is_first, self._is_last = step.stage.is_first, step.stage.is_last
@@ -109,27 +208,15 @@ class Worker:
             options=job.options,
         )
 
-    def generate(self) -> list[list[int]] | None:
-        """The new tokens of each prompt, as the first rank heard of them and as the last rank chose them; None between.
-
-        Ends on all ranks when the first one has all that it needs.
-        """
-        generated: list[list[int]] = [[] for _ in self._job.prompts]
-        chosen: list[list[int]] = [[] for _ in self._job.prompts]
-        with tqdm(total=len(chosen), desc="pipeline", unit="prompt", disable=not self._is_first) as bar:
+    def generate(self) -> list[list[int]]:
+        """The new tokens of each prompt, on the first rank. Ends on all ranks when the first one has all of them."""
+        generated: list[list[int]] = [[] for _ in self._job.prompts] if self._is_first else []
+        with tqdm(total=len(generated), desc="pipeline", unit="prompt", disable=not self._is_first) as bar:
             schedule = turns(self._job, self._slot_count, generated, self._next_result, bar.update)
-            eager_steps = ppb.stats().eager_steps
             for output in self.runner.run(map(self._microbatch, schedule) if self._is_first else None):
-                self.calls += 1
-                # Every stage has attention, so a program that ran has run an eager step.
-                self.calls_without_program += ppb.stats().eager_steps == eager_steps
-                eager_steps = ppb.stats().eager_steps
-                if self._is_last:
-                    token = int(output["tokens"][-1])
-                    chosen[Turn.from_tag(self._tag).prompt].append(token)
-                    if self._is_alone:
-                        self._own_results.append((self._tag, token))
-        return generated if self._is_first else chosen if self._is_last else None
+                if self._is_alone:
+                    self._own_results.append((self._tag, int(output["tokens"][-1])))
+        return generated
 
     def _microbatch(self, planned: tuple[Turn, list[int]]) -> ppb.MicroBatch:
         turn, tokens = planned
@@ -152,7 +239,3 @@ class Worker:
         position_ids = torch.arange(turn.position, turn.position + num_tokens, device=self._device)
         inputs: dict[str, Any] = {"position_ids": position_ids, "past_key_values": cache}
         return inputs | ({"input_ids": torch.zeros_like(position_ids)} if self._is_first else {})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Compares what the pipeline generated with eager, and writes the tables."""
+"""Generates eagerly with the whole decoder in transformers alone, compares the pipeline with it, writes the tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
+
+import torch
 
 from ..utils.counters import counted
-from .job import RankReport
+from .rank import RankReport
 
 HANDOFF_COUNTERS = (
     "replays",
@@ -21,18 +24,49 @@ HANDOFF_COUNTERS = (
 )
 """Names in ``ppb.stats()`` of what the table says about the hand-off."""
 REQUIRED_ACCURACY = 0.98
+_ROWS_AT_ONCE = 50
+
+
+def load_decoder(model_dir: str) -> Any:
+    """On the CPU, in the dtype it is stored in, for inference. No bar is shown for loading, from now on."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def generate_eagerly(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int]
+) -> list[list[int]]:
+    """Greedy new tokens per prompt, up to and including the first of ``end_tokens``; all prompts are equally long.
+
+    Replaces the model's own settings, which may ask for sampling or penalties.
+    """
+    import transformers
+
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_tokens) or None,
+        pad_token_id=end_tokens[0] if end_tokens else 0,
+    )
+    generated: list[list[int]] = []
+    for rows in torch.tensor(prompts, device=model.device).split(_ROWS_AT_ONCE):
+        output = model.generate(rows, attention_mask=torch.ones_like(rows))[:, rows.shape[1] :]
+        generated += [cut_at_end(row, end_tokens) for row in output.tolist()]
+    return generated
+
+
+def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
+    """``tokens`` up to and including the first end token; what follows is filling."""
+    ends = (position for position, token in enumerate(tokens, 1) if token in end_tokens)
+    return tokens[: next(ends, len(tokens))]
 
 
 def accuracy(right: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> float:
     """The fraction of prompts answered with exactly the right tokens."""
     return sum(list(a) == list(b) for a, b in zip(right, got, strict=True)) / len(right)
-
-
-def answers(reports: Sequence[RankReport]) -> list[list[int]]:
-    """What the pipeline generated, as its first rank heard of it."""
-    generated = reports[0].generated
-    assert generated is not None
-    return generated
 
 
 def problems(
@@ -46,7 +80,7 @@ def problems(
     Of a prompt whose answers differ, it names the first token that does.
     """
     found = []
-    for prompt, (text, *both) in enumerate(zip(prompt_texts, eager, answers(reports), strict=True)):
+    for prompt, (text, *both) in enumerate(zip(prompt_texts, eager, reports[0].generated, strict=True)):
         for position, (expected, got) in enumerate(zip_longest(*both)):
             if expected != got:
                 found.append(
@@ -55,16 +89,14 @@ def problems(
                 )
                 break
     for report in reports:
-        if report.generated is not None and report.generated != answers(reports):
-            found.append(f"rank {report.rank} saw other tokens than rank 0")
-        if report.calls_without_program:
+        calls, programs_ran = report.counters["microbatches"], report.counters["calls"]
+        if programs_ran < calls:  # Dynamo fell back to plain Python
             found.append(
-                f"rank {report.rank}: {report.calls_without_program} of {report.calls} calls ran without a "
-                "program of the backend (TORCH_LOGS=recompiles says why; see also "
-                "torch._dynamo.config.recompile_limit)"
+                f"rank {report.rank}: {calls - programs_ran} of {calls} calls ran without a program of the backend "
+                "(TORCH_LOGS=recompiles says why; see also torch._dynamo.config.recompile_limit)"
             )
     if right is not None:
-        for name, tokens in (("eager", eager), ("the pipeline", answers(reports))):
+        for name, tokens in (("eager", eager), ("the pipeline", reports[0].generated)):
             if (fraction := accuracy(right, tokens)) < REQUIRED_ACCURACY:
                 found.append(f"accuracy of {name} is {fraction:.1%}; {REQUIRED_ACCURACY:.0%} is expected at least")
     return found
@@ -89,7 +121,7 @@ def answers_table(
     right: Sequence[Sequence[int]] | None,
 ) -> str:
     """Eager against the pipeline: accuracy (where the right answers are known), tokens, seconds."""
-    pipeline = answers(reports)
+    pipeline = reports[0].generated
     same = sum(a == b for row, other in zip(eager, pipeline, strict=True) for a, b in zip(row, other, strict=False))
 
     def row(name: str, tokens: Sequence[Sequence[int]], agreement: str, seconds: float) -> dict[str, object]:
@@ -118,7 +150,7 @@ def ranks_table(reports: Sequence[RankReport]) -> str:
             {
                 "rank": report.rank,
                 "layers": f"{report.layers[0]}-{report.layers[-1]}",
-                "calls": report.calls,
+                "calls": report.counters["microbatches"],
                 "programs": report.counters["programs"],
                 "pieces": report.counters["pieces"],
                 "compiled (distinct)": report.counters["pieces_compiled"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,7 @@ from tqdm import tqdm
 
 from pp_piecewise_backend.demo import questions
 from pp_piecewise_backend.demo.questions import Question
-from pp_piecewise_backend.demo.reference import generate_eagerly
-from pp_piecewise_backend.demo.verdict import accuracy
+from pp_piecewise_backend.demo.verdict import accuracy, generate_eagerly
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -48,6 +48,27 @@ def new_decoder(seed: int = 0) -> LlamaForCausalLM:
             **marker,
         )
     )
+
+
+HELD_OUT_COUNT = 200
+
+
+def draw_held_out_questions(seed: int = 20260) -> list[Question]:
+    """What ``held_out_questions.txt`` has, the same on every machine: no two questions with the same operands.
+
+    Half of the questions have operands uniform in 0..999, half have operands of one, two or three digits equally often.
+    """
+    # Only random() is promised to give the same numbers in every version of Python.
+    generator = random.Random(seed)
+    drawn: dict[frozenset[int], Question] = {}
+    while len(drawn) < HELD_OUT_COUNT:
+        limits = [questions.LARGEST_OPERAND + 1] * 2
+        if len(drawn) % 2:
+            limits = [10 ** (1 + int(generator.random() * questions.OPERAND_DIGITS)) for _ in range(2)]
+        left, right = (int(generator.random() * limit) for limit in limits)
+        question = Question(left, "+" if generator.random() < 0.5 else "-", right)
+        drawn.setdefault(frozenset((left, right)), question)
+    return list(drawn.values())
 
 
 def held_out_operands() -> torch.Tensor:
@@ -148,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters} parameters, {options.steps} steps in {time.perf_counter() - begin:.0f} s, "
-        f"last loss {loss:.5f}, {held_out_accuracy(model):.1%} of {questions.HELD_OUT_COUNT} held-out questions right, "
+        f"last loss {loss:.5f}, {held_out_accuracy(model):.1%} of {HELD_OUT_COUNT} held-out questions right, "
         f"written to {options.out}"
     )
     return 0
