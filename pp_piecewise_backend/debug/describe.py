@@ -142,36 +142,24 @@ def now() -> str:
 
 def _describe_input(graph_input: GraphInput) -> InputEntry:
     spec = graph_input.spec
-    return InputEntry(
-        name=graph_input.name,
-        source=short_source(graph_input.source),
-        label=graph_input.label,
-        kind=graph_input.kind,
-        reason=graph_input.reason,
-        type=str(graph_input.expression if spec is None else spec),
-        stride=None if spec is None else [str(step) for step in spec.stride],
-        device=None if spec is None else str(spec.device),
-        storage=None if spec is None else spec.storage,
-        token_dim=graph_input.token_dim,
-    )
+    described: dict[str, Any] = {
+        "source": short_source(graph_input.source),
+        "type": str(graph_input.expression if spec is None else spec),
+    }
+    if spec is not None:
+        stride = [str(step) for step in spec.stride]
+        described |= {"stride": stride, "device": str(spec.device), "storage": spec.storage}
+    return InputEntry.model_validate(vars(graph_input) | described)
 
 
 def _describe_piece(piece: Piece, file: str) -> PieceEntry:
-    return PieceEntry(
-        index=piece.index,
-        kind=piece.kind,
-        ops=list(piece.ops),
-        reason=piece.reason,
-        key=piece.key,
-        file=file,
-        inputs=[source_text(source) for source in piece.inputs],
-        input_types=[_type_text(spec) for spec in piece.input_specs],
-        outputs=list(piece.outputs),
-        output_types=[_type_text(spec) for spec in piece.output_specs],
-        reads_stage_inputs=list(piece.reads_stage_inputs),
-        writes_stage_outputs=piece.writes_stage_outputs,
-        padding=piece.padding,
-    )
+    """What an entry has of the name that a piece has is the piece's."""
+    types = {
+        "input_types": [_type_text(spec) for spec in piece.input_specs],
+        "output_types": [_type_text(spec) for spec in piece.output_specs],
+    }
+    inputs = [source_text(source) for source in piece.inputs]
+    return PieceEntry.model_validate(vars(piece) | {"file": file, "inputs": inputs, **types})
 
 
 def _describe_runs(program: Program, entries: Sequence[PieceEntry], states: Mapping[int, str]) -> list[PieceEntry]:

@@ -62,7 +62,8 @@ class Dumps:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._folders: dict[tuple[Path, int], _RankFolder] = {}
-        self._dumps: list[ProgramDump] = []
+        self.unfinished: list[ProgramDump] = []
+        """Those to which something may still happen."""
 
     def start(self, name: str, config: Config) -> Events:
         """The events of a new program: written down if ``dump_dir`` is set, dropped if not."""
@@ -76,33 +77,23 @@ class Dumps:
             if folder.is_broken:
                 return NO_EVENTS
             try:
-                self._dumps.append(ProgramDump(folder, name, config))
+                self.unfinished.append(ProgramDump(folder, name, config))
             except Exception as error:
                 folder.give_up(error)
                 return NO_EVENTS
-            return self._dumps[-1]
-
-    @property
-    def unfinished(self) -> list[ProgramDump]:
-        """Those of this process to which something may still happen."""
-        with self._lock:
-            return [program_dump for program_dump in self._dumps if program_dump.process_id == os.getpid()]
+            return self.unfinished[-1]
 
     def finish(self) -> None:
         """Bring all dumps up to date."""
-        for program_dump in self.unfinished:
-            is_there = program_dump.path.is_dir()  # whoever has removed it wants it no more
-            if is_there:
+        for program_dump in tuple(self.unfinished):
+            if program_dump.path.is_dir():  # whoever has removed it wants it no more
                 program_dump.refresh()
-            if program_dump.is_complete or not is_there:
-                with self._lock:
-                    self._dumps.remove(program_dump)
 
     def close(self) -> None:
         """Bring all dumps up to date for the last time; programs that live on write events only."""
         self.finish()
         with self._lock:
-            self._dumps.clear()
+            self.unfinished.clear()
 
 
 def trace_program(program: AnyProgram) -> None:
@@ -215,11 +206,6 @@ class ProgramDump(Events):
         self._frame = FrameWriter(self._write)
         _LOG.info("dumping %s into %s", name, self.path)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing more can happen to the program: it is gone."""
-        return self._program is not None and self._program() is None
-
     # ------------------------------------------------------------------------- events
 
     @_never_fails
@@ -331,7 +317,7 @@ class ProgramDump(Events):
 
     def _write_summary(self, **known: Any) -> None:
         """Write what was known before and what is new in it."""
-        known |= {"written_at": now(), "extras": self._frame.outcome()}
+        known |= {"written_at": now(), "extras": self._frame.extras}
         self._summary = self._summary.model_copy(update=known)
         self._write(SUMMARY, self._summary.model_dump_json(indent=1) + "\n")
 

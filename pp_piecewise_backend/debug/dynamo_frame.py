@@ -31,8 +31,8 @@ class FrameWriter:
 
     def __init__(self, write: Callable[[str, str], None]) -> None:
         self._write = write
-        self._files: list[str] = []
-        self._problems: list[str] = []
+        self.extras = Extras()
+        """What came of it so far; grows."""
         frame = torch_compat.frame_being_compiled()
         self._code: CodeType | None = None if frame is None else frame[0]
         # Dynamo lets go of a program once nobody holds the code that calls it.
@@ -40,26 +40,23 @@ class FrameWriter:
         if self._code is not None:
             torch_compat.when_bytecode_is_ready(self._code, self._write_bytecode)
 
-    def outcome(self) -> Extras:
-        return Extras(files=list(self._files), problems=list(self._problems))
-
     def write_guards(self) -> None:
         """Dynamo has them once it is done with the frame, and drops them at its reset."""
         transformed = None if self._transformed is None else self._transformed()
-        if self._code is None or transformed is None or GUARDS in self._files:
+        if self._code is None or transformed is None or GUARDS in self.extras.files:
             return
         guards = torch_compat.guards_of(self._code, transformed)
         if guards is not None:
             self._write(GUARDS, _flat(guards))
-            self._files.append(GUARDS)
+            self.extras.files.append(GUARDS)
 
     def _write_bytecode(self, transformed: CodeType) -> None:
         self._transformed = weakref.ref(transformed)
         try:
             self._write(TRANSFORMED_CODE, decompile(transformed))
-            self._files.append(TRANSFORMED_CODE)
+            self.extras.files.append(TRANSFORMED_CODE)
         except Exception as error:
-            self._problems.append(errors.depyf_failed(TRANSFORMED_CODE, error))
+            self.extras.problems.append(errors.depyf_failed(TRANSFORMED_CODE, error))
 
 
 def _flat(guards: str) -> str:

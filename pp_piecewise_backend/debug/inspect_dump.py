@@ -149,11 +149,6 @@ def program_lines(folder: Path, call: int | None = None, tokens: int | None = No
     yield f"{summary.name}, rank {summary.rank}, {summary.progress}, written {summary.written_at} ({folder})"
     yield "why did this call not replay?"
     yield from (f"  {line}" for line in misses(summary, call, tokens))
-    if summary.graphs.buckets:
-        yield "buckets"
-        for bucket in summary.graphs.buckets:
-            size, pieces = counted(bucket.tokens, "token"), counted(bucket.pieces, "piece")
-            yield f"  {size}: {pieces}, {bucket.bytes} bytes, captured in {bucket.seconds:.3f} s"
     yield from explain(summary).splitlines()
     given = [f"{o.option}={o.value} ({o.source})" for o in summary.config if o.source != "default"]
     yield f"settings that were given: {', '.join(given) or 'none'}"
@@ -278,15 +273,11 @@ def _change(old: PieceEntry | None, new: PieceEntry | None) -> tuple[str, ...]:
     lines = ["changed: " + " -> ".join(dict.fromkeys((_described(old), _described(new))))]
     if old.reason != new.reason:
         lines.append(f"why: {old.reason!r} -> {new.reason!r}")
-    headless = itertools.islice(difflib.unified_diff(old.ops, new.ops, lineterm="", n=0), 2, None)
-    ops = [line for line in headless if line[0] in "+-"]
-    if ops:
-        lines.append(f"ops: {' '.join(ops[:20])}{' ...' if len(ops) > 20 else ''}")
-    for what in ("input_types", "output_types"):
-        types = Counter(getattr(old, what)), Counter(getattr(new, what))
-        gone, added = list((types[0] - types[1]).elements()), list((types[1] - types[0]).elements())
-        if gone or added:
-            lines.append(f"{what.replace('_', ' ')}: {_listed(gone)} -> {_listed(added)}")
+    for what in ("ops", "input_types", "output_types"):
+        diff = difflib.unified_diff(getattr(old, what), getattr(new, what), lineterm="", n=0)
+        changed = [line for line in itertools.islice(diff, 2, None) if line[0] in "+-"]
+        if changed:
+            lines.append(f"{what.replace('_', ' ')}: {', '.join(changed[:20])}{', ...' if len(changed) > 20 else ''}")
     if len(lines) == 1:
         lines.append(f"same ops and types, other arguments: compare {old.file} of the one with {new.file} of the other")
     return tuple(lines)
@@ -294,7 +285,3 @@ def _change(old: PieceEntry | None, new: PieceEntry | None) -> tuple[str, ...]:
 
 def _described(piece: PieceEntry) -> str:
     return f"{piece.kind}, {len(piece.ops)} ops"
-
-
-def _listed(items: Sequence[str]) -> str:
-    return f"{', '.join(items[:4])}{', ...' if len(items) > 4 else ''}" or "none"

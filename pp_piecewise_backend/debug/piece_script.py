@@ -10,6 +10,7 @@ import builtins
 import functools
 import operator
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,15 +201,11 @@ def _classes(graph_module: GraphModule, name: str) -> Iterator[str]:
 
 
 def _forward(graph: Graph) -> str:
-    source = graph.python_code("self", verbose=True).src
-    lines = []
-    for line in source.strip("\n").splitlines():
-        if line.strip() == "# No stacktrace found for following nodes":
-            continue
-        if not line.lstrip().startswith("#"):
-            line = re.sub(r";  (?:\w+ = )+None$", "", line)
-        lines.append(f"    {line}".rstrip())
-    return re.sub(r"\n{2,}", "\n\n", "\n".join(lines)).rstrip()
+    source = graph.python_code("self", verbose=True).src.strip("\n")
+    source = re.sub(
+        r"^ *# No stacktrace found for following nodes *\n|;  (?:\w+ = )+None$", "", source, flags=re.MULTILINE
+    )
+    return textwrap.indent(re.sub(r"\n\s*\n", "\n\n", source), "    ").rstrip()
 
 
 def _size(spec: SymbolSpec) -> int:

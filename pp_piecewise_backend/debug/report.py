@@ -27,17 +27,20 @@ _NARROWEST_PIXELS, _WIDEST_PIXELS = 92, 280
 def report_page(summary: Summary, texts: Mapping[str, str]) -> str:
     """The page. ``texts``: what each distinct piece unfolds to, by file name."""
     pieces = summary.pieces
+    working = "captured" if summary.graphs.buckets else "compiled"
     distinct = list(grouped(pieces, meaning).values())
     return _template().render(
         summary=summary,
         graphs=summary.graphs,
-        compute=[piece for piece in pieces if piece.kind == "compute"],
         plain_runs=plain_runs(pieces),
-        statuses={piece.index: _status(piece, bool(summary.graphs.buckets)) for piece in pieces},
+        statuses={
+            piece.index: "eager" if piece.kind == "eager" else "broken" if piece.failure or piece.plain_run else working
+            for piece in pieces
+        },
+        proxies=[f"{entry.label} {entry.type}" for entry in summary.inputs if entry.kind == "stage-input"],
         colours={key: index % _COLOURS for index, key in enumerate(summary.distinct_keys)},
         widths_pixels=_widths_pixels(pieces),
         blocks=fold([(*signature(piece), bool(piece.plain_run)) for piece in pieces]),
-        proxies=[f"{entry.label} {entry.type}" for entry in summary.inputs if entry.kind == "stage-input"],
         results=_results(pieces),
         inputs=folded_inputs(summary.inputs),
         distinct=distinct,
@@ -58,14 +61,6 @@ def _template() -> jinja2.Template:
     environment.filters |= {"counted": counted, "json": json.dumps, "ranges": ranges, "eager_label": eager_label}
     environment.globals["typed"] = _typed
     return environment.get_template("report.html.j2")
-
-
-def _status(piece: PieceEntry, has_graphs: bool) -> str:
-    if piece.kind == "eager":
-        return "eager"
-    if piece.failure or piece.plain_run:
-        return "broken"
-    return "captured" if has_graphs else "compiled"
 
 
 def _widths_pixels(pieces: Sequence[PieceEntry]) -> dict[int, int]:

@@ -36,9 +36,7 @@ class InputEntry(_Entry):
     name: str = Field(description="Name of the placeholder.")
     source: str = Field(description="Where Dynamo takes it from, shortened: 'self.layers.0.weight'.")
     label: str = Field(description="Last component of the source: the name of the argument, entry or attribute.")
-    kind: str = Field(
-        description="token-count, stage-input (a proxy), per-token, parameter, state, other-tensor or scalar."
-    )
+    kind: str = Field(description="token-count, stage-input, per-token, parameter, state, other-tensor or scalar.")
     reason: str = Field(description="How the kind is known.")
     type: str = Field(description="'float32[s0, 64]' for a tensor, the symbol or value of a number.")
     stride: list[str] | None = Field(default=None, description="Strides of a tensor, in elements.")
@@ -69,7 +67,7 @@ class PieceEntry(_Entry):
     compile_seconds: float | None = None
     failure: str | None = Field(default=None, description="Why the compiler gave up; the piece then runs as plain FX.")
     conditions: list[str] = Field(
-        default_factory=list, description="What the compiled code relies on about its sizes s0, s1, ..."
+        default=[], description="What the compiled code relies on about its sizes s0, s1, ..."
     )
     plain_run: str | None = Field(default=None, description="Why it ran as plain FX at least once, if it did.")
     step_seconds: float | None = Field(
@@ -83,7 +81,7 @@ class BucketEntry(_Entry):
     seconds: float = Field(description="Time that its capture took.")
     pieces: int = Field(description="Number of pieces captured.")
     not_captured: dict[int, str] = Field(
-        default_factory=dict, description="Piece -> why it could not be captured in this bucket."
+        default={}, description="Piece -> why it could not be captured in this bucket."
     )
 
 
@@ -122,20 +120,18 @@ class Graphs(_Entry):
     reason: str = Field(default="", description="Why there are no graphs, if there are none.")
     ladder: str = Field(default="", description="The buckets, in tokens.")
     has_one_size: bool = Field(default=False, description="Whether the graph has a static token count.")
-    buckets: list[BucketEntry] = Field(default_factory=list)
-    dropped: list[DroppedEntry] = Field(default_factory=list, description="Buckets that are captured no more.")
-    never_captured: list[NeverCapturedEntry] = Field(
-        default_factory=list, description="Compute pieces that no graph can hold."
-    )
-    misses: list[MissEntry] = Field(default_factory=list)
-    addresses: list[Any] = Field(default_factory=list, description="Memory whose address the graphs rely on.")
+    buckets: list[BucketEntry] = []
+    dropped: list[DroppedEntry] = Field(default=[], description="Buckets that are captured no more.")
+    never_captured: list[NeverCapturedEntry] = Field(default=[], description="Compute pieces that no graph can hold.")
+    misses: list[MissEntry] = []
+    addresses: list[Any] = Field(default=[], description="Memory whose address the graphs rely on.")
 
 
 class Extras(_Entry):
     """What else was asked of Dynamo and depyf."""
 
-    files: list[str] = Field(default_factory=list)
-    problems: list[str] = Field(default_factory=list, description="One line for each thing that it could not do.")
+    files: list[str] = []
+    problems: list[str] = Field(default=[], description="One line for each thing that it could not do.")
 
 
 class Summary(_Entry):
@@ -154,23 +150,21 @@ class Summary(_Entry):
     token_count: str | None = Field(default=None, description="Symbol or number that counts the tokens of a call.")
     token_reason: str = ""
     split_matches: dict[str, int] = Field(
-        default_factory=dict, description="Pattern of split_ops -> number of ops that the graph was cut at."
+        default={}, description="Pattern of split_ops -> number of ops that the graph was cut at."
     )
-    attention_like: list[str] = Field(
-        default_factory=list, description="Ops that are named like attention and were not cut at."
-    )
-    unmatched_stage_inputs: list[str] = Field(default_factory=list)
+    attention_like: list[str] = Field(default=[], description="Ops that are named like attention and were not cut at.")
+    unmatched_stage_inputs: list[str] = []
     landing_free_behind: int | None = Field(
         default=None, description="Step after which proxies may land again; None: only at the end of a call."
     )
     results_written_from: int | None = Field(
         default=None, description="Step that waits, under StageRunner, until the results of the last call have left."
     )
-    inputs: list[InputEntry] = Field(default_factory=list)
-    pieces: list[PieceEntry] = Field(default_factory=list)
+    inputs: list[InputEntry] = []
+    pieces: list[PieceEntry] = []
     whole_plain_run: str | None = Field(default=None, description="Why a call ran the graph as it came, if one did.")
     graphs: Graphs = Graphs(mode="none")
-    counters: dict[str, Any] = Field(default_factory=dict, description="Of this program; see stats.COUNTERS.")
+    counters: dict[str, Any] = Field(default={}, description="Of this program; see stats.COUNTERS.")
     extras: Extras = Extras()
 
     @property

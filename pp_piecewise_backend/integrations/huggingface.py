@@ -485,15 +485,11 @@ def _load_weights(model: PreTrainedModel, checkpoint: _Checkpoint, names: set[st
             weight_mapping=conversions,
         ),
     )
-    if result.mismatched_keys:
-        raise ValueError(
-            f"{type(model).__name__} and the checkpoint differ: "
-            + "; ".join(
-                f"{name} is {tuple(got)}, expected {tuple(expected)}"
-                for name, got, expected in sorted(result.mismatched_keys)
-            )
-            + "."
-        )
+    differences = [
+        f"{name} is {tuple(got)}, expected {tuple(expected)}" for name, got, expected in result.mismatched_keys
+    ]
+    if differences:
+        raise ValueError(f"{type(model).__name__} and the checkpoint differ: {'; '.join(sorted(differences))}.")
     if result.conversion_errors:
         raise ValueError(f"transformers could not convert {_listed(sorted(result.conversion_errors.values()))}.")
     if not wanted.isdisjoint([*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()]):
@@ -506,15 +502,12 @@ def _names_of_keys(model: PreTrainedModel, keys: Iterable[str], conversions: Seq
 
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-
-    def name_of(key: str) -> str:
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
-        return name
-
-    return {key: name_of(key) for key in keys}
+    state, names = model.state_dict(), {}
+    for key in keys:
+        names[key], _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if names[key] not in state and key in state:
+            names[key], _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+    return names
 
 
 def _compute_buffers(decoder: PreTrainedModel, device: torch.device) -> None:

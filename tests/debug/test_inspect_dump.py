@@ -75,8 +75,8 @@ def test_misses_by_call_and_bucket(tmp_path: Path, capsys: pytest.CaptureFixture
         "  call 7, 8 tokens, 1 piece: address: input weight moved",
         "  call 9, 4096 tokens, 2 pieces: over-max: 4096 tokens are over max_tokens 2048",
     ]
-    assert "  8 tokens: 2 pieces, 4096 bytes, captured in 0.250 s" in everything
-    one = shown(capsys, tmp_path, "--call", 7, "--tokens", 8).partition("\nbuckets\n")[0]
+    assert "  captured    8 tokens: 2 pieces in 0.25 s, 4096 bytes more" in everything
+    one = shown(capsys, tmp_path, "--call", 7, "--tokens", 8).partition("\nSmall#0: ")[0]
     assert "input weight moved" in one and "first call of bucket" not in one
     assert "every piece of every call that was asked for replayed" in shown(capsys, tmp_path, "--call", 8)
 
