@@ -45,10 +45,6 @@ _LOG = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
-DYNAMO_GRAPH = "dynamo_graph.py"
-SPLIT_PARENT = "split_parent.py"
-EXPLANATION = "explain.txt"
-
 _MOST_INTEGERS = 2**20
 """Larger integer tensors are not read for their range."""
 _MOST_MISS_EVENTS = 10_000
@@ -211,7 +207,7 @@ class ProgramDump(Events):
     @_never_fails
     def traced(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
         text = graph_module.print_readable(print_output=False, include_stride=True, include_device=True)
-        self._write(DYNAMO_GRAPH, text.strip("\n") + "\n")
+        self._write("dynamo_graph.py", text.strip("\n") + "\n")
         placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
         self._note_integers(dict(zip(placeholders, example_inputs, strict=False)))
         self._generated_before = frozenset(generated_files())
@@ -224,7 +220,7 @@ class ProgramDump(Events):
     @_never_fails
     def split(self, split: Split, table: InputTable) -> None:
         self._note_integers(split.constants)
-        self._write(SPLIT_PARENT, parent_text(self.name, split, table))
+        self._write("split_parent.py", parent_text(self.name, split, table))
         for piece, file in zip(split.pieces, piece_files(split.pieces), strict=True):
             if file not in self._piece_texts:
                 self._piece_texts[file] = self._piece_text(piece)
@@ -243,10 +239,8 @@ class ProgramDump(Events):
         texts = [Path(path).read_text() for path in generated if Path(path).is_file()]
         if texts:
             self._write(f"piece_{piece.index:02d}_inductor.py", "\n\n".join(texts))
-        more = {} if compiled.failure is None else {"failure": compiled.failure}
-        self._event(
-            "compiled", piece=piece.index, key=piece.key, compile_seconds=round(compiled.compile_seconds, 6), **more
-        )
+        seconds = round(compiled.compile_seconds, 6)
+        self._event("compiled", piece=piece.index, key=piece.key, compile_seconds=seconds, failure=compiled.failure)
 
     @_never_fails
     def reused(self, piece: Piece, compiled: CompiledPiece) -> None:
@@ -295,7 +289,7 @@ class ProgramDump(Events):
         program = None if self._program is None else self._program()
         if program is not None:
             self._summary = describe(program, self._compile_states, self._summary)
-            self._write(EXPLANATION, explain(self._summary) + "\n")
+            self._write("explain.txt", explain(self._summary) + "\n")
         elif self._stats is not None:
             self._summary = self._summary.model_copy(update={"counters": self._stats.as_dict()})
         self._write_summary()

@@ -171,9 +171,7 @@ def misses(summary: Summary, call: int | None = None, tokens: int | None = None)
     if graphs.mode == "none":
         return [*lines, "no call replays: the program was not built, or its graph was not split"]
     if graphs.mode == "off":
-        graphs_option = next((o for o in summary.config if o.option == "graphs"), None)
-        how = "" if graphs_option is None else f" (graphs={graphs_option.value}, {graphs_option.source})"
-        return [*lines, f"no call replays: graphs are off{how}, every piece runs compiled"]
+        return [*lines, f"no call replays: graphs are off ({graphs.reason}), every piece runs compiled"]
     wanted = [
         miss
         for miss in graphs.misses

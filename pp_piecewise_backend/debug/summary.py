@@ -16,8 +16,6 @@ SUMMARY = "summary.json"
 EVENTS = "events.jsonl"
 REPORT = "report.html"
 
-Progress = Literal["traced", "split", "built", "not split"]
-
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -138,7 +136,7 @@ class Summary(_Entry):
     """One program of one rank. Rewritten whole as each step finishes; ``progress`` says how far it got."""
 
     schema_version: int = SCHEMA_VERSION
-    progress: Progress
+    progress: Literal["traced", "split", "built", "not split"]
     name: str = Field(description="Class of the module (or the function) and the number of its graph.")
     rank: int
     process_id: int

@@ -168,10 +168,8 @@ def execute(task: Task) -> int:
     problems = verdict.problems(task.texts, eager, reports)
     if len(task.texts) == 1:
         print(f"{task.texts[0]} -> {task.vocabulary.decode(reports[0].generated[0])}")
-    print()
-    print(verdict.answers_table(eager, eager_seconds, reports, task.right))
-    print()
-    print(verdict.ranks_table(reports))
+    answers, ranks = verdict.answers_table(eager, eager_seconds, reports, task.right), verdict.ranks_table(reports)
+    print("", answers, "", ranks, sep="\n")
     print("\nhand-off, and graphs, since the warm-up:")
     print(verdict.handoff_table(reports))
     print("\nsplit out, and run eagerly between the compiled pieces (all ranks and programs):")

@@ -74,11 +74,7 @@ def run_ranks(job: Job) -> list[RankReport]:
 
 
 def read_reports(job: Job, folder: Path) -> list[RankReport]:
-    return [RankReport.model_validate_json(_report_path(folder, rank).read_text()) for rank in range(job.ranks)]
-
-
-def _report_path(folder: Path, rank: int) -> Path:
-    return folder / f"rank{rank}.json"
+    return [RankReport.model_validate_json((folder / f"rank{rank}.json").read_text()) for rank in range(job.ranks)]
 
 
 def run_rank(rank: int, job: Job, folder: Path) -> None:
@@ -99,7 +95,7 @@ def run_rank(rank: int, job: Job, folder: Path) -> None:
     )
     try:
         report = _run(job, rank, device)
-        _report_path(folder, rank).write_text(report.model_dump_json())
+        (folder / f"rank{rank}.json").write_text(report.model_dump_json())
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -75,12 +75,11 @@ def problems(prompt_texts: Sequence[str], eager: Sequence[Sequence[int]], report
     """
     found = []
     for prompt, (text, *both) in enumerate(zip(prompt_texts, eager, reports[0].generated, strict=True)):
-        for position, (expected, got) in enumerate(zip_longest(*both)):
-            if expected != got:
-                found.append(
-                    f"prompt {prompt} ({text}), new token {position}: "
-                    f"eager gives {_token(expected)}, the pipeline {_token(got)}"
-                )
+        for position, tokens in enumerate(zip_longest(*both)):
+            if tokens[0] != tokens[1]:
+                expected, got = ("nothing more" if token is None else f"token {token}" for token in tokens)
+                where = f"prompt {prompt} ({text}), new token {position}"
+                found.append(f"{where}: eager gives {expected}, the pipeline {got}")
                 break
     for report in reports:
         calls, programs_ran = report.counters["microbatches"], report.counters["calls"]
@@ -90,10 +89,6 @@ def problems(prompt_texts: Sequence[str], eager: Sequence[Sequence[int]], report
                 "(TORCH_LOGS=recompiles says why; see also torch._dynamo.config.recompile_limit)"
             )
     return found
-
-
-def _token(token: int | None) -> str:
-    return "nothing more" if token is None else f"token {token}"
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -79,12 +79,7 @@ def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
     names = [child for child, module in children.items() if module is not None]
     [(layers, layer_list)] = lists.items()
     position = names.index(layers)
-    result = DecoderPlan(
-        before_layers=tuple(names[:position]),
-        layers=layers,
-        after_layers=tuple(names[position + 1 :]),
-        layer_count=len(layer_list),
-    )
+    result = DecoderPlan(tuple(names[:position]), layers, tuple(names[position + 1 :]), len(layer_list))
     if not next(base.parameters()).is_meta:
         _check_that_layers_are_all_there_is(model, result)
     return result
@@ -155,9 +150,6 @@ class DecoderStage(nn.Module):
             **model_kwargs,
         )
         return output.logits if self.is_last else output.last_hidden_state
-
-    def extra_repr(self) -> str:
-        return f"stage {self.index} of {self.count}, layers {self.layers.start} to {self.layers.stop - 1}"
 
 
 LAYOUTS = ("sequence", "batch")

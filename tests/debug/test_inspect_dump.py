@@ -56,7 +56,7 @@ def test_it_opens_on_why_a_call_did_not_replay(tmp_path: Path, capsys: pytest.Ca
     (folder,) = program_folders(tmp_path)
     text = shown(capsys, tmp_path)
     assert text.splitlines()[1] == "why did this call not replay?"
-    assert "graphs are off (graphs=auto, default)" in text.splitlines()[2]
+    assert "graphs are off (graphs='auto' and no input is on a CUDA device), every" in text.splitlines()[2]
     assert ppb.programs()[0].explain() in text
     assert "settings that were given: compiler=eager (option), dump_dir=" in text
     assert re.search(r"traced: nodes \d+, inputs \d+\n.*split: pieces 2.*\n.*compiled: piece 0, 2\n.*built", text)
@@ -84,7 +84,7 @@ def test_misses_by_call_and_bucket(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"graphs": {"mode": "off"}}, "no call replays: graphs are off (graphs=auto, default)"),
+        ({"graphs": {"mode": "off", "reason": "graphs='off'"}}, "no call replays: graphs are off (graphs='off'), "),
         ({"graphs": {"mode": "emulate"}}, "every piece of every call replayed"),
         ({"not_split": "a tensor subclass"}, "the graph is not split: a tensor subclass"),
         ({"whole_plain_run": "inputs overlap"}, "the whole graph ran as plain FX: inputs overlap"),
