@@ -85,7 +85,7 @@ class Task:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The exit code: 0 all is equal; 1 a token differs or a rank failed; 2 bad arguments."""
+    """The exit code: 0 all is equal; 1 a token differs, a rank failed or accuracy is low; 2 bad arguments."""
     try:
         task = plan(options)
     except ValueError as error:
@@ -165,7 +165,7 @@ def execute(task: Task) -> int:
     begin = time.perf_counter()
     eager = verdict.generate_eagerly(decoder, job.prompts, max_new_tokens=job.max_new_tokens, end_tokens=job.end_tokens)
     eager_seconds = time.perf_counter() - begin
-    problems = verdict.problems(task.texts, eager, reports)
+    problems = verdict.problems(task.texts, eager, reports, task.right)
     if len(task.texts) == 1:
         print(f"{task.texts[0]} -> {task.vocabulary.decode(reports[0].generated[0])}")
     answers, ranks = verdict.answers_table(eager, eager_seconds, reports, task.right), verdict.ranks_table(reports)

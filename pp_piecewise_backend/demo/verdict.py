@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,7 +23,11 @@ HANDOFF_COUNTERS = (
     "blocking_metadata",
 )
 """Names in ``ppb.stats()`` of what the table says about the hand-off."""
+REQUIRED_ACCURACY = 0.98
 _ROWS_AT_ONCE = 50
+
+Tokens: TypeAlias = Sequence[Sequence[int]]
+"""Of each prompt."""
 
 
 def load_decoder(model_dir: str) -> Any:
@@ -35,9 +39,7 @@ def load_decoder(model_dir: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def generate_eagerly(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int]
-) -> list[list[int]]:
+def generate_eagerly(model: Any, prompts: Tokens, *, max_new_tokens: int, end_tokens: Sequence[int]) -> list[list[int]]:
     """Greedy new tokens per prompt, up to and including the first of ``end_tokens``; all prompts are equally long.
 
     Replaces the model's own settings, which may ask for sampling or penalties.
@@ -63,13 +65,16 @@ def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
     return tokens[: next(ends, len(tokens))]
 
 
-def accuracy(right: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> float:
+def accuracy(right: Tokens, got: Tokens) -> float:
     """The fraction of prompts answered with exactly the right tokens."""
     return sum(list(a) == list(b) for a, b in zip(right, got, strict=True)) / len(right)
 
 
-def problems(prompt_texts: Sequence[str], eager: Sequence[Sequence[int]], reports: Sequence[RankReport]) -> list[str]:
-    """Holds the pipeline to eager's tokens, and each rank to the backend's programs; empty if all is well.
+def problems(
+    prompt_texts: Sequence[str], eager: Tokens, reports: Sequence[RankReport], right: Tokens | None = None
+) -> list[str]:
+    """Holds the pipeline to eager's tokens, each rank to the backend's programs, and both to the right answers where
+    these are known; empty if all is well.
 
     Of a prompt whose answers differ, it names the first token that does.
     """
@@ -88,6 +93,10 @@ def problems(prompt_texts: Sequence[str], eager: Sequence[Sequence[int]], report
                 f"rank {report.rank}: {calls - programs_ran} of {calls} calls ran without a program of the backend "
                 "(TORCH_LOGS=recompiles says why; see also torch._dynamo.config.recompile_limit)"
             )
+    if right is not None:
+        for name, answers in (("eager", eager), ("the pipeline", reports[0].generated)):
+            if (fraction := accuracy(right, answers)) < REQUIRED_ACCURACY:
+                found.append(f"accuracy of {name} is {fraction:.1%}; {REQUIRED_ACCURACY:.0%} is expected at least")
     return found
 
 
@@ -99,12 +108,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def answers_table(
-    eager: Sequence[Sequence[int]],
-    eager_seconds: float,
-    reports: Sequence[RankReport],
-    right: Sequence[Sequence[int]] | None,
-) -> str:
+def answers_table(eager: Tokens, eager_seconds: float, reports: Sequence[RankReport], right: Tokens | None) -> str:
     """Eager against the pipeline: accuracy (where the right answers are known), tokens, seconds."""
     pipeline = reports[0].generated
     same = sum(a == b for row, other in zip(eager, pipeline, strict=True) for a, b in zip(row, other, strict=False))

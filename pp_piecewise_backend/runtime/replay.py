@@ -66,10 +66,6 @@ class Call:
         """What it adds to the counters: the only place where a call of a split graph becomes numbers."""
         return _amounts(_counts_of(self))
 
-    def note_plain(self, step: int, sizes: Sequence[Any]) -> None:
-        """A step ran as plain FX, since its compiled code does not hold for these sizes."""
-        self.plain = {**self.plain, step: sizes}
-
     def note_miss(self, reason: Reason) -> None:
         """A piece that was to replay ran un-captured."""
         self.replays -= 1
@@ -307,7 +303,7 @@ def _run_where_valid(instruction: Instruction, call: Call) -> Sequence[Any]:
     arguments = instruction.gather(call.registers)
     outputs, was_compiled = instruction.run_where_valid(arguments)
     if not was_compiled:
-        call.note_plain(instruction.piece.index, instruction.sizes(arguments))
+        call.plain = {**call.plain, instruction.piece.index: instruction.sizes(arguments)}
     return outputs
 
 

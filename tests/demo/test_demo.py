@@ -174,12 +174,20 @@ def test_first_differences_name_prompt_position_and_tokens() -> None:
 
 def test_equal_tokens_are_accepted() -> None:
     tokens = [[1, 2], [3]]
-    assert verdict.problems(["1+1", "2+2"], tokens, [report(tokens), report([], rank=1)]) == []
+    assert verdict.problems(["1+1", "2+2"], tokens, [report(tokens), report([], rank=1)], right=tokens) == []
 
 
 def test_a_call_without_a_program_fails() -> None:
     (problem,) = verdict.problems(["1+1"], [[1]], [report([[1]], programs_ran=9)])
     assert "rank 0: 3 of 12 calls ran without a program" in problem
+
+
+def test_low_accuracy_fails_although_the_tokens_agree() -> None:
+    texts = [str(index) for index in range(100)]
+    right = [[index] for index in range(100)]
+    for wrong_count, problem_count in [(2, 0), (3, 2)]:
+        tokens = [[-1]] * wrong_count + right[wrong_count:]
+        assert len(verdict.problems(texts, tokens, [report(tokens)], right=right)) == problem_count
 
 
 @pytest.mark.parametrize(("generated", "exit_code"), [([1, 2], 0), ([1, 3], 1)])
