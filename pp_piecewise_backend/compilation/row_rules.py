@@ -4,8 +4,9 @@ Note [rows stay apart]
 Token dimensions of a tensor are those whose size is the token count n, or k * n with k entries for each token one after
 the other. Padding adds rows at their end. It changes no real row if every op makes each entry at indices of real tokens
 from nothing but entries at indices of real tokens and numbers that do not depend on n. Each rule here answers this for
-one op; so it holds for a piece if it holds for each of its ops. A prefix is allowed for this reason (``cumsum``, causal
-attention, the first row); a sum over tokens, an order of tokens, or a view that puts rows in another order is not.
+one op; so it holds for a piece if it holds for each of its ops. A prefix is allowed for this reason (``cumsum``, the
+first row); a sum over tokens, an order of tokens, or a view that puts rows in another order is not. Nor is causal
+attention: it multiplies later rows by zero, and they may hold NaN.
 
 Nothing is allowed because no rule forbids it: an op without a rule is refused by name. Pointwise ops are those that
 PyTorch tags so, and an op without a rule is followed into the ops of which PyTorch says that it consists.
@@ -200,15 +201,11 @@ def _multiplies(left: str, right: str) -> Rule:
 
 
 def _attends(call: Call) -> bool:
-    """Tokens are a batch, or a sequence in which each one sees those before it."""
+    """Tokens are a batch. Where they are the sequence, even a mask that hides later ones multiplies them by zero."""
     rank = call["query"].dim()
     dims = [call.token_dims(call[name]) for name in ("query", "key", "value")]
     mask = call["attn_mask"] if call["attn_mask"] is not None else call["attn_bias"]
-    if any(rank - 1 in found for found in dims) or call.token_dims(mask):
-        return False
-    if any(rank - 2 in found for found in dims):
-        return call["is_causal"] is True and mask is None and dims.count(dims[0]) == len(dims)
-    return True
+    return not call.token_dims(mask) and all(found.isdisjoint({rank - 1, rank - 2}) for found in dims)
 
 
 # -------------------------------------------------------------------------------------------- indices

@@ -54,6 +54,9 @@ MIXING: dict[str, Body] = {
     "rows by gather": lambda x: x.gather(0, ids(x)[:, None].expand(-1, HIDDEN)),
     "convolution": lambda x: x + F.conv1d(x.t()[None], torch.ones(HIDDEN, HIDDEN, 3), padding=1)[0].t(),
     "pooling": lambda x: x + F.avg_pool1d(x.t()[None], 3, stride=1, padding=1)[0].t(),
+    "causal attention, which multiplies later rows by zero": lambda x: F.scaled_dot_product_attention(
+        x[None], x[None], x[None], is_causal=True
+    )[0],
     "attention without causal mask": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "running variance in training": lambda x: F.batch_norm(x, None, None, training=True),
     "sort": lambda x: x.sort(0).values,
@@ -126,7 +129,6 @@ APART: dict[str, Body] = {
     "joined with an empty cache": lambda x: torch.cat([torch.zeros(0, HIDDEN), x, torch.zeros(0, HIDDEN)]),
     "linear of several sequences": lambda x: F.linear(torch.ones(2, 1, 1) * x, WEIGHT, WEIGHT[0]).sum(0),
     "product of several sequences": lambda x: torch.matmul((torch.ones(2, 1, 1) * x) @ WEIGHT, WEIGHT).sum(0),
-    "causal attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0],
 }
 
 
