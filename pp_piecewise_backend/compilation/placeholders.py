@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import sympy
@@ -17,9 +18,8 @@ from .specs import Dim, ObjectSpec, SymbolSpec, TensorSpec, as_dim
 
 InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
 
-_PER_TOKEN_NAMES = (
-    "input_ids", "inputs_embeds", "hidden_states", "positions", "position_ids", "input_embeds", "tokens", "x",
-)  # fmt: skip
+_SURE_NAMES = ("input_ids", "inputs_embeds", "hidden_states", "positions", "position_ids", "input_embeds", "tokens")
+_PER_TOKEN_NAMES = (*_SURE_NAMES, "x")
 """Names that engines and Hugging Face give to per-token inputs, the surest first; the last one says little."""
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
@@ -69,6 +69,11 @@ class InputTable:
     may_lack_tokens: bool = False
     """Whether ``token_count`` is a number, the size of a static graph, that may well count something else."""
 
+    @cached_property
+    def passed_in_the_call(self) -> tuple[int, ...]:
+        """Positions of the tensors that do not outlive the call, as weights and state do."""
+        return tuple(at for at, i in enumerate(self.inputs) if i.spec is not None and not i.outlives_the_call)
+
     def of_kind(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(graph_input for graph_input in self.inputs if graph_input.kind == kind)
 
@@ -101,7 +106,7 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
         candidates = _candidates(facts, tail_ranks)
     token_count, token_reason = _token_count(facts, candidates)
     inputs = tuple(_classify(facts, c, token_count) for c in candidates)
-    certain = {*tail_ranks, *_PER_TOKEN_NAMES[:-1]}
+    certain = {*tail_ranks, *_SURE_NAMES}
     may_lack_tokens = isinstance(token_count, int) and certain.isdisjoint(
         i.label for i in inputs if i.token_dim is not None
     )
@@ -173,8 +178,7 @@ def _token_count(facts: GraphFacts, candidates: Sequence[_Candidate]) -> tuple[D
         # What is passed as such comes before what is nested, and of these what varies first.
         return 1 if len(candidate.path) == 1 else 2, not isinstance(_token_dim_size(candidate), sympy.Symbol)
 
-    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
-    for candidate in sorted(plain, key=order):
+    for candidate in sorted(_only_read(facts, candidates), key=order):
         if (size := _token_dim_size(candidate)) is not None:
             return size, _token_reason(facts, size, candidate)
     return None, "no stage input and no per-token input was found"
@@ -186,8 +190,7 @@ def _equal_symbols(facts: GraphFacts, candidates: Sequence[_Candidate]) -> dict[
     Of unbacked symbols no value is known; then inputs with the names of per-token ones count too.
     """
     stage = [c for c in candidates if c.is_stage_input]
-    plain = [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
-    named = [c for c in plain if c.label in _PER_TOKEN_NAMES[:-1] and not c.is_stage_input]
+    named = [c for c in _only_read(facts, candidates) if c.label in _SURE_NAMES and not c.is_stage_input]
     unbacked = {symbol for symbol, spec in facts.symbols.items() if spec.hint is None}
     if unbacked.issuperset(_token_dim_size(c) for c in (*stage, *named)):
         stage += named
@@ -229,6 +232,11 @@ def _may_count_tokens(size: _Candidate) -> bool:
 def _bounds(spec: SymbolSpec) -> tuple[int | None, ...]:
     """The range of a size; () if it is that of every size which varies."""
     return () if (spec.lower or 0) <= 2 and spec.upper is None else (spec.lower, spec.upper)
+
+
+def _only_read(facts: GraphFacts, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The tensors that the caller passes and the graph does not write."""
+    return [c for c in candidates if c.spec is not None and not c.in_module and c.spec.storage not in facts.written]
 
 
 def _token_dim_size(candidate: _Candidate) -> Dim | None:

@@ -108,8 +108,6 @@ class GraphPlan:
         }
         """Position of each stage input that lands -> the address at which captured pieces read it."""
         self._stage_inputs = {at for at, i in enumerate(inputs) if i.kind == "stage-input"}
-        self.passed_in_the_call = tuple(at for at, i in enumerate(inputs) if i.spec and not i.outlives_the_call)
-        """Tensors that may lie in landing memory: weights and state outlive a call, and landing memory does not."""
 
     def _apart(self, written_storages: Collection[int], arrival: Arrival) -> Apart | None:
         written = inputs_in_memory_of(written_storages, self.inputs)
@@ -165,7 +163,7 @@ class GraphPlan:
             return False
         # Where nothing is copied, only who listens writes there, and it waits for the last reader of any stage input.
         in_place = self.landing_blocks.keys() - foreign if foreign else self._stage_inputs
-        return any(at not in in_place and self.landing_memory.holds(args[at]) for at in self.passed_in_the_call)
+        return any(at not in in_place and self.landing_memory.holds(args[at]) for at in self.table.passed_in_the_call)
 
 
 def _token_source(inputs: Sequence[GraphInput], symbol: sympy.Symbol | None) -> tuple[int, int | None] | None:

@@ -281,7 +281,7 @@ class Graphs:
         return any(
             given_out.holds(args[at])
             or (memory.overwritten.holds(args[at]) and not plan.landing_memory.holds(args[at]))
-            for at in plan.passed_in_the_call
+            for at in plan.table.passed_in_the_call
         )
 
     def parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:

@@ -79,16 +79,15 @@ class Program:
         self.boundary = find_boundary(split, table)
         self._merged_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
-        known: tuple[int, ...] = ()
         self.graphs: Graphs | None = None
         if graph_kind is not None:
             plan = GraphPlan(self.layout, split, table, config, graph_kind, stage)
             memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
-            known = plan.parameter_positions
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
-        self._apart = Apart(table.inputs, self._exclusive, tensors, known)
+        known = () if self.graphs is None else self.graphs.plan.parameter_positions
+        self._apart = Apart(table.inputs, self._exclusive, tensors, known) if self._exclusive else None
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -114,8 +113,7 @@ class Program:
         with torch.no_grad():
             if session is None:
                 return self._run(args, None)
-            max_tokens = self.config.max_tokens if self.stage is None else self.stage.max_tokens
-            session.note(self.name, max_tokens, None if self.graphs is None else self.graphs.plan)
+            session.note(self.name, self.config, self.stage, None if self.graphs is None else self.graphs.plan)
             with session.leaving_no_trace(self.inputs, args, self.stage):
                 return self._run(args, session)
 
@@ -153,7 +151,7 @@ class Program:
     def _results(self, args: Sequence[Any], session: Session | None) -> tuple[Sequence[Any], Call]:
         graphs = self.graphs
         addresses = () if graphs is None else graphs.parameter_addresses(args)
-        if self._exclusive and self._apart.are_broken(args, addresses):
+        if self._apart is not None and self._apart.are_broken(args, addresses):
             names = ", ".join(self.inputs[position].label for position in self._exclusive)
             why = f"inputs that the graph writes ({names}) share memory with other inputs"
             return self._run_whole(args, miss("inputs-overlap", why), session)
@@ -188,8 +186,8 @@ class Program:
         assert self.stage is not None
         boundary = self.boundary
         landing = MemoryMap(product(self.stage.landing_spans, boundary.landing_storages))
-        passed = [(at, i.spec.storage) for at, i in enumerate(self.inputs) if i.spec and not i.outlives_the_call]
-        is_hidden = any(shares_undeclared(args[at], storage, landing) for at, storage in passed)
+        specs = ((at, self.inputs[at].spec) for at in self.table.passed_in_the_call)
+        is_hidden = any(spec is not None and shares_undeclared(args[at], spec.storage, landing) for at, spec in specs)
 
         def watch(step: int, outputs: Sequence[Any]) -> None:
             nonlocal is_hidden
@@ -245,7 +243,7 @@ class UnsplitProgram:
         if session is None:
             self.stats.add_many(self._amounts)
         else:
-            session.note(self.name, self.config.max_tokens if self.stage is None else self.stage.max_tokens, None)
+            session.note(self.name, self.config, self.stage, None)
         return self._call(*args)
 
     def release(self) -> None:

@@ -27,6 +27,7 @@ from .. import errors
 
 if TYPE_CHECKING:
     from ..compilation.placeholders import GraphInput
+    from ..config import Config
     from .capture_plan import GraphPlan
     from .stage import Stage
 
@@ -64,10 +65,10 @@ class Session:
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 
-    def note(self, name: str, max_tokens: int, plan: GraphPlan | None) -> None:
+    def note(self, name: str, config: Config, stage: Stage | None, plan: GraphPlan | None) -> None:
         """Learn from a program that is called how large its calls are, and which buckets it has, if any."""
         self.calls += 1
-        self.max_tokens = max(self.max_tokens, max_tokens)
+        self.max_tokens = max(self.max_tokens, config.max_tokens if stage is None else stage.max_tokens)
         if plan is None:
             return
         self.proves |= plan.config.mode == "full"

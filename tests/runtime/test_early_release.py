@@ -232,6 +232,7 @@ def test_an_alias_that_facts_do_not_know_is_seen_when_it_is_made() -> None:
     views, apart = program.stage.views(4), torch.randn(4, HIDDEN)
     inside = torch.from_numpy(views["residual"].numpy()[1:])  # of another storage
     program.inputs = tuple(replace(i, kind="other-tensor") if i.label == "w" else i for i in program.inputs)
+    program.table = replace(program.table, inputs=program.inputs)
     for output, weight, released in (
         (views["hidden_states"][:, 1:], apart, 0),
         (inside, apart, 0),
