@@ -589,19 +589,27 @@ SMALLEST_PADDED_SHARE = 0.15
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
+NIGHTLY_PARTS = 10
+"""The nightly examples are drawn in as many tests, so that several processes can share them."""
+
+
 def examples_per_run(default: int, slow: int, nightly: int) -> Any:
     """How many examples a test draws in each tier; the nightly ones are others every night."""
 
-    def tier(max_examples: int, derandomize: bool, *marks: Any) -> Any:
+    def tier(max_examples: int, derandomize: bool, *marks: Any, part: str = "") -> Any:
         chosen = settings(max_examples=max_examples, derandomize=derandomize, **COMMON)
-        return pytest.param(chosen, id=str(max_examples), marks=marks)
+        return pytest.param(chosen, id=f"{max_examples}{part}", marks=marks)
 
+    nightly_marks = (pytest.mark.nightly, pytest.mark.timeout(3600))
     return pytest.mark.parametrize(
         "draws",
         [
             tier(default, True),
             tier(slow, True, pytest.mark.slow, pytest.mark.timeout(900)),
-            tier(nightly, False, pytest.mark.nightly, pytest.mark.timeout(7200)),
+            *(
+                tier(nightly // NIGHTLY_PARTS, False, *nightly_marks, part=f"-part{part}")
+                for part in range(NIGHTLY_PARTS)
+            ),
         ],
     )
 
