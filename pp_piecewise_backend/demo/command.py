@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..integrations.balance import BALANCES, balanced_layer_counts, layer_counts_by
 from ..utils.counters import counted
 from . import questions
 from .questions import OWN_MODEL_DIR, Vocabulary, is_own_model, vocabulary_of
@@ -51,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=16,
         metavar="M",
         help="longest answer of another model (default %(default)s)",
+    )
+    parser.add_argument(
+        "--balance",
+        choices=BALANCES,
+        default="layers",
+        help="in what the stages are alike: number of layers, bytes of weights, or time, measured here, with embedding "
+        "and head counted where they lie (default %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -129,6 +137,7 @@ def plan(options: argparse.Namespace) -> Task:
     job = Job(
         model_dir=str(options.model.resolve()),
         ranks=options.ranks,
+        layer_counts=list(_layer_counts(options, config, device)),
         device=device,
         options={
             "compiler": options.compiler,
@@ -195,6 +204,24 @@ def _read_config(model_dir: Path) -> Any:
             "says where to cut; one with a plan is expected, such as Llama, Qwen2, Gemma2, Phi-3 or Mixtral."
         )
     return config
+
+
+def _layer_counts(options: argparse.Namespace, config: Any, device: str) -> tuple[int, ...]:
+    """Layers per stage, found once, here: two ranks that measure time could differ."""
+    if options.balance == "layers":
+        return balanced_layer_counts(config.num_hidden_layers, options.ranks)
+    import torch
+    import transformers
+
+    from ..integrations.huggingface import decoder_plan
+    from . import verdict
+
+    if options.balance == "time":
+        model = verdict.load_decoder(options.model).to(device)
+    else:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    return layer_counts_by(options.balance, model, decoder_plan(model), options.ranks)
 
 
 def _end_tokens(model_dir: Path, config: Any) -> list[int]:

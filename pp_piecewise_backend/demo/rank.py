@@ -34,6 +34,8 @@ class Job(BaseModel, frozen=True):
 
     model_dir: str
     ranks: int
+    layer_counts: list[int]
+    """Layers of each rank's stage."""
     device: str
     """``cpu`` or ``cuda`` (one GPU per rank)."""
     options: dict[str, str]
@@ -103,7 +105,7 @@ def run_rank(rank: int, job: Job, folder: Path) -> None:
 
 def _run(job: Job, rank: int, device: torch.device) -> RankReport:
     begin = time.perf_counter()
-    stage = load_stage(job.model_dir, stages=job.ranks, stage=rank, device=device).requires_grad_(False)
+    stage = load_stage(job.model_dir, layer_counts=job.layer_counts, stage=rank, device=device).requires_grad_(False)
     loaded = time.perf_counter()
     worker = Worker(job, DecoderStep(stage), device)
     with worker.runner:

@@ -31,6 +31,8 @@ import torch
 from torch import nn
 
 from ..runtime.stage import Proxy
+from .balance import balanced_layer_counts as balanced_layer_counts
+from .balance import layer_counts_by
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, StaticCache
@@ -83,15 +85,6 @@ def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
     if not next(base.parameters()).is_meta:
         _check_that_layers_are_all_there_is(model, result)
     return result
-
-
-def balanced_layer_counts(layer_count: int, stages: int) -> tuple[int, ...]:
-    """Layers per stage, as even as possible: ``balanced_layer_counts(10, 4) == (2, 3, 2, 3)``."""
-    if not 1 <= stages <= layer_count:
-        raise ValueError(
-            f"cannot cut {layer_count} layers into {stages} stages: the number of stages must be 1 to {layer_count}."
-        )
-    return tuple(layer_count * (stage + 1) // stages - layer_count * stage // stages for stage in range(stages))
 
 
 class DecoderStage(nn.Module):
@@ -239,9 +232,17 @@ class DecoderStep(nn.Module):
 
 
 def cut_decoder(
-    model: PreTrainedModel, stages: int | None = None, layer_counts: Sequence[int] | None = None
+    model: PreTrainedModel,
+    stages: int | None = None,
+    layer_counts: Sequence[int] | None = None,
+    *,
+    balance: str = "layers",
 ) -> tuple[DecoderStage, ...]:
     """All stages of ``model``: ``stages`` balanced ones, or one per entry of ``layer_counts``.
+
+    ``balance`` says in what the stages are alike, as far as whole layers allow: ``"layers"`` (their number),
+    ``"memory"`` (bytes of weights) or ``"time"`` (of a prompt, measured here and now); embedding, final norm and head
+    are counted where they lie.
 
     The embedding goes to the first stage; the final norm and the head go to the last; what the layers share
     (rotary embedding, masks) goes to each. Tied embeddings stay tied to the model's own parameter. ``model``
@@ -249,7 +250,7 @@ def cut_decoder(
     fit.
     """
     plan = decoder_plan(model)
-    layers_of_stages = _layers_of_stages(plan.layer_count, stages, layer_counts)
+    layers_of_stages = _layers_of_stages(model, plan, stages, layer_counts, balance)
     return tuple(
         _build_stage(model, plan, index=index, count=len(layers_of_stages), layers=layers)
         for index, layers in enumerate(layers_of_stages)
@@ -262,6 +263,7 @@ def load_stage(
     stage: int,
     stages: int | None = None,
     layer_counts: Sequence[int] | None = None,
+    balance: str = "layers",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> DecoderStage:
@@ -270,15 +272,21 @@ def load_stage(
     ``directory`` holds ``config.json`` and ``model.safetensors``, or its shards and
     ``model.safetensors.index.json``. The result is the one that `cut_decoder` gives for the whole model loaded
     by transformers, in evaluation mode, with parameters of its own: every rank of a pipeline calls this with its
-    own ``stage`` and the same ``stages`` or ``layer_counts``. With tied embeddings the last stage reads the
-    embedding as its head. ``dtype`` None: the one in ``config.json``, else the one stored. ``device`` None: the
-    CPU. Nothing is downloaded, and no code in the directory is run.
+    own ``stage`` and the same ``stages`` (and ``balance``, ``"layers"`` or ``"memory"``) or ``layer_counts``. With tied
+    embeddings the last stage reads the embedding as its head. ``dtype`` None: the one in ``config.json``, else the one
+    stored. ``device`` None: the CPU. Nothing is downloaded, and no code in the directory is run.
 
     Raises `FileNotFoundError` for a missing file, and `ValueError` for a model that cannot be cut, numbers that
     do not fit, a quantised checkpoint, and weights that are missing, unexpected or of another shape.
     """
     import transformers
 
+    if balance == "time":
+        raise ValueError(
+            "balance='time' measures the whole model, which load_stage does not load, and each rank would find other "
+            "times: measure once with cut_decoder(model, stages, balance='time'), and give all ranks layer_counts, "
+            "which are [len(stage.layers) for stage in the stages that it returned]."
+        )
     checkpoint = _Checkpoint(Path(directory))
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
@@ -288,7 +296,7 @@ def load_stage(
             config, dtype=dtype or config.dtype or checkpoint.stored_dtype()
         )
     plan = decoder_plan(whole)
-    layers_of_stages = _layers_of_stages(plan.layer_count, stages, layer_counts)
+    layers_of_stages = _layers_of_stages(whole, plan, stages, layer_counts, balance)
     count = len(layers_of_stages)
     if not 0 <= stage < count:
         raise ValueError(f"stage {stage} of {count}: stages are numbered from 0 to {count - 1}.")
@@ -301,10 +309,19 @@ def load_stage(
     return result
 
 
-def _layers_of_stages(layer_count: int, stages: int | None, layer_counts: Sequence[int] | None) -> tuple[range, ...]:
+def _layers_of_stages(
+    model: PreTrainedModel,
+    plan: DecoderPlan,
+    stages: int | None,
+    layer_counts: Sequence[int] | None,
+    balance: str,
+) -> tuple[range, ...]:
     if (stages is None) == (layer_counts is None):
         raise ValueError("give exactly one of stages (their number) and layer_counts (layers per stage).")
-    counts = balanced_layer_counts(layer_count, stages) if stages is not None else tuple(layer_counts or ())
+    if stages is None and balance != "layers":
+        raise ValueError(f"balance={balance!r} chooses the layers of each stage; with layer_counts there is no choice.")
+    counts = layer_counts_by(balance, model, plan, stages) if stages is not None else tuple(layer_counts or ())
+    layer_count = plan.layer_count
     if sum(counts) != layer_count or any(count < 1 for count in counts):
         raise ValueError(
             f"layer_counts {counts} do not fit: each must be at least 1 and their sum the {layer_count} "

@@ -16,11 +16,12 @@ import transformers
 import demo_ranks
 from checkout import CHECKOUT
 from models import train_demo as train
-from pp_piecewise_backend.__main__ import main
+from pp_piecewise_backend.__main__ import build_parser, main
 from pp_piecewise_backend.demo import command, questions, rank, verdict
 from pp_piecewise_backend.demo.questions import OWN_MODEL_DIR, Question, Vocabulary
 from pp_piecewise_backend.demo.rank import Job, RankReport, Turn, turns
 from pp_piecewise_backend.demo.verdict import HANDOFF_COUNTERS, cut_at_end, load_decoder
+from pp_piecewise_backend.integrations.balance import balanced_layer_counts
 
 TIMEOUT_SECONDS = 280
 HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9f3a"
@@ -244,6 +245,7 @@ def test_reports_survive_their_files() -> None:
 
 def a_job(prompts: list[list[int]], max_new_tokens: int, **others: Any) -> Job:
     given = {"model_dir": "dir", "ranks": 2, "device": "cpu", "options": {}, "end_tokens": [0], **others}
+    given["layer_counts"] = balanced_layer_counts(4, given["ranks"])
     return Job(prompts=prompts, max_new_tokens=max_new_tokens, **given)
 
 
@@ -294,6 +296,18 @@ def test_several_prompts_are_under_way_and_never_share_a_cache() -> None:
 def test_tags_fit_and_read_back() -> None:
     turn = Turn(prompt=199, slot=7, position=14)
     assert len(turn.to_tag()) <= 24 and Turn.from_tag(turn.to_tag()) == turn
+
+
+@pytest.mark.parametrize(("balance", "expected"), [("layers", [1, 2, 1, 2]), ("memory", [1, 2, 2, 1]), ("time", None)])
+def test_the_job_says_how_many_layers_each_rank_has(balance: str, expected: list[int] | None, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, vocab_size=400
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    arguments = ["demo", "--device", "cpu", "--ranks", "4", "--model", str(tmp_path), "--prompt", "1,2"]
+    counts = command.plan(build_parser().parse_args([*arguments, "--balance", balance])).job.layer_counts
+    assert sum(counts) == 6 and len(counts) == 4
+    assert expected in (counts, None)
 
 
 # The command, with real processes
