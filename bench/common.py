@@ -104,11 +104,18 @@ def run_child(
         return result
 
 
-def run_ranks(script: Path, request: Mapping[str, Any], rank_count: int, timeout_seconds: float) -> list[Any]:
+def run_ranks(
+    script: Path,
+    request: Mapping[str, Any],
+    rank_count: int,
+    timeout_seconds: float,
+    meanwhile: Callable[[Path], None] = lambda folder: None,
+) -> list[Any]:
     """Run `script REQUEST FOLDER` in one process per rank at once; the JSON that each wrote to FOLDER/answer_RANK.json.
 
-    Ranks find RANK and WORLD_SIZE in their environment, and may meet at a file in FOLDER. Raises RuntimeError, with the
-    end of what each rank printed, as soon as one fails, or when they take too long.
+    Ranks find RANK and WORLD_SIZE in their environment, and may meet at a file in FOLDER. `meanwhile(FOLDER)` is called
+    again and again while they run, and once when they have ended, well or not. Raises RuntimeError, with the end of
+    what each rank printed, as soon as one fails, or when they take too long.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -124,11 +131,13 @@ def run_ranks(script: Path, request: Mapping[str, Any], rank_count: int, timeout
             while any(rank.poll() is None for rank in ranks):
                 if time.monotonic() > deadline or any(rank.poll() for rank in ranks):
                     break
+                meanwhile(folder)
                 time.sleep(0.05)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
+            meanwhile(folder)
         if any(rank.returncode for rank in ranks):
             printed = "\n".join(f"--- {log.stem}\n{log.read_text()[-3000:]}" for log in logs)
             raise RuntimeError(f"the ranks ended with exit codes {[rank.returncode for rank in ranks]}:\n{printed}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is measured on a GPU, in parts that take some minutes each. Results go to the folder OUTPUT.
 #
-#     bash bench/gpu_all.sh tests|latency|startup|handoff|sanitizer OUTPUT
+#     bash bench/gpu_all.sh tests|latency|startup|handoff|pipeline|sanitizer OUTPUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=$2
@@ -22,6 +22,11 @@ startup)
 handoff)
     python bench/gpu_handoff.py --stage qwen2.5-7b --output "$output"
     python bench/gpu_profile.py --stage qwen2.5-7b --tokens 8 --output "$output"
+    ;;
+pipeline)
+    for model in qwen2.5-0.5b qwen2.5-7b llama-3.1-8b; do # each within ten minutes
+        python bench/gpu_pipeline.py --models "$model" --check --budget-s 520 --output "$output/$model"
+    done
     ;;
 sanitizer)
     if ! command -v compute-sanitizer >/dev/null; then

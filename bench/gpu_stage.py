@@ -134,8 +134,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q = _rotate(q.view(-1, self.shape.heads, self.shape.head_dim), cos, sin)
-        k = _rotate(k.view(-1, self.shape.kv_heads, self.shape.head_dim), cos, sin)
+        q = rotate(q.view(-1, self.shape.heads, self.shape.head_dim), cos, sin)
+        k = rotate(k.view(-1, self.shape.kv_heads, self.shape.head_dim), cos, sin)
         v = v.view(-1, self.shape.kv_heads, self.shape.head_dim)
         attended = torch.empty_like(q)
         if self.attend is None:
@@ -156,9 +156,9 @@ class Layer(nn.Module):
 
     def forward(self, hidden_states: Tensor, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         residual = residual + hidden_states
-        hidden_states = self.attention(_rms_norm(residual, self.input_norm), cos, sin)
+        hidden_states = self.attention(rms_norm(residual, self.input_norm), cos, sin)
         residual = residual + hidden_states
-        gate, up = self.gate_up(_rms_norm(residual, self.mlp_norm)).chunk(2, dim=-1)
+        gate, up = self.gate_up(rms_norm(residual, self.mlp_norm)).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up), residual
 
 
@@ -235,10 +235,10 @@ class GPUStage(nn.Module):
                 attention.attend = None
 
 
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, NORM_EPSILON)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from common import TEST_MODELS
 from delayed_link import DelayedTransport
+from pickled_messages import PickledMessages
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -190,42 +191,6 @@ def ours(pipeline: Pipeline, name: str, tags: Iterator[bytes], max_in_flight: in
     return method
 
 
-class PickledMessages:
-    """Metadata as engines send it: pickled objects, each as a message with its size and one with its bytes."""
-
-    def __init__(self, pipeline: Pipeline, object_count: int) -> None:
-        self._before, self._behind = pipeline.stage - 1, pipeline.stage + 1
-        self._object_count = object_count
-        self._groups = [dist.new_group([hop, hop + 1], backend="gloo") for hop in range(pipeline.stage_count - 1)]
-
-    def tell(self, num_tokens: int, tag: bytes, tensors: Mapping[str, Tensor]) -> None:
-        metadata = [(name, (str(t.device), t.dtype, tuple(t.shape))) for name, t in tensors.items()]
-        requests = {"num_tokens": num_tokens, "tag": tag}
-        objects: list[Any] = [metadata, requests] if self._object_count == 2 else [(requests, metadata)]
-        group = self._groups[self._behind - 1]
-        for each in objects:
-            message = torch.frombuffer(bytearray(pickle.dumps(each)), dtype=torch.uint8)
-            dist.send(torch.tensor([message.numel()]), self._behind, group=group)
-            dist.send(message, self._behind, group=group)
-
-    def hear(self) -> tuple[int, bytes, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-        group = self._groups[self._before]
-        objects = []
-        for _ in range(self._object_count):
-            size = torch.empty(1, dtype=torch.int64)
-            dist.recv(size, self._before, group=group)
-            message = torch.empty(int(size), dtype=torch.uint8)
-            dist.recv(message, self._before, group=group)
-            objects.append(pickle.loads(message.numpy().tobytes()))
-        metadata, requests = objects if self._object_count == 2 else reversed(objects[0])
-        return requests["num_tokens"], requests["tag"], {name: (dtype, shape) for name, (_, dtype, shape) in metadata}
-
-    def close(self) -> None:
-        for group in self._groups:
-            if dist.get_rank(group) >= 0:
-                dist.destroy_process_group(group)
-
-
 class HeaderMessages:
     """Metadata in a message of fixed size, which the next stage waits for."""
 
@@ -294,7 +259,7 @@ def copying_in(
     if name == "copy_in":
         messages = HeaderMessages(incoming, outgoing)
     else:
-        messages = PickledMessages(pipeline, 1 if name == "engine_one_object" else 2)
+        messages = PickledMessages(stage, pipeline.stage_count, 1 if name == "engine_one_object" else 2)
     own_stage = ppb.Stage({} if pipeline.is_first else PROXIES, TOKENS, pipeline.device)
     compiled = compiled_stage(pipeline, own_stage)
     sent: list[Any] = []

@@ -1,0 +1,126 @@
+"""The pipeline benchmark runs on the CPU from end to end, with emulated graphs and toy sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkout import BENCH
+
+sys.path.insert(0, str(BENCH))
+import gpu_pipeline
+from decoder import MODELS, DecoderStage
+from pipeline_rank import LARGEST_REGRET, Record, compared, covered, figures
+from slot_attention import StepTensors
+from step_schedule import Call, Schedule
+
+
+def run(folder: Path, *arguments: str) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    command = [sys.executable, str(BENCH / "gpu_pipeline.py"), "--device", "cpu", "--models", "tiny"]
+    command += ["--context-tokens", "16", "--block-s", "0.1", "--count", "6", "--output", str(folder), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=220)
+    return json.loads((folder / "gpu_pipeline.json").read_text()), finished
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(240)
+def test_it_measures_every_cell_and_compares_tokens(tmp_path: Path) -> None:
+    variants = ["eager", "reduce_overhead", "transformers", "ours_piecewise_shm", "ours_full_gloo"]
+    arguments = ["--tokens", "1", "8", "96", "--in-flight", "1", "2", "--rounds", "2", "--check"]
+    result, finished = run(tmp_path, *arguments, "--variants", *variants)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    assert result["benchmark"] == "gpu_pipeline" and "over" not in result
+    assert (tmp_path / "gpu_pipeline.png").read_bytes().startswith(b"\x89PNG")
+    status = {entry["variant"]: entry["status"] for entry in result["variants"]}
+    assert status == dict.fromkeys(variants, "ok") | {"reduce_overhead": "skipped"}
+    checked = {(check["variant"], check["tokens"]): check for check in result["checks"]}
+    assert set(checked) == {(v, n) for v in ("eager", *variants[3:]) for n in (1, 8, 96)}
+    for check in checked.values():
+        assert check["ok"] and check["different"] == 0 and check["choices"] >= 12
+    cells = {(cell["variant"], cell["tokens"], cell["in_flight"]): cell for cell in result["cells"]}
+    many = {(v, n, m) for v in ("eager", *variants[3:]) for n in (1, 8, 96) for m in (1, 2)}
+    assert set(cells) == many | {("transformers", n, 1) for n in (1, 8, 96)}
+    for (variant, tokens, _), cell in cells.items():
+        assert 0 < cell["ms"]["min"] <= cell["ms"]["median"] and cell["ms"]["count"] == 2
+        assert cell["tokens_per_second"] == pytest.approx(tokens / cell["ms"]["median"] * 1e3)
+        for rank in cell["ranks"]:
+            assert rank["main_thread_us"] > 0 and rank["process_us"] > 0
+            if variant.startswith("ours"):
+                counters = rank["counters"]
+                assert counters["graph_misses"] == counters["recompiles"] == counters["captures"] == 0
+                assert counters["replays"] == (1 if "full" in variant else 3)
+    assert result["ratios"][0]["ms_over"]["eager"].keys() >= {"ours_piecewise_shm", "ours_full_gloo"}
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_three_ranks(tmp_path: Path) -> None:
+    variants = ["ours_piecewise_shm", "eager"]
+    result, finished = run(
+        tmp_path, "--ranks", "3", "--tokens", "8", "--check", "--rounds", "0", "--variants", *variants
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert len(result["ranks"]) == 3 and result["cells"] == []
+    assert {check["variant"]: check["different"] for check in result["checks"]} == dict.fromkeys(variants, 0)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(60)
+def test_nothing_is_begun_once_the_budget_is_used_up(tmp_path: Path) -> None:
+    result, finished = run(tmp_path, "--variants", "eager", "--tokens", "8", "--budget-s", "0")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "budget" in result["over"] and result["cells"] == result["variants"] == []
+
+
+def test_names_of_variants() -> None:
+    on_gpus = gpu_pipeline.parse([]).variants
+    assert on_gpus[:3] == ["eager", "reduce_overhead", "transformers"]
+    assert "ours_full_and_piecewise_ipc" in on_gpus and "ours_piecewise_nccl" in on_gpus
+    assert gpu_pipeline.parse(["--variants", "eager", "full_ipc"]).variants == ["eager", "ours_full_ipc"]
+    assert not any("nccl" in name for name in gpu_pipeline.parse(["--one-gpu"]).variants)
+    quick = gpu_pipeline.parse(["--quick", "--tokens", "64"])
+    assert (quick.tokens, quick.in_flight, quick.models) == ([64], [1, 2], ["qwen2.5-0.5b"])
+
+
+def test_figures_of_a_cell() -> None:
+    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (6.0, 6.5)]) == 5.0
+    one = {"ms": 2.0, "host_ms": 2.5, "main_thread_us": 30.0, "process_us": 40.0, "counters": {}}
+    found = figures(8, [[one, one], [one | {"ms": 4.0}, one]], [{"busy_us": 1500.0, "kernels": 9.0}, {}])
+    assert found["ms"] == {"median": 3.0, "min": 2.0, "max": 4.0, "count": 2}
+    assert found["tokens_per_second"] == pytest.approx(8 / 3e-3)
+    assert found["ranks"][0]["bubble"] == pytest.approx(0.5) and "bubble" not in found["ranks"][1]
+    times = {"eager": 4.0, "ours": 1.0}
+    cells = [
+        {"model": "m", "tokens": 8, "in_flight": 1, "variant": name, "ms": {"median": ms}} for name, ms in times.items()
+    ]
+    assert gpu_pipeline.ratios(cells) == [
+        {"model": "m", "tokens": 8, "in_flight": 1, "ms_over": {"eager": {"ours": 0.25}}}
+    ]
+
+
+def test_a_step_at_other_lengths_is_found() -> None:
+    schedule = Schedule(max_tokens=8, context_tokens=48, in_flight=1)
+    stage = DecoderStage(MODELS["tiny"], 0, 1, schedule.slots, StepTensors(8, "cpu"), dtype=torch.float32)
+    ids = torch.arange(8)
+
+    def record(stale_from: int) -> Record:
+        """From this step on, attention reads the numbers of the one before."""
+        stage.reset_cache()
+        found: Record = []
+        for number in range(3):
+            call = Call(8, "jumps", 0, number)
+            positions = stage.step.fill(schedule.batch(call if number < stale_from else found[-1][0]))
+            found.append((call, ids, stage(positions, ids)["tokens"]))
+        return found
+
+    right, wrong = (compared(stage, schedule, record(stale_from)) for stale_from in (3, 2))
+    assert right["ok"] and right["different"] == 0 and right["choices"] == 24
+    assert not wrong["ok"] and wrong["different"] >= 4
+    assert wrong["largest_regret"] > 2 * LARGEST_REGRET[torch.bfloat16]
