@@ -484,6 +484,11 @@ def no_feedback_here(stage: int) -> str:
 
 RAN_ALREADY = "run() was called before: a pipeline runs once, since its end stops all ranks. Make a new StageRunner."
 
+NO_FEEDBACK_OUTSTANDING = (
+    "feedback() was called, but that of all micro-batches so far was read, and none is under way that would have any. "
+    "Give run() the next MicroBatch first; one with feedback=False has none."
+)
+
 NO_MORE_FEEDBACK = "feedback() was called, but the last stage has stopped and all that it sent was read."
 
 

@@ -6,7 +6,7 @@ bytes type  meaning
 0     4s    magic, with the version of this layout
 4     B     kind
 5     B     length of the tag
-6     H     0
+6     H     what the last stage answers; 0 where no data follows
 8     Q     fingerprint of the plan
 16    Q     sequence number: micro-batches of this link announced before it
 24    I     tokens; 0 where no data follows
@@ -50,9 +50,24 @@ class Kind(IntEnum):
     """The pipeline is broken: ``rank`` failed, and ``tag`` says how."""
     CLOSED = 5
     """After STOP of both ends: the rank closes."""
+    NOTICE = 6
+    """The last stage has ended a micro-batch of which no tensors follow."""
 
 
 _KINDS: dict[int, Kind] = {kind.value: kind for kind in Kind}
+
+
+class Answer(IntEnum):
+    """What the last stage sends to the first one when it has ended a micro-batch."""
+
+    FEEDBACK = 0
+    """Its tensors, if the pipeline has any."""
+    NOTICE = 1
+    """That it has ended, for a first stage that counts what is in flight."""
+    NOTHING = 2
+
+
+_ANSWERS: dict[int, Answer] = {answer.value: answer for answer in Answer}
 
 
 @dataclass(slots=True)  # frozen ones take several times as long to make
@@ -70,6 +85,7 @@ class Header:
     num_tokens: int = 0
     bucket_tokens: int = 0
     tag: bytes = b""
+    answer: Answer = Answer.FEEDBACK
 
     def __post_init__(self) -> None:
         if len(self.tag) > MAX_TAG_BYTES:
@@ -77,7 +93,7 @@ class Header:
 
     def pack(self) -> bytes:
         numbers = self.fingerprint, self.sequence, self.num_tokens, self.bucket_tokens, self.rank
-        body = _LAYOUT.pack(MAGIC, self.kind, len(self.tag), 0, *numbers, self.tag)
+        body = _LAYOUT.pack(MAGIC, self.kind, len(self.tag), self.answer, *numbers, self.tag)
         return body + _CHECKSUM.pack(zlib.crc32(body))
 
     @classmethod
@@ -89,14 +105,20 @@ class Header:
         """
         _expect("length in bytes", len(message), MESSAGE_BYTES)
         body, (got_checksum,) = message[: _LAYOUT.size], _CHECKSUM.unpack_from(message, _LAYOUT.size)
-        magic, kind, tag_bytes, _, fingerprint, sequence, num_tokens, bucket_tokens, rank, tag = _LAYOUT.unpack(body)
+        magic, kind, tag_bytes, answer, fingerprint, sequence, num_tokens, bucket_tokens, rank, tag = _LAYOUT.unpack(
+            body
+        )
         _expect("magic", magic, MAGIC)
         _expect("checksum", got_checksum, zlib.crc32(body), "08x")
         if kind not in _KINDS:
             raise ValueError(errors.header_differs("kind", kind, "one of " + ", ".join(str(k.value) for k in Kind)))
         if tag_bytes > MAX_TAG_BYTES:
             raise ValueError(errors.header_differs("length of the tag", tag_bytes, f"at most {MAX_TAG_BYTES}"))
-        return cls(_KINDS[kind], fingerprint, sequence, rank, num_tokens, bucket_tokens, tag[:tag_bytes])
+        if answer not in _ANSWERS:
+            expected = "one of " + ", ".join(str(a.value) for a in Answer)
+            raise ValueError(errors.header_differs("answer", answer, expected))
+        numbers = fingerprint, sequence, rank, num_tokens, bucket_tokens
+        return cls(_KINDS[kind], *numbers, tag[:tag_bytes], _ANSWERS[answer])
 
     def check(self, plan: Plan, sequence: int, rank: int) -> None:
         """Compare with what the plan and the order of the link ask for.

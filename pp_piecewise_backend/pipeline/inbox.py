@@ -14,7 +14,7 @@ import torch
 from ..runtime.stage import Stage
 from ..runtime.tracing import Timeline
 from ..utils.counters import Stats
-from .header import Header
+from .header import Header, Kind
 from .link import Receiver
 from .transports.base import Pending
 
@@ -83,7 +83,7 @@ class Inbox:
     def take(self) -> tuple[Header, Views] | None:
         """The next micro-batch once it has landed; None when the sender has stopped. Its memory is lent to the caller.
 
-        Never one of a link that carries no tensors, of which ``wait_for`` alone is notified.
+        Never one of which no tensors follow: ``wait_for`` alone is notified of these.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -120,7 +120,7 @@ class Inbox:
             self._post(now=False)
 
     def wait_for(self, count: int) -> None:
-        """Return once ``count`` micro-batches were announced in all and found memory, or no more comes."""
+        """Return once ``count`` headers came in all, and found memory where tensors follow, or no more comes."""
         if self._heard_count < count:
             with self._changed:
                 self._changed.wait_for(lambda: self._heard_count >= count or self._has_ended)
@@ -139,7 +139,7 @@ class Inbox:
                 header = self._receiver.next_header()
                 if header is None:
                     self._has_ended = True
-                elif self._landing.inputs:
+                elif header.kind is Kind.DATA:
                     self._receive(header)
                 self._heard_count += header is not None
         except Exception as error:  # raised by take(), in the thread of the runner

@@ -39,7 +39,7 @@ import torch
 from .. import errors
 from ..utils.counters import Amounts, Stats
 from .fault import Fault, Loss
-from .header import MAX_TAG_BYTES, Header, Kind
+from .header import MAX_TAG_BYTES, Answer, Header, Kind
 from .plan import Plan, Schema
 from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Pending, Wire
@@ -107,11 +107,12 @@ class End:
 
     # ---------------------------------------------------------------------------------- telling
 
-    def _tell(self, kind: Kind, num_tokens: int = 0, tag: bytes = b"") -> Header:
+    def _tell(self, kind: Kind, num_tokens: int = 0, tag: bytes = b"", answer: Answer = Answer.FEEDBACK) -> Header:
         plan = self._settings.plan
         bucket_tokens = plan.ladder.bucket(num_tokens) or 0
         with self._telling:
-            header = Header(kind, plan.fingerprint, self._told_data, self.own_rank, num_tokens, bucket_tokens, tag)
+            numbers = plan.fingerprint, self._told_data, self.own_rank, num_tokens, bucket_tokens
+            header = Header(kind, *numbers, tag, answer)
             self._wire.tell(header.pack())
             self._told_data += kind is Kind.DATA
         return header
@@ -164,8 +165,8 @@ class End:
                 if header.kind is Kind.STOP:
                     self._heard_stop.set()
                     self._put(None)
-                elif header.kind is Kind.DATA:
-                    self._heard_data += 1
+                elif header.kind in (Kind.DATA, Kind.NOTICE):
+                    self._heard_data += header.kind is Kind.DATA
                     self._put(header)
                 if self._said_stop.is_set() and self._heard_stop.is_set() and not self._stopped.is_set():
                     self._tell(Kind.STOP)
@@ -299,8 +300,8 @@ class Sender(End):
 
     _sent = 0
 
-    def announce(self, num_tokens: int, tag: bytes = b"") -> Header:
-        """Tell the next stage what comes; its tensors may follow much later.
+    def announce(self, num_tokens: int, tag: bytes = b"", answer: Answer = Answer.FEEDBACK) -> Header:
+        """Tell the next stage what comes, and what the last one is to answer; its tensors may follow much later.
 
         Raises:
             ValueError: no number of tokens that the plan has, or a tag longer than 24 bytes.
@@ -313,9 +314,18 @@ class Sender(End):
         def doing() -> str:
             return f"announcing micro-batch {self._told_data} ({num_tokens} tokens)"
 
-        header = self._checked(doing, self._tell, Kind.DATA, num_tokens, tag)
+        header = self._checked(doing, self._tell, Kind.DATA, num_tokens, tag, answer)
         _ONE_HEADER.add_to(self._settings.stats)
         return header
+
+    def notice(self, tag: bytes = b"") -> None:
+        """Say that a micro-batch has ended of which no tensors follow.
+
+        Raises:
+            PeerLost: the pipeline broke.
+        """
+        self._checked(lambda: "saying that a micro-batch has ended", self._tell, Kind.NOTICE, 0, tag)
+        _ONE_HEADER.add_to(self._settings.stats)
 
     def send(self, header: Header, tensors: Mapping[str, torch.Tensor], slot: int = 0) -> Pending:
         """Send the tensors of the micro-batch ``header``, in the order of the announcements and without a copy.

@@ -38,7 +38,7 @@ from ..utils.addresses import overlap, span
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from ..utils.versions import versions
 from .connect import make_links, pick_transport
-from .header import MAX_TAG_BYTES, Header
+from .header import MAX_TAG_BYTES, Answer, Header
 from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
 from .transports.base import Patience, Pending, Transport
@@ -62,17 +62,22 @@ class MicroBatch:
         num_tokens: rows of the proxies, 1 to ``max_tokens``.
         tag: at most 24 bytes of the user's; every stage gets it with this micro-batch.
         inputs: replaces ``make_inputs`` on the first stage.
+        feedback: whether the last stage sends feedback for it, where the pipeline has feedback. False, as for all but
+            the last chunk of a long prompt: ``StageRunner.feedback`` passes it over.
     """
 
     num_tokens: int
     tag: bytes = b""
     inputs: Mapping[str, Any] | None = None
+    feedback: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool) or self.num_tokens < 1:
             raise errors.ConfigError(errors.runner_argument("num_tokens", self.num_tokens, "at least 1"))
         if not isinstance(self.tag, bytes) or len(self.tag) > MAX_TAG_BYTES:
             raise errors.ConfigError(errors.runner_argument("tag", self.tag, f"at most {MAX_TAG_BYTES} bytes"))
+        if not isinstance(self.feedback, bool):
+            raise errors.ConfigError(errors.runner_argument("feedback", self.feedback, "True or False"))
 
 
 class StageRunner:
@@ -161,6 +166,8 @@ class StageRunner:
             self._feedback.release()  # nobody reads yet
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
+        self._asked_feedback = self._read_feedback = 0
+        """Micro-batches with feedback that were taken up, and those of which the caller of ``feedback`` got it."""
         self._output_names, self._feedback_names = tuple(outputs or ()), tuple(feedback or ())
         # Results of a last stage are the caller's; those of the others are sent from where pieces write them.
         self._options = {**(options or {}), "stage": self._stage, "static_outputs": not self.is_last}
@@ -270,14 +277,21 @@ class StageRunner:
             if self._max_in_flight is not None and self._feedback is not None:
                 with self._spanning("steps", "wait for room"):
                     self._feedback.wait_for(sequence + 1 - self._max_in_flight)
-            yield self._step(sequence, microbatch.num_tokens, microbatch.tag, microbatch.inputs, {})
+            answer = self._answer_to(microbatch)
+            self._asked_feedback += answer is Answer.FEEDBACK
+            yield self._step(sequence, microbatch.num_tokens, microbatch.tag, answer, microbatch.inputs, {})
+
+    def _answer_to(self, microbatch: MicroBatch) -> Answer:
+        if self._feedback_names and microbatch.feedback:
+            return Answer.FEEDBACK
+        return Answer.NOTHING if self._max_in_flight is None else Answer.NOTICE
 
     def _following_steps(self) -> Iterator[Any]:
         assert self._inbox is not None
         self._release()  # warm-up has used the memory until now
         while (taken := self._take()) is not None:
             header, proxies = taken
-            yield self._step(header.sequence, header.num_tokens, header.tag, None, proxies)
+            yield self._step(header.sequence, header.num_tokens, header.tag, header.answer, None, proxies)
             outgoing = self._links.outgoing
             if outgoing is not None and outgoing.stop_requested and self._links.incoming is not None:
                 self._links.incoming.say_stop()
@@ -287,12 +301,20 @@ class StageRunner:
         take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
         return take()
 
-    def _step(self, sequence: int, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views) -> Any:
+    def _step(
+        self,
+        sequence: int,
+        num_tokens: int,
+        tag: bytes,
+        answer: Answer,
+        given: Mapping[str, Any] | None,
+        proxies: Views,
+    ) -> Any:
         """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
         outgoing, feedback_out = self._links.outgoing, self._links.feedback_out
         if self.timeline is not None:
             self.timeline.micro_batch = sequence
-        header = None if outgoing is None else outgoing.announce(num_tokens, tag)
+        header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
         announced_at = time.perf_counter()
         with _serving():
             output, began_at = self._forward(num_tokens, tag, given, proxies)
@@ -301,7 +323,7 @@ class StageRunner:
                 self._stats.add("blocking_metadata")
             self._send(header, output)
         elif feedback_out is not None:
-            self._send_feedback(num_tokens, tag, output)
+            self._answer(tag, answer, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
         return output if self.is_last else None
 
@@ -385,15 +407,16 @@ class StageRunner:
         if self.timeline is not None:
             self.timeline.add("send", "send", sent.begin_ns, micro_batch=sent.sequence)
 
-    def _send_feedback(self, num_tokens: int, tag: bytes, output: Any) -> None:
+    def _answer(self, tag: bytes, answer: Answer, output: Any) -> None:
         link = self._links.feedback_out
         assert link is not None
-        self._wait_for_sent_feedback()
-        tensors = self._chosen(output, self._feedback_names) if self._feedback_names else {}
-        rows = min((tensor.shape[0] for tensor in tensors.values()), default=num_tokens)
-        header = link.announce(rows, tag)
-        if tensors:
-            self._sent_feedback = link.send(header, tensors)
+        if answer is Answer.NOTICE:
+            link.notice(tag)
+        elif answer is Answer.FEEDBACK:
+            self._wait_for_sent_feedback()
+            tensors = self._chosen(output, self._feedback_names)
+            rows = min(tensor.shape[0] for tensor in tensors.values())
+            self._sent_feedback = link.send(link.announce(rows, tag), tensors)
 
     def _wait_for_sent_feedback(self) -> None:
         sent, self._sent_feedback = self._sent_feedback, None
@@ -403,18 +426,23 @@ class StageRunner:
     def feedback(self) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
 
-        The tensors belong to the runner and hold their contents until ``feedback`` is called again.
+        The tensors belong to the runner and hold their contents until ``feedback`` is called again. Micro-batches with
+        ``feedback=False`` have none.
 
         Raises:
             PeerLost: the pipeline broke.
-            PPPiecewiseError: there is no feedback here, or no more of it.
+            PPPiecewiseError: there is no feedback here, or none that could come: that of all micro-batches which were
+                taken from the iterable so far was read.
         """
         if self._feedback is None or not self._feedback_names:
             raise errors.PPPiecewiseError(errors.no_feedback_here(self.stage))
+        if self._read_feedback == self._asked_feedback:
+            raise errors.PPPiecewiseError(errors.NO_FEEDBACK_OUTSTANDING)
         self._feedback.release()
         taken = self._feedback.take()
         if taken is None:
             raise errors.PPPiecewiseError(errors.NO_MORE_FEEDBACK)
+        self._read_feedback += 1
         header, tensors = taken
         return header.tag, tensors
 

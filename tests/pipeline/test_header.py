@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.pipeline.header import Header, Kind
+from pp_piecewise_backend.pipeline.header import Answer, Header, Kind
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES
 
 headers = st.builds(
@@ -18,6 +20,7 @@ headers = st.builds(
     num_tokens=st.integers(0, 2**32 - 1),
     bucket_tokens=st.integers(0, 2**32 - 1),
     tag=st.binary(max_size=24),
+    answer=st.sampled_from(Answer),
 )
 
 
@@ -44,3 +47,10 @@ def test_every_other_length_is_refused(message: bytes) -> None:
 def test_a_tag_of_25_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="25 bytes"):
         Header(Kind.DATA, 0, 0, 0, tag=b"x" * 25)
+
+
+def test_an_answer_that_is_none_is_refused() -> None:
+    body = bytearray(Header(Kind.DATA, 0, 0, 0).pack()[:60])
+    body[6] = 3
+    with pytest.raises(ValueError, match="answer 3, expected one of 0, 1, 2"):
+        Header.unpack(bytes(body) + zlib.crc32(body).to_bytes(4, "little"))

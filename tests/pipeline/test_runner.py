@@ -291,7 +291,13 @@ def test_a_pipeline_of_one_stage() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((0,), "num_tokens=0"), ((2.0,), "num_tokens=2.0"), ((1, b"x" * 25), "at most 24 bytes"), ((1, "x"), "tag='x'")],
+    [
+        ((0,), "num_tokens=0"),
+        ((2.0,), "num_tokens=2.0"),
+        ((1, b"x" * 25), "at most 24 bytes"),
+        ((1, "x"), "tag='x'"),
+        ((1, b"", None, 1), "feedback=1: expected True or False"),
+    ],
 )
 def test_a_micro_batch_that_cannot_be(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(errors.ConfigError, match=words):
