@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape, slots: Slots, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.longest = shape, slots.longest
+        self.shape, self.longest = shape, (slots.short, slots.long)
         self.q_size, self.kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.qkv = nn.Linear(shape.hidden, self.q_size + 2 * self.kv_size, bias=shape.qkv_bias, dtype=dtype)
         self.out = nn.Linear(self.q_size, shape.hidden, bias=False, dtype=dtype)
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         k = rotate(k.view(-1, self.shape.kv_heads, self.shape.head_dim), *rotation)
         v = v.view(-1, self.shape.kv_heads, self.shape.head_dim)
         attended = torch.empty_like(q)
-        torch.ops.slot_attention.attend(q, k, v, self.k_cache, self.v_cache, attended, *step, self.longest)
+        torch.ops.slot_attention.attend(q, k, v, self.k_cache, self.v_cache, attended, *step, *self.longest)
         return self.out(attended.view(-1, self.q_size))
 
 

@@ -383,6 +383,8 @@ class Plan:
             self._run_model(model)
         if self.is_over:
             self.note("over", sentence="the budget was used up; what is missing was not measured")
+        if error := first_error(self.rank.say("forget")):
+            self.note("variant", model="all", variant="all", status="failed", reason=f"at the end, {error}")
 
     def _run_model(self, model: str) -> None:
         reports = self.rank.say("model", model=model)
@@ -514,7 +516,6 @@ def main(request_text: str, folder: Path) -> None:
         dist.broadcast_object_list([("end", {})], src=0, group=rank.control)
     else:
         rank.follow()
-    rank.do_forget()
     (folder / f"answer_{rank.rank}.json").write_text("null")
     dist.barrier(group=rank.control)
     sys.stdout.flush()

@@ -133,13 +133,14 @@ class StepTensors(nn.Module):
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor,
-    cache_rows: Tensor, sequences: Tensor, longest: int,
+    cache_rows: Tensor, sequences: Tensor, longest_of_few: int, longest_of_many: int,
 ) -> None:  # fmt: skip
     """Attention of `q`, `[rows, heads, d]`, into `out`; caches are `[cache rows, kv_heads, d]`.
 
-    `longest` bounds the length of every sequence.
+    No sequence is longer than `longest_of_few` where each row is one, and than `longest_of_many` in larger calls.
     """
     rows = q.shape[0]
+    longest = longest_of_few if rows <= MAX_SEQUENCES else longest_of_many
     k_cache.index_copy_(0, cache_rows[:rows], k)
     v_cache.index_copy_(0, cache_rows[:rows], v)
     if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
@@ -191,7 +192,7 @@ def rows_with_choice(batch: StepBatch) -> np.ndarray:
 _LIBRARY = torch.library.Library("slot_attention", "DEF")
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) out, Tensor cache_rows, "
-    "Tensor sequences, int longest) -> ()",
+    "Tensor sequences, int longest_of_few, int longest_of_many) -> ()",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _LIBRARY.define("choose(Tensor x, Tensor weight, Tensor sequences) -> Tensor")
@@ -203,7 +204,7 @@ for _key in ("CPU", "CUDA"):
 @torch.library.register_fake("slot_attention::attend", lib=_LIBRARY)
 def _(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor,
-    cache_rows: Tensor, sequences: Tensor, longest: int,
+    cache_rows: Tensor, sequences: Tensor, longest_of_few: int, longest_of_many: int,
 ) -> None:  # fmt: skip
     return None
 

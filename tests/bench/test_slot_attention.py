@@ -83,7 +83,7 @@ def test_attention_replays_rightly_when_lengths_change(device: str, rows: str) -
     caches = [torch.full((SLOTS * SLOT_ROWS, KV_HEADS, HEAD_DIM), 9.0, dtype=dtype, device=device) for _ in range(2)]
 
     def run() -> None:
-        torch.ops.slot_attention.attend(q, k, v, *caches, out, step.cache_rows, step.sequences, SLOT_ROWS)
+        torch.ops.slot_attention.attend(q, k, v, *caches, out, step.cache_rows, step.sequences, SLOT_ROWS, SLOT_ROWS)
 
     replay: Callable[[], Any] | None = None
     history: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
