@@ -463,8 +463,31 @@ def runner_sets_option(name: str) -> str:
     return f"the option {name!r} is set by StageRunner itself. Leave it out of options."
 
 
-def stage_returned(stage: int, got: object, names: Sequence[str]) -> str:
-    return f"the module of stage {stage} returned {got}: expected a dict with {_listed(names)}."
+def stage_returned(whose: str, got: object, names: Sequence[str]) -> str:
+    """``whose``: what returned it, such as "the module of stage 0"."""
+    return f"{whose} returned {got}: expected a dict with {_listed(names)}."
+
+
+def finish_cannot_be(finish: object, stage: int, stage_count: int, has_feedback: bool) -> str:
+    place = f"stage {stage} of {stage_count}, which has {'feedback' if has_feedback else 'no feedback'}"
+    return (
+        f"{place}, got finish={finish!r}: expected a function (output, tag) -> dict of tensors, on the last stage of a "
+        f"pipeline with feedback. Elsewhere nothing takes what it returns: leave it out."
+    )
+
+
+def finish_returned_others(whose: str, got: Sequence[str], names: Sequence[str]) -> str:
+    return (
+        f"{whose} also returned {_listed(got)}, which nothing takes: expected exactly {_listed(names)}. Leave the "
+        f"others out, or declare them in feedback on the first and the last stage."
+    )
+
+
+def feedback_differs(whose: str, name: str, got: str, expected: str, most_rows: int) -> str:
+    return (
+        f"{whose} returned {name!r} as {got}: expected {expected}, with 1 to {most_rows} rows, equally many in each "
+        f"tensor. Return what the Proxy in feedback says, or change the Proxy."
+    )
 
 
 def stage_inputs_clash(names: Iterable[str]) -> str:

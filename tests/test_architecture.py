@@ -80,6 +80,7 @@ ORDER = (
     "pipeline.link",
     "pipeline.inbox",
     "pipeline.connect",
+    "pipeline.results",
     "pipeline.runner",
 )
 

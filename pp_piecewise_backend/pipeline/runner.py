@@ -41,6 +41,7 @@ from .connect import make_links, pick_transport
 from .header import MAX_TAG_BYTES, Answer, Header
 from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
+from .results import Answers, Finish, chosen
 from .transports.base import Patience, Pending, Transport
 
 _LOG = logging.getLogger(__name__)
@@ -86,12 +87,17 @@ class StageRunner:
     Args:
         module: takes what ``make_inputs`` gives and the proxies, all by name, and returns a dict with the names in
             ``outputs``, each contiguous ``[num_tokens, *shape]``; on the last stage anything, with the names in
-            ``feedback`` among it if there is feedback.
+            ``feedback`` among it if there is feedback and no ``finish``.
         make_inputs: ``(num_tokens, tag)`` -> this stage's own keyword arguments; also asked at warm-up, with tag b"".
         max_tokens: rows of the landing memory, and the largest micro-batch.
         inputs: the proxies that the previous stage sends; None on the first stage.
         outputs: those that go to the next one; None on the last stage.
-        feedback: tensors that the last stage sends to the first; given on these two only.
+        feedback: tensors that the last stage sends to the first; given on these two only. Each is ``[rows, *shape]``
+            with 1 to ``max_tokens`` rows, which may be fewer than those of the micro-batch.
+        finish: on the last stage only: ``(output of the module, tag)`` -> the feedback, such as sampled tokens, with
+            exactly the names in ``feedback``. It runs eagerly after the module, without gradients, on the thread and
+            stream of ``run``, for each micro-batch that has feedback; not at warm-up. ``run`` gives the module's
+            output all the same.
         group: process group of the pipeline's ranks in stage order; all ranks by default. Where several ranks hold one
             stage together (tensor parallel), a pair: that group, and the group of the ranks of this stage.
         mesh: ``DeviceMesh`` instead of ``group``, with a dimension "pp" and, for tensor parallel stages, one "tp".
@@ -121,6 +127,7 @@ class StageRunner:
         inputs: Proxies | None = None,
         outputs: Proxies | None = None,
         feedback: Proxies | None = None,
+        finish: Finish | None = None,
         group: Any = None,
         mesh: Any = None,
         transport: Transport | Literal["auto", "p2p", "shared_memory", "cuda_ipc"] = "auto",
@@ -140,6 +147,8 @@ class StageRunner:
         self.stage, self.stage_count, self._exchange = way.stage, way.stage_count, way.exchange
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
         self._check_ends(inputs, outputs, feedback)
+        if finish is not None and not (self.is_last and feedback and callable(finish)):
+            raise errors.ConfigError(errors.finish_cannot_be(finish, self.stage, self.stage_count, bool(feedback)))
         if feedback is None and max_in_flight is not None and self.stage_count > 1 and (self.is_first or self.is_last):
             feedback = {}  # carries no tensors: only the notice that a micro-batch has ended
         plan = StagePlan(
@@ -164,6 +173,9 @@ class StageRunner:
             slot = Stage(feedback or {}, max_tokens, self._stage.device)
             self._feedback = Inbox(self._links.feedback_in, slot, self._stats, spare_count=spare_count)
             self._feedback.release()  # nobody reads yet
+        self._answers: Answers | None = None
+        if (link := self._links.feedback_out) is not None:
+            self._answers = Answers(link, feedback or {}, self._stage, self.stage, finish, self._stats)
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
         self._asked_feedback = self._read_feedback = 0
@@ -175,7 +187,6 @@ class StageRunner:
         self._compiled: Any = None
         self._trace_path: Path | None = None
         self._sent: _Sent | None = None
-        self._sent_feedback: Pending | None = None
         self._is_whole_graph = True
         self._in_forward = False
         self._has_run = self._is_closed = False
@@ -311,7 +322,7 @@ class StageRunner:
         proxies: Views,
     ) -> Any:
         """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
-        outgoing, feedback_out = self._links.outgoing, self._links.feedback_out
+        outgoing = self._links.outgoing
         if self.timeline is not None:
             self.timeline.micro_batch = sequence
         header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
@@ -322,8 +333,9 @@ class StageRunner:
             if announced_at > began_at:
                 self._stats.add("blocking_metadata")
             self._send(header, output)
-        elif feedback_out is not None:
-            self._answer(tag, answer, output)
+        elif self._answers is not None and answer is not Answer.NOTHING:
+            with _serving(), self._spanning("steps", "answer"):
+                self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
         return output if self.is_last else None
 
@@ -374,24 +386,13 @@ class StageRunner:
 
     def _send(self, header: Header, output: Any) -> None:
         assert self._links.outgoing is not None
-        tensors = self._chosen(output, self._output_names)
+        tensors = chosen(output, self._output_names, f"the module of stage {self.stage}", self._stats)
         self._wait_for_send()
         transfer = self._links.outgoing.send(header, tensors)
         self._sent = _Sent(transfer, header.sequence, time.time_ns())
         if self._uses_landing_memory:  # what is sent lies in landing memory
             self._wait_for_send()
             self._release()
-
-    def _chosen(self, output: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        if not isinstance(output, Mapping) or not set(names) <= output.keys():
-            got = f"a dict with {list(output)}" if isinstance(output, Mapping) else type(output).__name__
-            raise ValueError(errors.stage_returned(self.stage, got, names))
-        tensors = {name: output[name] for name in names}
-        for name, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
-                tensors[name] = tensor.contiguous()
-                self._stats.add("proxy_copies")
-        return tensors
 
     def _wait_for_send(self) -> None:
         """Return when the last results have left, so that their memory may be written."""
@@ -406,22 +407,6 @@ class StageRunner:
                 self.timeline.add("steps", "wait for send", begin_ns)
         if self.timeline is not None:
             self.timeline.add("send", "send", sent.begin_ns, micro_batch=sent.sequence)
-
-    def _answer(self, tag: bytes, answer: Answer, output: Any) -> None:
-        link = self._links.feedback_out
-        assert link is not None
-        if answer is Answer.NOTICE:
-            link.notice(tag)
-        elif answer is Answer.FEEDBACK:
-            self._wait_for_sent_feedback()
-            tensors = self._chosen(output, self._feedback_names)
-            rows = min(tensor.shape[0] for tensor in tensors.values())
-            self._sent_feedback = link.send(link.announce(rows, tag), tensors)
-
-    def _wait_for_sent_feedback(self) -> None:
-        sent, self._sent_feedback = self._sent_feedback, None
-        if sent is not None:
-            sent.wait()
 
     def feedback(self) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
@@ -498,7 +483,8 @@ class StageRunner:
         if self._links.is_broken:
             return
         self._wait_for_send()
-        self._wait_for_sent_feedback()
+        if self._answers is not None:
+            self._answers.wait()
         for sender in (self._links.outgoing, self._links.feedback_out):
             if sender is not None:
                 sender.say_stop()

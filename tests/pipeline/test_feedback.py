@@ -12,7 +12,10 @@ import torch
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend import errors
+from pp_piecewise_backend.pipeline.header import Answer
+from pp_piecewise_backend.pipeline.results import Answers
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
+from pp_piecewise_backend.utils.counters import Stats
 
 pytestmark = pytest.mark.usefixtures("fresh_backend")
 
@@ -38,18 +41,16 @@ class Last(torch.nn.Module):
 
 def runner(hub: LocalHub, stage: int, in_flight: int | None, **arguments: Any) -> ppb.StageRunner:
     is_last = stage == hub.stage_count - 1
-    return ppb.StageRunner(
-        Last() if is_last else Middle() if stage else First(),
-        make_inputs=lambda n, tag: {} if stage else {"input_ids": torch.zeros(n, dtype=torch.int64)},
-        max_tokens=4,
-        inputs=PROXIES if stage else None,
-        outputs=None if is_last else PROXIES,
-        feedback=TOKENS if is_last or not stage else None,
-        transport=hub.transport(stage),
-        max_in_flight=in_flight,
-        options={"compiler": "eager", "graphs": "off"},
-        **arguments,
-    )
+    usual: dict[str, Any] = {
+        "module": Last() if is_last else Middle() if stage else First(),
+        "make_inputs": lambda n, tag: {} if stage else {"input_ids": torch.zeros(n, dtype=torch.int64)},
+        "inputs": PROXIES if stage else None,
+        "outputs": None if is_last else PROXIES,
+        "feedback": TOKENS if is_last or not stage else None,
+        "max_in_flight": in_flight,
+        "options": {"compiler": "eager", "graphs": "off"},
+    }
+    return ppb.StageRunner(max_tokens=4, transport=hub.transport(stage), **{**usual, **arguments})
 
 
 def test_one_feedback_is_read_while_all_that_may_be_in_flight_arrive() -> None:
@@ -157,3 +158,83 @@ def in_threads_of_their_own(play: Callable[[int], None], count: int) -> None:
     assert not any(thread.is_alive() for thread in threads)
     for failure in failures:
         raise failure
+
+
+class Logits(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * 2
+
+
+def test_finish_makes_the_feedback_from_what_the_module_returned() -> None:
+    hub, told, yielded, seen = LocalHub(2, LONGEST_SECONDS), [], [], []
+
+    def finish(output: torch.Tensor, tag: bytes) -> dict[str, torch.Tensor]:
+        seen.append((tag, output.requires_grad, torch.is_inference_mode_enabled()))
+        return {"tokens": output[-1:].sum(1).long()}  # one row for three
+
+    def play(stage: int) -> None:
+        arguments = {"module": Logits(), "finish": finish} if stage else {}
+        with runner(hub, stage, None, **arguments) as own:
+            yielded.extend(output for output in own.run(batches(own) if stage == 0 else None) if output is not None)
+
+    def batches(first: ppb.StageRunner) -> Iterator[ppb.MicroBatch]:
+        for number in range(4):
+            inputs = {"input_ids": torch.arange(3) + number}
+            yield ppb.MicroBatch(3, str(number).encode(), inputs, feedback=number != 2)
+            if number != 2:
+                told.append(first.feedback()[1]["tokens"].tolist())
+
+    in_threads_of_their_own(play, 2)
+    assert told == [[4 * 2 * (number + 3)] for number in (0, 1, 3)]
+    assert seen == [(b"0", False, False), (b"1", False, False), (b"3", False, False)], "once each, and not at warm-up"
+    assert [output[:, 0].tolist() for output in yielded] == [
+        [2.0 * (number + i + 1) for i in range(3)] for number in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: torch.zeros(2), "finish on stage 1 returned Tensor: expected a dict with 'tokens'"),
+        (lambda: {}, r"finish on stage 1 returned a dict with \[\]: expected a dict with 'tokens'"),
+        (lambda: {"tokens": torch.zeros(2).long(), "logits": 0}, "also returned 'logits', .* exactly 'tokens'"),
+        (lambda: {"tokens": [1, 2]}, "'tokens' as list: expected torch.int64"),
+        (
+            lambda: {"tokens": torch.zeros(2)},
+            r"'tokens' as torch.float32\[2\] on cpu: expected torch.int64\[2\] on cpu",
+        ),
+        (lambda: {"tokens": torch.zeros(2, 1).long()}, r"as torch.int64\[2, 1\] on cpu: expected torch.int64\[2\]"),
+        (lambda: {"tokens": torch.zeros(0).long()}, r"as torch.int64\[0\] on cpu: expected .* with 1 to 4 rows"),
+        (lambda: {"tokens": torch.zeros(5).long()}, r"as torch.int64\[5\] on cpu: expected .* with 1 to 4 rows"),
+        (lambda: {"tokens": torch.zeros(()).long()}, r"as torch.int64\[\] on cpu: expected torch.int64\[rows\]"),
+        (lambda: {"tokens": torch.zeros(2, device="meta").long()}, r"on meta: expected torch.int64\[2\] on cpu"),
+    ],
+)
+def test_what_finish_returns_is_checked(made: Callable[[], Any], words: str) -> None:
+    answers = Answers(None, TOKENS, ppb.Stage({}, 4, "cpu"), 1, lambda output, tag: made(), Stats())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=words):
+        answers.send(Answer.FEEDBACK, b"", None)
+
+
+def test_feedback_of_several_tensors_has_equally_many_rows() -> None:
+    made = {"tokens": torch.zeros(2).long(), "scores": torch.zeros(3)}
+    proxies = {**TOKENS, "scores": ppb.Proxy((), torch.float32)}
+    answers = Answers(None, proxies, ppb.Stage({}, 4, "cpu"), 1, None, Stats())  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"the module of stage 1 returned 'scores' as torch.float32\[3\].*\[2\] on cpu"
+    ):
+        answers.send(Answer.FEEDBACK, b"", made)
+
+
+@pytest.mark.parametrize(
+    ("stage", "count", "changes", "words"),
+    [
+        (0, 2, {"finish": print}, "stage 0 of 2, which has feedback, got finish=<built-in"),
+        (1, 2, {"finish": 3}, "got finish=3: expected a function"),
+        (1, 2, {"finish": print, "feedback": None}, "stage 1 of 2, which has no feedback"),
+        (0, 1, {"finish": print, "feedback": None, "outputs": None}, "stage 0 of 1, which has no feedback"),
+    ],
+)
+def test_where_finish_cannot_be(stage: int, count: int, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(errors.ConfigError, match=words):
+        runner(LocalHub(count), stage, None, **changes)

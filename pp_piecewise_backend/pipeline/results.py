@@ -1,0 +1,116 @@
+"""What of a module's output leaves its stage, chosen by name and checked; and what the last stage answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .. import errors
+from ..runtime.stage import Proxy, Stage
+from ..utils.counters import Stats
+from .header import Answer
+from .link import Sender
+from .transports.base import Pending
+
+Finish = Callable[[Any, bytes], Mapping[str, torch.Tensor]]
+
+
+def chosen(output: Any, names: tuple[str, ...], whose: str, stats: Stats) -> dict[str, torch.Tensor]:
+    """The tensors of these names, contiguous; a copy that takes is counted.
+
+    Args:
+        whose: what returned the output, for errors: such as "the module of stage 0".
+
+    Raises:
+        ValueError: the output is no dict with these names.
+    """
+    if not isinstance(output, Mapping) or not set(names) <= output.keys():
+        got = f"a dict with {list(output)}" if isinstance(output, Mapping) else type(output).__name__
+        raise ValueError(errors.stage_returned(whose, got, names))
+    tensors = {name: output[name] for name in names}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+            tensors[name] = tensor.contiguous()
+            stats.add("proxy_copies")
+    return tensors
+
+
+class Answers:
+    """What the last stage sends to the first one for each micro-batch.
+
+    Args:
+        link: to the first stage.
+        proxies: the tensors of feedback; none, where only notices are sent.
+        stage: whose rows and device feedback must fit.
+        number: of the stage, for errors.
+        finish: ``(output of the module, tag)`` -> feedback; None: feedback is among the module's output.
+        stats: counts ``proxy_copies``.
+    """
+
+    def __init__(
+        self,
+        link: Sender,
+        proxies: Mapping[str, Proxy],
+        stage: Stage,
+        number: int,
+        finish: Finish | None,
+        stats: Stats,
+    ) -> None:
+        self._link = link
+        self._proxies = dict(proxies)
+        self._names = tuple(proxies)
+        self._stage = stage
+        self._finish = finish
+        self._whose = f"the module of stage {number}" if finish is None else f"finish on stage {number}"
+        self._stats = stats
+        self._sent: Pending | None = None
+
+    def send(self, answer: Answer, tag: bytes, output: Any) -> None:
+        """Answer to a micro-batch whose forward gave ``output``; not called where nothing is to be answered.
+
+        Raises:
+            ValueError: feedback is not what was declared.
+            PeerLost: the pipeline broke.
+            Whatever ``finish`` raises.
+        """
+        if answer is Answer.NOTICE:
+            self._link.notice(tag)
+            return
+        tensors = self._feedback(output, tag)
+        self.wait()
+        rows = tensors[self._names[0]].shape[0]
+        self._sent = self._link.send(self._link.announce(rows, tag), tensors)
+
+    def wait(self) -> None:
+        """Return when the last feedback has left."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent.wait()
+
+    def _feedback(self, output: Any, tag: bytes) -> Mapping[str, torch.Tensor]:
+        if self._finish is not None:
+            output = self._finish(output, tag)
+            if isinstance(output, Mapping) and (others := output.keys() - self._proxies.keys()):
+                raise ValueError(errors.finish_returned_others(self._whose, sorted(map(str, others)), self._names))
+        tensors = chosen(output, self._names, self._whose, self._stats)
+        rows = self._rows(tensors[self._names[0]])
+        for name, proxy in self._proxies.items():
+            tensor: Any = tensors[name]
+            if rows is None or self._rows(tensor) != rows or not self._fits(tensor, proxy):
+                is_tensor = isinstance(tensor, torch.Tensor)
+                got = f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}" if is_tensor else type(tensor).__name__
+                shape = ", ".join([str(rows or "rows"), *map(str, proxy.shape)])
+                expected = f"{proxy.dtype}[{shape}] on {self._stage.device}"
+                raise ValueError(errors.feedback_differs(self._whose, name, got, expected, self._stage.max_tokens))
+        return tensors
+
+    def _rows(self, tensor: Any) -> int | None:
+        """As many as a micro-batch may have, else None."""
+        rows = tensor.shape[0] if isinstance(tensor, torch.Tensor) and tensor.ndim else 0
+        return rows if 0 < rows <= self._stage.max_tokens else None
+
+    def _fits(self, tensor: torch.Tensor, proxy: Proxy) -> bool:
+        is_here = tensor.device.type == self._stage.device.type
+        return is_here and tensor.dtype == proxy.dtype and tensor.shape[1:] == proxy.shape
