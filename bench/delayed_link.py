@@ -54,7 +54,8 @@ class DelayedWire:
 
     def __init__(self, wire: Wire, transport: DelayedTransport) -> None:
         self.tell, self.flush, self.hear = wire.tell, wire.flush, wire.hear
-        self.break_data, self.break_control, self.close = wire.break_data, wire.break_control, wire.close
+        self.finish, self.close = wire.finish, wire.close
+        self.break_data, self.break_control = wire.break_data, wire.break_control
         self._wire = wire
         self._transport = transport
         self._stamps: list[_Stamp] = []

@@ -446,6 +446,13 @@ def place_differs(offset: int, num_bytes: int, block_bytes: int, tensor_bytes: i
     )
 
 
+def driver_failed(call: str, device: str, code: int, name: str) -> str:
+    return (
+        f"{call} on {device} failed with CUDA driver error {code} ({name}); without CUDA IPC, stages hand over with "
+        'transport="p2p".'
+    )
+
+
 NO_TRANSPORT = (
     "StageRunner found no initialised torch.distributed to reach the other stages: call "
     "torch.distributed.init_process_group (torchrun sets what it needs), or pass a transport."

@@ -55,14 +55,16 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
                 if output is not None:
                     outputs.append({name: tensor.clone() for name, tensor in output.items()})
                 if rank == job.get("victim") and number == FAULTY_STEP:
-                    print(f"fault at {time.time()}", flush=True)
-                    os.kill(os.getpid(), getattr(signal, job["kind"]))
+                    if job["kind"] == "announces and dies":
+                        runner._links.outgoing.send = die
+                    else:
+                        die(getattr(signal, job["kind"]))
                 if is_first and number >= 3:
                     told.append(told_tokens(runner))
             if is_first:
                 told += [told_tokens(runner) for _ in range(3)]
         except ppb.errors.PeerLost as error:
-            print(f"lost at {time.time()}: {error}", flush=True)
+            print(f"lost at {time.time()}, after {len(outputs)} outputs: {error}", flush=True)
             raise
         after = ppb.stats()
     torch.cuda.synchronize()
@@ -74,8 +76,12 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     return 0
 
 
+def die(*arguments: Any) -> None:
+    print(f"fault at {time.time()}", flush=True)
+    os.kill(os.getpid(), arguments[0] if isinstance(arguments[0], signal.Signals) else signal.SIGKILL)
+
+
 def told_tokens(runner: ppb.StageRunner) -> list[Any]:
-    told = runner.feedback()
-    assert told is not None
-    tag, tensors = told
+    tag, tensors = runner.feedback(confirmed=False)
+    runner.confirm_feedback()
     return [tag.decode(), tensors["next_tokens"].tolist()]

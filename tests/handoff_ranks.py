@@ -662,7 +662,8 @@ def play(
     rank = transport.ranks[number]
     stage = Stage(number, count, rank, connect_stage, transport, patience, stats, is_process, arguments)
     try:
-        return Outcome(value=SCENARIOS[name](stage), ended_at=time.time())
+        scenario = SCENARIOS.get(name) or getattr(importlib.import_module("stream_scenarios"), name)
+        return Outcome(value=scenario(stage), ended_at=time.time())
     except BaseException as error:
         traceback.print_exc()
         return Outcome(error=type(error).__name__, message=str(error), ended_at=time.time(), exit_code=1)
@@ -752,8 +753,9 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     """What each process runs."""
     import torch.distributed as dist
 
+    from emulated_streams import EmulatedMemory
     from pp_piecewise_backend.pipeline.transports.cuda_ipc import DeviceMemory
-    from pp_piecewise_backend.pipeline.transports.one_machine import OneMachine
+    from pp_piecewise_backend.pipeline.transports.one_machine import KindOfSharing, OneMachine
     from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory
     from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P
 
@@ -778,9 +780,13 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         _wake_gpus()
     p2p = P2P(device, pipeline, setup_seconds=SETUP_SECONDS)
     transport: Transport = p2p
-    if asked in ("shared_memory", "cuda_ipc"):
-        kind = HostMemory() if asked == "shared_memory" else DeviceMemory(device)
-        transport = OneMachine(p2p, kind, is_required=True)
+    kinds: dict[str, Callable[[], KindOfSharing]] = {
+        "shared_memory": HostMemory,
+        "emulated": EmulatedMemory,
+        "cuda_ipc": lambda: DeviceMemory(device),
+    }
+    if asked in kinds:
+        transport = OneMachine(p2p, kinds[asked](), is_required=True)
     outcome = play(
         job["scenario"], transport, job["silence_seconds"], tensor_parallel=tensor_parallel, **job["arguments"]
     )

@@ -71,6 +71,7 @@ ORDER = (
     "pipeline.transports.sockets",
     "pipeline.transports.one_machine",
     "pipeline.transports.shared_memory",
+    "pipeline.transports.stream_sharing",
     "pipeline.transports.cuda_ipc",
     "pipeline.transports.local",
     "pipeline.plan",

@@ -208,6 +208,10 @@ MESSAGES = {
         errors.place_differs(8, 16, 4096, 12),
         ["16 bytes at offset 8", "4096 bytes", "12 bytes are sent"],
     ),
+    "driver_failed": (
+        errors.driver_failed("cuMemcpyAsync", "cuda:1", 400, "CUDA_ERROR_INVALID_HANDLE"),
+        ["cuMemcpyAsync on cuda:1", "error 400 (CUDA_ERROR_INVALID_HANDLE)", 'transport="p2p"'],
+    ),
     "NO_TRANSPORT": (errors.NO_TRANSPORT, ["init_process_group"]),
     "proxies_at_wrong_end": (errors.proxies_at_wrong_end("inputs", ["h"], 0, 2), ["stage 0 of 2", "got inputs ['h']"]),
     "runner_sets_option": (errors.runner_sets_option("stage"), ["'stage'", "Leave it out"]),

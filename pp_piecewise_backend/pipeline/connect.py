@@ -131,6 +131,8 @@ class Links:
                     end.say_stop()
                 for end in self._ends:
                     end.wait_for_stop()
+                for end in sorted(self._ends, key=lambda end: not end.is_receiver):
+                    end.finish()
                 self._close_in_turn()
 
     def _close_in_turn(self) -> None:

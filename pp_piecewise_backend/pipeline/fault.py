@@ -29,6 +29,10 @@ class Loss(NamedTuple):
 class Breakable(Protocol):
     """One end of a link, as far as a loss concerns it."""
 
+    is_receiver: bool
+    """Whether tensors land here, which this rank uses: no stream waits for them any more once ``break_off`` is called,
+    so nothing of this rank may reach others by then."""
+
     def tell_failure(self, loss: Loss) -> None:
         """Notify the neighbour, if that can be done soon."""
 
@@ -63,7 +67,7 @@ class Fault:
         for end in self._ends:
             if end is not found_by:
                 end.tell_failure(loss)
-        for end in self._ends:
+        for end in sorted(self._ends, key=lambda end: end.is_receiver):
             end.break_off()
         self._told.set()
 

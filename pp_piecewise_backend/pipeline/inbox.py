@@ -39,6 +39,7 @@ class Inbox:
         stats: counts ``recv_allocations``.
         spare_count: how much more memory of that kind is made at once. Further memory is then made, and counted,
             whenever a header finds none free; with None the header waits for ``landing``.
+        hands_out: whether what is taken, or what is computed of it, leaves the runner; then ``confirm`` can be asked.
         early: whether a receive is posted as soon as memory is free and a header is there, by whichever thread learns
             of that last; else only in ``take``.
         timeline: gives the place where receives are noted, if anywhere.
@@ -51,12 +52,14 @@ class Inbox:
         stats: Stats,
         *,
         spare_count: int | None = None,
+        hands_out: bool = False,
         early: bool = True,
         timeline: Callable[[], Timeline | None] = lambda: None,
     ) -> None:
         self._receiver = receiver
         self._stats = stats
         self._grows = spare_count is not None
+        self._hands_out = hands_out
         self._early = early
         self._timeline = timeline
         self._device = landing.device
@@ -72,6 +75,8 @@ class Inbox:
         self._posted: deque[_Posted] = deque()
         self._heard_count = 0
         self._has_ended = False
+        self._arrived: torch.Event | None = None
+        """On an accelerator: when what was taken last has landed."""
         self._error: BaseException | None = None
         receiver.on_news = self._hear_news
 
@@ -81,7 +86,9 @@ class Inbox:
         return self._lent is not None
 
     def take(self) -> tuple[Header, Views] | None:
-        """The next micro-batch once it has landed; None when the sender has stopped. Its memory is lent to the caller.
+        """The next micro-batch, for streams once it has landed; None when the sender has stopped.
+
+        Its memory is lent to the caller, for what is enqueued on the current stream: see ``confirm``.
 
         Never one of which no tensors follow: ``wait_for`` alone is notified of these.
 
@@ -105,10 +112,24 @@ class Inbox:
             timeline.add("steps", "wait for a header", begin_ns, micro_batch=header.sequence)
         begin_ns = time.time_ns()
         transfer.wait()
+        if self._hands_out and self._stream is not None:
+            self._arrived = torch.accelerator.current_stream(self._device).record_event()
         if timeline is not None:
             timeline.add("steps", "wait for proxies", begin_ns, micro_batch=header.sequence)
             timeline.add("receive", "receive", posted_ns, micro_batch=header.sequence)
         return header, views
+
+    def confirm(self) -> None:
+        """Return once what was taken last has really landed: ``take`` may return when only streams wait for it.
+
+        Raises:
+            PeerLost: the pipeline broke; streams that waited were let go, and what they computed is worthless.
+        """
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None:
+            arrived.synchronize()
+            # A rank records its loss before it lets streams go.
+            self._receiver.check(lambda: "waiting for tensors to land")
 
     def release(self) -> None:
         """What is lent, if anything, may be filled once what was enqueued on this thread's stream has run."""

@@ -67,6 +67,8 @@ class LinkSettings:
 class End:
     """What both ends of a link do: send, listen, keep alive and stop."""
 
+    is_receiver = False
+
     def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
         self.schema = schema
         self.own_rank = own_rank
@@ -267,6 +269,14 @@ class End:
         self._stopped.wait(self._settings.patience.setup_seconds)
         self.check(lambda: f"waiting for STOP of rank {self.peer_rank}")
 
+    def finish(self) -> None:
+        """Return once everything sent and received here is there, after both ends have said STOP.
+
+        Raises:
+            PeerLost: the pipeline broke, now or before.
+        """
+        self._checked(lambda: f"finishing transfers with rank {self.peer_rank}", self._wire.finish)
+
     def wait_for_closed(self) -> None:
         """Return once the other end, which has stopped, closes or is gone, or does not come.
 
@@ -346,7 +356,8 @@ class Sender(End):
         pending = self._checked(doing, self._wire.send, self._travelling(ordered))
         self._sent += 1
         self._count("sends", "bytes_sent", header.num_tokens)
-        return Pending(partial(self._judged, doing, pending.wait))
+        enqueued = None if pending.enqueued is None else partial(self._judged, doing, pending.enqueued)
+        return Pending(partial(self._judged, doing, pending.wait), enqueued)
 
     @property
     def stop_requested(self) -> bool:
@@ -356,6 +367,8 @@ class Sender(End):
 
 class Receiver(End):
     """The end of a link that hears of micro-batches and receives their tensors into memory of the caller."""
+
+    is_receiver = True
 
     def __init__(self, wire: Wire, schema: Schema, own_rank: int, peer_rank: int, settings: LinkSettings) -> None:
         super().__init__(wire, schema, own_rank, peer_rank, settings)

@@ -83,6 +83,16 @@ class Answers:
         rows = tensors[self._names[0]].shape[0]
         self._sent = self._link.send(self._link.announce(rows, tag), tensors)
 
+    @property
+    def are_finished_here(self) -> bool:
+        """Whether code of the user makes feedback, and may read on the host what it makes it of."""
+        return self._finish is not None
+
+    def enqueue(self) -> None:
+        """Return once the last feedback needs this host no more, see ``Pending.enqueued``."""
+        if self._sent is not None and self._sent.enqueued is not None:
+            self._sent.enqueued()
+
     def wait(self) -> None:
         """Return when the last feedback has left."""
         sent, self._sent = self._sent, None

@@ -166,12 +166,17 @@ class StageRunner:
         self._feedback: Inbox | None = None
         if self._links.incoming is not None:
             self._inbox = Inbox(
-                self._links.incoming, self._stage, self._stats, early=receive == "early", timeline=lambda: self.timeline
+                self._links.incoming,
+                self._stage,
+                self._stats,
+                hands_out=self.is_last,
+                early=receive == "early",
+                timeline=lambda: self.timeline,
             )
         if self._links.feedback_in is not None:
             spare_count = max_in_flight or 2 * self.stage_count  # besides what is lent to the caller of ``feedback``
             slot = Stage(feedback or {}, max_tokens, self._stage.device)
-            self._feedback = Inbox(self._links.feedback_in, slot, self._stats, spare_count=spare_count)
+            self._feedback = Inbox(self._links.feedback_in, slot, self._stats, spare_count=spare_count, hands_out=True)
             self._feedback.release()  # nobody reads yet
         self._answers: Answers | None = None
         if (link := self._links.feedback_out) is not None:
@@ -309,6 +314,7 @@ class StageRunner:
 
     def _take(self) -> tuple[Header, Views] | None:
         assert self._inbox is not None
+        self._enqueue_sends()
         take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
         return take()
 
@@ -334,10 +340,21 @@ class StageRunner:
                 self._stats.add("blocking_metadata")
             self._send(header, output)
         elif self._answers is not None and answer is not Answer.NOTHING:
+            if self._answers.are_finished_here:
+                self._confirm()
             with _serving(), self._spanning("steps", "answer"):
                 self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
-        return output if self.is_last else None
+        if not self.is_last:
+            return None
+        self._confirm()
+        return output
+
+    def _confirm(self) -> None:
+        """What is computed of the proxies of this step may be read on the host."""
+        if self._inbox is not None:
+            with self._spanning("steps", "confirm"):
+                self._inbox.confirm()
 
     def _forward(
         self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views
@@ -408,11 +425,23 @@ class StageRunner:
         if self.timeline is not None:
             self.timeline.add("send", "send", sent.begin_ns, micro_batch=sent.sequence)
 
-    def feedback(self) -> tuple[bytes, Mapping[str, torch.Tensor]]:
+    def _enqueue_sends(self) -> None:
+        """Before a stream waits for another rank, see Note [no wait but for what was enqueued]."""
+        if self._sent is not None and self._sent.transfer.enqueued is not None:
+            self._sent.transfer.enqueued()
+        if self._answers is not None:
+            self._answers.enqueue()
+
+    def feedback(self, *, confirmed: bool = True) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
 
         The tensors belong to the runner and hold their contents until ``feedback`` is called again. Micro-batches with
         ``feedback=False`` have none.
+
+        Args:
+            confirmed: whether to wait, on the host, until they are there. Without, what uses them on the device can be
+                enqueued while the last stage still computes them. But they hold anything when the pipeline breaks
+                meanwhile: call ``confirm_feedback`` before they are read on the host.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -424,12 +453,24 @@ class StageRunner:
         if self._read_feedback == self._asked_feedback:
             raise errors.PPPiecewiseError(errors.NO_FEEDBACK_OUTSTANDING)
         self._feedback.release()
+        self._enqueue_sends()
         taken = self._feedback.take()
         if taken is None:
             raise errors.PPPiecewiseError(errors.NO_MORE_FEEDBACK)
         self._read_feedback += 1
         header, tensors = taken
+        if confirmed:
+            self._feedback.confirm()
         return header.tag, tensors
+
+    def confirm_feedback(self) -> None:
+        """Return once what ``feedback(confirmed=False)`` returned last is there.
+
+        Raises:
+            PeerLost: the pipeline broke, and it is worthless.
+        """
+        if self._feedback is not None:
+            self._feedback.confirm()
 
     # --------------------------------------------------------------------------------- end
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from against_eager import assert_same
-from gpu_ranks import one_rank  # noqa: F401
+from gpu_ranks import FAULTY_STEP
 from models.small_pipeline import OPTIONS, one_after_the_other, sizes
 from rank_processes import Ended, run_ranks
 
@@ -75,3 +75,9 @@ def test_a_rank_that_dies_or_stops_is_lost_to_the_other(transport: str, kind: st
     seconds = float(lost[0]) - float(began)
     print(f"{transport} {kind} of {victim}: raised {seconds:.2f} s after the fault")
     assert seconds < TIMEOUT_SECONDS + MARGIN_SECONDS
+
+
+def test_no_output_leaves_the_last_stage_before_its_proxies_have_landed(tmp_path: Path) -> None:
+    ended = run(tmp_path, "cuda_ipc", 2, victim=0, kind="announces and dies")
+    (outputs,) = re.findall(r"lost at [\d.]+, after (\d+) outputs", ended[1].log)
+    assert ended[1].exit_code == 1 and int(outputs) == FAULTY_STEP + 1, ended[1].log

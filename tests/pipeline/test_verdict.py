@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import pp_piecewise_backend as ppb
-from pp_piecewise_backend.pipeline.fault import Fault
+from pp_piecewise_backend.pipeline.fault import Fault, Loss
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
-from pp_piecewise_backend.pipeline.link import LinkSettings, Receiver
+from pp_piecewise_backend.pipeline.link import LinkSettings, Receiver, Sender, Sibling
 from pp_piecewise_backend.pipeline.plan import Plan, Schema
 from pp_piecewise_backend.pipeline.transports.base import Patience
 from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
@@ -53,6 +53,8 @@ class HungUp:
 
     def flush(self, timeout_seconds: float) -> None: ...
 
+    def finish(self) -> None: ...
+
     def break_data(self) -> None: ...
 
     def break_control(self) -> None: ...
@@ -75,3 +77,26 @@ def test_a_receive_posted_too_late_names_what_failed(early: bool, spare_count: i
     incoming.start()
     with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
         inbox.take()
+
+
+def test_what_a_rank_sends_is_broken_before_its_streams_are_let_go() -> None:
+    """Else a stream that no more waits for its input could pass on what it computes of anything."""
+    broken = []
+
+    class OneEnd:
+        def __init__(self, is_receiver: bool) -> None:
+            self.is_receiver = is_receiver
+
+        def tell_failure(self, loss: Loss) -> None:
+            assert not broken
+
+        def break_off(self) -> None:
+            assert fault.loss is not None
+            broken.append(self.is_receiver)
+
+    fault = Fault()
+    for is_receiver in (True, False, True, False):
+        fault.add(OneEnd(is_receiver))
+    fault.record(Loss(0, "test", "it is gone"))
+    assert broken == [False, False, True, True]
+    assert Receiver.is_receiver and not Sender.is_receiver and not Sibling.is_receiver

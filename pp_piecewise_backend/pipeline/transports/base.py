@@ -44,6 +44,9 @@ class Pending:
 
     wait: Callable[[], None]
     """Returns once what follows on this thread (on its current stream) may use the tensors again. Called once."""
+    enqueued: Callable[[], None] | None = None
+    """Of a send, where streams wait for other ranks: returns once nothing is left for this host to do. Called before a
+    stream of this rank waits for another rank, which may wait for this transfer."""
 
 
 class Wire(Protocol):
@@ -69,6 +72,12 @@ class Wire(Protocol):
 
         Raises:
             ValueError: a view lies outside of ``landing_memory``, where that is not None.
+        """
+
+    def finish(self) -> None:
+        """Return once everything sent and received over this end is there; later calls only end the wire.
+
+        On the CPU it is, when the transfers have been waited for. On an accelerator streams may still be at it.
         """
 
     def break_data(self) -> None:

@@ -7,7 +7,8 @@ moved once, by the process that made it, and no buffer lies in between. Sockets 
 wake the other process in microseconds, and a process that dies hangs up at once, whatever killed it.
 
 - messages: the headers, both ways.
-- data: to the sender one ``_PLACE`` per tensor, in the order of the receives; to the receiver one byte per transfer.
+- data: to the sender one ``_PLACE`` per tensor, in the order of the receives; to the receiver one byte per transfer,
+  unless streams wait for it.
 - memory: what the sender needs to reach landing memory, in the order in which that was made; places refer to it by its
   number. How memory is reached is for ``Sharing`` to know.
 
@@ -52,6 +53,9 @@ class Sharing(ABC):
     here is for accelerators only: on the CPU, everything has run.
     """
 
+    streams_wait = False
+    """Whether ``after_landing`` may be called before the other end has written, so that no host waits for it."""
+
     @abstractmethod
     def make(self, num_bytes: int) -> torch.Tensor:
         """At the receiving end: new memory of zeros, of which the other end is notified."""
@@ -75,13 +79,23 @@ class Sharing(ABC):
         """At the receiving end: places may be written once what the current stream has enqueued has run."""
 
     def after_landing(self, count: int) -> None:  # noqa: B027
-        """At the receiving end: like ``after``, for the first ``count`` writes, which the other end has announced."""
+        """At the receiving end: like ``after``, for the first ``count`` writes."""
+
+    def finish(self, longest_seconds: float) -> None:  # noqa: B027
+        """Return once everything enqueued here that concerns the other end has run.
+
+        Raises:
+            ConnectionError, TimeoutError: it will not, or takes longer.
+        """
 
     def give_up(self) -> None:  # noqa: B027
-        """End what is waited for on an accelerator, from any thread: the other end may be dead."""
+        """End what is waited for on an accelerator, from any thread: the other end may be dead.
+
+        What is computed then is worthless. No other rank takes for a result what is written from now on.
+        """
 
     def close(self) -> None:  # noqa: B027
-        """Forget the other end, before its memory is released."""
+        """Forget the other end, before its memory is released; what is under way is given up."""
 
 
 class KindOfSharing(Protocol):
@@ -226,8 +240,12 @@ class OneMachineWire:
         raise ValueError(errors.not_in_landing_memory(tuple(view.shape)))
 
     def _wait_until_landed(self, count: int) -> None:
-        while self._landed_count < count:
-            self._landed_count += len(self._data.receive_some(self._longest_seconds))
+        if self._sharing.streams_wait:
+            if self._is_broken:
+                raise ConnectionError("the link was closed")
+        else:
+            while self._landed_count < count:
+                self._landed_count += len(self._data.receive_some(self._longest_seconds))
         self._sharing.after_landing(count)
 
     # ------------------------------------------------------------------------------- sending end
@@ -247,7 +265,8 @@ class OneMachineWire:
                     self._writer = threading.Thread(target=self._write_late, name="handoff writer", daemon=True)
                     self._writer.start()
                 self._changed.notify_all()
-        return Pending(partial(self._wait_until_written, sending))
+        enqueued = partial(self._wait_until_done, sending) if self._sharing.streams_wait else None
+        return Pending(partial(self._wait_until_written, sending), enqueued)
 
     def _write_late(self) -> None:
         """Writes what was sent before its places were known."""
@@ -275,10 +294,15 @@ class OneMachineWire:
                 raise ConnectionError(errors.place_differs(offset, num_bytes, block.nbytes, tensor.nbytes))
             writes.append((block, offset, tensor))
         sending.written = self._sharing.write(sending.ready, writes)
-        self._data.send(_LANDED)
+        if not self._sharing.streams_wait:
+            self._data.send(_LANDED)
         sending.is_done = True
 
     def _wait_until_written(self, sending: _Sending) -> None:
+        self._wait_until_done(sending)
+        self._sharing.after(sending.written)
+
+    def _wait_until_done(self, sending: _Sending) -> None:
         if not sending.is_done:
             with self._changed:
                 ended = self._changed.wait_for(lambda: sending.is_done or sending.error, self._longest_seconds)
@@ -286,13 +310,18 @@ class OneMachineWire:
                 raise sending.error
             if not ended:
                 raise TimeoutError
-        self._sharing.after(sending.written)
 
     # ------------------------------------------------------------------------------------ ending
 
+    def finish(self) -> None:
+        self._sharing.finish(self._longest_seconds)
+
     def break_data(self) -> None:
-        self._data.hang_up()
+        self._hang_up()
         self._sharing.give_up()
+
+    def _hang_up(self) -> None:
+        self._data.hang_up()
         with self._changed:
             self._is_broken = True
             self._changed.notify_all()
@@ -302,7 +331,7 @@ class OneMachineWire:
 
     def close(self) -> None:
         self.break_control()
-        self.break_data()
+        self._hang_up()
         if self._writer is not None:
             self._writer.join(_CLOSING_SECONDS)
         self._messages.close()

@@ -207,6 +207,9 @@ class P2PWire:
     def landing_memory(self, num_bytes: int) -> None:
         return None  # gloo and NCCL receive anywhere
 
+    def finish(self) -> None:
+        pass  # waited for when the group is destroyed, for all its links at once
+
     def break_data(self) -> None:
         break_pair(self._data, self._peer)
 
