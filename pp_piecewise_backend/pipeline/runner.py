@@ -28,11 +28,12 @@ import torch
 from torch import nn
 
 from .. import errors
-from ..backend import warmup
+from ..backend import programs, warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
 from ..runtime.stage import Proxy, Stage
 from ..runtime.tracing import Timeline, chrome_trace, profiler_is_running, wrap
+from ..runtime.warmup import BucketTime, time_buckets
 from ..utils import torch_compat
 from ..utils.addresses import overlap, span
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
@@ -190,6 +191,7 @@ class StageRunner:
         self._options = {**(options or {}), "stage": self._stage, "static_outputs": not self.is_last}
         self._module = _cloning(module, tuple(inputs or ()))
         self._compiled: Any = None
+        self._bucket_times: tuple[BucketTime, ...] = ()
         self._trace_path: Path | None = None
         self._sent: _Sent | None = None
         self._is_whole_graph = True
@@ -229,6 +231,16 @@ class StageRunner:
                 _LOG.warning("%s", errors.graph_breaks_in_stage(self.stage, str(error).strip().partition("\n")[0]))
                 self._compile(whole=False)
                 warmup(self._compiled, self._warmup_inputs, progress=progress)
+            own = [p.graphs for p in programs() if p.stage is self._stage and p.graphs is not None]
+            captured = {bucket.tokens for graphs in own for bucket, _ in graphs.buckets}
+            self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured)
+
+    def bucket_times(self) -> tuple[BucketTime, ...]:
+        """How long this stage's forward takes per captured bucket, ``(tokens, forward_us)``, the smallest bucket first.
+
+        The warm-up measures it, with the inputs of the warm-up; empty before it, and where nothing is captured.
+        """
+        return self._bucket_times
 
     def _warmup_inputs(self, num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
         proxies = self._stage.views(num_tokens) if self._stage.inputs else {}

@@ -114,7 +114,8 @@ class Program:
             if session is None:
                 return self._run(args, None)
             session.note(self.name, self.config, self.stage, None if self.graphs is None else self.graphs.plan)
-            with session.leaving_no_trace(self.inputs, args, self.stage):
+            device = None if self.stage is None else self.stage.device
+            with session.leaving_no_trace(self.inputs, args, self.stage), session.timing(device):
                 return self._run(args, session)
 
     def release(self) -> None:

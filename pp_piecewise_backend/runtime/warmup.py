@@ -15,11 +15,11 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,20 @@ _LOG = logging.getLogger(__name__)
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 
 _SESSION: ContextVar[Session | None] = ContextVar("pp_piecewise_backend.warmup", default=None)
+
+
+TIMED_CALLS = 2
+"""Of each bucket; the fastest counts."""
+
+
+class BucketTime(NamedTuple):
+    """How long a forward takes."""
+
+    tokens: int
+    """The bucket, which the forward fills."""
+    forward_us: float
+    """Microseconds from its first work to its last: on a GPU by the device's clock, gaps included in which the device
+    waited for the host; else by the host's. Without Dynamo's entry, the caller's inputs, receives and sends."""
 
 
 current_session = _SESSION.get
@@ -62,6 +76,8 @@ class Session:
     """Whether captures are to be compared with what was captured; see Note [proof of a full graph]."""
     captured: list[object] = field(default_factory=list)
     """The buckets that it captured."""
+    timed_us: float | None = None
+    """What programs took since it was set to 0, in microseconds; None: calls are not timed."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
 
@@ -77,6 +93,24 @@ class Session:
         else:
             self.ladders[name] = plan.ladder.sizes_tokens
             self.smallest[name] = plan.smallest_tokens
+
+    @contextlib.contextmanager
+    def timing(self, device: torch.device | None) -> Iterator[None]:
+        """Add what the body takes to ``timed_us``, if calls are timed."""
+        if self.timed_us is None:
+            yield
+        elif device is None or device.type == "cpu":
+            began = time.perf_counter()
+            yield
+            self.timed_us += 1e6 * (time.perf_counter() - began)
+        else:
+            begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+            torch.accelerator.synchronize(device)
+            begin.record(torch.accelerator.current_stream(device))
+            yield
+            end.record(torch.accelerator.current_stream(device))
+            end.synchronize()
+            self.timed_us += 1e3 * begin.elapsed_time(end)
 
     @contextlib.contextmanager
     def leaving_no_trace(
@@ -140,6 +174,29 @@ def warm_up(
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
     _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
     return found
+
+
+def time_buckets(
+    compiled: Callable[..., Any], make_inputs: MakeInputs, buckets: Iterable[int]
+) -> tuple[BucketTime, ...]:
+    """How long calls take that fill these buckets, which are captured; smallest first. No trace of them stays.
+
+    Args:
+        compiled: what ``warm_up`` got; all its work belongs to programs.
+        make_inputs: as for ``warm_up``.
+        buckets: in tokens.
+    """
+    session = Session()
+    times = []
+    with _keeping_generators(), _in_session(session):
+        for num_tokens in sorted(buckets):
+            taken_us = []
+            for _ in range(TIMED_CALLS):
+                session.timed_us = 0.0
+                _call(compiled, make_inputs, num_tokens)
+                taken_us.append(session.timed_us)
+            times.append(BucketTime(num_tokens, min(taken_us)))
+    return tuple(times)
 
 
 def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None) -> list[int]:
