@@ -14,7 +14,8 @@ from .utils.counters import expect, stats
 
 if TYPE_CHECKING:
     from .backend import explain, programs, reset, seal, unseal, warmup
-    from .pipeline.runner import MicroBatch, StageRunner
+    from .pipeline.header import MicroBatch
+    from .pipeline.runner import StageRunner
     from .runtime.stage import Proxy, Stage
 
 __version__ = "0.1.0"
@@ -39,7 +40,8 @@ __all__ = [
 _LOADED_AT_FIRST_USE = {
     **dict.fromkeys(("explain", "programs", "reset", "seal", "unseal", "warmup"), ".backend"),
     **dict.fromkeys(("Proxy", "Stage"), ".runtime.stage"),
-    **dict.fromkeys(("MicroBatch", "StageRunner"), ".pipeline.runner"),
+    "MicroBatch": ".pipeline.header",
+    "StageRunner": ".pipeline.runner",
 }
 
 

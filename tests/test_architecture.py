@@ -78,6 +78,7 @@ ORDER = (
     "pipeline.header",
     "pipeline.tensor_parallel",
     "pipeline.fault",
+    "pipeline.report",
     "pipeline.link",
     "pipeline.inbox",
     "pipeline.connect",

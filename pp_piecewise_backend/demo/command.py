@@ -181,6 +181,7 @@ def execute(task: Task) -> int:
     print("", answers, "", ranks, sep="\n")
     print("\nhand-off, and graphs, since the warm-up:")
     print(verdict.handoff_table(reports))
+    print(f"\nwhere the time went, in microseconds per micro-batch:\n{reports[0].times}")
     print("\nsplit out, and run eagerly between the compiled pieces (all ranks and programs):")
     print("\n".join(verdict.eager_lines(reports)))
     for problem in problems:

@@ -60,6 +60,8 @@ class RankReport(BaseModel, frozen=True):
     load_seconds: float
     compile_seconds: float
     generate_seconds: float
+    times: str
+    """Where the time of all ranks went, and the verdict."""
     generated: list[list[int]]
     """New tokens per prompt, the end token included; on the first rank only, which hears of them."""
 
@@ -123,6 +125,7 @@ def _run(job: Job, rank: int, device: torch.device) -> RankReport:
         load_seconds=loaded - begin,
         compile_seconds=compiled - loaded,
         generate_seconds=seconds,
+        times=str(worker.runner.report()),
         generated=generated,
     )
 

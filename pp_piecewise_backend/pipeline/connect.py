@@ -15,6 +15,7 @@ from ..utils.counters import TOTALS, Stats
 from .fault import Fault, Loss
 from .link import End, LinkSettings, Receiver, Sender, Sibling
 from .plan import Plan, Schema, StagePlan, agree
+from .report import TimesOfRanks
 from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Transport, Wire
 
@@ -76,6 +77,8 @@ class Links:
     """To the first stage, on the last."""
     siblings: Sequence[Sibling] = field(repr=False)
     """To ranks that hold the stage together with this one."""
+    times: TimesOfRanks
+    """What is known of the times of all stages."""
     _fault: Fault = field(repr=False)
     _transports: Sequence[Transport] = field(repr=False)
 
@@ -101,6 +104,11 @@ class Links:
                     end.say_busy(False)
 
     @property
+    def rank(self) -> int:
+        """How messages name this rank."""
+        return self._transports[0].ranks[self.stage]
+
+    @property
     def is_broken(self) -> bool:
         return self._fault.loss is not None
 
@@ -111,8 +119,7 @@ class Links:
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
         reason = type(error).__name__
-        rank = self._transports[0].ranks[self.stage]
-        self._fault.record(Loss(rank, reason, errors.own_failure(rank, reason)))
+        self._fault.record(Loss(self.rank, reason, errors.own_failure(self.rank, reason)))
 
     def close(self) -> None:
         """Say STOP on all links, wait until the neighbours said it and all close, and close the transport.
@@ -166,13 +173,13 @@ def make_links(
         PlanMismatch: on every rank, with every difference.
         PeerLost: a rank did not come within ``setup_seconds``.
     """
-    fault = Fault()
+    fault, times = Fault(), TimesOfRanks(transport.ranks, transport.stage)
     transports: list[Transport] = [transport]
     if tensor_parallel is not None:
         transports.append(tensor_parallel.transport)
     try:
         plan = _agreed(transport, own, tensor_parallel)
-        settings = LinkSettings(plan, patience or Patience(), fault, stats, tensor_parallel)
+        settings = LinkSettings(plan, patience or Patience(), fault, stats, times, tensor_parallel)
         stage, last = transport.stage, plan.stage_count - 1
         incoming = outgoing = feedback_in = feedback_out = None
         for hop in range(last):
@@ -192,7 +199,7 @@ def make_links(
         for opened in transports:
             opened.close()
         raise
-    return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, fault, transports)
+    return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, times, fault, transports)
 
 
 def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:

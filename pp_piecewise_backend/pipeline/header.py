@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from .. import errors
 from .plan import Plan
@@ -35,6 +37,32 @@ MAX_TAG_BYTES = 24
 
 _LAYOUT = struct.Struct("<4sBBHQQIII24s")
 _CHECKSUM = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the first stage is to run next.
+
+    Args:
+        num_tokens: rows of the proxies, 1 to ``max_tokens``.
+        tag: at most 24 bytes of the user's; every stage gets it with this micro-batch.
+        inputs: replaces ``make_inputs`` on the first stage.
+        feedback: whether the last stage sends feedback for it, where the pipeline has feedback. False, as for all but
+            the last chunk of a long prompt: ``StageRunner.feedback`` passes it over.
+    """
+
+    num_tokens: int
+    tag: bytes = b""
+    inputs: Mapping[str, Any] | None = None
+    feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool) or self.num_tokens < 1:
+            raise errors.ConfigError(errors.runner_argument("num_tokens", self.num_tokens, "at least 1"))
+        if not isinstance(self.tag, bytes) or len(self.tag) > MAX_TAG_BYTES:
+            raise errors.ConfigError(errors.runner_argument("tag", self.tag, f"at most {MAX_TAG_BYTES} bytes"))
+        if not isinstance(self.feedback, bool):
+            raise errors.ConfigError(errors.runner_argument("feedback", self.feedback, "True or False"))
 
 
 class Kind(IntEnum):
@@ -52,6 +80,8 @@ class Kind(IntEnum):
     """After STOP of both ends: the rank closes."""
     NOTICE = 6
     """The last stage has ended a micro-batch of which no tensors follow."""
+    TIMES = 7
+    """Of a stage whose run has ended: ``bucket_tokens`` is the stage, ``num_tokens`` its micro-batches."""
 
 
 _KINDS: dict[int, Kind] = {kind.value: kind for kind in Kind}

@@ -41,6 +41,7 @@ from ..utils.counters import Amounts, Stats
 from .fault import Fault, Loss
 from .header import MAX_TAG_BYTES, Answer, Header, Kind
 from .plan import Plan, Schema
+from .report import RankTimes, TimesOfRanks
 from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Pending, Wire
 
@@ -60,6 +61,7 @@ class LinkSettings:
     patience: Patience
     fault: Fault
     stats: Stats
+    times: TimesOfRanks
     tensor_parallel: TensorParallel | None = None
     """None: each stage is one rank."""
 
@@ -104,6 +106,8 @@ class End:
         """Listen from now on; ``closes_in_turn``: also after both ends have stopped, see Note [closing]."""
         self._closes_in_turn = closes_in_turn
         self._fault.add(self)
+        if closes_in_turn:  # a link between stages
+            self._settings.times.add(self)
         for thread in self._threads:
             thread.start()
 
@@ -149,6 +153,12 @@ class End:
         with contextlib.suppress(ConnectionError, TimeoutError):
             self._tell(Kind.CLOSED)
 
+    def tell_times(self, stage: int, times: RankTimes) -> None:
+        """Say to the neighbour what is known of a stage, if it still listens."""
+        with contextlib.suppress(ConnectionError, TimeoutError), self._telling:
+            numbers = self._settings.plan.fingerprint, self._told_data, self.own_rank, times.micro_batches, stage
+            self._wire.tell(Header(Kind.TIMES, *numbers, times.to_bytes()).pack())
+
     def _keep_alive(self) -> None:
         while not self._gone.wait(self._settings.patience.silence_seconds / 3):
             try:
@@ -167,6 +177,8 @@ class End:
                 if header.kind is Kind.STOP:
                     self._heard_stop.set()
                     self._put(None)
+                elif header.kind is Kind.TIMES:
+                    self._settings.times.hear(header.bucket_tokens, header.num_tokens, header.tag, self)
                 elif header.kind in (Kind.DATA, Kind.NOTICE):
                     self._heard_data += header.kind is Kind.DATA
                     self._put(header)

@@ -39,9 +39,10 @@ from ..utils.addresses import overlap, span
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from ..utils.versions import versions
 from .connect import make_links, pick_transport
-from .header import MAX_TAG_BYTES, Answer, Header
+from .header import Answer, Header, MicroBatch
 from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
+from .report import PipelineReport, StepClock, WaitKind
 from .results import Answers, Finish, chosen
 from .transports.base import Patience, Pending, Transport
 
@@ -54,32 +55,6 @@ WAITED_SECONDS = 50e-6
 """What a wait for a send takes on the host if it has left already stays below this."""
 
 _ONE_MICRO_BATCH = Amounts({"microbatches": 1})
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What the first stage is to run next.
-
-    Args:
-        num_tokens: rows of the proxies, 1 to ``max_tokens``.
-        tag: at most 24 bytes of the user's; every stage gets it with this micro-batch.
-        inputs: replaces ``make_inputs`` on the first stage.
-        feedback: whether the last stage sends feedback for it, where the pipeline has feedback. False, as for all but
-            the last chunk of a long prompt: ``StageRunner.feedback`` passes it over.
-    """
-
-    num_tokens: int
-    tag: bytes = b""
-    inputs: Mapping[str, Any] | None = None
-    feedback: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool) or self.num_tokens < 1:
-            raise errors.ConfigError(errors.runner_argument("num_tokens", self.num_tokens, "at least 1"))
-        if not isinstance(self.tag, bytes) or len(self.tag) > MAX_TAG_BYTES:
-            raise errors.ConfigError(errors.runner_argument("tag", self.tag, f"at most {MAX_TAG_BYTES} bytes"))
-        if not isinstance(self.feedback, bool):
-            raise errors.ConfigError(errors.runner_argument("feedback", self.feedback, "True or False"))
 
 
 class StageRunner:
@@ -161,6 +136,8 @@ class StageRunner:
             feedback=None if feedback is None else Schema(dict(feedback)),
         )
         self._stats = Stats(parent=TOTALS)
+        self._clock = StepClock(self._stage.device)
+        self._patience = patience
         self.timeline: Timeline | None = None
         self._links = make_links(way, plan, patience, self._stats, siblings)
         self._inbox: Inbox | None = None
@@ -303,7 +280,7 @@ class StageRunner:
             if self._links.outgoing is not None and self._links.outgoing.stop_requested:
                 return
             if self._max_in_flight is not None and self._feedback is not None:
-                with self._spanning("steps", "wait for room"):
+                with self._waiting("feedback", "wait for room"):
                     self._feedback.wait_for(sequence + 1 - self._max_in_flight)
             answer = self._answer_to(microbatch)
             self._asked_feedback += answer is Answer.FEEDBACK
@@ -328,7 +305,10 @@ class StageRunner:
         assert self._inbox is not None
         self._enqueue_sends()
         take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
-        return take()
+        begin_ns = time.perf_counter_ns()
+        taken = take()
+        self._clock.waited("receive", begin_ns)
+        return taken
 
     def _step(
         self,
@@ -341,6 +321,7 @@ class StageRunner:
     ) -> Any:
         """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
         outgoing = self._links.outgoing
+        self._clock.step_begins()
         if self.timeline is not None:
             self.timeline.micro_batch = sequence
         header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
@@ -357,15 +338,15 @@ class StageRunner:
             with _serving(), self._spanning("steps", "answer"):
                 self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
-        if not self.is_last:
-            return None
-        self._confirm()
-        return output
+        if self.is_last:
+            self._confirm()
+        self._clock.step_ends()
+        return output if self.is_last else None
 
     def _confirm(self) -> None:
         """What is computed of the proxies of this step may be read on the host."""
         if self._inbox is not None:
-            with self._spanning("steps", "confirm"):
+            with self._waiting("receive", "confirm"):
                 self._inbox.confirm()
 
     def _forward(
@@ -377,10 +358,12 @@ class StageRunner:
         if not self._is_whole_graph:
             self._wait_for_send()
         self._in_forward = self._is_whole_graph
+        self._clock.forward_begins()
         try:
             output = self._compiled(**arguments)
         finally:
             self._in_forward = False
+            self._clock.forward_ends()
         if self._uses_landing_memory and not self._has_landing_memory(output):
             self._release()
         return output, began_at
@@ -428,9 +411,10 @@ class StageRunner:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        begin, begin_ns = time.perf_counter(), time.time_ns()
+        begin, begin_ns = time.perf_counter_ns(), time.time_ns()
         sent.transfer.wait()
-        if time.perf_counter() - begin > WAITED_SECONDS:
+        self._clock.waited("send", begin)
+        if time.perf_counter_ns() - begin > 1e9 * WAITED_SECONDS:
             self._stats.add("send_waits")
             if self.timeline is not None:
                 self.timeline.add("steps", "wait for send", begin_ns)
@@ -466,7 +450,8 @@ class StageRunner:
             raise errors.PPPiecewiseError(errors.NO_FEEDBACK_OUTSTANDING)
         self._feedback.release()
         self._enqueue_sends()
-        taken = self._feedback.take()
+        with self._waiting("feedback", "wait for feedback"):
+            taken = self._feedback.take()
         if taken is None:
             raise errors.PPPiecewiseError(errors.NO_MORE_FEEDBACK)
         self._read_feedback += 1
@@ -490,6 +475,17 @@ class StageRunner:
     def stats(self) -> Snapshot:
         """What this runner counted: see the counters in docs/pipeline.md."""
         return self._stats.snapshot()
+
+    def report(self) -> PipelineReport:
+        """Where the time of each rank went, and which is the slowest; its text has a table and the verdict.
+
+        While ``run`` goes on, of this rank alone. After it, of all: they tell one another when their runs end, for
+        which this waits no longer than ``timeout_s``; ``missing`` names ranks that were lost or are late.
+        """
+        own = self._clock.times(self._links.rank)
+        return self._links.times.report(
+            own, self._patience.silence_seconds, lambda: self._is_closed or self._links.is_broken
+        )
 
     def trace(self, path: str) -> None:
         """Note what happens when; ``close`` on all ranks writes one Chrome trace of all of them, from the first rank.
@@ -517,6 +513,14 @@ class StageRunner:
         return contextlib.nullcontext() if self.timeline is None else self.timeline.span(lane, name)
 
     @contextlib.contextmanager
+    def _waiting(self, kind: WaitKind, name: str) -> Iterator[None]:
+        """The body waits for another rank."""
+        begin_ns = time.perf_counter_ns()
+        with self._spanning("steps", name):
+            yield
+        self._clock.waited(kind, begin_ns)
+
+    @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
         """The other ranks are notified of an exception inside."""
         try:
@@ -538,6 +542,7 @@ class StageRunner:
         self._wait_for_send()
         if self._answers is not None:
             self._answers.wait()
+        self._links.times.publish(self._clock.times(self._links.rank))
         for sender in (self._links.outgoing, self._links.feedback_out):
             if sender is not None:
                 sender.say_stop()

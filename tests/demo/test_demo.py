@@ -158,6 +158,7 @@ def report(generated: list[list[int]], rank: int = 0, programs_ran: int = 12) ->
         load_seconds=0.5,
         compile_seconds=2.25,
         generate_seconds=1.5,
+        times="bubble 23 %",
         generated=generated,
     )
 

@@ -16,6 +16,7 @@ from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
 from pp_piecewise_backend.pipeline.link import LinkSettings, Receiver, Sender, Sibling
 from pp_piecewise_backend.pipeline.plan import Plan, Schema
+from pp_piecewise_backend.pipeline.report import TimesOfRanks
 from pp_piecewise_backend.pipeline.transports.base import Patience
 from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
 from pp_piecewise_backend.utils.counters import Stats
@@ -63,7 +64,7 @@ class HungUp:
 def receiver() -> tuple[HungUp, Receiver]:
     plan = Plan(LADDER, stage_count=2, has_feedback=False, fingerprint=7)
     wire = HungUp(plan)
-    settings = LinkSettings(plan, Patience(silence_seconds=30.0), Fault(), Stats())
+    settings = LinkSettings(plan, Patience(silence_seconds=30.0), Fault(), Stats(), TimesOfRanks((0, 1), 0))
     return wire, Receiver(wire, Schema(PROXIES), own_rank=1, peer_rank=0, settings=settings)  # type: ignore[arg-type]
 
 
