@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import CodeType
 from typing import Any
 
@@ -166,8 +167,17 @@ class PiecewiseBackend:
             names = [sources[name] for name in facts.needs_gradient]
             raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
         facts = facts.with_equal_symbols(table.equal_symbols)
-        whole = config.mode == "full"
-        return split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts), table
+
+        def cut(whole: bool) -> Split:
+            return split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts)
+
+        split = cut(config.mode == "full")
+        if config.mode == "full_and_piecewise":
+            try:
+                split = replace(split, in_one=cut(True))
+            except errors.SplitError as error:
+                split = replace(split, in_one=str(error))
+        return split, table
 
     def _build(
         self, name: str, split: Split, table: InputTable, config: Config, stage: Stage | None, events: Events
@@ -420,7 +430,7 @@ def warmup(
     def captured() -> dict[int, tuple[float, int]]:
         found: dict[int, tuple[float, int]] = {}
         for program in backend.programs():
-            for bucket, _ in program.graphs.buckets if program.graphs is not None else ():
+            for bucket, _ in program.all_buckets:
                 seconds, num_bytes = found.get(bucket.tokens, (0.0, 0))
                 found[bucket.tokens] = (seconds + bucket.seconds, num_bytes + bucket.graph_bytes)
         return found

@@ -18,7 +18,7 @@ from . import errors
 
 ENVIRONMENT_PREFIX = "PP_PIECEWISE"
 
-Mode = Literal["piecewise", "full", "none"]
+Mode = Literal["piecewise", "full", "full_and_piecewise", "none"]
 Graphs = Literal["auto", "cuda", "emulate", "off"]
 Compiler = Literal["inductor", "aot_eager", "eager"]
 Padding = Literal["tested", "never"]
@@ -261,8 +261,15 @@ class Config:
     mode: Annotated[
         Mode,
         _one_of(Mode),
-        "piecewise: capture the pieces between split ops; full: the whole graph; none: split and compile only.",
+        "piecewise: capture the pieces between split ops; full: the whole graph; full_and_piecewise: the pieces and, "
+        "up to full_max_tokens and where that is sound, all of them and what is between in one graph; none: split and "
+        "compile only.",
     ] = "piecewise"
+    full_max_tokens: Annotated[
+        int,
+        _at_least(1),
+        "Largest capture size for which mode full_and_piecewise makes a full graph: what a decode step has.",
+    ] = 256
     graphs: Annotated[
         Graphs,
         _one_of(Graphs),

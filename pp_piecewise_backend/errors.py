@@ -263,10 +263,11 @@ def replay_differs(program: str, bucket: int, where: str) -> str:
     )
 
 
-def full_replay_differs(program: str, bucket: int, where: str) -> str:
+def full_replay_differs(program: str, bucket: int, where: str, is_beside_pieces: bool) -> str:
+    then = "Its pieces replay instead" if is_beside_pieces else "The bucket is replayed no more"
     return (
         f"{program}: a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself: "
-        f"{where}. An op reads more than its arguments, which the capture froze. The bucket is replayed no more; take "
+        f"{where}. An op reads more than its arguments, which the capture froze. {then}; take "
         f"that op out of graph_safe_ops, or use mode='piecewise'"
     )
 

@@ -17,6 +17,7 @@ from pp_piecewise_backend.errors import ConfigError
 DEFAULTS = {
     "enabled": ("PP_PIECEWISE", "1"),
     "mode": ("PP_PIECEWISE_MODE", "piecewise"),
+    "full_max_tokens": ("PP_PIECEWISE_FULL_MAX_TOKENS", "256"),
     "graphs": ("PP_PIECEWISE_GRAPHS", "auto"),
     "compiler": ("PP_PIECEWISE_COMPILER", "inductor"),
     "split_ops": ("PP_PIECEWISE_SPLIT_OPS", "built-in"),
@@ -41,6 +42,7 @@ DEFAULTS = {
 OTHER_VALUES = {
     "enabled": ("0", False, False),
     "mode": ("none", "none", "none"),
+    "full_max_tokens": ("64", 64, 64),
     "graphs": ("emulate", "emulate", "emulate"),
     "compiler": ("eager", "eager", "eager"),
     "split_ops": (
@@ -86,7 +88,7 @@ def test_every_field_has_one_help_sentence() -> None:
 def test_help_shows_every_option_with_its_default_and_its_sentence() -> None:
     signature = inspect.signature(Config)
     assert list(signature.parameters) == list(FIELD_NAMES)
-    assert "mode: Literal['piecewise', 'full', 'none'] = 'piecewise'" in str(signature)
+    assert "mode: Literal['piecewise', 'full', 'full_and_piecewise', 'none'] = 'piecewise'" in str(signature)
     assert "max_tokens: int = 2048" in str(signature) and f"= {DEFAULTS['capture_sizes'][1]!r}" in str(signature)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     assert Config(**defaults) == Config()
@@ -375,7 +377,8 @@ def test_unknown_variables_name_the_nearest(wrong: str, nearest: str, monkeypatc
 
 def test_bad_values_name_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message({"mode": "piecewis"}) == (
-        "option 'mode' has the value 'piecewis': expected one of piecewise, full, none. "
+        "option 'mode' has the value 'piecewis': expected one of piecewise, full, "
+        "full_and_piecewise, none. "
         "The nearest valid name is 'piecewise'."
     )
     monkeypatch.setenv("PP_PIECEWISE_COMPILER", "inducto")

@@ -566,6 +566,7 @@ STAGE_GRAPHS = (
     {"static_outputs": True},
     {"mode": "full"},
     {"mode": "full", "static_outputs": True},
+    {"mode": "full_and_piecewise", "full_max_tokens": 4},
 )
 """What differs from ``GRAPHS`` where the module is a stage."""
 

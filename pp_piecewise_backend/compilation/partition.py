@@ -222,7 +222,7 @@ class _Cutter:
         steps = self._steps(self._runs(self._order))
         cuts = [n for step in steps if step.kind == "eager" for n in step.nodes if not self._checks_inputs(n)]
         if cuts and len(steps) > 1:
-            raise SplitError(f"mode='full' needs a graph that can be compiled as one: {self._reason(cuts)}")
+            raise SplitError(f"a full graph needs a graph that can be compiled as one: {self._reason(cuts)}")
         return self._cuts(steps, self._order)
 
     def _cuts(self, steps: list[Step], reordered: Sequence[Node]) -> Cuts:

@@ -104,6 +104,9 @@ class Split:
     constants: Mapping[str, object]
     """Attributes of the graph that pieces take as inputs, by value name."""
     cuts: Cuts
+    in_one: Split | str | None = field(default=None, repr=False, compare=False, kw_only=True)
+    """The same graph as one compute step, for a full graph of all the pieces, or why it cannot be one; None where
+    nobody asked."""
     whole: GraphModule = field(repr=False)
     """The graph before it was cut; right, too, for calls in which one of ``cuts.exclusive_inputs`` overlaps another."""
 

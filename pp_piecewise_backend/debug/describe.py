@@ -15,7 +15,9 @@ from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.specs import TensorSpec
 from ..compilation.split import Piece, Split
 from ..config import Config, rank_in_environment
+from ..runtime.dispatch import Graphs as Captured
 from ..runtime.ownership import find_boundary
+from ..runtime.program import FullGraphs as FullSide
 from ..runtime.program import Program, UnsplitProgram
 from ..utils.reasons import Reason
 from ..utils.versions import versions
@@ -23,6 +25,7 @@ from .piece_script import piece_files, source_text
 from .summary import (
     BucketEntry,
     DroppedEntry,
+    FullGraphs,
     Graphs,
     InputEntry,
     MissEntry,
@@ -102,7 +105,19 @@ def describe_graphs(program: AnyProgram) -> Graphs:
         mode=f"{plan.config.mode}, {plan.kind}",
         ladder=str(plan.ladder),
         has_one_size=plan.token_symbol is None,
-        buckets=[
+        full=None if program.full is None else _describe_full(program.full),
+        **_describe_captures(graphs),
+        never_captured=[NeverCapturedEntry(piece=step, **told(reason)) for step, reason in plan.obstacles.items()],
+        addresses=[
+            {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
+            for at, arrival in plan.arrivals.items()
+        ],
+    )
+
+
+def _describe_captures(graphs: Captured) -> dict[str, Any]:
+    return {
+        "buckets": [
             BucketEntry(
                 tokens=bucket.tokens,
                 bytes=bucket.graph_bytes,
@@ -112,17 +127,17 @@ def describe_graphs(program: AnyProgram) -> Graphs:
             )
             for bucket, _ in graphs.buckets
         ],
-        dropped=[DroppedEntry(tokens=tokens, **told(reason)) for tokens, reason in graphs.dropped.items()],
-        never_captured=[NeverCapturedEntry(piece=step, **told(reason)) for step, reason in plan.obstacles.items()],
-        misses=[
+        "dropped": [DroppedEntry(tokens=tokens, **told(reason)) for tokens, reason in graphs.dropped.items()],
+        "misses": [
             MissEntry(**told(reason), tokens=tokens, pieces=missed.pieces, calls=missed.calls, call=missed.last_call)
             for (reason, tokens), missed in list(graphs.miss_log.items())
         ],
-        addresses=[
-            {"input": plan.inputs[at].label if at < len(plan.inputs) else "constant", "arrival": arrival}
-            for at, arrival in plan.arrivals.items()
-        ],
-    )
+    }
+
+
+def _describe_full(full: FullSide) -> FullGraphs:
+    captures = {} if full.graphs is None else _describe_captures(full.graphs)
+    return FullGraphs(max_tokens=full.max_tokens, why_not=full.why_not, **captures)
 
 
 def short_source(source: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..utils.counters import counted
-from .summary import Graphs, MissEntry, PieceEntry, Summary
+from .summary import FullGraphs, Graphs, MissEntry, PieceEntry, Summary
 from .text import common_text, entry, fold, folded_inputs, grouped, ranges, shortened, signature, without_numbers
 
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
@@ -91,6 +91,8 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry], missed: int) -> 
         return entry("  graphs", f"{graphs.mode}: {graphs.reason}".removesuffix(": "))
     only = "; this graph has one size only" if graphs.has_one_size else ""
     lines = entry("  graphs", f"{graphs.mode}; buckets of {graphs.ladder} tokens{only}")
+    if graphs.full is not None:
+        lines += _full_lines(graphs.full)
     for tokens, buckets in grouped(graphs.buckets, lambda bucket: bucket.tokens).items():
         several = f", {len(buckets)} times: for other parameters, large tensors or numbers" if len(buckets) > 1 else ""
         lines += entry(
@@ -110,6 +112,30 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry], missed: int) -> 
             names = ", ".join(labels) if how != "parameter" else counted(len(addresses), "tensor")
             lines += entry("  read from", f"{_ARRIVALS[how]}: {shortened(names)}")
     return lines + _miss_lines(graphs.misses, missed)
+
+
+def _full_lines(full: FullGraphs) -> list[str]:
+    """Which calls replay everything as one graph, and why others replay the pieces."""
+    if full.why_not:
+        return entry("  full graphs", f"none, the pieces replay instead: {full.why_not}")
+    lines = entry(
+        "  full graphs",
+        f"up to {counted(full.max_tokens, 'token')}; it starts once the results of the last call have left, and the "
+        f"landing memory is free at its end",
+    )
+    for tokens, buckets in grouped(full.buckets, lambda bucket: bucket.tokens).items():
+        seconds, num_bytes = sum(b.seconds for b in buckets), sum(b.bytes for b in buckets)
+        lines += entry("    captured", f"{counted(tokens, 'token')}: {seconds:.2f} s, {num_bytes} bytes more")
+        for bucket in buckets:
+            for sentence in bucket.not_captured.values():
+                lines += entry("    not here", sentence)
+    for dropped in full.dropped:
+        lines += entry("    dropped", f"{counted(dropped.tokens, 'token')} ({dropped.reason}): {dropped.sentence}")
+    for (code, sentence), misses in grouped(full.misses, lambda miss: (miss.reason, miss.sentence)).items():
+        sizes = ranges(miss.tokens for miss in misses if miss.tokens is not None)
+        calls = counted(sum(miss.calls for miss in misses), "call")
+        lines += entry("    pieces instead", f"{code}: {calls} of {sizes} tokens: {shortened(sentence)}")
+    return lines
 
 
 def _miss_lines(misses: Sequence[MissEntry], missed: int) -> list[str]:

@@ -111,6 +111,16 @@ class MissEntry(_ReasonEntry):
     )
 
 
+class FullGraphs(_Entry):
+    """Graphs of all pieces at once, next to those of the pieces."""
+
+    max_tokens: int = Field(description="Larger calls replay the pieces.")
+    why_not: str = Field(default="", description="Why there is none at any size, if so.")
+    buckets: list[BucketEntry] = []
+    dropped: list[DroppedEntry] = Field(default=[], description="Sizes that are captured no more.")
+    misses: list[MissEntry] = Field(default=[], description="Calls that went on to the pieces.")
+
+
 class Graphs(_Entry):
     mode: str = Field(
         description="'piecewise, cuda' or alike, 'off', or 'none' for a graph that was not built or not split."
@@ -122,6 +132,7 @@ class Graphs(_Entry):
     dropped: list[DroppedEntry] = Field(default=[], description="Buckets that are captured no more.")
     never_captured: list[NeverCapturedEntry] = Field(default=[], description="Compute pieces that no graph can hold.")
     misses: list[MissEntry] = []
+    full: FullGraphs | None = Field(default=None, description="Full graphs, where mode is full_and_piecewise.")
     addresses: list[Any] = Field(default=[], description="Memory whose address the graphs rely on.")
 
 

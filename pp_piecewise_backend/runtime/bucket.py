@@ -6,7 +6,7 @@ reader has been captured serves what is captured later, of this bucket and of al
 sound only because a call replays in that very order and nothing but what it returns outlives it.
 
 Note [proof of a full graph] (rule R9)
-A full graph holds attention, too, and froze whatever that reads besides its inputs. So a bucket of ``mode="full"`` is
+A full graph holds attention, too, and froze whatever that reads besides its inputs. So a bucket of full graphs is
 compared with the un-captured graph, under other contexts than that of its capture, before it serves alone: at one more
 call in the warm-up, and at the first call after it, which returns what the un-captured graph gives if they differ.
 """
@@ -210,7 +210,7 @@ class BucketCapture:
         self._device = device
         self._memory = memory
         self._verdicts = verdicts
-        self.bucket = Bucket(tokens, proofs_left=2 if plan.config.mode == "full" else 0)
+        self.bucket = Bucket(tokens, proofs_left=2 if plan.is_full else 0)
         self._leases: list[_Lease] = []
         """Of all static memory, in the order in which it was taken: one place may serve one value after the other."""
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}

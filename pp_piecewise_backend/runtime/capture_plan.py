@@ -42,11 +42,23 @@ class GraphPlan:
     Args:
         kind: the device of the graphs.
         stage: whose landing memory stage inputs are read from, if anyone's.
+        is_beside_pieces: whether this is the full graph next to the pieces of the same program, see Note [full graphs
+            beside pieces].
     """
 
     def __init__(
-        self, layout: Layout, split: Split, table: InputTable, config: Config, kind: GraphKind, stage: Stage | None
+        self,
+        layout: Layout,
+        split: Split,
+        table: InputTable,
+        config: Config,
+        kind: GraphKind,
+        stage: Stage | None,
+        is_beside_pieces: bool = False,
     ) -> None:
+        self.is_beside_pieces = is_beside_pieces
+        self.is_full = is_beside_pieces or config.mode == "full"
+        """Whether its graphs hold attention, too, and so have to be proven: see Note [proof of a full graph]."""
         self.layout, self.split, self.table = layout, split, table
         self.config, self.kind, self.stage = config, kind, stage
         self.inputs, self.instructions = inputs, steps = table.inputs, layout.instructions
@@ -75,7 +87,7 @@ class GraphPlan:
                 self.compute_steps, miss("no-token-count", table.token_reason)
             )
         else:
-            found = {at: _obstacle(steps[at], inputs, symbol, self.device, config) for at in self.compute_steps}
+            found = {at: _obstacle(steps[at], inputs, symbol, self.device, self.is_full) for at in self.compute_steps}
         self.obstacles = {at: reason for at, reason in found.items() if reason is not None}
         """Compute steps that no graph can hold, with the reason; whatever the bucket."""
         self.capturable = tuple(at for at in self.compute_steps if at not in self.obstacles)
@@ -134,8 +146,12 @@ class GraphPlan:
         """The bucket for a call; a graph with a static token count has that one only. None for too many tokens."""
         if self.token_symbol is None:
             is_one = self.table.may_lack_tokens or num_tokens <= self.ladder.max_tokens
-            return num_tokens if is_one else None
-        return self.ladder.bucket(num_tokens)
+            size = num_tokens if is_one else None
+        else:
+            size = self.ladder.bucket(num_tokens)
+        if self.is_beside_pieces and size is not None and size > self.config.full_max_tokens:
+            return None
+        return size
 
     def depends_on(self, step: int) -> list[int]:
         """Indices into ``fixed_sources`` of what a step reads."""
@@ -188,7 +204,7 @@ def _obstacle(
     inputs: Sequence[GraphInput],
     symbol: sympy.Symbol | None,
     device: torch.device,
-    config: Config,
+    is_full: bool,
 ) -> Reason | None:
     """Why no graph can hold the step, whatever the bucket; None if nothing speaks against it."""
     piece = step.piece
@@ -221,7 +237,7 @@ def _obstacle(
             return miss("scalar-made-in-call", f"{spec.symbol} is known only in the middle of the call")
     if writes_what_two_inputs_hold(step, inputs):
         return miss("inputs-overlap")
-    if config.mode == "piecewise":
+    if not is_full:
         stage_inputs = {i.name for i in inputs if i.kind == "stage-input"}
         if outliving := outliving_writes(piece.traits, stage_inputs):
             return miss("writes-state", f"it writes {', '.join(outliving)}")

@@ -150,7 +150,7 @@ class Graphs:
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
         self._parameters = picker(plan.parameter_positions)
-        self._may_verify = plan.config.mode == "full" or plan.config.verify_every > 0
+        self._may_verify = plan.is_full or plan.config.verify_every > 0
 
     # ------------------------------------------------------------------------------ calls
 
@@ -247,6 +247,8 @@ class Graphs:
     def _run_flat(self, program: FlatProgram, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call]:
         """The results of a call that replays; raises ``Missed`` for inputs that replays must not read."""
         config = self.plan.config
+        if program.miss_counts and self.plan.is_beside_pieces:
+            raise Missed(next(iter(program.miss_counts)))
         if not program.admits(args):
             raise Missed(miss("rows-disagree"))
         call = program.begin(args)
@@ -453,7 +455,7 @@ class Graphs:
 
     def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call) -> list[Any]:
         found: list[str] = []
-        size, is_full = program.bucket.tokens, self.plan.config.mode == "full"
+        size, is_full = program.bucket.tokens, self.plan.is_full
         try:
             results = program.run_verified(args, call, found.append)
         except torch.OutOfMemoryError:
@@ -463,7 +465,11 @@ class Graphs:
             self.dropped[size] = miss("graph-memory", "no memory was left to compare a replay of the whole graph")
             raise Missed(self.dropped[size]) from None
         if found:
-            sentence = (errors.full_replay_differs if is_full else errors.replay_differs)(self.name, size, found[0])
+            sentence = (
+                errors.full_replay_differs(self.name, size, found[0], self.plan.is_beside_pieces)
+                if is_full
+                else errors.replay_differs(self.name, size, found[0])
+            )
             if self.plan.config.strict:
                 raise errors.ReplayDiffers(sentence)
             _LOG.error("%s", sentence)
@@ -478,6 +484,10 @@ class Graphs:
             return
         own = {**missed.by_step, **self.plan.obstacles}
         reasons = Counter(own.get(step, missed.reason) for step in self.plan.compute_steps)
+        if self.plan.is_beside_pieces:  # what runs without a graph now, the pieces will count
+            for reason, pieces in reasons.items():
+                self._log_miss(reason, pieces, num_tokens)
+            return
         if self.plan.config.strict:
             self._refuse(reasons, num_tokens)
         self._add_misses(reasons, num_tokens)
@@ -493,15 +503,20 @@ class Graphs:
                 raise errors.GraphMiss(sentence) from None
 
     def _add_misses(self, reasons: Mapping[Reason, int], num_tokens: int | None) -> None:
-        call = self._stats.calls + 1
         for reason, pieces in reasons.items():
             self._stats.add_miss(reason.code, pieces)
-            before = self.miss_log.pop((reason, num_tokens), None)
-            calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
-            self.miss_log[reason, num_tokens] = Misses(calls + 1, earlier + pieces, call)
-            if len(self.miss_log) > MAX_MISSES_LOGGED:
-                self.miss_log.popitem(last=False)
+            call = self._log_miss(reason, pieces, num_tokens)
             self._events.missed(reason, pieces=pieces, tokens=num_tokens, call=call)
+
+    def _log_miss(self, reason: Reason, pieces: int, num_tokens: int | None) -> int:
+        """Note a miss for reports; the number of the call comes back."""
+        call = self._stats.calls + 1
+        before = self.miss_log.pop((reason, num_tokens), None)
+        calls, earlier = (0, 0) if before is None else (before.calls, before.pieces)
+        self.miss_log[reason, num_tokens] = Misses(calls + 1, earlier + pieces, call)
+        if len(self.miss_log) > MAX_MISSES_LOGGED:
+            self.miss_log.popitem(last=False)
+        return call
 
     # ------------------------------------------------------------------------------ release
 

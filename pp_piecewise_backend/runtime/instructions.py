@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,54 @@ def lay_out(
         for index, (piece, one) in enumerate(zip(split.pieces, compiled, strict=True))
     )
     return Layout(instructions, registers, tuple(constants.values()), len(made), results)
+
+
+def lay_out_in_one(split: Split, pieces: Layout, table: InputTable, *, is_exact: bool) -> Layout | str:
+    """The registers of the graph as one step, which runs the pieces; or why it cannot be one.
+
+    Args:
+        pieces: how the steps of ``split`` are laid out.
+        is_exact: see ``pieces_are_exact`` of ``lay_out``.
+    """
+    in_one = split.in_one
+    if not isinstance(in_one, Split):
+        return str(in_one)
+    if all(piece.kind == "compute" for piece in split.pieces) and len(split.pieces) == 1:
+        return "the graph is one piece, whose graphs are full ones already"
+    layout = lay_out(in_one, table, [None] * len(in_one.pieces), pieces_are_exact=is_exact)
+    compute = [at for at, piece in enumerate(in_one.pieces) if piece.kind == "compute"]
+    if len(compute) != 1:
+        return "nothing in it can be captured"
+    step = _running_all(layout.instructions[compute[0]], in_one, split, pieces, len(table.inputs), is_exact)
+    if isinstance(step, str):
+        return step
+    steps = list(layout.instructions)
+    steps[compute[0]] = step
+    return replace(layout, instructions=tuple(steps))
+
+
+def _running_all(
+    step: Instruction, in_one: Split, split: Split, pieces: Layout, num_inputs: int, is_exact: bool
+) -> Instruction | str:
+    """The step with a body that runs all pieces; or why there can be none."""
+    given = [(at, source) for at, source in enumerate(step.arguments) if isinstance(source, int)]
+    given = [(at, source) for at, source in given if source < num_inputs]
+    taken = [s if isinstance(s, int) else s[0] for one in pieces.instructions for s in one.arguments]
+    missing = {register for register in taken if register < num_inputs}.difference(source for _, source in given)
+    results = {r.value: at for at, r in enumerate(in_one.results) if isinstance(r, ResultValue)}
+    hidden = [name for name in step.piece.outputs if name not in results]
+    if missing or hidden or not all(isinstance(split.results[at], ResultValue) for at in results.values()):
+        return "its results share memory in a way that a graph of all pieces cannot keep"
+    chosen = [results[name] for name in step.piece.outputs]
+
+    def run_all(*arguments: Any) -> list[Any]:
+        args: list[Any] = [None] * num_inputs
+        for at, source in given:
+            args[source] = arguments[at]
+        found, _ = pieces.run(args)
+        return [found[at] for at in chosen]
+
+    return replace(step, call=run_all, cloned_outputs=() if is_exact else None)
 
 
 def run_steps(

@@ -1,4 +1,13 @@
-"""What Dynamo gets back for one graph: a callable that replays captured pieces, or runs them in order."""
+"""What Dynamo gets back for one graph: a callable that replays captured pieces, or runs them in order.
+
+Note [full graphs beside pieces]
+A full graph is captured from one instruction that runs all steps of the split graph in order, the compiled pieces and
+attention between them. So nothing is compiled twice, and replaying it gives bit for bit what the steps give. What the
+instruction takes, gives, reads and writes is known from the same graph split as one step, and everything that holds for
+a piece holds for it: addresses are checked, padding needs a proof, it waits for the send of earlier results before it
+starts, and landing memory is free after it. A call that it cannot serve goes on to the pieces, which count their own
+misses.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +26,12 @@ from ..utils.addresses import MemoryMap
 from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
 from .apart import Apart
+from .bucket import Bucket
 from .capture_plan import GraphKind, GraphPlan
 from .cudagraphs.memory import like
-from .dispatch import Graphs
+from .dispatch import Graphs, ParameterSet
 from .hooks import NO_EVENTS, Events, StageListener
-from .instructions import lay_out
+from .instructions import Layout, lay_out, lay_out_in_one
 from .ownership import find_boundary, merged_results, shares_undeclared
 from .replay import Call
 from .stage import Stage, StageMemory
@@ -80,12 +90,18 @@ class Program:
         self._merged_results: tuple[int, ...] | None = None
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
         self.graphs: Graphs | None = None
+        self.full: FullGraphs | None = None
+        """Full graphs beside the pieces, where ``mode`` asks for them."""
         if graph_kind is not None:
             plan = GraphPlan(self.layout, split, table, config, graph_kind, stage)
             memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
             self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)
+            if split.in_one is not None:
+                self.full = FullGraphs(split, self.layout, table, plan, memory, self.stats, name, events)
+                if self.full.graphs is not None:
+                    self._full_finalizer = weakref.finalize(self, self.full.graphs.release_unlocked)
         known = () if self.graphs is None else self.graphs.plan.parameter_positions
         self._apart = Apart(table.inputs, self._exclusive, tensors, known) if self._exclusive else None
 
@@ -114,14 +130,24 @@ class Program:
             if session is None:
                 return self._run(args, None)
             session.note(self.name, self.config, self.stage, None if self.graphs is None else self.graphs.plan)
+            if self.full is not None and session.captures:  # next to the pieces, for calls that it cannot serve
+                with session.leaving_no_trace(self.inputs, args, self.stage):
+                    self.full.run(args, session)
             device = None if self.stage is None else self.stage.device
             with session.leaving_no_trace(self.inputs, args, self.stage), session.timing(device):
                 return self._run(args, session)
 
     def release(self) -> None:
         """Release graphs and static memory; a later call takes them again. Raises inside a call of the program."""
-        if self.graphs is not None:
-            self.graphs.release()
+        for graphs in (self.graphs, None if self.full is None else self.full.graphs):
+            if graphs is not None:
+                graphs.release()
+
+    @property
+    def all_buckets(self) -> list[tuple[Bucket, ParameterSet]]:
+        """What is captured now, of pieces and as full graphs."""
+        found = [] if self.graphs is None else self.graphs.buckets
+        return found if self.full is None else [*found, *self.full.buckets]
 
     @property
     def __code__(self) -> CodeType:
@@ -150,15 +176,19 @@ class Program:
         return tuple(results)
 
     def _results(self, args: Sequence[Any], session: Session | None) -> tuple[Sequence[Any], Call]:
+        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
+            names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
+            return self._run_whole(args, miss("rows-disagree", f"{names} have different numbers of rows"), session)
+        if self.full is not None and (session is None or not session.captures):
+            outcome = self.full.run(args, session)
+            if outcome is not None:
+                return outcome
         graphs = self.graphs
         addresses = () if graphs is None else graphs.parameter_addresses(args)
         if self._apart is not None and self._apart.are_broken(args, addresses):
             names = ", ".join(self.inputs[position].label for position in self._exclusive)
             why = f"inputs that the graph writes ({names}) share memory with other inputs"
             return self._run_whole(args, miss("inputs-overlap", why), session)
-        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-            names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
-            return self._run_whole(args, miss("rows-disagree", f"{names} have different numbers of rows"), session)
         if graphs is not None:
             outcome = graphs.run(args, addresses, session)
             if outcome is not None:
@@ -211,12 +241,75 @@ class Program:
         return self.split.whole(*args), Call([])
 
 
+class FullGraphs:
+    """The full graphs of one program.
+
+    Args:
+        split: cut into pieces; ``split.in_one`` is the same graph as one step, or why it cannot be one.
+        pieces: what the graphs are captured from.
+        plan: of the pieces.
+        memory: that the graphs of the pieces use, too.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        pieces: Layout,
+        table: InputTable,
+        plan: GraphPlan,
+        memory: StageMemory,
+        stats: Stats,
+        name: str,
+        events: Events,
+    ) -> None:
+        self.graphs: Graphs | None = None
+        """None where there can be no full graph; see ``why_not``."""
+        self.max_tokens = plan.config.full_max_tokens
+        self._apart: Apart | None = None
+        layout = lay_out_in_one(split, pieces, table, is_exact=plan.config.compiler == "eager")
+        self.why_not = layout if isinstance(layout, str) else ""
+        """Why there can be no full graph, whatever the size."""
+        if isinstance(layout, str):
+            return
+        assert isinstance(split.in_one, Split)
+        own = GraphPlan(layout, split.in_one, table, plan.config, plan.kind, plan.stage, is_beside_pieces=True)
+        if not own.capturable:
+            self.why_not = "; ".join(dict.fromkeys(reason.sentence for reason in own.obstacles.values()))
+            return
+        self.graphs = Graphs(own, memory, stats, name, events)
+        tensors = [at for at, i in enumerate(table.inputs) if i.spec is not None]
+        written = [at for at in tensors if table.inputs[at].name in split.in_one.cuts.exclusive_inputs]
+        if written:
+            self._apart = Apart(table.inputs, written, tensors, own.parameter_positions)
+
+    def run(self, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call] | None:
+        """The graph's results, or None where the call is one for the pieces; then nothing was run."""
+        graphs = self.graphs
+        if graphs is None:
+            return None
+        num_tokens = graphs.plan.count_tokens(args)
+        if num_tokens is None or graphs.plan.bucket(num_tokens) is None:
+            return None
+        addresses = graphs.parameter_addresses(args)
+        if self._apart is not None and self._apart.are_broken(args, addresses):
+            graphs.miss(miss("inputs-overlap"), args, session)
+            return None
+        return graphs.run(args, addresses, session)
+
+    @property
+    def buckets(self) -> list[tuple[Bucket, ParameterSet]]:
+        """What is captured now, largest bucket first."""
+        return [] if self.graphs is None else self.graphs.buckets
+
+
 class UnsplitProgram:
     """A graph that was given to a stock backend whole. It answers the same questions as a Program."""
 
     pieces: tuple[Piece, ...] = ()
     inputs: tuple[GraphInput, ...] = ()
     graphs = None
+    full = None
+    all_buckets: tuple[tuple[Bucket, ParameterSet], ...] = ()
     events = NO_EVENTS
     __code__ = Program.__code__
 

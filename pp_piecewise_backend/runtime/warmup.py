@@ -87,7 +87,7 @@ class Session:
         self.max_tokens = max(self.max_tokens, config.max_tokens if stage is None else stage.max_tokens)
         if plan is None:
             return
-        self.proves |= plan.config.mode == "full"
+        self.proves |= plan.config.mode in ("full", "full_and_piecewise")
         if plan.token_symbol is None:
             self.has_static_programs = True
         else:

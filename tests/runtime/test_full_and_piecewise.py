@@ -1,0 +1,167 @@
+"""``mode="full_and_piecewise"``: one graph for small calls, pieces for the rest, in one program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pp_piecewise_backend as ppb
+from captured import DEVICES, HIDDEN, Pair, misses_between, net, rows
+from pp_piecewise_backend.debug.describe import describe_graphs
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+CONTEXT: dict[str, Any] = {}
+"""An engine's forward context: ``lengths`` stays at one address, ``scale`` is a Python number."""
+
+
+@torch.library.custom_op("fulltest::attention", mutates_args=())
+def attention(x: Tensor) -> Tensor:
+    return x * CONTEXT["lengths"].sum() * CONTEXT["scale"]
+
+
+attention.register_fake(torch.empty_like)
+
+
+@pytest.fixture(autouse=True)
+def context() -> Iterator[None]:
+    CONTEXT.update(lengths=None, scale=1.0)
+    yield
+    CONTEXT.clear()
+
+
+def two_layers(self: Any, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = torch.ops.fulltest.attention(torch.tanh(x @ self.w)) @ self.w
+    return x
+
+
+def made(device: str, function: Any = two_layers, **options: Any) -> Pair:
+    CONTEXT["lengths"] = torch.ones(4, device=device)
+    options = {"split_ops": "+fulltest::attention", "mode": "full_and_piecewise", "full_max_tokens": 4, **options}
+    return Pair(net(function, device), device, **options)
+
+
+def call(pair: Pair, num_tokens: int, length: int, *more: Any) -> dict[str, Any]:
+    """One call with another sequence length; what it counted comes back."""
+    CONTEXT["lengths"].fill_(length)
+    before = ppb.stats()
+    pair(rows(num_tokens, pair.device, seed=length), *more)
+    after = ppb.stats()
+    counted = {name: after[name] - before[name] for name in ("replays", "eager_steps", "graph_misses", "captures")}
+    return {**counted, "misses": misses_between(before, after)}
+
+
+ONE_GRAPH = {"replays": 1, "eager_steps": 0, "graph_misses": 0, "captures": 0, "misses": {}}
+PIECES = {"replays": 3, "eager_steps": 2, "graph_misses": 0, "captures": 0, "misses": {}}
+
+
+@on_devices
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_small_calls_replay_one_graph_and_others_the_pieces(device: str, row_wise: bool) -> None:
+    pair = made(device, row_wise_ops="fulltest::*" if row_wise else "none", strict=row_wise)
+    assert call(pair, 4, 1)["misses"] == {"first-call": 3}
+    assert call(pair, 4, 2)["captures"] == 1
+    assert call(pair, 8, 1)["misses"] == {"first-call": 3}
+    assert call(pair, 8, 2)["captures"] == 3
+    for length in (3, 1, 4):
+        assert call(pair, 4, length) == ONE_GRAPH
+        assert call(pair, 8, length) == PIECES
+        assert call(pair, 6, length) == PIECES, "padded"
+    if row_wise:
+        assert call(pair, 3, 2) == ONE_GRAPH, "padded"
+    else:
+        assert call(pair, 3, 2)["captures"] == 3, "the pieces missed the first call of this size, too"
+        assert call(pair, 3, 5) == PIECES
+    graphs = describe_graphs(pair.program)
+    assert graphs.full is not None and [b.tokens for b in graphs.full.buckets] == [4]
+    text = " ".join(ppb.explain().split())
+    assert "full graphs up to 4 tokens" in text and "landing memory is free at its end" in text
+    assert ("padding-unsafe: 2 calls of 3 tokens" in text) is not row_wise
+    assert ppb.stats().graph_bytes == sum(b.bytes for b in [*graphs.full.buckets, *graphs.buckets])
+
+
+def test_what_is_refused_as_one_graph_replays_its_pieces() -> None:
+    pair = made("cpu", graph_safe_ops="none")
+    for length in range(4):
+        CONTEXT["scale"] = float(length)
+        counted = call(pair, 4, length)
+    assert counted == PIECES
+    text = " ".join(ppb.explain().split())
+    assert "full graphs none, the pieces replay instead" in text and "fulltest::attention runs Python code" in text
+
+
+@on_devices
+def test_a_full_graph_that_is_proven_wrong_gives_way_to_the_pieces(device: str) -> None:
+    """The op is declared wrongly: it reads a Python number, too."""
+    pair = made(device)
+    for length in range(1, 4):
+        CONTEXT["scale"] = float(length)
+        call(pair, 4, length)  # the third compares its replay, and returns what the pieces give
+    CONTEXT["scale"] = 7.0
+    assert call(pair, 4, 1)["captures"] == 3
+    assert call(pair, 4, 2) == PIECES
+    text = " ".join(ppb.explain().split())
+    assert "Its pieces replay instead; take that op out of graph_safe_ops" in text
+
+
+def with_cache(self: Any, x: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    x = torch.tanh(x @ self.w)
+    cache.index_copy_(0, positions, x)
+    x = torch.ops.fulltest.attention(x + cache.sum(0)) @ self.w
+    return torch.tanh(x) @ self.w
+
+
+@on_devices
+def test_state_is_written_inside_a_full_graph_at_exact_sizes(device: str) -> None:
+    pair = made(device, with_cache, dims=(0, None, 0))
+    cache, other = (torch.zeros(16, HIDDEN, device=device) for _ in range(2))
+
+    def step(num_tokens: int, length: int, cache: Tensor = cache) -> dict[str, Any]:
+        return call(pair, num_tokens, length, cache, torch.arange(num_tokens, device=device) + length)
+
+    for num_tokens in (4, 8):
+        step(num_tokens, 1), step(num_tokens, 2)
+    for length in (3, 5, 1):
+        assert step(4, length) == ONE_GRAPH
+        assert step(8, length)["graph_misses"] == 0
+    step(4, 1, other)
+    assert step(4, 3, other)["replays"] >= 1, "the other conversation is captured, or its pieces replay"
+
+
+@on_devices
+def test_warm_up_captures_and_proves_both(device: str) -> None:
+    pair = made(device, mark=False, capture="warmup", row_wise_ops="fulltest::*", strict=True)
+    lengths = iter(range(1, 100))
+
+    def make_inputs(num_tokens: int) -> Any:
+        CONTEXT["lengths"].fill_(next(lengths))
+        return (rows(num_tokens, device),), {}
+
+    ppb.warmup(pair.compiled, make_inputs, progress=False)
+    before = ppb.stats()
+    for num_tokens in (4, 8, 3, 2, 7, 4):
+        assert call(pair, num_tokens, num_tokens + 1) == (ONE_GRAPH if num_tokens <= 4 else PIECES)
+    full = pair.program.full
+    assert full is not None and [bucket.tokens for bucket, _ in full.buckets] == [4, 2]
+    assert {bucket.tokens: bucket.proofs_left for bucket, _ in full.buckets} == {4: 0, 2: 0}
+    assert ppb.stats().captures == before.captures
+
+
+def test_little_memory_keeps_the_smallest_sizes_of_both() -> None:
+    pair = made("cpu", row_wise_ops="fulltest::*")
+    for num_tokens in (2, 8, 2, 8, 2, 8):
+        call(pair, num_tokens, 1)
+    held = ppb.stats().graph_bytes
+    pair = made("cpu", row_wise_ops="fulltest::*", graph_memory_bytes=held - 1)
+    for num_tokens in (2, 8) * 4:
+        call(pair, num_tokens, 1)
+    graphs = describe_graphs(pair.program)
+    assert [dropped.tokens for dropped in graphs.dropped] == [8]
+    assert call(pair, 2, 3) == ONE_GRAPH
+    assert ppb.stats().graph_bytes < held
