@@ -263,7 +263,7 @@ def replay_differs(program: str, bucket: int, where: str) -> str:
     )
 
 
-def full_replay_differs(program: str, bucket: int, where: str, is_beside_pieces: bool) -> str:
+def full_replay_differs(program: str, bucket: int, where: str, is_beside_pieces: bool = False) -> str:
     then = "Its pieces replay instead" if is_beside_pieces else "The bucket is replayed no more"
     return (
         f"{program}: a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself: "
