@@ -401,12 +401,24 @@ def peer_disagrees(peer: int, difference: str) -> str:
     return f"rank {peer} does not keep to the plan: {difference}"
 
 
-def peer_failed(rank: int, reason: str, told_by: int) -> str:
-    return f"rank {rank} failed ({reason}), as rank {told_by} reports"
+def peer_failed(rank: int, reason: str, told_by: int, micro_batch: int | None = None) -> str:
+    return f"rank {rank} failed ({reason}){_at(micro_batch)}, as rank {told_by} reports"
 
 
-def own_failure(rank: int, reason: str) -> str:
-    return f"rank {rank} itself failed ({reason})"
+def own_failure(rank: int, reason: str, micro_batch: int | None = None) -> str:
+    return f"rank {rank} itself failed ({reason}){_at(micro_batch)}"
+
+
+def _at(micro_batch: int | None) -> str:
+    return "" if micro_batch is None else f" at micro-batch {micro_batch}"
+
+
+def step_is_late(rank: int, micro_batch: int, part: str, step_timeout_s: float) -> str:
+    return (
+        f"rank {rank} hangs at micro-batch {micro_batch}, in its {part}: the step takes longer than step_timeout_s="
+        f"{step_timeout_s:g}, waits for other ranks not counted. The other ranks are notified. Give it more time if it "
+        f"is only slow."
+    )
 
 
 def on_rank(rank: int, doing: str) -> str:

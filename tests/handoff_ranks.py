@@ -547,7 +547,7 @@ def fault(stage: Stage) -> None:
                 _feedback(links.feedback_in, tokens)
             time.sleep(0.005)
     except ArithmeticError as error:
-        links.fail(error)
+        links.fail(type(error).__name__)
         raise
     finally:
         if stage.is_process:

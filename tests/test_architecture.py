@@ -83,6 +83,7 @@ ORDER = (
     "pipeline.inbox",
     "pipeline.connect",
     "pipeline.results",
+    "pipeline.watchdog",
     "pipeline.runner",
 )
 

@@ -216,6 +216,10 @@ MESSAGES = {
     "proxies_at_wrong_end": (errors.proxies_at_wrong_end("inputs", ["h"], 0, 2), ["stage 0 of 2", "got inputs ['h']"]),
     "runner_sets_option": (errors.runner_sets_option("stage"), ["'stage'", "Leave it out"]),
     "stage_returned": (errors.stage_returned("stage 1", "a list", ["h"]), ["stage 1 returned a list", "dict with 'h'"]),
+    "step_is_late": (
+        errors.step_is_late(1, 7, "forward", 2.0),
+        ["rank 1 hangs at micro-batch 7, in its forward", "=2,"],
+    ),
     "finish_cannot_be": (errors.finish_cannot_be(3, 0, 2, True), ["stage 0 of 2", "finish=3", "last stage"]),
     "finish_returned_others": (errors.finish_returned_others("finish", ["a"], ["t"]), ["'a'", "exactly 't'"]),
     "feedback_differs": (

@@ -116,10 +116,9 @@ class Links:
         """Raises `PeerLost` if the pipeline is broken."""
         self._fault.check(errors.on_rank(self.stage, "closing its links"))
 
-    def fail(self, error: BaseException) -> None:
-        """Tell all ranks that this one cannot go on; they raise `PeerLost` at once."""
-        reason = type(error).__name__
-        self._fault.record(Loss(self.rank, reason, errors.own_failure(self.rank, reason)))
+    def fail(self, reason: str, micro_batch: int | None = None) -> None:
+        """Tell all ranks that this one cannot go on, and at which micro-batch; they raise `PeerLost` at once."""
+        self._fault.record(Loss(self.rank, reason, errors.own_failure(self.rank, reason, micro_batch), micro_batch))
 
     def close(self) -> None:
         """Say STOP on all links, wait until the neighbours said it and all close, and close the transport.

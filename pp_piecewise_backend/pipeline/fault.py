@@ -24,6 +24,8 @@ class Loss(NamedTuple):
     reason: str
     """In at most 24 bytes, for the neighbours."""
     sentence: str
+    micro_batch: int | None = None
+    """In whose step that rank was, or the last one that it ran, if it says so."""
 
 
 class Breakable(Protocol):

@@ -75,7 +75,7 @@ class Kind(IntEnum):
     STOP = 3
     """No micro-batch follows; from the receiving end: please send no more."""
     FAILED = 4
-    """The pipeline is broken: ``rank`` failed, and ``tag`` says how."""
+    """The pipeline is broken: ``rank`` failed, ``tag`` says how, ``num_tokens`` is 1 + its micro-batch, if known."""
     CLOSED = 5
     """After STOP of both ends: the rank closes."""
     NOTICE = 6

@@ -132,7 +132,8 @@ class End:
     def tell_failure(self, loss: Loss) -> None:
         """Notify the neighbour, if that can be done soon."""
         tag = loss.reason.encode("ascii", "replace")[:MAX_TAG_BYTES]
-        header = Header(Kind.FAILED, self._settings.plan.fingerprint, 0, loss.rank, tag=tag)
+        told = 0 if loss.micro_batch is None else loss.micro_batch + 1
+        header = Header(Kind.FAILED, self._settings.plan.fingerprint, 0, loss.rank, told, tag=tag)
         if self._telling.acquire(timeout=_TELLING_SECONDS):
             try:
                 with contextlib.suppress(ConnectionError, TimeoutError):
@@ -217,7 +218,9 @@ class End:
             raise _Lost(loss, is_alive=True) from None
         if header.kind is Kind.FAILED:
             reason = header.tag.decode("ascii", "replace")
-            raise _Lost(Loss(header.rank, reason, errors.peer_failed(header.rank, reason, peer)))
+            micro_batch = header.num_tokens - 1 if header.num_tokens else None
+            sentence = errors.peer_failed(header.rank, reason, peer, micro_batch)
+            raise _Lost(Loss(header.rank, reason, sentence, micro_batch))
         if header.kind is Kind.KEEP_ALIVE:
             self._peer_is_busy = header.tag == _BUSY
         return header

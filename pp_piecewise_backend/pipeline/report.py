@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -117,6 +117,16 @@ class PipelineReport:
         return "\n".join([*lines, self.verdict])
 
 
+class LateStep(NamedTuple):
+    """A step that takes too long, and goes on."""
+
+    micro_batch: int
+    part: str
+    """What of the step is under way."""
+    thread: int
+    """Which runs it."""
+
+
 class StepClock:
     """Adds up where the host's time of one rank goes, in the thread that runs its micro-batches.
 
@@ -134,6 +144,13 @@ class StepClock:
         """What was taken when the last step ended."""
         self._waited_ns = self._waited_before_ns = self._forward_begin_ns = 0
         """Waits of all kinds, and those before the forward."""
+        self._step_ns = self._waited_before_step_ns = 0
+        """When the step under way began, 0 without one; and what was waited before it."""
+        self._wait_ns = 0
+        """When the wait under way began; 0 without one."""
+        self.micro_batch: int | None = None
+        """Whose step runs or ran last."""
+        self._part = ""
         self._thread: int | None = None
         self._events: tuple[torch.Event, torch.Event] | None = None
         self._stream: torch.Stream | None = None
@@ -142,24 +159,46 @@ class StepClock:
         """Whether events were recorded and not read yet."""
         self._device_us, self._device_steps = 0.0, 0
 
+    def wait_begins(self) -> int:
+        """This thread waits for another rank from now on: ``time.perf_counter_ns()``, for ``waited``."""
+        now_ns = time.perf_counter_ns()
+        if threading.get_ident() == self._thread:
+            self._wait_ns = now_ns
+        return now_ns
+
     def waited(self, kind: WaitKind, begin_ns: int) -> None:
         """This thread waited for another rank, since ``time.perf_counter_ns()`` was ``begin_ns``."""
         if threading.get_ident() == self._thread:
             taken_ns = time.perf_counter_ns() - begin_ns
             self._taken_ns[kind] += taken_ns
             self._waited_ns += taken_ns
+            self._wait_ns = 0
 
-    def step_begins(self) -> None:
+    def step_begins(self, micro_batch: int) -> None:
+        begin_ns = time.perf_counter_ns()
         if self._thread is None:
             self._thread = threading.get_ident()
-            self._begin_ns = time.perf_counter_ns()
+            self._begin_ns = begin_ns
+        self.micro_batch, self._part, self._waited_before_step_ns = micro_batch, "make_inputs", self._waited_ns
+        self._step_ns = begin_ns
 
     def step_ends(self) -> None:
+        self._step_ns = 0
         self._end_ns = time.perf_counter_ns()
         self._steps += 1
         self._counted_ns = self._taken_ns.copy()
 
+    def late_step(self, longest_seconds: float) -> LateStep | None:
+        """The step under way, if it has taken longer by now, waits for other ranks not counted; for any thread."""
+        step_ns, wait_ns, waited_ns = self._step_ns, self._wait_ns, self._waited_ns - self._waited_before_step_ns
+        until_ns = wait_ns or time.perf_counter_ns()
+        if not step_ns or until_ns - step_ns - waited_ns <= 1e9 * longest_seconds or step_ns != self._step_ns:
+            return None
+        assert self.micro_batch is not None and self._thread is not None
+        return LateStep(self.micro_batch, self._part, self._thread)
+
     def forward_begins(self) -> None:
+        self._part = "forward"
         if self._is_async and self._steps % TIMED_STEPS == 0 and self._are_events_free():
             assert self._events is not None
             self._stream = torch.accelerator.current_stream(self._device)
@@ -168,6 +207,7 @@ class StepClock:
 
     def forward_ends(self) -> None:
         """The forward took what has passed, but for the waits in it."""
+        self._part = "results"
         waits_ns = self._waited_ns - self._waited_before_ns
         self._taken_ns["forward"] += time.perf_counter_ns() - self._forward_begin_ns - waits_ns
         if self._stream is not None and self._events is not None:

@@ -45,6 +45,7 @@ from .plan import Schema, StagePlan
 from .report import PipelineReport, StepClock, WaitKind
 from .results import Answers, Finish, chosen
 from .transports.base import Patience, Pending, Transport
+from .watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,6 +86,9 @@ class StageRunner:
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
         timeout_s: seconds without a sign of life after which a neighbour is lost. Idle ranks give signs of life.
+        step_timeout_s: seconds that one step of this rank may take in its own code: ``make_inputs``, the forward,
+            ``finish``, but no waits for other ranks. A longer one raises `PeerLost` on all others, which names this
+            rank and the micro-batch, and its Python stack goes to its log. None: as long as it takes.
         setup_timeout_s: seconds that ranks wait for one another at set-up, and for data of a rank that lives.
         options: of the backend, but for ``stage``, ``static_outputs`` and ``max_tokens``.
 
@@ -110,11 +114,12 @@ class StageRunner:
         receive: Literal["early", "step"] = "early",
         max_in_flight: int | None = None,
         timeout_s: float = 60,
+        step_timeout_s: float | None = None,
         setup_timeout_s: float = 1800,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         _check(receive, max_in_flight, options or {})
-        patience = Patience(timeout_s, setup_timeout_s)
+        patience = Patience(timeout_s, setup_timeout_s, step_timeout_s)
         device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
         self._stage = Stage(inputs or {}, max_tokens, device)
         self._stage.listener = self
@@ -140,6 +145,7 @@ class StageRunner:
         self._patience = patience
         self.timeline: Timeline | None = None
         self._links = make_links(way, plan, patience, self._stats, siblings)
+        self._watchdog = Watchdog(self._clock, self._links, patience.step_seconds)
         self._inbox: Inbox | None = None
         self._feedback: Inbox | None = None
         if self._links.incoming is not None:
@@ -259,6 +265,7 @@ class StageRunner:
         self._has_run = True
         if self._compiled is None:
             self.warmup()
+        self._watchdog.start()
         return self._run(microbatches)
 
     def _run(self, microbatches: Iterable[MicroBatch] | None) -> Iterator[Any]:
@@ -305,7 +312,7 @@ class StageRunner:
         assert self._inbox is not None
         self._enqueue_sends()
         take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
-        begin_ns = time.perf_counter_ns()
+        begin_ns = self._clock.wait_begins()
         taken = take()
         self._clock.waited("receive", begin_ns)
         return taken
@@ -321,7 +328,7 @@ class StageRunner:
     ) -> Any:
         """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
         outgoing = self._links.outgoing
-        self._clock.step_begins()
+        self._clock.step_begins(sequence)
         if self.timeline is not None:
             self.timeline.micro_batch = sequence
         header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
@@ -411,7 +418,7 @@ class StageRunner:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        begin, begin_ns = time.perf_counter_ns(), time.time_ns()
+        begin, begin_ns = self._clock.wait_begins(), time.time_ns()
         sent.transfer.wait()
         self._clock.waited("send", begin)
         if time.perf_counter_ns() - begin > 1e9 * WAITED_SECONDS:
@@ -515,7 +522,7 @@ class StageRunner:
     @contextlib.contextmanager
     def _waiting(self, kind: WaitKind, name: str) -> Iterator[None]:
         """The body waits for another rank."""
-        begin_ns = time.perf_counter_ns()
+        begin_ns = self._clock.wait_begins()
         with self._spanning("steps", name):
             yield
         self._clock.waited(kind, begin_ns)
@@ -533,7 +540,7 @@ class StageRunner:
 
     def _fail(self, error: BaseException) -> None:
         self._has_failed = True
-        self._links.fail(error)
+        self._links.fail(type(error).__name__, self._clock.micro_batch)
 
     def _finish(self) -> None:
         """Stop in order: nothing more is sent, and what was announced to this stage is received and dropped."""
@@ -564,6 +571,7 @@ class StageRunner:
         if self._is_closed:
             return
         self._is_closed = True
+        self._watchdog.close()
         try:
             with self._failing():
                 self._finish()

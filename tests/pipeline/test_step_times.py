@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
-from models.small_pipeline import HIDDEN, PROXIES, own_inputs
+from models.small_pipeline import own_inputs
+from plain_stage import Plain
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.report import PipelineReport, RankTimes, StepClock, TimesOfRanks
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
@@ -77,18 +78,6 @@ def test_where_nothing_is_captured_no_bucket_is_timed() -> None:
 
 
 # --------------------------------------------------------------------------------------------- report
-
-
-class Plain(nn.Module):
-    """Takes no time worth speaking of."""
-
-    def __init__(self, index: int, count: int) -> None:
-        super().__init__()
-        self.is_last = index == count - 1
-
-    def forward(self, positions: Tensor, **proxies: Tensor) -> dict[str, Tensor]:
-        rows = positions[:, None] * torch.ones(HIDDEN)
-        return {"next_tokens": positions + 1} if self.is_last else {name: rows + 1 for name in PROXIES}
 
 
 def bubbles_in(trace: Path) -> dict[int, float]:
@@ -197,7 +186,7 @@ def test_times_travel_in_one_message() -> None:
 def test_what_another_thread_waits_for_is_no_part_of_a_step() -> None:
     clock = StepClock(torch.device("cpu"))
     clock.waited("receive", 0)  # the pipeline fills
-    clock.step_begins()
+    clock.step_begins(0)
     long_ago = time.perf_counter_ns() - 10**9
     thread = threading.Thread(target=clock.waited, args=("feedback", long_ago))
     thread.start()

@@ -31,9 +31,14 @@ class Patience:
     """A peer that sends nothing for so long is lost. Keep-alives need no main thread, so idle is not silent."""
     setup_seconds: float = 1800.0
     """The longest set-up, and the longest wait for data of a peer that lives."""
+    step_seconds: float | None = None
+    """The longest step of this rank in its own code; None: as long as it takes."""
 
     def __post_init__(self) -> None:
-        for name, seconds in (("silence_seconds", self.silence_seconds), ("setup_seconds", self.setup_seconds)):
+        given = {"silence_seconds": self.silence_seconds, "setup_seconds": self.setup_seconds}
+        if self.step_seconds is not None:
+            given["step_seconds"] = self.step_seconds
+        for name, seconds in given.items():
             if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
                 raise errors.ConfigError(errors.bad_patience(name, seconds))
 

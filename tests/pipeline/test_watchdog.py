@@ -1,0 +1,94 @@
+"""A rank that hangs in its own code: found by itself, named to all, with its stack in its log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import pp_piecewise_backend as ppb
+from models.small_pipeline import own_inputs
+from plain_stage import Plain
+from pp_piecewise_backend import errors
+from pp_piecewise_backend.pipeline.report import LateStep, StepClock
+from pp_piecewise_backend.pipeline.transports.base import Patience
+from stages_in_threads import in_threads
+
+STEP_TIMEOUT_S = 2.0
+
+
+@pytest.mark.usefixtures("fresh_backend", "one_program")
+def test_a_rank_that_hangs_is_named_to_all_and_shows_its_stack(caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 1 waits for a lock; the others wait for it, and the first one had nothing to do for long before."""
+    lock, hanging_at = threading.Event(), 5
+
+    def play(runner: ppb.StageRunner, stage: int) -> None:
+        def inputs(num_tokens: int, tag: bytes) -> Any:
+            if stage == 1 and tag == str(hanging_at).encode():
+                a_lock_that_nobody_releases(lock)
+            return own_inputs(stage == 0, num_tokens, b"")
+
+        def batches() -> Iterator[ppb.MicroBatch]:
+            time.sleep(1.5 * STEP_TIMEOUT_S)
+            for number in range(10**6):
+                yield ppb.MicroBatch(2, str(number).encode())
+                if number > 1:
+                    runner.feedback()
+
+        runner._make_inputs = inputs
+        try:
+            for _ in runner.run(batches() if stage == 0 else None):
+                pass
+        except errors.PeerLost:
+            lost.append(stage)
+            if len(lost) == 2:
+                lock.set()
+            raise
+
+    lost: list[int] = []
+    options = {"compiler": "eager", "graphs": "off"}
+    outcomes = in_threads(3, play, make_module=Plain, options=options, step_timeout_s=STEP_TIMEOUT_S)
+    assert sorted(lost[:2]) == [0, 2]
+    for stage, outcome in enumerate(outcomes):
+        assert isinstance(outcome, errors.PeerLost)
+        whose = "rank 1 itself failed" if stage == 1 else "rank 1 failed"
+        assert f"{whose} (hangs in its make_inputs) at micro-batch {hanging_at}" in str(outcome), outcome
+    (record,) = [record for record in caplog.records if "hangs" in record.getMessage()]
+    assert "rank 1 hangs at micro-batch 5, in its make_inputs" in record.getMessage()
+    assert "in a_lock_that_nobody_releases" in record.getMessage()
+    assert not [thread for thread in threading.enumerate() if "watchdog" in thread.name]
+
+
+def a_lock_that_nobody_releases(lock: threading.Event) -> None:
+    lock.wait(60)
+
+
+def test_waits_for_other_ranks_do_not_make_a_step_late() -> None:
+    clock = StepClock(torch.device("cpu"))
+    assert clock.late_step(0) is None
+    clock.step_begins(3)
+    assert clock.late_step(0) == LateStep(3, "make_inputs", threading.get_ident())
+    clock.forward_begins()
+    begin_ns = clock.wait_begins()
+    time.sleep(0.4)
+    assert clock.late_step(0.3) is None
+    clock.waited("send", begin_ns)
+    assert clock.late_step(0.3) is None
+    time.sleep(0.4)
+    assert clock.late_step(0.3) == LateStep(3, "forward", threading.get_ident())
+    clock.forward_ends()
+    assert clock.late_step(0.3) == LateStep(3, "results", threading.get_ident())
+    clock.step_ends()
+    assert clock.late_step(0) is None
+    clock.step_begins(4)
+    assert clock.late_step(0.3) is None
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), "2"])
+def test_a_step_timeout_is_a_positive_number(seconds: Any) -> None:
+    with pytest.raises(errors.ConfigError, match=r"step_seconds=.*expected a positive number"):
+        Patience(step_seconds=seconds)
