@@ -134,7 +134,10 @@ def _full_lines(full: FullGraphs) -> list[str]:
     for (code, sentence), misses in grouped(full.misses, lambda miss: (miss.reason, miss.sentence)).items():
         sizes = ranges(miss.tokens for miss in misses if miss.tokens is not None)
         calls = counted(sum(miss.calls for miss in misses), "call")
-        lines += entry("    pieces instead", f"{code}: {calls} of {sizes} tokens: {shortened(sentence)}")
+        lines += entry(
+            "    pieces instead",
+            f"{code}: {calls} of {sizes} {'token' if sizes == '1' else 'tokens'}: {shortened(sentence)}",
+        )
     return lines
 
 

@@ -27,7 +27,8 @@ _NARROWEST_PIXELS, _WIDEST_PIXELS = 92, 280
 def report_page(summary: Summary, texts: Mapping[str, str]) -> str:
     """The page. ``texts``: what each distinct piece unfolds to, by file name."""
     pieces = summary.pieces
-    working = "captured" if summary.graphs.buckets else "compiled"
+    has_graphs = summary.graphs.buckets or (summary.graphs.full is not None and summary.graphs.full.buckets)
+    working = "captured" if has_graphs else "compiled"
     distinct = list(grouped(pieces, meaning).values())
     return _template().render(
         summary=summary,

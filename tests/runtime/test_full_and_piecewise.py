@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
-from captured import DEVICES, HIDDEN, Pair, misses_between, net, rows
-from pp_piecewise_backend.debug.describe import describe_graphs
+from captured import DEVICES, HIDDEN, Pair, Wrong, misses_between, net, rows
+from pp_piecewise_backend.debug.describe import describe, describe_graphs
+from pp_piecewise_backend.debug.report import report_page
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -82,6 +84,8 @@ def test_small_calls_replay_one_graph_and_others_the_pieces(device: str, row_wis
     assert graphs.full is not None and [b.tokens for b in graphs.full.buckets] == [4]
     text = " ".join(ppb.explain().split())
     assert "full graphs up to 4 tokens" in text and "landing memory is free at its end" in text
+    html = report_page(describe(pair.program), defaultdict(str))
+    assert "<h3>Full graphs</h3>" in html and "for calls of up to 4 tokens" in html
     assert ("padding-unsafe: 2 calls of 3 tokens" in text) is not row_wise
     assert ppb.stats().graph_bytes == sum(b.bytes for b in [*graphs.full.buckets, *graphs.buckets])
 
@@ -132,6 +136,33 @@ def test_state_is_written_inside_a_full_graph_at_exact_sizes(device: str) -> Non
         assert step(8, length)["graph_misses"] == 0
     step(4, 1, other)
     assert step(4, 3, other)["replays"] >= 1, "the other conversation is captured, or its pieces replay"
+
+
+def reads_after_a_write(self: Any, x: Tensor, cache: Tensor, other: Tensor) -> Tensor:
+    x = torch.ops.fulltest.attention(torch.tanh(x @ self.w)) @ self.w
+    cache[: x.shape[0]] = x
+    return torch.tanh(x + other.sum()) @ self.w
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_inputs_that_come_to_share_memory_are_left_to_the_pieces(is_checked: bool) -> None:
+    """What the full graph reads from a copy, it would itself have written."""
+    pair = made("cpu", reads_after_a_write, dims=(0, None, None))
+    cache, other = torch.zeros(16, HIDDEN), torch.zeros(2, HIDDEN)
+    for length in (1, 2, 3, 4):
+        call(pair, 4, length, cache, other)
+    assert call(pair, 4, 5, cache, other) == ONE_GRAPH
+    full = pair.program.full
+    assert full is not None
+    theirs = cache.clone()
+    both = rows(4, "cpu", seed=9), cache, cache[:2]
+    if is_checked:
+        pair(*both, theirs=[both[0], theirs, theirs[:2]])
+        assert "inputs-overlap: 1 call of 4 tokens" in " ".join(ppb.explain().split())
+    else:
+        full._apart = None
+        with pytest.raises(Wrong):
+            pair(*both, theirs=[both[0], theirs, theirs[:2]])
 
 
 @on_devices
