@@ -102,12 +102,17 @@ def all_well(outcomes: Sequence[Any]) -> Sequence[Any]:
 one_at_a_time = threading.Lock()
 
 
+def warm_up_alone(runner: ppb.StageRunner) -> None:
+    """A capture on a GPU forbids much to other threads, and Dynamo is better not in two of them at once."""
+    with one_at_a_time:
+        runner.warmup()
+
+
 def play_all(chosen: Sequence[int]) -> Rank:
     """Run micro-batches of these sizes: the last stage gives its outputs, and each its counters."""
 
     def play(runner: ppb.StageRunner, stage: int) -> Any:
-        with one_at_a_time:  # a capture on a GPU forbids much to other threads
-            runner.warmup()
+        warm_up_alone(runner)
         before = runner.stats
         batches = (ppb.MicroBatch(n, str(number).encode()) for number, n in enumerate(chosen))
         outputs = [

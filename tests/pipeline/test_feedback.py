@@ -16,6 +16,7 @@ from pp_piecewise_backend.pipeline.header import Answer
 from pp_piecewise_backend.pipeline.results import Answers
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
 from pp_piecewise_backend.utils.counters import Stats
+from stages_in_threads import warm_up_alone
 
 pytestmark = pytest.mark.usefixtures("fresh_backend")
 
@@ -61,6 +62,7 @@ def test_one_feedback_is_read_while_all_that_may_be_in_flight_arrive() -> None:
     def last_stage() -> None:
         try:
             with runner(hub, 1, in_flight) as last:
+                warm_up_alone(last)
                 for _ in last.run():
                     pass
         except BaseException as error:
@@ -88,6 +90,7 @@ def test_one_feedback_is_read_while_all_that_may_be_in_flight_arrive() -> None:
                 told.append((tag, before, tensors["tokens"].tolist()))
 
     with runner(hub, 0, in_flight) as first:
+        warm_up_alone(first)
         assert list(first.run(microbatches(first))) == [None] * count
     thread.join(LONGEST_SECONDS)
     assert not thread.is_alive() and not failures
@@ -103,6 +106,7 @@ def test_micro_batches_without_feedback_are_passed_over_and_counted_in_flight(in
 
     def play(stage: int) -> None:
         with runner(hub, stage, in_flight) as own:
+            warm_up_alone(own)
             for _ in own.run(microbatches(own) if stage == 0 else None):
                 ended[0] += stage == 2
                 time.sleep(0.002 * (stage == 2))
@@ -132,6 +136,7 @@ def test_without_feedback_the_last_stage_sends_nothing() -> None:
 
     def play(stage: int) -> None:
         with runner(hub, stage, None) as own:
+            warm_up_alone(own)
             batches = [ppb.MicroBatch(2, feedback=False)] * 4
             for _ in own.run(batches if stage == 0 else None):
                 pass
@@ -175,6 +180,7 @@ def test_finish_makes_the_feedback_from_what_the_module_returned() -> None:
     def play(stage: int) -> None:
         arguments = {"module": Logits(), "finish": finish} if stage else {}
         with runner(hub, stage, None, **arguments) as own:
+            warm_up_alone(own)
             yielded.extend(output for output in own.run(batches(own) if stage == 0 else None) if output is not None)
 
     def batches(first: ppb.StageRunner) -> Iterator[ppb.MicroBatch]:

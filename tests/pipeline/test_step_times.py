@@ -19,7 +19,7 @@ from plain_stage import Plain
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.report import PipelineReport, RankTimes, StepClock, TimesOfRanks
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
-from stages_in_threads import all_well, in_threads
+from stages_in_threads import all_well, in_threads, warm_up_alone
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend")]
 
@@ -110,6 +110,7 @@ def test_the_report_names_the_slowest_rank_and_the_bubble_of_the_trace(tmp_path:
 
         runner._make_inputs = inputs
         runner.trace(str(path))
+        warm_up_alone(runner)
         assert runner.report().missing == tuple(rank for rank in range(3) if rank != stage)
         for number, _ in enumerate(runner.run(batches() if stage == 0 else None), 1):
             if number == count - 1:
@@ -138,6 +139,7 @@ def test_the_report_names_the_slowest_rank_and_the_bubble_of_the_trace(tmp_path:
 @pytest.mark.usefixtures("one_program")
 def test_a_report_of_ranks_that_ran_nothing_and_one_that_never_ends() -> None:
     def play(runner: ppb.StageRunner, stage: int) -> Any:
+        warm_up_alone(runner)
         for _ in runner.run([] if stage == 0 else None):
             pass
         return runner.report()

@@ -16,7 +16,7 @@ from plain_stage import Plain
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.report import LateStep, StepClock
 from pp_piecewise_backend.pipeline.transports.base import Patience
-from stages_in_threads import in_threads
+from stages_in_threads import in_threads, warm_up_alone
 
 STEP_TIMEOUT_S = 2.0
 
@@ -40,6 +40,7 @@ def test_a_rank_that_hangs_is_named_to_all_and_shows_its_stack(caplog: pytest.Lo
                     runner.feedback()
 
         runner._make_inputs = inputs
+        warm_up_alone(runner)
         try:
             for _ in runner.run(batches() if stage == 0 else None):
                 pass
