@@ -196,3 +196,7 @@ def test_little_memory_keeps_the_smallest_sizes_of_both() -> None:
     assert [dropped.tokens for dropped in graphs.dropped] == [8]
     assert call(pair, 2, 3) == ONE_GRAPH
     assert ppb.stats().graph_bytes < held
+    pair.program.release()
+    assert (ppb.stats().graph_bytes, ppb.stats().static_bytes, pair.program.all_buckets) == (0, 0, [])
+    call(pair, 2, 1), call(pair, 2, 2), call(pair, 2, 3), call(pair, 2, 4)
+    assert call(pair, 2, 5) == ONE_GRAPH
