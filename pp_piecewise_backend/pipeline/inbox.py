@@ -154,6 +154,8 @@ class Inbox:
     def _post(self, now: bool) -> None:
         """Receive into free memory what was announced; the lock is held."""
         try:
+            # Also where there is no memory to receive into: nothing else would tell who waits.
+            self._receiver.check(lambda: "waiting for the next micro-batch")
             while (now or self._early) and (self._free or self._grows) and not self._has_ended:
                 if not self._receiver.headers_waiting:
                     return

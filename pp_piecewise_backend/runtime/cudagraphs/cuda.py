@@ -1,4 +1,13 @@
-"""CUDA graphs and the pools that they allocate from: the only door to ``torch.cuda``'s graphs."""
+"""CUDA graphs and the pools that they allocate from: the only door to ``torch.cuda``'s graphs.
+
+Note [workspaces that stay]
+cuBLAS has a workspace for each handle (so each thread) and stream, in memory of the caching allocator, and a graph uses
+for ever the one that it was captured with. PyTorch frees them all on request, and ``mode="reduce-overhead"`` asks for
+it at each of its captures: graphs that were captured before then write into memory of others, or into none [ran, H200:
+an illegal access in our replay]. To do the same in our captures would break the graphs of others. So the workspace of
+the stream on which a thread captures comes from a memory pool that is never given up and that nothing else allocates
+from: where it is freed, no other tensor gets it. One stream for all programs of a thread, since a workspace has 32 MiB.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +84,7 @@ class CudaDevice:
         return CudaPool()
 
     def warm_up(self, call: Callable[[], Any]) -> Any:
-        with self._on_side_stream():
+        with _side_stream():
             return call()
 
     def synchronize(self) -> None:
@@ -85,7 +94,7 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         outputs: Sequence[Any] | None = None
         try:
-            with self._on_side_stream(), _no_garbage_collection():
+            with _side_stream(), _no_garbage_collection():
                 graph.capture_begin(pool=pool.begin(), capture_error_mode="thread_local")
                 try:
                     outputs = call(inputs)
@@ -104,27 +113,65 @@ class CudaDevice:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+
+_STREAMS_OF_THREAD = threading.local()
+_STREAM_CHOICES = 32
+"""So many streams does PyTorch have to give out; somebody else may have computed on some of them."""
+_KEPT_WORKSPACES: list[torch.cuda.MemPool] = []
+
+
+class _CaptureStream:
+    """The stream on which one thread captures on one GPU, see Note [workspaces that stay]."""
+
+    def __init__(self) -> None:
+        self._workspaces = torch.cuda.MemPool()
+        _KEPT_WORKSPACES.append(self._workspaces)
+        self._stream = torch.cuda.Stream()
+
     @contextlib.contextmanager
-    def _on_side_stream(self) -> Iterator[None]:
-        side, current = _side_stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
+    def entered(self) -> Iterator[None]:
+        """Makes it the current stream, after what is enqueued on the current one, which then waits for it.
+
+        Raises `CaptureError` if the workspace of every stream lies in memory of others.
+        """
+        for _ in range(_STREAM_CHOICES + 1):
+            with self._in_order():
+                if self._workspace_is_kept():
+                    yield
+                    return
+            self._stream = torch.cuda.Stream()
+        raise CaptureError("cuBLAS has workspaces in memory that may be freed on each stream that PyTorch gives out")
+
+    @contextlib.contextmanager
+    def _in_order(self) -> Iterator[None]:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(self._stream):
                 yield
         finally:
-            current.wait_stream(side)
+            current.wait_stream(self._stream)
+
+    def _workspace_is_kept(self) -> bool:
+        """Has cuBLAS make its workspaces here, where it has none; False if it has some of before."""
+        with torch.cuda.use_mem_pool(self._workspaces), torch.autocast("cuda", enabled=False):
+            square = torch.zeros(16, 16, device="cuda")
+            # The second one is computed by cuBLASLt.
+            torch.addmm(square[0], square @ square, square)
+            del square
+        return any(
+            block["state"] == "active_allocated"
+            for segment in self._workspaces.snapshot()
+            for block in segment["blocks"]
+        )
 
 
-_SIDE_STREAMS = threading.local()
-
-
-def _side_stream() -> torch.cuda.Stream:
-    """The stream on which this thread captures; one for all, since cuBLAS keeps a workspace for each stream [ran]."""
-    streams: dict[str, torch.cuda.Stream] = _SIDE_STREAMS.__dict__
+def _side_stream() -> contextlib.AbstractContextManager[None]:
+    streams: dict[str, _CaptureStream] = _STREAMS_OF_THREAD.__dict__
     device = f"cuda:{torch.cuda.current_device()}"
     if device not in streams:
-        streams[device] = torch.cuda.Stream()
-    return streams[device]
+        streams[device] = _CaptureStream()
+    return streams[device].entered()
 
 
 @contextlib.contextmanager

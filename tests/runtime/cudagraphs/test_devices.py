@@ -497,3 +497,49 @@ def test_a_piece_that_is_no_list_of_ops_is_called_again() -> None:
 )
 def test_same_bits(one: Tensor, other: Tensor, same: bool) -> None:
     assert same_bits(one, other) is same
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_graph_keeps_its_workspace_when_all_are_freed(bias: bool) -> None:
+    """As ``mode="reduce-overhead"`` does in the same process: without memory of its own the replay writes elsewhere."""
+    x, weight, offset = (tensor("cuda", *shape) for shape in ((8, 16384), (16384, 64), (64,)))  # split along the 16384
+
+    def piece(x: Tensor, weight: Tensor) -> list[Tensor]:
+        return [torch.addmm(offset, x, weight) if bias else x @ weight]
+
+    graph = captured("cuda", piece, x, weight)
+    expected = piece(x, weight)[0]
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    free_bytes = sum(s["total_size"] - s["allocated_size"] for s in torch.cuda.memory_snapshot())
+    others = [torch.full((2**20,), 7, dtype=torch.uint8, device="cuda") for _ in range(free_bytes // 2**20 + 16)]
+    for _ in range(3):
+        x.mul_(1)
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(graph.outputs[0], expected)
+    assert all(bool((other == 7).all()) for other in others), "the replay wrote into memory of others"
+
+
+@pytest.mark.cuda
+def test_a_stream_on_which_others_computed_is_not_captured_on() -> None:
+    """All the streams that PyTorch has, but a few: their workspaces lie in memory that can be freed."""
+    square = tensor("cuda", 64, 64)
+    results: list[str] = []
+
+    def capture() -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    square @ square
+            torch.cuda.synchronize()
+            graph = captured("cuda", lambda square: [square @ square], square)
+            graph.replay()
+            torch.testing.assert_close(graph.outputs[0], square @ square)
+            results.append("right")
+
+    thread = threading.Thread(target=capture)  # which has no stream to capture on yet
+    thread.start()
+    thread.join()
+    assert results == ["right"]
