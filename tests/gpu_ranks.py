@@ -56,7 +56,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
                     outputs.append({name: tensor.clone() for name, tensor in output.items()})
                 if rank == job.get("victim") and number == FAULTY_STEP:
                     if job["kind"] == "announces and dies":
-                        runner._links.outgoing.send = die
+                        runner._links.outgoing.send = die_late
                     else:
                         die(getattr(signal, job["kind"]))
                 if is_first and number >= 3:
@@ -79,6 +79,11 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
 def die(*arguments: Any) -> None:
     print(f"fault at {time.time()}", flush=True)
     os.kill(os.getpid(), arguments[0] if isinstance(arguments[0], signal.Signals) else signal.SIGKILL)
+
+
+def die_late(*_: Any) -> None:
+    time.sleep(0.5)  # the neighbour hands out what had landed before
+    die(signal.SIGKILL)
 
 
 def told_tokens(runner: ppb.StageRunner) -> list[Any]:

@@ -99,13 +99,14 @@ class Inbox:
         begin_ns = time.time_ns()
         with self._changed:
             self._post(now=True)
-            while not self._posted and not self._has_ended:
+            while not self._posted and not self._is_over():
                 self._changed.wait()
                 self._post(now=True)
             posted = self._posted.popleft() if self._posted else None
         if posted is None:
             if self._error is not None:
                 raise self._error
+            self._receiver.check(lambda: "waiting for the next micro-batch")
             return None
         header, self._lent, views, transfer, posted_ns = posted
         if timeline is not None:
@@ -144,7 +145,11 @@ class Inbox:
         """Return once ``count`` headers came in all, and found memory where tensors follow, or no more comes."""
         if self._heard_count < count:
             with self._changed:
-                self._changed.wait_for(lambda: self._heard_count >= count or self._has_ended)
+                self._changed.wait_for(lambda: self._heard_count >= count or self._is_over())
+
+    def _is_over(self) -> bool:
+        """Whether nothing more comes; where all memory is lent, nothing is received that would say so."""
+        return self._has_ended or self._receiver.is_broken
 
     def _hear_news(self) -> None:
         with self._changed:
@@ -154,9 +159,8 @@ class Inbox:
     def _post(self, now: bool) -> None:
         """Receive into free memory what was announced; the lock is held."""
         try:
-            # Also where there is no memory to receive into: nothing else would tell who waits.
-            self._receiver.check(lambda: "waiting for the next micro-batch")
-            while (now or self._early) and (self._free or self._grows) and not self._has_ended:
+            # Nothing is asked that raises: see Note [who may wait for the verdict] in ``link.py``.
+            while (now or self._early) and (self._free or self._grows) and not self._is_over():
                 if not self._receiver.headers_waiting:
                     return
                 header = self._receiver.next_header()

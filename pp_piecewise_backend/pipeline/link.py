@@ -254,6 +254,11 @@ class End:
         self._wire.break_data()
         self._put(None)
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a loss is known, which ``check`` raises."""
+        return self._fault.loss is not None
+
     def check(self, doing: Callable[[], str]) -> None:
         """Raises `PeerLost` if the pipeline is broken.
 

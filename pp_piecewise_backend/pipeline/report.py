@@ -281,7 +281,7 @@ class TimesOfRanks:
             self._note(self._own_stage, RankTimes.from_bytes(own.rank, own.micro_batches, own.to_bytes()), None)
 
     def hear(self, stage: int, micro_batches: int, packed: bytes, end: TellsTimes) -> None:
-        """``end`` was told of a stage."""
+        """``end`` was notified of a stage."""
         if 0 <= stage < len(self._ranks):
             self._note(stage, RankTimes.from_bytes(self._ranks[stage], micro_batches, packed), end)
 
