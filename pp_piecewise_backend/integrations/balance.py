@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from .huggingface import DecoderPlan
+    from .decoder_plan import DecoderPlan
 
 BALANCES = ("layers", "memory", "time")
 

@@ -23,7 +23,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,23 +32,10 @@ from torch import nn
 from ..runtime.stage import Proxy
 from .balance import balanced_layer_counts as balanced_layer_counts
 from .balance import layer_counts_by
+from .decoder_plan import DecoderPlan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, StaticCache
-
-
-@dataclass(frozen=True)
-class DecoderPlan:
-    """Where a decoder may be cut, as its ``pp_plan`` says: names of children of its base model, in order."""
-
-    before_layers: tuple[str, ...]
-    layers: str
-    after_layers: tuple[str, ...]
-    layer_count: int
-
-    def absent(self, index: int, count: int) -> tuple[str, ...]:
-        """Children that stage ``index`` of ``count`` does without."""
-        return (() if index == 0 else self.before_layers) + (() if index == count - 1 else self.after_layers)
 
 
 def decoder_plan(model: PreTrainedModel) -> DecoderPlan:
