@@ -12,7 +12,7 @@ from typing import Any
 def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int:
     import torch.distributed as dist
 
-    os.environ.update(job["environment"])
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(count), **job["environment"]})
     store = dist.FileStore(str(folder / "rendezvous"), count)
     init_process_group = dist.init_process_group
     # A file instead of torchrun's port: no two tests can meet there.
