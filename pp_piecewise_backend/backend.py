@@ -29,6 +29,7 @@ from .debug.describe import describe, short_source
 from .debug.explain import explain as explanation
 from .debug.explain import explain_all
 from .runtime.capture_plan import GraphKind
+from .runtime.cudagraphs.foreign import capture_is_under_way
 from .runtime.hooks import Events
 from .runtime.program import Program, UnsplitProgram
 from .runtime.stage import Proxy, Stage
@@ -76,6 +77,7 @@ class PiecewiseBackend:
         Raises:
             ConfigError: an option or environment variable is wrong.
             UnmatchedName, GradientFallback: under ``strict``.
+            PPPiecewiseError: somebody captures a graph around the call.
         """
         if mode is not None:
             raise errors.ConfigError(errors.unsupported_mode_keyword(mode))
@@ -86,6 +88,10 @@ class PiecewiseBackend:
             return torch_compat.stock_backend("inductor")(graph_module, list(example_inputs))
         if self._sealed:
             return self._refuse_after_seal(graph_module, config)
+        if capture_is_under_way():
+            frame = torch_compat.frame_being_compiled()
+            what = "a graph" if frame is None else frame[0].co_name
+            raise errors.PPPiecewiseError(errors.compiled_in_a_capture(what))
         name = self._count_graph()
         events = self.dumps.start(name, config)
         events.traced(graph_module, example_inputs)

@@ -292,6 +292,18 @@ def bad_warmup_sizes(sizes: object) -> str:
 
 NESTED_WARMUP = "warmup() was called inside warmup(); call it once, outside of make_inputs and of the module."
 
+WARMUP_IN_A_CAPTURE = (
+    "warmup() was called while a graph is being captured, which can hold nothing of what it does: call it before."
+)
+
+
+def compiled_in_a_capture(name: str) -> str:
+    return (
+        f"{name} met a new kind of input while a graph is being captured, and to compile it needs what no capture "
+        f"allows: call the module once with inputs of this kind, or warmup(), before the capture begins."
+    )
+
+
 NO_PROGRAM_IN_WARMUP = (
     "warmup() called the module, but no program of backend 'pp_piecewise' ran. Pass what torch.compile(module, "
     "backend='pp_piecewise') returned."

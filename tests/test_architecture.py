@@ -42,6 +42,7 @@ ORDER = (
     "runtime.cudagraphs.device",
     "runtime.cudagraphs.cuda",
     "runtime.cudagraphs.emulated",
+    "runtime.cudagraphs.foreign",
     "runtime.tracing",
     "runtime.hooks",
     "runtime.stage",

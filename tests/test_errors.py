@@ -128,6 +128,11 @@ MESSAGES = {
     "bad_make_inputs": (errors.bad_make_inputs([1]), ["returned list", "tuple (args, kwargs)", "{'input_ids': ids}"]),
     "bad_warmup_sizes": (errors.bad_warmup_sizes([0]), ["sizes=[0]", "each at least 1", "None for every bucket"]),
     "released_in_a_call": (errors.released_in_a_call("Model#0"), ["release() of Model#0", "within one of its calls"]),
+    "WARMUP_IN_A_CAPTURE": (errors.WARMUP_IN_A_CAPTURE, ["a graph is being captured", "call it before"]),
+    "compiled_in_a_capture": (
+        errors.compiled_in_a_capture("forward"),
+        ["forward met a new kind of input", "a graph is being captured", "call the module once", "warmup()"],
+    ),
     "NESTED_WARMUP": (errors.NESTED_WARMUP, ["inside warmup()", "call it once"]),
     "NO_PROGRAM_IN_WARMUP": (
         errors.NO_PROGRAM_IN_WARMUP,

@@ -50,6 +50,9 @@ def explain(summary: Summary) -> str:
         f"{counted(counters.get('pieces_compiled', 0), 'piece')} in {counters.get('compile_seconds', 0.0):.2f} s, "
         f"{counters.get('pieces_reused', 0)} served by equal ones",
     )
+    if captured := counters.get("foreign_captures", 0):
+        why = "captured into graphs of somebody else: its pieces ran without graphs of this package, which is no miss"
+        lines += entry("  inside a capture", f"{counted(captured, 'call')} {why}")
     return "\n".join([*lines, *_graph_lines(summary.graphs, compute, counters.get("graph_misses", 0))])
 
 

@@ -183,8 +183,6 @@ class Graphs:
         size = plan.bucket(num_tokens)
         if size is None:
             raise Missed(miss("over-max"))
-        if self._device.is_capturing():
-            raise Missed(miss("outer-capture"))
         if not memory.lock.acquire(blocking=False):
             raise Missed(miss("concurrent-call"))
         try:

@@ -28,6 +28,7 @@ from ..utils.reasons import Reason, miss
 from .apart import Apart
 from .bucket import Bucket
 from .capture_plan import GraphKind, GraphPlan
+from .cudagraphs.foreign import capture_check
 from .cudagraphs.memory import like
 from .dispatch import Graphs, ParameterSet
 from .hooks import NO_EVENTS, Events, StageListener
@@ -88,6 +89,8 @@ class Program:
         self._equal_rows = table.equal_rows
         self.boundary = find_boundary(split, table)
         self._merged_results: tuple[int, ...] | None = None
+        self._is_captured = capture_check({i.spec.device.type for i in table.inputs if i.spec is not None})
+        """Whether a call is made while somebody captures, see Note [inside a foreign capture]."""
         self._eager_steps = sum(piece.kind == "eager" for piece in split.pieces)
         self.graphs: Graphs | None = None
         self.full: FullGraphs | None = None
@@ -124,9 +127,12 @@ class Program:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         session = current_session()
-        if not torch.is_grad_enabled() and session is None:
+        is_captured = self._is_captured()
+        if not torch.is_grad_enabled() and session is None and not is_captured:
             return self._run(args, None)
         with torch.no_grad():
+            if is_captured:
+                return self._run_inside_a_capture(args, session)
             if session is None:
                 return self._run(args, None)
             session.note(self.name, self.config, self.stage, None if self.graphs is None else self.graphs.plan)
@@ -167,7 +173,21 @@ class Program:
     # ---------------------------------------------------------------------- running
 
     def _run(self, args: Sequence[Any], session: Session | None) -> tuple[Any, ...]:
-        results, call = self._results(args, session)
+        return self._counted(*self._results(args, session), session)
+
+    def _run_inside_a_capture(self, args: Sequence[Any], session: Session | None) -> tuple[Any, ...]:
+        """See Note [inside a foreign capture]."""
+        addresses = () if self.graphs is None else self.graphs.parameter_addresses(args)
+        reason = self._rows_disagree(args) or self._inputs_overlap(args, addresses)
+        if reason is None:
+            results, call = self._run_uncaptured(args, None)
+        else:
+            self.whole_plain_run = reason.sentence
+            results, call = self.split.whole(*args), Call([])
+        call.foreign_captures = 1
+        return self._counted(results, call, session)
+
+    def _counted(self, results: Sequence[Any], call: Call, session: Session | None) -> tuple[Any, ...]:
         if call.plain:
             for step, sizes in call.plain.items():
                 self.plain_runs[step] = f"the compiled code does not hold for sizes {list(sizes)}"
@@ -176,29 +196,37 @@ class Program:
         return tuple(results)
 
     def _results(self, args: Sequence[Any], session: Session | None) -> tuple[Sequence[Any], Call]:
-        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
-            names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
-            return self._run_whole(args, miss("rows-disagree", f"{names} have different numbers of rows"), session)
+        if (reason := self._rows_disagree(args)) is not None:
+            return self._run_whole(args, reason, session)
         if self.full is not None and (session is None or not session.captures):
             outcome = self.full.run(args, session)
             if outcome is not None:
                 return outcome
         graphs = self.graphs
         addresses = () if graphs is None else graphs.parameter_addresses(args)
-        if self._apart is not None and self._apart.are_broken(args, addresses):
-            names = ", ".join(self.inputs[position].label for position in self._exclusive)
-            why = f"inputs that the graph writes ({names}) share memory with other inputs"
-            return self._run_whole(args, miss("inputs-overlap", why), session)
+        if (reason := self._inputs_overlap(args, addresses)) is not None:
+            return self._run_whole(args, reason, session)
         if graphs is not None:
             outcome = graphs.run(args, addresses, session)
             if outcome is not None:
                 return outcome
-        return self._run_uncaptured(args)
+        return self._run_uncaptured(args, None if self.stage is None else self.stage.listener)
 
-    def _run_uncaptured(self, args: Sequence[Any]) -> tuple[list[Any], Call]:
+    def _rows_disagree(self, args: Sequence[Any]) -> Reason | None:
+        if not self._equal_rows or len({args[position].size(dim) for position, dim in self._equal_rows}) == 1:
+            return None
+        names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
+        return miss("rows-disagree", f"{names} have different numbers of rows")
+
+    def _inputs_overlap(self, args: Sequence[Any], addresses: tuple[Any, ...]) -> Reason | None:
+        if self._apart is None or not self._apart.are_broken(args, addresses):
+            return None
+        names = ", ".join(self.inputs[position].label for position in self._exclusive)
+        return miss("inputs-overlap", f"inputs that the graph writes ({names}) share memory with other inputs")
+
+    def _run_uncaptured(self, args: Sequence[Any], listener: StageListener | None) -> tuple[list[Any], Call]:
         call = Call([])
         call.eager_steps = self._eager_steps
-        listener = None if self.stage is None else self.stage.listener
         if listener is None:
             results, call.plain = self.layout.run(args)
         else:

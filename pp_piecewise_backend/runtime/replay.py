@@ -33,7 +33,7 @@ _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 _COUNTED = (
     *("eager_steps", "replays", "padded_tokens", "input_copies", "input_bytes_copied", "stage_inputs_in_place"),
-    *("stage_input_copies", "border_copies", "output_copies"),
+    *("stage_input_copies", "border_copies", "output_copies", "foreign_captures"),
 )
 
 
@@ -55,6 +55,7 @@ class Call:
     stage_input_copies = 0
     border_copies = 0
     output_copies = 0
+    foreign_captures = 0
     misses: Mapping[Reason, int] = _NOTHING
     plain: Mapping[int, Sequence[Any]] = _NOTHING
 

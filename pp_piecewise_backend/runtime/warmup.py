@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import errors
+from .cudagraphs.foreign import capture_is_under_way
 
 if TYPE_CHECKING:
     from ..compilation.placeholders import GraphInput
@@ -153,6 +154,8 @@ def warm_up(
     Args:
         captured: bucket -> (seconds, bytes) of what all programs hold captured now.
     """
+    if capture_is_under_way():
+        raise errors.PPPiecewiseError(errors.WARMUP_IN_A_CAPTURE)
     session = Session()
     started = time.perf_counter()
     if sizes is not None and (not sizes or min(sizes) < 1):

@@ -46,6 +46,7 @@ COUNTERS: Mapping[str, Counter] = {
     "stage_input_copies": Counter("stage inputs of a call that were copied into landing memory"),
     "stage_inputs_in_place": Counter("stage inputs of a call that already lay in landing memory"),
     "padded_tokens": Counter("tokens added by padding, over replayed calls"),
+    "foreign_captures": Counter("calls captured into a graph of somebody else, run without graphs of this package"),
     "grad_fallbacks": Counter("calls given to stock Inductor because gradients were required"),
     "headers": Counter("headers of micro-batches sent and received; keep-alives excluded"),
     "sends": Counter("tensors sent to another stage"),

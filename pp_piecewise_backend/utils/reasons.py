@@ -42,7 +42,6 @@ SENTENCES: Mapping[str, str] = {
     "graph-memory": "graph_memory_bytes leaves no room for this bucket",
     "verify-failed": "a replay differed from its piece, so this bucket is no longer replayed",
     "concurrent-call": "another call is using the static memory of this stage",
-    "outer-capture": "the call was made inside another capture",
     "rows-disagree": "an input has other sizes or another dtype than the token count and the capture say",
     "unexpected-tensor": "an eager step gave a tensor of another size or dtype than traced",
     "inputs-overlap": "inputs that the graph writes, or landing memory of another input, share memory with an input",

@@ -14,7 +14,8 @@ ALL_COUNTERS = {
     "captures", "capture_seconds", "compile_seconds", "graph_bytes", "static_bytes", "replays",
     "eager_steps", "graph_misses", "miss_reasons", "input_copies", "input_bytes_copied", "output_copies",
     "border_copies",
-    "stage_input_copies", "stage_inputs_in_place", "padded_tokens", "grad_fallbacks", "unmatched_split_ops",
+    "stage_input_copies", "stage_inputs_in_place", "padded_tokens", "foreign_captures",
+    "grad_fallbacks", "unmatched_split_ops",
     "headers", "sends", "recvs", "bytes_sent", "bytes_received", "microbatches", "proxy_copies", "recv_allocations",
     "pickles", "blocking_metadata", "early_releases", "send_waits",
 }  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class EmulatedGraph:
         self.replay = self._replay
 
     def _replay(self) -> None:
+        _refuse_in_a_capture("a graph is replayed")
         with torch.no_grad():
             for memory in self._free:
                 memory.fill_(SCRIBBLE_BYTE)
@@ -92,25 +94,24 @@ class EmulatedDevice:
         return call()
 
     def synchronize(self) -> None:
-        pass
+        _refuse_in_a_capture("the host waits")
 
     def capture(self, call: PieceCall, inputs: Sequence[Any], pool: StaticMemory) -> EmulatedGraph:
         # As in a real graph: the captured addresses, whatever becomes of the tensors and of their memory.
         alias = torch_compat.tensor_without_ownership
         captured = [alias(value) if isinstance(value, torch.Tensor) else value for value in inputs]
         given = MemoryMap.of(captured)
+        _refuse_in_a_capture("another capture begins")
         recorder = _Recorder()
         before = [(value, value.clone()) for value in captured if isinstance(value, torch.Tensor)]
-        _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
         try:
-            with torch.no_grad(), _NoHostReads(), recorder:
+            with capturing(), torch.no_grad(), _NoHostReads(), recorder:
                 results = call(captured)
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         finally:
-            _CAPTURING.depth -= 1
             with torch.no_grad():
                 undo_writes(before)  # a real capture runs nothing
         run = recorder.tape(captured, results) if self._records_ops else None
@@ -121,6 +122,22 @@ class EmulatedDevice:
 
 
 _CAPTURING = threading.local()
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """The body is inside a capture, as far as ``is_capturing`` says, in this thread."""
+    _CAPTURING.depth = getattr(_CAPTURING, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _CAPTURING.depth -= 1
+
+
+def _refuse_in_a_capture(what: str) -> None:
+    """As a real device does."""
+    if getattr(_CAPTURING, "depth", 0):
+        raise CaptureError(f"{what} inside a capture, which no graph can hold")
 
 
 class _Recorder(torch_compat.TorchDispatchMode):

@@ -467,6 +467,21 @@ def test_whether_a_capture_is_under_way(on: str) -> None:
     assert not device.is_capturing()
 
 
+def test_what_no_capture_holds(on: str) -> None:
+    device, x = make_device(on, True), tensor(on, 3)
+    graph = captured(on, lambda x: (x + 1,), x)
+    for forbidden in (
+        graph.replay,
+        device.synchronize,
+        lambda: device.capture(lambda given: (given[0] * 2,), [x], device.new_pool()),
+    ):
+        with pytest.raises(CaptureError, match="inside a capture" if on == "emulate" else ""):
+            device.capture(lambda given, forbidden=forbidden: (forbidden(), given[0] + 1)[1:], [x], device.new_pool())
+    assert not device.is_capturing()
+    graph.replay()
+    assert same_bits(graph.outputs[0], x + 1)
+
+
 def test_a_piece_that_is_no_list_of_ops_is_called_again() -> None:
     calls: list[int] = []
 
