@@ -152,6 +152,13 @@ def unmatched_stage_inputs(names: Sequence[str], candidates: Sequence[str]) -> s
     )
 
 
+def program_is_not_saved(name: str) -> str:
+    return (
+        f"{name} is split and captured in each process: programs of pp_piecewise are not saved, so the next start "
+        f"traces the model again; Inductor's own cache serves its pieces."
+    )
+
+
 def recompile_after_seal(code_name: str, programs_before: int) -> str:
     """``code_name``: the compiled function; ``programs_before``: how many programs it had at ``seal()``."""
     return (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,13 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # A module may import only modules named before it, types included. A folder stands together.
 ORDER = (
     "errors",
+    "config",
+    "utils.ranks",
     "utils.reasons",
     "utils.counters",
     "utils.torch_compat",
     "utils.versions",
     "utils.addresses",
-    "config",
     # FX graph -> GraphInput -> Piece -> CompiledPiece
     "compilation.specs",
     "compilation.fx_utils",
@@ -113,21 +113,21 @@ OUTSIDE_THE_CORE = {"__init__", "__main__", "demo", "integrations"}
 
 @dataclass(frozen=True)
 class Door:
-    """A risky dependency, and the only module (a glob) through which the core may reach it."""
+    """A risky dependency, and the only modules through which the core may reach it."""
 
     names: tuple[str, ...]
-    module: str
+    modules: tuple[str, ...]
 
 
 DOORS = (
-    Door(("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"), "config"),
-    Door(("torch._inductor",), "compilation.inductor"),
+    Door(("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"), ("config",)),
+    Door(("torch._inductor",), ("compilation.inductor",)),
     Door(
         ("torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.graphs", "torch.cuda.graph_pool_handle"),
-        "runtime.cudagraphs.cuda",
+        ("runtime.cudagraphs.cuda",),
     ),
-    Door(("torch.distributed",), "pipeline.transports.torch_distributed"),
-    Door(("depyf",), "debug.dynamo_frame"),
+    Door(("torch.distributed",), ("pipeline.transports.torch_distributed", "utils.ranks")),
+    Door(("depyf",), ("debug.dynamo_frame",)),
 )
 PRIVATE_TORCH_DOOR = "utils.torch_compat"
 SCRIPT = "debug.piece_harness"
@@ -232,8 +232,8 @@ def violations_of_doors(module: str, tree: ast.AST) -> list[str]:
     for name in sorted(set(dotted_names(tree))):
         door = next((door for door in DOORS for prefix in door.names if _under(name, prefix)), None)
         if door is not None:
-            if not fnmatchcase(module, door.module):
-                found.append(f"{module} reaches {name}: only {door.module} may")
+            if module not in door.modules:
+                found.append(f"{module} reaches {name}: only {' and '.join(door.modules)} may")
         elif _is_private_torch(name) and module not in (PRIVATE_TORCH_DOOR, SCRIPT):
             found.append(f"{module} reaches {name}: private torch API belongs into {PRIVATE_TORCH_DOOR}")
     return found

@@ -62,6 +62,10 @@ MESSAGES = {
         errors.unmatched_stage_inputs(["hidden"], ["hidden_states"]),
         ["'hidden'", "'hidden_states'", "stage_inputs"],
     ),
+    "program_is_not_saved": (
+        errors.program_is_not_saved("Layers#0"),
+        ["Layers#0", "not saved", "traces the model again"],
+    ),
     "recompile_after_seal": (
         errors.recompile_after_seal("forward", 3),
         ["forward", "3 earlier", "seal()", "runs eagerly", "unseal()"],

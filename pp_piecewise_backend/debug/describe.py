@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.specs import TensorSpec
 from ..compilation.split import Piece, Split
-from ..config import Config, rank_in_environment
+from ..config import Config
 from ..runtime.dispatch import Graphs as Captured
 from ..runtime.ownership import find_boundary
 from ..runtime.program import FullGraphs as FullSide
 from ..runtime.program import Program, UnsplitProgram
+from ..utils.ranks import own_rank
 from ..utils.reasons import Reason
 from ..utils.versions import versions
 from .piece_script import piece_files, source_text
@@ -65,7 +66,7 @@ def begin(name: str, config: Config) -> Summary:
     return Summary(
         progress="traced",
         name=name,
-        rank=rank_in_environment(),
+        rank=own_rank(),
         process_id=os.getpid(),
         written_at=now(),
         versions=versions(),

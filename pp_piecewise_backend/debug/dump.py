@@ -28,11 +28,12 @@ from .. import errors
 from ..compilation.inductor import CompiledPiece, generated_files
 from ..compilation.placeholders import InputTable
 from ..compilation.split import Piece, Split
-from ..config import Config, rank_in_environment
+from ..config import Config
 from ..runtime.hooks import NO_EVENTS, Events
 from ..runtime.program import Program, UnsplitProgram
 from ..utils import torch_compat
 from ..utils.counters import Stats
+from ..utils.ranks import own_rank
 from ..utils.reasons import Reason
 from .describe import AnyProgram, begin, describe, describe_split, now, told
 from .dynamo_frame import FrameWriter
@@ -112,7 +113,7 @@ class _RankFolder:
 
     def __init__(self, dump_dir: Path) -> None:
         self.dump_dir = dump_dir
-        self.path = dump_dir.absolute() / f"rank_{rank_in_environment()}"
+        self.path = dump_dir.absolute() / f"rank_{own_rank()}"
         self.is_broken = False
         self._lock = threading.Lock()
         wanted = self.path

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import errors
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
+from ..utils import torch_compat
 from ..utils.addresses import MemoryMap
 from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
@@ -159,6 +161,16 @@ class Program:
     def __code__(self) -> CodeType:
         """What debuggers of compiled code, such as ``depyf.prepare_debug``, ask every compiled function for."""
         return type(self).__call__.__code__
+
+    @classmethod
+    def serialize_compile_artifacts(cls, program: Any) -> bytes:
+        """What ``aot_compile`` calls to save a program; it serves without that."""
+        raise errors.PPPiecewiseError(errors.program_is_not_saved(program.name))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Any:
+        """Its counterpart, for which there is nothing to load."""
+        raise errors.PPPiecewiseError(errors.program_is_not_saved("A program"))
 
     def explain(self) -> str:
         """What was split where and why, what each input is, what is captured and why calls missed."""
@@ -340,6 +352,8 @@ class UnsplitProgram:
     all_buckets: tuple[tuple[Bucket, ParameterSet], ...] = ()
     events = NO_EVENTS
     __code__ = Program.__code__
+    serialize_compile_artifacts = Program.serialize_compile_artifacts
+    deserialize_compile_artifacts = Program.deserialize_compile_artifacts
 
     def __init__(
         self,
@@ -377,3 +391,7 @@ class UnsplitProgram:
 
     def __repr__(self) -> str:
         return f"<{self.name}: not split, {counted(self.stats.calls, 'call')}>"
+
+
+torch_compat.allow_ahead_of_time(Program)
+torch_compat.allow_ahead_of_time(UnsplitProgram)

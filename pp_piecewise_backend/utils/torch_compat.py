@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -90,7 +91,33 @@ def frame_being_compiled() -> tuple[CodeType, Mapping[str, object]] | None:
             with contextlib.suppress(ValueError):
                 values.setdefault(name, cell.cell_contents)
         return root.f_code, values
+    with contextlib.suppress(Exception):
+        return _frame_compiled_ahead_of_time()
     return None
+
+
+def _frame_compiled_ahead_of_time() -> tuple[CodeType, Mapping[str, object]] | None:
+    """The same for ``aot_compile``, which calls the backend when it has left the frame; its caller knows the model."""
+    from torch._dynamo.aot_compile import aot_compile_fullgraph
+    from torch._dynamo.convert_frame import _get_frame
+
+    frame = sys._getframe()
+    while frame.f_code is not aot_compile_fullgraph.__code__:
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    traced = _get_frame(frame.f_locals["model"], frame.f_locals["args"], frame.f_locals["kwargs"])
+    return traced.code, traced.locals
+
+
+def allow_ahead_of_time(kind: type) -> None:
+    """Have ``aot_compile`` take instances of ``kind`` from a backend.
+
+    It saves one by ``kind.serialize_compile_artifacts(instance)``, and only if it is asked to.
+    """
+    from torch._dynamo.aot_compile_types import SerializableCallable
+
+    SerializableCallable.register(kind)
 
 
 def storage_identity(tensor: torch.Tensor) -> int:
