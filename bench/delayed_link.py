@@ -68,6 +68,9 @@ class DelayedWire:
         stamp.seconds.value = time.monotonic()
         return self._wire.send([*tensors, stamp.tensor])
 
+    def offer(self, views: Sequence[torch.Tensor]) -> bool:
+        return False
+
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         stamp = self._next_stamp(lands=True)
         named_at = time.monotonic() if self._transport.waits_for_memory else 0.0

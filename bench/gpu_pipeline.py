@@ -27,6 +27,7 @@ Figures, per model, number of tokens, micro-batches in flight and variant:
 - `tokens_per_second` from its median.
 - For each rank, `main_thread_us` and `process_us`: how long the thread that runs the stage, and all threads of the
   process, ran on the host per step; waits that sleep are not in it.
+- For each rank of ours, `host_work_us`: the host's time of a step less its waits for other ranks, which spin on a GPU.
 - For each rank, `device_busy_us`: how long kernels ran per step, NCCL's left out, in a profile of its own; `bubble` is
   the part of `ms` that is left.
 - `counters` per step.
@@ -175,11 +176,12 @@ def shown(what: str, found: Mapping[str, Any]) -> str:
         )
     ms, ranks = found["ms"], found["ranks"]
     host = " ".join(f"{rank['main_thread_us']:.0f}" for rank in ranks)
+    works = " ".join(f"{rank['host_work_us']:.0f}" for rank in ranks if "host_work_us" in rank)
     bubbles = " ".join(f"{rank['bubble']:.0%}" for rank in ranks if "bubble" in rank)
     return (
         f"{found['model']}, {found['tokens']} tokens, {found['in_flight']} in flight: {found['variant']:<30} "
         f"{ms['median']:8.3f} ms ({ms['min']:.3f} to {ms['max']:.3f}), {found['tokens_per_second']:.0f} tokens/s, "
-        f"host {host} us, bubble {bubbles or 'unknown'}"
+        f"host {host} us{works and f' (without waits {works})'}, bubble {bubbles or 'unknown'}"
     )
 
 

@@ -71,6 +71,9 @@ class Method(Protocol):
     def counters(self) -> dict[str, float]:
         """What was counted up to now."""
 
+    def waited_us(self) -> float | None:
+        """How long the host has waited for other ranks up to now, if that is known."""
+
     def close(self) -> None: ...
 
 
@@ -161,6 +164,9 @@ class EngineStyle:
     def counters(self) -> dict[str, float]:
         return {}
 
+    def waited_us(self) -> None:
+        return None
+
     def close(self) -> None:
         for work, _ in self._sent:
             work.wait()
@@ -236,7 +242,7 @@ class Ours:
         next(self._steps)
 
     def finish(self) -> Tensor:
-        return self.runner.feedback()[1]["tokens"]
+        return self.runner.feedback(confirmed=False)[1]["tokens"]  # as the others: no host waits for the device
 
     def follow(self) -> None:
         next(self._steps)
@@ -244,6 +250,10 @@ class Ours:
     def counters(self) -> dict[str, float]:
         totals = ppb.stats()  # of the process, but no other method of ours runs meanwhile
         return {name: totals[name] for name in totals if isinstance(totals[name], int)}
+
+    def waited_us(self) -> float:
+        own = next(times for times in self.runner.report().ranks if times.rank == self._setting.rank)
+        return own.micro_batches * (own.receive_us + own.send_us + own.feedback_us)
 
     def close(self) -> None:
         self._next = None
@@ -335,6 +345,9 @@ class Transformers:
 
     def counters(self) -> dict[str, float]:
         return {}
+
+    def waited_us(self) -> None:
+        return None
 
     def close(self) -> None:
         self._cache = None

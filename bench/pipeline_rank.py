@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -153,7 +153,7 @@ class Rank:
     ) -> dict[str, Any]:
         """`count` micro-batches in the steady state, after `warm` others and before those that empty the pipeline."""
         method = self.methods[variant]
-        marks = Marks(self.device)
+        marks = Marks(self.device, method.waited_us)
         before = method.counters()
         method.begin(tokens)
         total = warm + count + in_flight
@@ -302,28 +302,33 @@ COUNTERS = (
 class Marks:
     """Two moments: on the device's stream, and of the host's clocks."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, waited_us: Callable[[], float | None] = lambda: None) -> None:
         self._is_cuda = device.type == "cuda"
-        self._moments: list[tuple[Any, float, float, float]] = []
+        self._waited_us = waited_us
+        self._moments: list[tuple[Any, float, float, float, float | None]] = []
 
     def set(self) -> None:
         event = None
         if self._is_cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-        self._moments.append((event, time.perf_counter(), time.thread_time(), time.process_time()))
+        clocks = time.perf_counter(), time.thread_time(), time.process_time()
+        self._moments.append((event, *clocks, self._waited_us()))
 
     def per_micro_batch(self, count: int) -> dict[str, float]:
         """Milliseconds on the device, on the host where there is none; microseconds that its threads ran."""
         begin, end = self._moments
         host_ms = (end[1] - begin[1]) * 1e3
         device_ms = begin[0].elapsed_time(end[0]) if self._is_cuda else host_ms
-        return {
+        found = {
             "ms": device_ms / count,
             "host_ms": host_ms / count,
             "main_thread_us": (end[2] - begin[2]) * 1e6 / count,
             "process_us": (end[3] - begin[3]) * 1e6 / count,
         }
+        if begin[4] is not None and end[4] is not None:
+            found["host_work_us"] = (host_ms * 1e3 - (end[4] - begin[4])) / count
+        return found
 
 
 def compared(reference: DecoderStage, schedule: Schedule, record: Record) -> dict[str, Any]:
@@ -494,6 +499,11 @@ def figures(
             "main_thread_us": statistics.median(reports[rank]["main_thread_us"] for reports in rounds),
             "process_us": statistics.median(reports[rank]["process_us"] for reports in rounds),
             "counters": rounds[-1][rank]["counters"],
+            **{
+                name: statistics.median(reports[rank][name] for reports in rounds)
+                for name in ("host_work_us",)
+                if name in rounds[0][rank]
+            },
         }
         for rank in range(len(rounds[0]))
     ]

@@ -471,10 +471,13 @@ def not_in_landing_memory(shape: tuple[int, ...]) -> str:
     )
 
 
+OFFERED_OTHER_PLACES = "a receive whose places were offered before got views elsewhere; give it those."
+
+
 def place_differs(offset: int, num_bytes: int, block_bytes: int, tensor_bytes: int) -> str:
     return (
-        f"the next stage wants {num_bytes} bytes at offset {offset} of its {block_bytes} bytes of landing memory, but "
-        f"{tensor_bytes} bytes are sent"
+        f"the next stage has room for {num_bytes} bytes at offset {offset} of its {block_bytes} bytes of landing "
+        f"memory, but {tensor_bytes} bytes are sent"
     )
 
 

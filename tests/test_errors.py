@@ -240,6 +240,7 @@ MESSAGES = {
     "NO_MICRO_BATCHES": (errors.NO_MICRO_BATCHES, ["no micro-batches on the first stage", "iterable of MicroBatch"]),
     "no_feedback_here": (errors.no_feedback_here(1), ["feedback()", "stage 1", "only the first stage"]),
     "RAN_ALREADY": (errors.RAN_ALREADY, ["new StageRunner"]),
+    "OFFERED_OTHER_PLACES": (errors.OFFERED_OTHER_PLACES, ["offered before", "give it those."]),
     "NO_FEEDBACK_OUTSTANDING": (errors.NO_FEEDBACK_OUTSTANDING, ["none is under way", "feedback=False"]),
     "NO_MORE_FEEDBACK": (errors.NO_MORE_FEEDBACK, ["the last stage has stopped"]),
     "graph_breaks_in_stage": (errors.graph_breaks_in_stage(1, "print."), ["stage 1", "Dynamo says: print."]),

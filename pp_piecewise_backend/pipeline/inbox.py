@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ class Inbox:
             nobody may have views of it yet.
         stats: counts ``recv_allocations``.
         spare_count: how much more memory of that kind is made at once. Further memory is then made, and counted,
-            whenever a header finds none free; with None the header waits for ``landing``.
+            whenever a header finds none free; with None the header waits for ``landing``. Free memory is offered to the
+            sender before it announces anything, where the transport can do that.
         hands_out: whether what is taken, or what is computed of it, leaves the runner; then ``confirm`` can be asked.
         early: whether a receive is posted as soon as memory is free and a header is there, by whichever thread learns
             of that last; else only in ``take``.
@@ -72,6 +73,9 @@ class Inbox:
             (self._spare(), None) for _ in range(spare_count or 0)
         )
         """With the event, on an accelerator, at which its last reader has run."""
+        self._offered: deque[Stage] = deque()
+        """Where the next micro-batches land, without an answer to their headers."""
+        self._offers = self._grows and early
         self._posted: deque[_Posted] = deque()
         self._heard_count = 0
         self._has_ended = False
@@ -79,6 +83,7 @@ class Inbox:
         """On an accelerator: when what was taken last has landed."""
         self._error: BaseException | None = None
         receiver.on_news = self._hear_news
+        self._offer()
 
     @property
     def is_lent(self) -> bool:
@@ -162,29 +167,48 @@ class Inbox:
             # Nothing is asked that raises: see Note [who may wait for the verdict] in ``link.py``.
             while (now or self._early) and (self._free or self._grows) and not self._is_over():
                 if not self._receiver.headers_waiting:
-                    return
+                    break
                 header = self._receiver.next_header()
                 if header is None:
                     self._has_ended = True
                 elif header.kind is Kind.DATA:
                     self._receive(header)
                 self._heard_count += header is not None
+            self._offer()
         except Exception as error:  # raised by take(), in the thread of the runner
             self._error = error
             self._has_ended = True
 
     def _receive(self, header: Header) -> None:
-        if not self._free:
+        if not self._free and not self._offered:
             self._free.append((self._spare(), None))
             self._stats.add("recv_allocations", len(self._landing.inputs))
-        memory, read = self._free.popleft()
+        memory, read = (self._offered.popleft(), None) if self._offered else self._free.popleft()
         views = memory.views(header.num_tokens)
-        with contextlib.ExitStack() as stack:
-            if self._stream is not None and read is not None:
-                stack.enter_context(self._stream)
-                self._stream.wait_event(read)
+        with self._after(read):
             transfer = self._receiver.receive(header, views)
         self._posted.append(_Posted(header, memory, views, transfer, time.time_ns()))
+
+    def _offer(self) -> None:
+        """Name the places of free memory before anything is announced; nobody else uses this, or the lock is held."""
+        while self._offers and self._free and not self._is_over():
+            memory, read = self._free.popleft()
+            with self._after(read):
+                self._offers = self._receiver.offer(memory.views(memory.max_tokens))
+            if self._offers:
+                self._offered.append(memory)
+            else:
+                self._free.appendleft((memory, read))
+
+    @contextlib.contextmanager
+    def _after(self, read: torch.Event | None) -> Iterator[None]:
+        """What is enqueued in the body comes after that event."""
+        if self._stream is None or read is None:
+            yield
+            return
+        with self._stream:
+            self._stream.wait_event(read)
+            yield
 
     def _spare(self) -> Stage:
         return self._shared(Stage(self._landing.inputs, self._landing.max_tokens, self._device))

@@ -419,6 +419,19 @@ class Receiver(End):
                 blocks[name] = block
         return blocks
 
+    def offer(self, views: Mapping[str, torch.Tensor]) -> bool:
+        """Let a micro-batch that was not announced yet land in the first rows of ``views``; whether that can be.
+
+        It is the next one for which neither ``offer`` nor ``receive`` was called. Its sender then needs no answer to
+        the announcement, and ``receive`` gets views of the same memory.
+        """
+        if any(proxy.layout == "scattered" for proxy in self.schema.proxies.values()):
+            return False  # where the share of a rank lies depends on the number of tokens
+        try:
+            return self._wire.offer([views[name] for name in self.schema.proxies])
+        except (ConnectionError, TimeoutError):
+            return False  # the receive says so
+
     def next_header(self) -> Header | None:
         """The next micro-batch that was announced, however long that takes; None once the sender has stopped.
 

@@ -430,10 +430,12 @@ class StageRunner:
 
     def _enqueue_sends(self) -> None:
         """Before a stream waits for another rank, see Note [no wait but for what was enqueued]."""
+        begin_ns = self._clock.wait_begins()
         if self._sent is not None and self._sent.transfer.enqueued is not None:
             self._sent.transfer.enqueued()
         if self._answers is not None:
             self._answers.enqueue()
+        self._clock.waited("send", begin_ns)
 
     def feedback(self, *, confirmed: bool = True) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
@@ -459,13 +461,12 @@ class StageRunner:
         self._enqueue_sends()
         with self._waiting("feedback", "wait for feedback"):
             taken = self._feedback.take()
+            if confirmed and taken is not None:
+                self._feedback.confirm()
         if taken is None:
             raise errors.PPPiecewiseError(errors.NO_MORE_FEEDBACK)
         self._read_feedback += 1
-        header, tensors = taken
-        if confirmed:
-            self._feedback.confirm()
-        return header.tag, tensors
+        return taken[0].tag, taken[1]
 
     def confirm_feedback(self) -> None:
         """Return once what ``feedback(confirmed=False)`` returned last is there.
@@ -474,7 +475,8 @@ class StageRunner:
             PeerLost: the pipeline broke, and it is worthless.
         """
         if self._feedback is not None:
-            self._feedback.confirm()
+            with self._waiting("feedback", "confirm feedback"):
+                self._feedback.confirm()
 
     # --------------------------------------------------------------------------------- end
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.errors import PeerLost
+from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
+from pp_piecewise_backend.pipeline.transports.base import Pending
 from pp_piecewise_backend.utils.counters import Stats
 
 
@@ -31,6 +35,75 @@ class BrokenReceiver:
     def breaks(self) -> None:
         self.is_broken = True
         self.on_news()
+
+
+class Receiver(BrokenReceiver):
+    """One whose sender announces ``sizes_tokens``, and notes what is called."""
+
+    def __init__(self, takes_offers: bool) -> None:
+        self.takes_offers = takes_offers
+        self.headers: deque[Header] = deque()
+        self.calls: list[tuple[str, int, int]] = []
+        self.numbers: dict[int, int] = {}
+
+    @property
+    def headers_waiting(self) -> int:  # type: ignore[override]
+        return len(self.headers)
+
+    def announce(self, num_tokens: int) -> None:
+        self.headers.append(Header(Kind.DATA, b"", 0, 0, num_tokens, num_tokens))
+        self.on_news()
+
+    def next_header(self) -> Header:
+        return self.headers.popleft()
+
+    def offer(self, views: Mapping[str, torch.Tensor]) -> bool:
+        self._note("offer", views)
+        return self.takes_offers
+
+    def receive(self, header: Header, views: Mapping[str, torch.Tensor]) -> Pending:
+        self._note("receive", views)
+        return Pending(lambda: None)
+
+    def _note(self, call: str, views: Mapping[str, torch.Tensor]) -> None:
+        (view,) = views.values()
+        self.calls.append((call, self.numbers.setdefault(view.data_ptr(), len(self.numbers)), len(view)))
+
+
+def feedback(receiver: Receiver, **changes: Any) -> Inbox:
+    slot = ppb.Stage({"tokens": ppb.Proxy((), torch.int64)}, 8, "cpu")
+    inbox = Inbox(receiver, slot, Stats(), **{"spare_count": 1, **changes})  # type: ignore[arg-type]
+    inbox.release()
+    return inbox
+
+
+def test_free_memory_is_offered_before_anything_is_announced() -> None:
+    receiver = Receiver(takes_offers=True)
+    inbox = feedback(receiver)
+    assert receiver.calls == [("offer", 0, 8), ("offer", 1, 8)]
+    receiver.announce(3)
+    receiver.announce(2)
+    assert receiver.calls[2:] == [("receive", 0, 3), ("receive", 1, 2)], "in the order of the offers"
+    receiver.announce(5)
+    assert receiver.calls[4:] == [("receive", 2, 5)], "with none left, further memory is made"
+    inbox.take()
+    inbox.release()
+    assert receiver.calls[5:] == [("offer", 0, 8)]
+
+
+@pytest.mark.parametrize(
+    ("takes_offers", "changes"), [(False, {}), (True, {"early": False}), (True, {"spare_count": None})]
+)
+def test_memory_is_not_offered_where_that_cannot_be_or_was_not_asked_for(
+    takes_offers: bool, changes: dict[str, Any]
+) -> None:
+    receiver = Receiver(takes_offers)
+    inbox = feedback(receiver, **changes)
+    receiver.announce(3)
+    inbox.take()
+    inbox.release()
+    calls = [call for call, _, _ in receiver.calls]
+    assert calls[calls.index("receive") :] == ["receive"] and calls.count("offer") <= (not takes_offers)
 
 
 @pytest.mark.parametrize("early", [True, False])

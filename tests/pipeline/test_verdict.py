@@ -42,6 +42,9 @@ class HungUp:
     def hear(self, timeout_seconds: float) -> bytes:
         return self._messages.get(timeout=timeout_seconds)
 
+    def offer(self, tensors: Sequence[torch.Tensor]) -> bool:
+        raise ConnectionResetError("the other end hung up")
+
     def receive(self, tensors: Sequence[torch.Tensor]) -> Any:
         self.say(Kind.DATA, 1, 2)
         self.say(Kind.FAILED, 0, tag=b"ValueError")

@@ -72,6 +72,12 @@ class Wire(Protocol):
     def landing_memory(self, num_bytes: int) -> torch.Tensor | None:
         """Flat uint8 zeros for ``receive``; None where it takes any memory. The tensor belongs to the caller."""
 
+    def offer(self, views: Sequence[torch.Tensor]) -> bool:
+        """Let a transfer that nobody has announced yet land in the first bytes of ``views``; whether that can be.
+
+        It is the next one for which neither ``offer`` nor ``receive`` was called; ``receive`` gets its views.
+        """
+
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         """Receive the tensors that ``send`` took, directly into ``views``, which have the same shapes and dtypes.
 

@@ -7,8 +7,8 @@ moved once, by the process that made it, and no buffer lies in between. Sockets 
 wake the other process in microseconds, and a process that dies hangs up at once, whatever killed it.
 
 - messages: the headers, both ways.
-- data: to the sender one ``_PLACE`` per tensor, in the order of the receives; to the receiver one byte per transfer,
-  unless streams wait for it.
+- data: to the sender one ``_PLACE`` per tensor, in the order of the receives, which may be named before anything is
+  announced; to the receiver one byte per transfer, unless streams wait for it.
 - memory: what the sender needs to reach landing memory, in the order in which that was made; places refer to it by its
   number. How memory is reached is for ``Sharing`` to know.
 
@@ -40,7 +40,7 @@ from .sockets import Line, Listener, connected
 from .torch_distributed import P2P, P2PWire
 
 _PLACE = struct.Struct("<QQQ")
-"""Number of the landing memory, offset in it, bytes."""
+"""Number of the landing memory, offset in it, bytes that have room there."""
 _LANDED = b"\x01"
 _SOCKETS_PER_LINK = 3
 _CLOSING_SECONDS = 1.0
@@ -197,6 +197,8 @@ class OneMachineWire:
         self._blocks: list[torch.Tensor] = []
         """Of the receiving end; at the sending end those that places have named so far."""
         # At the receiving end:
+        self._offered: deque[list[int]] = deque()
+        """Addresses of the places that were named before ``receive`` was called for them."""
         self._awaited_count = 0
         self._landed_count = 0
         # At the sending end:
@@ -224,12 +226,23 @@ class OneMachineWire:
         self._blocks.append(block)
         return block
 
+    def offer(self, views: Sequence[torch.Tensor]) -> bool:
+        self._name_places(views)
+        self._offered.append([view.data_ptr() for view in views])
+        return True
+
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
+        if not self._offered:
+            self._name_places(views)
+        elif self._offered.popleft() != [view.data_ptr() for view in views]:
+            raise ValueError(errors.OFFERED_OTHER_PLACES)
+        self._awaited_count += 1
+        return Pending(partial(self._wait_until_landed, self._awaited_count))
+
+    def _name_places(self, views: Sequence[torch.Tensor]) -> None:
         places = b"".join([self._place(view) for view in views])
         self._sharing.free()
         self._data.send(places)
-        self._awaited_count += 1
-        return Pending(partial(self._wait_until_landed, self._awaited_count))
 
     def _place(self, view: torch.Tensor) -> bytes:
         start = view.data_ptr()
@@ -290,7 +303,7 @@ class OneMachineWire:
             while len(self._blocks) <= number:
                 self._blocks.append(self._sharing.take())
             block = self._blocks[number]
-            if num_bytes != tensor.nbytes or offset + num_bytes > block.nbytes:
+            if num_bytes < tensor.nbytes or offset + num_bytes > block.nbytes:
                 raise ConnectionError(errors.place_differs(offset, num_bytes, block.nbytes, tensor.nbytes))
             writes.append((block, offset, tensor))
         sending.written = self._sharing.write(sending.ready, writes)

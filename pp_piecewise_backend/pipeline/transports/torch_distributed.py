@@ -190,6 +190,9 @@ class P2PWire:
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
         return self._move(dist.isend, tensors)
 
+    def offer(self, views: Sequence[torch.Tensor]) -> bool:
+        return False  # a receive must know how much comes
+
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
         return self._move(dist.irecv, views)
 

@@ -77,6 +77,31 @@ def test_tensors_that_are_sent_before_their_places_are_known_arrive_in_order(
     assert torch.equal(memory.view(4, 2, 4), torch.stack([numbers(2, start) for start in (0, 10, 20, 70)]))
 
 
+def test_offered_places_take_what_is_sent_before_anything_is_received(
+    wires: tuple[OneMachineWire, OneMachineWire],
+) -> None:
+    sender, receiver = wires
+    offered, named = [landing(receiver), landing(receiver)], landing(receiver)
+    assert all(receiver.offer([memory]) for memory in offered)
+    for number, rows in enumerate((3, 8)):
+        sender.send([numbers(rows, 100 * number)]).wait()
+    assert not sender._writer and torch.equal(offered[0][:3], numbers(3)) and torch.equal(offered[1], numbers(8, 100))
+    assert not offered[0][3:].any()
+    pending = [receiver.receive([offered[0][:3]]), receiver.receive([offered[1]]), receiver.receive([named[:1]])]
+    sender.send([numbers(1, 200)]).wait()
+    for one in pending:
+        one.wait()
+    assert torch.equal(named[:1], numbers(1, 200)), "once no offer is left, places are named as ever"
+
+
+def test_a_receive_takes_the_places_that_were_offered(wires: tuple[OneMachineWire, OneMachineWire]) -> None:
+    _, receiver = wires
+    memory = landing(receiver)
+    receiver.offer([memory[:4]])
+    with pytest.raises(ValueError, match="offered before"):
+        receiver.receive([memory[4:]])
+
+
 @pytest.mark.parametrize("is_sender", [True, False])
 def test_breaking_off_ends_what_waits_on_both_ends(
     is_sender: bool, wires: tuple[OneMachineWire, OneMachineWire]
@@ -150,14 +175,14 @@ def test_memory_of_somebody_else_is_refused(wires: tuple[OneMachineWire, OneMach
     receiver.receive([memory])
 
 
-@pytest.mark.parametrize(("offset", "num_bytes"), [(0, 12), (0, 20), (4096 - 8, 16), (2**40, 16)])
+@pytest.mark.parametrize(("offset", "num_bytes"), [(0, 12), (4096 - 8, 16), (2**40, 16), (4096 - 8, 8)])
 def test_a_place_that_does_not_fit_is_an_error_and_nothing_is_written(
     offset: int, num_bytes: int, wires: tuple[OneMachineWire, OneMachineWire]
 ) -> None:
     sender, receiver = wires
     memory = receiver.landing_memory(4096)
     receiver._data.send(one_machine._PLACE.pack(0, offset, num_bytes))
-    with pytest.raises(ConnectionError, match=f"wants {num_bytes} bytes at offset {offset} of its 4096 bytes"):
+    with pytest.raises(ConnectionError, match=f"room for {num_bytes} bytes at offset {offset} of its 4096 bytes"):
         sender.send([numbers(1) + 1]).wait()
     assert not memory.any()
 

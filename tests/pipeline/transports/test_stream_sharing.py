@@ -139,6 +139,24 @@ def test_a_stream_waits_for_the_data_and_the_landing_memory_and_no_host_does(lin
     assert link.landing.eq(6.0).all()
 
 
+def test_an_offered_place_is_written_once_its_reader_has_run(link: Link) -> None:
+    was_read, reads = threading.Event(), Stream()
+    link.landing.fill_(1.0)
+    held_by(was_read, reads)
+    with enqueueing_on(reads):
+        assert link.receiver.offer([link.landing])
+    link.send(full(7.0)[:3])
+    assert not link.sender._writer, "it was enqueued without a word from the other end"
+    time.sleep(0.02)
+    assert link.landing.eq(1.0).all()
+    was_read.set()
+    with enqueueing_on(link.using):
+        link.receiver.receive([link.landing[:3]]).wait()
+    found = link.used()
+    link.using.synchronize()
+    assert found == [7.0] and link.landing.tolist() == [7.0] * 3 + [1.0] * 13
+
+
 def test_transfers_of_many_sizes_arrive_in_order(link: Link) -> None:
     for number in range(40):
         view = link.landing[: number % 16 + 1]
