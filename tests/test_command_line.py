@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 import torch
 import transformers
 
+import pp_piecewise_backend as ppb
 from checkout import CHECKOUT
+from pp_piecewise_backend import __main__
 from pp_piecewise_backend.__main__ import main
 from pp_piecewise_backend.demo import command
 from pp_piecewise_backend.demo.questions import OWN_MODEL_DIR
@@ -38,24 +42,23 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "demo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: COMMAND"),
-        (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--compiler", "gcc"], "invalid choice: 'gcc'"),
-        (["demo", "--ranks", "two"], "invalid int value: 'two'"),
-        (["demo", "--ranks", "5"], "--ranks 5: the decoder has 4 layers, so 1 to 4 is possible"),
-        (["demo", "--ranks", "0"], "--ranks 0: the decoder has 4 layers"),
-        (["demo", "--questions", "201"], "--questions 201: 1 to 200 is possible"),
-        (["demo", "--questions", "0"], "--questions 0: 1 to 200 is possible"),
-        (["demo", "--prompt", "1+2", "--questions", "3"], "exclude one another"),
-        (["demo", "--prompt", "what?"], "got 'what?'. Write for example 12+34"),
-        (["demo", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
-        (["demo", "--graphs", "cuda", "--device", "cpu"], "--graphs cuda needs --device cuda"),
-        (["demo", "--model", "nowhere"], "--model nowhere: no config.json there"),
-    ],
-)
+BAD_ARGUMENTS = [
+    (["dance"], "invalid choice: 'dance'"),
+    (["demo", "--compiler", "gcc"], "invalid choice: 'gcc'"),
+    (["demo", "--ranks", "two"], "invalid int value: 'two'"),
+    (["demo", "--ranks", "5"], "--ranks 5: the decoder has 4 layers, so 1 to 4 is possible"),
+    (["demo", "--ranks", "0"], "--ranks 0: at least 1"),
+    (["demo", "--questions", "201"], "--questions 201: 1 to 200 is possible"),
+    (["demo", "--questions", "0"], "--questions 0: 1 to 200 is possible"),
+    (["demo", "--prompt", "1+2", "--questions", "3"], "exclude one another"),
+    (["demo", "--prompt", "what?"], "got 'what?'. Write for example 12+34"),
+    (["demo", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
+    (["demo", "--graphs", "cuda", "--device", "cpu"], "--graphs cuda needs --device cuda"),
+    (["demo", "--model", "nowhere"], "--model nowhere: no config.json there"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_end_with_code_2_and_say_why(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +68,98 @@ def test_bad_arguments_end_with_code_2_and_say_why(
         code = exit_.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_they_are_refused_before_torch_is_imported() -> None:
+    cases = [case for case in BAD_ARGUMENTS if case[0][0] == "demo"]
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from pp_piecewise_backend.__main__ import main\n"
+        f"for arguments, _ in {cases!r}:\n"
+        "    try: code = main(arguments)\n"
+        "    except SystemExit as ended: code = ended.code\n"
+        "    assert code == 2, arguments"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [message for _, message in cases if message not in done.stderr] == []
+
+
+def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: ") and "demo" in printed and "--version" in printed
+
+
+def test_versions_without_an_import_of_torch() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pp_piecewise_backend.__main__ import main\n"
+        "sys.exit(main(['--version']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [f"pp_piecewise_backend {ppb.__version__}", f"torch {torch.__version__}"]
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "demo: interrupted\n"),
+        (BrokenPipeError, 141, "demo: stopped, since what reads its output has ended\n"),
+    ],
+)
+def test_what_stops_a_command_from_outside_is_one_line(
+    ended_by: type[BaseException],
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(options: object) -> int:
+        raise ended_by
+
+    monkeypatch.setattr(command, "run", run)
+    assert main(["demo"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_closed_pipe_is_no_traceback_at_exit() -> None:
+    """What was printed, but not written yet, is dropped."""
+    program = (
+        "import sys\nfrom pp_piecewise_backend.__main__ import main\nsys.stdin.readline()\nsys.exit(main(['env']))"
+    )
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=CHECKOUT,
+        env=buffered,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as env:
+        assert env.stdin is not None and env.stdout is not None and env.stderr is not None
+        env.stdout.close()
+        env.stdin.write("\n")
+        env.stdin.close()
+        said = env.stderr.read()
+        assert env.wait(timeout=60) == 141 and said == "env: stopped, since what reads its output has ended\n"
+
+
+def test_the_installed_command_is_this_one() -> None:
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    (line,) = re.findall(r"^\[project\.scripts\]\n(.*)$", text, flags=re.MULTILINE)
+    assert line == f'{__main__.CONSOLE_SCRIPT} = "{main.__module__}:{main.__name__}"'
+
+
+@pytest.mark.parametrize("called", ["/bin/pp-piecewise", "/package/__main__.py"])
+def test_help_shows_the_command_as_it_was_called(
+    called: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    main([])
+    by = "pp-piecewise" if "bin" in called else "python -m pp_piecewise_backend"
+    assert capsys.readouterr().out.startswith(f"usage: {by} [-h]")
 
 
 def test_cuda_without_enough_gpus_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -104,31 +105,22 @@ def run(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> Task:
     """Checks the arguments. Raises `ValueError` that says what was got and what is expected."""
+    check_quickly(options)
     config = _read_config(options.model)
     from .rank import Job
 
     layer_count = config.num_hidden_layers
-    if not 1 <= options.ranks <= layer_count:
-        raise ValueError(
-            f"--ranks {options.ranks}: the decoder has {layer_count} layers, so 1 to {layer_count} is possible."
-        )
+    if options.ranks > layer_count:
+        raise ValueError(too_many_ranks(options.ranks, layer_count))
     device = _device(options.device, options.ranks)
     if options.graphs == "cuda" and device != "cuda":
         raise ValueError("--graphs cuda needs --device cuda: on the CPU, emulate or off is possible.")
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed.")
     vocabulary = vocabulary_of(options.model, config)
     right = None
     if options.prompt is not None:
-        if options.questions is not None:
-            raise ValueError("--prompt and --questions exclude one another: give one of them.")
         texts, prompts = [options.prompt], [vocabulary.encode(options.prompt)]
     elif is_own_model(config):
-        asked = questions.held_out_questions()
-        if options.questions is not None:
-            if not 1 <= options.questions <= len(asked):
-                raise ValueError(f"--questions {options.questions}: 1 to {len(asked)} is possible.")
-            asked = asked[: options.questions]
+        asked = questions.held_out_questions()[: options.questions]
         texts = [question.text for question in asked]
         prompts = [questions.encode_prompt(question) for question in asked]
         right = [questions.encode_answer(question) for question in asked]
@@ -150,6 +142,37 @@ def plan(options: argparse.Namespace) -> Task:
         end_tokens=_end_tokens(options.model, config),
     )
     return Task(job, texts, right, vocabulary)
+
+
+def check_quickly(options: argparse.Namespace) -> None:
+    """What can be seen before torch and transformers are imported, which takes seconds. Raises as `plan`."""
+    config_path = options.model / "config.json"
+    if not config_path.is_file():
+        raise ValueError(
+            f"--model {options.model}: no config.json there; a local folder in Hugging Face format is expected."
+        )
+    if options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks}: at least 1 is needed.")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed.")
+    if options.graphs == "cuda" and options.device == "cpu":
+        raise ValueError("--graphs cuda needs --device cuda: on the CPU, emulate or off is possible.")
+    if options.prompt is not None and options.questions is not None:
+        raise ValueError("--prompt and --questions exclude one another: give one of them.")
+    if options.model != OWN_MODEL_DIR:
+        return
+    layer_count = json.loads(config_path.read_text())["num_hidden_layers"]
+    if options.ranks > layer_count:
+        raise ValueError(too_many_ranks(options.ranks, layer_count))
+    if options.prompt is not None:
+        questions.parse_question(options.prompt)
+    question_count = len(questions.held_out_questions())
+    if options.questions is not None and not 1 <= options.questions <= question_count:
+        raise ValueError(f"--questions {options.questions}: 1 to {question_count} is possible.")
+
+
+def too_many_ranks(ranks: int, layer_count: int) -> str:
+    return f"--ranks {ranks}: the decoder has {layer_count} layers, so 1 to {layer_count} is possible."
 
 
 def execute(task: Task) -> int:
@@ -194,10 +217,6 @@ def _read_config(model_dir: Path) -> Any:
         import transformers
     except ImportError:
         raise ValueError("the demo needs transformers: pip install 'pp_piecewise_backend[demo]'") from None
-    if not (model_dir / "config.json").is_file():
-        raise ValueError(
-            f"--model {model_dir}: no config.json there; a local folder in Hugging Face format is expected."
-        )
     config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
     if not config.base_model_pp_plan:
         raise ValueError(

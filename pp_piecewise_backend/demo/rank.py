@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import struct
 import tempfile
 import time
+import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +30,8 @@ import pp_piecewise_backend as ppb
 from ..integrations.huggingface import DecoderStep, load_stage
 
 PROMPTS_AT_ONCE_PER_RANK = 2
+ENDING_SECONDS = 5.0
+"""How long ranks that are asked to end may take before they are killed."""
 FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
 
 
@@ -70,11 +76,52 @@ def run_ranks(job: Job) -> list[RankReport]:
     """Runs ``job.ranks`` processes to their end; their output goes to this process's.
 
     Raises `torch.multiprocessing.ProcessRaisedException` or `ProcessExitedException` when one fails, once the others
-    are stopped.
+    are stopped. After an interrupt, too, no rank is left.
     """
     with tempfile.TemporaryDirectory(prefix="pp_piecewise_demo_") as folder:
-        torch.multiprocessing.spawn(run_rank, (job, Path(folder)), nprocs=job.ranks)
+        run_processes(run_rank, (job, Path(folder)), job.ranks)
         return read_reports(job, Path(folder))
+
+
+def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+    """Run ``function(rank, *arguments)`` in processes to their end; ``function`` calls ``may_be_interrupted`` first.
+
+    A terminal sends Ctrl-C to all of them. This process answers it, by ending the others, which would each print where
+    they were.
+    """
+    # Blocked while they start, which they inherit: an interrupt in an import would be a traceback.
+    resource_tracker.ensure_running()  # it would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    processes: Sequence[BaseProcess] = ()
+    try:
+        context = torch.multiprocessing.spawn(function, arguments, nprocs=count, join=False)
+        processes = context.processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name == "SIGINT":  # a rank was faster than this process
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _end(processes)
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + ENDING_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+
+
+def may_be_interrupted() -> None:
+    """An interrupt ends this process at once and without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def read_reports(job: Job, folder: Path) -> list[RankReport]:
@@ -83,6 +130,7 @@ def read_reports(job: Job, folder: Path) -> list[RankReport]:
 
 def run_rank(rank: int, job: Job, folder: Path) -> None:
     """All that one process does. ``folder``, the same for all ranks and empty at first, gets the report."""
+    may_be_interrupted()
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -111,7 +159,10 @@ def _run(job: Job, rank: int, device: torch.device) -> RankReport:
     loaded = time.perf_counter()
     worker = Worker(job, DecoderStep(stage), device)
     with worker.runner:
-        worker.runner.warmup(progress=rank == 0)
+        with warnings.catch_warnings():
+            if job.options["graphs"] == "off":  # as was asked for
+                warnings.filterwarnings("ignore", "warmup\\(\\) captured nothing")
+            worker.runner.warmup(progress=None if rank == 0 else False)  # a bar on a terminal only
         compiled = time.perf_counter()
         dist.barrier()  # or the first prompt would be charged with waiting for the slowest compilation
         generating = time.perf_counter()
@@ -212,7 +263,9 @@ class Worker:
     def generate(self) -> list[list[int]]:
         """The new tokens of each prompt, on the first rank. Ends on all ranks when the first one has all of them."""
         generated: list[list[int]] = [[] for _ in self._job.prompts] if self._is_first else []
-        with tqdm(total=len(generated), desc="pipeline", unit="prompt", disable=not self._is_first) as bar:
+        with tqdm(
+            total=len(generated), desc="pipeline", unit="prompt", disable=None if self._is_first else True
+        ) as bar:
             schedule = turns(self._job, self._slot_count, generated, self._next_result, bar.update)
             for output in self.runner.run(map(self._microbatch, schedule) if self._is_first else None):
                 if self._is_alone:

@@ -243,7 +243,7 @@ def _with_progress(calls: Sequence[int], progress: bool | None) -> Iterator[int]
     from tqdm import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress
-    with tqdm(calls, desc="capturing", unit="call", disable=not shown) as bar:
+    with tqdm(calls, desc="capturing", unit="call", disable=not (shown and calls)) as bar:
         for num_tokens in bar:
             bar.set_postfix(tokens=num_tokens)
             yield num_tokens
