@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
-
 from .. import errors
+from ..runtime.stage import Stage
 from ..utils.counters import TOTALS, Stats
 from .fault import Fault, Loss
 from .link import End, LinkSettings, Receiver, Sender, Sibling
@@ -23,13 +22,16 @@ AnyEnd = TypeVar("AnyEnd", bound=End)
 
 
 def pick_transport(
-    asked: Transport | str, group: Any, mesh: Any, device: torch.device, setup_seconds: float
+    asked: Transport | str, group: Any, mesh: Any, stage: Stage, setup_seconds: float
 ) -> tuple[Transport, TensorParallel | None]:
     """The way to the other stages, and the ranks with which this one holds its stage; see ``StageRunner``.
 
+    With such ranks, what is captured of the ``stage`` is decided by all of them: see Note [ranks decide alike].
+
     Raises:
-        ConfigError: the ranks, or tensors on ``device``, cannot go that way.
+        ConfigError: the ranks, or tensors on the device of the stage, cannot go that way.
     """
+    device = stage.device
     if not isinstance(asked, str):
         return asked, None
     from .transports.cuda_ipc import DeviceMemory
@@ -59,7 +61,11 @@ def pick_transport(
     if asked in ("shared_memory", "cuda_ipc") and (kind is None or kind.name != asked):
         raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
     way: Transport = p2p if asked == "p2p" or kind is None else OneMachine(p2p, kind, is_required=asked != "auto")
-    return way, siblings and TensorParallel(siblings, setup_seconds)
+    if siblings is None:
+        return way, None
+    parallel = TensorParallel(siblings, setup_seconds)
+    stage.exchange = parallel.transport.exchange
+    return way, parallel
 
 
 @dataclass(frozen=True)

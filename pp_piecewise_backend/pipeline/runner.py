@@ -124,7 +124,7 @@ class StageRunner:
         self._stage = Stage(inputs or {}, max_tokens, device)
         self._stage.listener = self
         capture_sizes = Config.resolve(options).capture_sizes
-        way, siblings = pick_transport(transport, group, mesh, self._stage.device, setup_timeout_s)
+        way, siblings = pick_transport(transport, group, mesh, self._stage, setup_timeout_s)
         self.stage, self.stage_count, self._exchange = way.stage, way.stage_count, way.exchange
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
         self._check_ends(inputs, outputs, feedback)

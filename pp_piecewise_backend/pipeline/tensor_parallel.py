@@ -49,5 +49,6 @@ class TensorParallel:
         gather(whole, self.share(whole), self.group)
 
     def break_off(self) -> None:
-        """End all collectives of the group, from any thread."""
+        """End all collectives of the group, and what waits for plans and decisions, from any thread."""
         break_group(self.group)
+        self.transport.break_off()

@@ -45,7 +45,7 @@ from .cudagraphs.memory import (
     without_repeats,
 )
 from .instructions import Instruction, gather, run_steps
-from .stage import StageMemory
+from .stage import StageMemory, first_found
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
@@ -348,24 +348,37 @@ class BucketCapture:
         return max(min(most, max(plan.smallest_tokens, self.bucket.tokens // 2)), 1)
 
     def _capture(self, step: int, instruction: Instruction, needs_test: bool) -> None:
-        bucket = self.bucket
+        bucket, plan = self.bucket, self._plan
+        is_examined = self._is_to_be_examined(step, needs_test)
+        is_concluded = False
+        verdict: Reason | None = None
+        obstacle: Reason | None = None
+        graph: CapturedGraph | None = None
+        places: list[StaticTensor] = []
         try:
-            inputs = inputs_as_wide_as_the_bucket(self._plan, bucket, instruction, self._registers)
+            inputs = inputs_as_wide_as_the_bucket(plan, bucket, instruction, self._registers)
             if not instruction.holds(inputs):
                 raise Missed(miss("guard", f"the compiled code does not hold for sizes {instruction.sizes(inputs)}"))
             self._warm_up(step, instruction, inputs)
-            if self._is_to_be_examined(step, needs_test):
-                self._verdicts.by_step[step] = self._examine(step, instruction, inputs)
+            if is_examined:
+                verdict, is_concluded = self._examine(step, instruction, inputs), True
             name = OUTPUT_POOL if instruction.piece.writes_stage_outputs else GRAPH_POOL
             graph = self._device.capture(instruction.run, inputs, self._pool(name))
             places = self._places(graph, instruction)
         except Missed as missed:
-            bucket.obstacles[step] = missed.reason
-            return
+            obstacle = missed.reason
         except Exception as error:
             # Out of memory, or an op that refuses a size for which nobody asked: the call goes on without this graph.
-            bucket.obstacles[step] = miss("capture-failed", f"{type(error).__name__}: {error}")
+            obstacle = miss("capture-failed", f"{type(error).__name__}: {error}")
+        concluded, verdicts, obstacles = zip(*plan.exchanged((is_concluded, verdict, obstacle)), strict=True)
+        if all(concluded):
+            self._verdicts.by_step[step] = first_found(verdicts)
+        if (obstacle := first_found(obstacles)) is not None:
+            bucket.obstacles[step] = obstacle
+            if graph is not None:
+                graph.release()
             return
+        assert graph is not None
         bucket.graphs[step] = graph
         given = MemoryMap.of(inputs)  # what lies elsewhere, the graph allocated
         for index, (register, static) in enumerate(zip(instruction.outputs, places, strict=True)):

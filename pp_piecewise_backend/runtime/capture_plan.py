@@ -153,6 +153,14 @@ class GraphPlan:
             return None
         return size
 
+    def exchanged(self, own: Any) -> list[Any]:
+        """See ``Stage.exchanged``."""
+        return [own] if self.stage is None else self.stage.exchanged(own)
+
+    def found_by_any(self, own: Reason | None) -> Reason | None:
+        """See ``Stage.found_by_any``."""
+        return own if self.stage is None else self.stage.found_by_any(own)
+
     def depends_on(self, step: int) -> list[int]:
         """Indices into ``fixed_sources`` of what a step reads."""
         arguments = self.instructions[step].arguments

@@ -386,7 +386,7 @@ class Graphs:
         for step, obstacle in bucket.obstacles.items():
             _LOG.warning("%s piece[%d], bucket of %d tokens: %s", self.name, step, size, obstacle.sentence)
         limit = self.plan.config.graph_memory_bytes
-        is_over_limit = limit is not None and self._memory.graph_bytes > limit
+        is_over_limit = limit is not None and any(self.plan.exchanged(self._memory.graph_bytes > limit))
         program = self._flat_program(parameters, bucket, _NOTHING_MOVED, num_tokens)
         call = program.begin(args)
         call.stage_input_copies += capture.copied_back
@@ -462,16 +462,20 @@ class Graphs:
             # State that the graph writes is copied first: nothing has run yet.
             self.dropped[size] = miss("graph-memory", "no memory was left to compare a replay of the whole graph")
             raise Missed(self.dropped[size]) from None
+        wrong = None
         if found:
             sentence = (
                 errors.full_replay_differs(self.name, size, found[0], self.plan.is_beside_pieces)
                 if is_full
                 else errors.replay_differs(self.name, size, found[0])
             )
+            wrong = miss("verify-failed", sentence)
+        wrong = self.plan.found_by_any(wrong)
+        if wrong is not None:
             if self.plan.config.strict:
-                raise errors.ReplayDiffers(sentence)
-            _LOG.error("%s", sentence)
-            self.dropped[size] = miss("verify-failed", sentence)
+                raise errors.ReplayDiffers(wrong.sentence)
+            _LOG.error("%s", wrong.sentence)
+            self.dropped[size] = wrong
         return results
 
     # ----------------------------------------------------------------------------- counting

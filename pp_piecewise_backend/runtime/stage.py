@@ -1,14 +1,24 @@
-"""What a pipeline stage keeps at fixed addresses: memory in which proxies land, and memory that its programs share."""
+"""What a pipeline stage keeps at fixed addresses: memory in which proxies land, and memory that its programs share.
+
+Note [ranks decide alike]
+Ranks that hold one stage together (tensor parallel) run the same collectives inside their pieces. A rank that runs a
+piece on the real rows while another one replays it on padded rows gives a collective two sizes, and one that captures
+alone waits for ever in the collectives of its warm-up. What a rank finds for itself may differ all the same: a capture
+failed, a padded row leaked, a replay was wrong, memory ran out, a graph was not faster. So whatever decides what is
+captured or replayed is exchanged when it is found, by all ranks at the same places whatever they found, and what one of
+them found holds for all.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -16,6 +26,7 @@ from .. import errors
 from ..compilation.specs import TensorSpec
 from ..utils.addresses import MemoryMap, Span, span
 from ..utils.counters import Stats
+from ..utils.reasons import Reason
 from .cudagraphs.device import Pool
 from .cudagraphs.memory import StaticMemory, allocate, spoil, tensor_in
 from .hooks import StageListener
@@ -158,6 +169,9 @@ class Stage:
         """Whether anybody was given views of it, so that arguments may lie in it."""
         self.listener: StageListener | None = None
         """Set, if at all, before anything is compiled for the stage."""
+        self.exchange: Callable[[str], Sequence[str]] | None = None
+        """Where several ranks hold the stage together: takes this rank's text and returns those of all of them, in the
+        same order on each, once all have brought theirs. Set likewise; see Note [ranks decide alike]."""
         self.programs_share_memory = True
         """Whether the results of one program may be overwritten by another one."""
 
@@ -198,6 +212,14 @@ class Stage:
         """Where the landing memory of each proxy lies."""
         return tuple(map(span, self._landing.values()))
 
+    def exchanged(self, own: Any) -> list[Any]:
+        """What each rank that holds the stage has to say, as JSON; ``own`` alone where this one does."""
+        return [own] if self.exchange is None else [json.loads(said) for said in self.exchange(json.dumps(own))]
+
+    def found_by_any(self, own: Reason | None) -> Reason | None:
+        """What the first of these ranks found that found anything; all of them ask."""
+        return own if self.exchange is None else first_found(self.exchanged(own))
+
     def check(self, name: str, spec: TensorSpec, token_dim: int | None) -> str | None:
         """Why the graph input ``name`` cannot land in this memory; None if it can."""
         proxy = self.inputs.get(name)
@@ -214,6 +236,15 @@ class Stage:
 
     def __repr__(self) -> str:
         return f"Stage({dict(self.inputs)!r}, max_tokens={self.max_tokens}, device={str(self.device)!r})"
+
+
+def first_found(reasons: Sequence[Reason | Sequence[str] | None]) -> Reason | None:
+    """The first reason of all ranks, each of which may have gone through JSON."""
+    for number, reason in enumerate(reasons):
+        if reason is not None:
+            code, sentence = reason
+            return Reason(code, sentence if len(reasons) == 1 else f"on rank {number} of this stage, {sentence}")
+    return None
 
 
 def _default_device() -> torch.device:

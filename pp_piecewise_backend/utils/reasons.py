@@ -8,11 +8,10 @@ codes are for counters and tests; the sentence that goes with one says what happ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Reason:
+class Reason(NamedTuple):
     """Why something was not done, for a program and for a person."""
 
     code: str

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from pp_piecewise_backend.utils.reasons import SENTENCES, Reason, miss
@@ -25,6 +23,6 @@ def test_a_code_that_is_not_listed_is_refused() -> None:
 
 
 def test_a_reason_cannot_be_changed_and_can_be_counted_by() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         miss("random").code = "guard"  # type: ignore[misc]
     assert len({miss("random"), miss("random"), miss("random", "it calls dropout")}) == 2

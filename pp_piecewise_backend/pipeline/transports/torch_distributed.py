@@ -107,6 +107,11 @@ class P2P:
                 wire.warm_up(self.device)
         return wire
 
+    def break_off(self) -> None:
+        """End every ``exchange``, from any thread."""
+        if self._own is not None:
+            break_group(self._own)
+
     def close(self) -> None:
         for group in self._groups:
             with contextlib.suppress(RuntimeError, ValueError):  # broken, or destroyed with the whole world
