@@ -547,6 +547,11 @@ def no_feedback_here(stage: int) -> str:
     return f"feedback() was called on stage {stage}: only the first stage of a pipeline with feedback has it."
 
 
+NOT_BETWEEN_MICRO_BATCHES = (
+    "a runner does one thing at a time, but warmup() or the next micro-batch of run() was asked for while one of them "
+    "is under way: from make_inputs, the module, finish or another thread. Call warmup() between two micro-batches."
+)
+
 RAN_ALREADY = "run() was called before: a pipeline runs once, since its end stops all ranks. Make a new StageRunner."
 
 NO_FEEDBACK_OUTSTANDING = (

@@ -369,6 +369,41 @@ def leaves(rank: Rank) -> int:
     return passed
 
 
+class Adds(nn.Module):
+    """One proxy; each stage adds one."""
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> dict[str, Tensor]:
+        return {"h": (x if h is None else h) + 1}
+
+
+def warms_up_between(rank: Rank) -> dict[str, Any]:
+    """Each rank warms up now and then, at micro-batches of its own, while others run theirs."""
+    count, warmups, results = 24, 0, []
+    proxies = {"h": ppb.Proxy((), torch.float32)}
+
+    def microbatches() -> Iterator[ppb.MicroBatch]:
+        for step in range(count):
+            time.sleep(0.002)  # so that some land while others warm up
+            yield ppb.MicroBatch(1 + step % 8, inputs={"x": torch.full((1 + step % 8,), float(step))})
+
+    with rank.runner(
+        Adds(),
+        make_inputs=lambda num_tokens, tag: {"x": torch.zeros(num_tokens)},
+        inputs=None if rank.is_first else proxies,
+        outputs=None if rank.is_last else proxies,
+        feedback=None,
+        options={"compiler": "eager", "graphs": "emulate", "capture_sizes": "2,4"},
+    ) as stage:
+        for step, output in enumerate(stage.run(microbatches() if rank.is_first else None)):
+            if rank.is_last:
+                results.append(output["h"].tolist())
+            if step % 7 == 3 + rank.number:
+                stage.warmup()
+                warmups += 1
+    wrong = [step for step, got in enumerate(results) if got != [float(step + rank.count)] * (1 + step % 8)]
+    return {"wrong": wrong, "results": len(results), "microbatches": count, "warmups": warmups}
+
+
 def autoregressive(rank: Rank) -> dict[str, Any]:
     """As many groups of requests as may be in flight; the next tokens of each come from the last stage."""
     groups, steps, started = rank.arguments["groups"], rank.arguments["steps"], 0
@@ -411,7 +446,10 @@ def group_inputs(is_first: bool, tag: bytes, input_ids: Tensor | None) -> dict[s
     return {"input_ids": input_ids if is_first else None, "positions": positions}
 
 
-SCENARIOS = {function.__name__: function for function in (steady, fault, other_plan, paused, leaves, autoregressive)}
+SCENARIOS = {
+    function.__name__: function
+    for function in (steady, fault, other_plan, paused, leaves, warms_up_between, autoregressive)
+}
 
 
 # -------------------------------------------------------------------------------------- running

@@ -85,6 +85,7 @@ ORDER = (
     "pipeline.connect",
     "pipeline.results",
     "pipeline.watchdog",
+    "pipeline.checks",
     "pipeline.runner",
 )
 

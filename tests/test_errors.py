@@ -137,6 +137,10 @@ MESSAGES = {
         errors.compiled_in_a_capture("forward"),
         ["forward met a new kind of input", "a graph is being captured", "call the module once", "warmup()"],
     ),
+    "NOT_BETWEEN_MICRO_BATCHES": (
+        errors.NOT_BETWEEN_MICRO_BATCHES,
+        ["one thing at a time", "Call warmup() between two"],
+    ),
     "NESTED_WARMUP": (errors.NESTED_WARMUP, ["inside warmup()", "call it once"]),
     "NO_PROGRAM_IN_WARMUP": (
         errors.NO_PROGRAM_IN_WARMUP,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ class Inbox:
         begin_ns = time.time_ns()
         transfer.wait()
         if self._hands_out and self._stream is not None:
-            self._arrived = torch.accelerator.current_stream(self._device).record_event()
+            self._arrived = self._reached()
         if timeline is not None:
             timeline.add("steps", "wait for proxies", begin_ns, micro_batch=header.sequence)
             timeline.add("receive", "receive", posted_ns, micro_batch=header.sequence)
@@ -141,16 +142,53 @@ class Inbox:
         """What is lent, if anything, may be filled once what was enqueued on this thread's stream has run."""
         with self._changed:
             if self._lent is not None:
-                read = None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
-                self._free.append((self._lent, read))
+                self._free.append((self._lent, self._reached()))
                 self._lent = None
             self._post(now=False)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While the body runs, nothing lands; it leaves landing memory as it found it, for streams of this thread.
+
+        What was being received when this was called has landed before the body runs, and can be taken after it.
+
+        Raises:
+            PeerLost: the pipeline broke.
+        """
+        assert not self._offers, "what is offered may be written at any time"
+        with self._changed:
+            free = [*self._free]
+            self._free.clear()
+            posted = [*self._posted]
+        for _, read in free:
+            self._wait_until(read)
+        for one in posted:
+            one.transfer.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                done = self._reached()
+                for index, one in enumerate(posted):
+                    self._posted[index] = one._replace(transfer=Pending(partial(self._wait_until, done)))
+                self._free.extend((memory, done) for memory, _ in free)
+                self._post(now=False)
+                self._changed.notify_all()
 
     def wait_for(self, count: int) -> None:
         """Return once ``count`` headers came in all, and found memory where tensors follow, or no more comes."""
         if self._heard_count < count:
             with self._changed:
                 self._changed.wait_for(lambda: self._heard_count >= count or self._is_over())
+
+    def _reached(self) -> torch.Event | None:
+        """On an accelerator: when what was enqueued on this thread's stream has run."""
+        return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
+
+    def _wait_until(self, reached: torch.Event | None) -> None:
+        """What this thread's stream enqueues from now on comes after that."""
+        if reached is not None:
+            torch.accelerator.current_stream(self._device).wait_event(reached)
 
     def _is_over(self) -> bool:
         """Whether nothing more comes; where all memory is lent, nothing is received that would say so."""

@@ -38,6 +38,7 @@ from ..utils import torch_compat
 from ..utils.addresses import overlap, span
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from ..utils.versions import versions
+from . import checks
 from .connect import make_links, pick_transport
 from .header import Answer, Header, MicroBatch
 from .inbox import Inbox, Views
@@ -118,7 +119,7 @@ class StageRunner:
         setup_timeout_s: float = 1800,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        _check(receive, max_in_flight, options or {})
+        checks.arguments(receive, max_in_flight, options or {})
         patience = Patience(timeout_s, setup_timeout_s, step_timeout_s)
         device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
         self._stage = Stage(inputs or {}, max_tokens, device)
@@ -127,9 +128,7 @@ class StageRunner:
         way, siblings = pick_transport(transport, group, mesh, self._stage, setup_timeout_s)
         self.stage, self.stage_count, self._exchange = way.stage, way.stage_count, way.exchange
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
-        self._check_ends(inputs, outputs, feedback)
-        if finish is not None and not (self.is_last and feedback and callable(finish)):
-            raise errors.ConfigError(errors.finish_cannot_be(finish, self.stage, self.stage_count, bool(feedback)))
+        checks.ends(self.stage, self.stage_count, inputs, outputs, feedback, finish)
         if feedback is None and max_in_flight is not None and self.stage_count > 1 and (self.is_first or self.is_last):
             feedback = {}  # carries no tensors: only the notice that a micro-batch has ended
         plan = StagePlan(
@@ -178,22 +177,11 @@ class StageRunner:
         self._trace_path: Path | None = None
         self._sent: _Sent | None = None
         self._is_whole_graph = True
+        self._turn = checks.Turn()
         self._in_forward = False
         self._has_run = self._is_closed = False
         self._has_failed = False
         """Whether this rank has raised, so that ``close`` has nothing more to say."""
-
-    def _check_ends(self, inputs: Proxies | None, outputs: Proxies | None, feedback: Proxies | None) -> None:
-        alone = self.stage_count == 1
-        for name, got, wanted in (
-            ("inputs", inputs, not self.is_first),
-            ("outputs", outputs, not self.is_last),
-            ("feedback", feedback, None if not alone and (self.is_first or self.is_last) else False),
-        ):
-            if wanted is not None and bool(got) != wanted:
-                raise errors.ConfigError(
-                    errors.proxies_at_wrong_end(name, list(got or ()), self.stage, self.stage_count)
-                )
 
     # ------------------------------------------------------------------------------ warm-up
 
@@ -201,12 +189,17 @@ class StageRunner:
         """Compile the stage and capture its graphs for every bucket; later micro-batches compile nothing.
 
         State, proxies and random generators are afterwards as they were. ``make_inputs`` must give inputs of the kinds
-        of serving. Ranks warm up independently; the first micro-batch waits for the slowest of them.
+        of serving. Ranks warm up independently; the first micro-batch waits for the slowest of them. It may be called
+        again between two micro-batches, such as after weights were replaced: what the previous stage has announced by
+        then lands before, and what it sends meanwhile lands after.
 
         Args:
             progress: whether to show a bar; by default on a terminal only.
+
+        Raises:
+            PPPiecewiseError: called while a micro-batch is under way, or from within a warm-up.
         """
-        with self._failing(), self._links.busy(), _serving():
+        with self._turn, self._failing(), self._links.busy(), self._memory_at_rest(), _serving():
             self._compile(whole=True)
             try:
                 warmup(self._compiled, self._warmup_inputs, progress=progress)
@@ -217,6 +210,14 @@ class StageRunner:
             own = [p.graphs for p in programs() if p.stage is self._stage and p.graphs is not None]
             captured = {bucket.tokens for graphs in own for bucket, _ in graphs.buckets}
             self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured)
+
+    @contextlib.contextmanager
+    def _memory_at_rest(self) -> Iterator[None]:
+        """While the body runs, nothing is sent from where results lie, and nothing lands."""
+        self._enqueue_sends()
+        self._wait_for_send(in_step=False)
+        with contextlib.nullcontext() if self._inbox is None else self._inbox.held():
+            yield
 
     def bucket_times(self) -> tuple[BucketTime, ...]:
         """How long this stage's forward takes per captured bucket, ``(tokens, forward_us)``, the smallest bucket first.
@@ -291,7 +292,9 @@ class StageRunner:
                     self._feedback.wait_for(sequence + 1 - self._max_in_flight)
             answer = self._answer_to(microbatch)
             self._asked_feedback += answer is Answer.FEEDBACK
-            yield self._step(sequence, microbatch.num_tokens, microbatch.tag, answer, microbatch.inputs, {})
+            with self._turn:
+                output = self._step(sequence, microbatch.num_tokens, microbatch.tag, answer, microbatch.inputs, {})
+            yield output
 
     def _answer_to(self, microbatch: MicroBatch) -> Answer:
         if self._feedback_names and microbatch.feedback:
@@ -301,9 +304,14 @@ class StageRunner:
     def _following_steps(self) -> Iterator[Any]:
         assert self._inbox is not None
         self._release()  # warm-up has used the memory until now
-        while (taken := self._take()) is not None:
-            header, proxies = taken
-            yield self._step(header.sequence, header.num_tokens, header.tag, header.answer, None, proxies)
+        while True:
+            with self._turn:
+                taken = self._take()
+                if taken is None:
+                    return
+                header, proxies = taken
+                output = self._step(header.sequence, header.num_tokens, header.tag, header.answer, None, proxies)
+            yield output
             outgoing = self._links.outgoing
             if outgoing is not None and outgoing.stop_requested and self._links.incoming is not None:
                 self._links.incoming.say_stop()
@@ -413,7 +421,7 @@ class StageRunner:
             self._wait_for_send()
             self._release()
 
-    def _wait_for_send(self) -> None:
+    def _wait_for_send(self, in_step: bool = True) -> None:
         """Return when the last results have left, so that their memory may be written."""
         sent, self._sent = self._sent, None
         if sent is None:
@@ -421,7 +429,7 @@ class StageRunner:
         begin, begin_ns = self._clock.wait_begins(), time.time_ns()
         sent.transfer.wait()
         self._clock.waited("send", begin)
-        if time.perf_counter_ns() - begin > 1e9 * WAITED_SECONDS:
+        if in_step and time.perf_counter_ns() - begin > 1e9 * WAITED_SECONDS:
             self._stats.add("send_waits")
             if self.timeline is not None:
                 self.timeline.add("steps", "wait for send", begin_ns)
@@ -614,16 +622,6 @@ def _serving() -> contextlib.AbstractContextManager[object]:
 def _not_in_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _check(receive: str, max_in_flight: int | None, options: Mapping[str, Any]) -> None:
-    if receive not in ("early", "step"):
-        raise errors.ConfigError(errors.runner_argument("receive", receive, "'early' or 'step'"))
-    if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
-        raise errors.ConfigError(errors.runner_argument("max_in_flight", max_in_flight, "None or at least 1"))
-    for name in ("stage", "static_outputs", "max_tokens"):
-        if name in options:
-            raise errors.ConfigError(errors.runner_sets_option(name))
 
 
 _stage_numbers = itertools.count()
