@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import Unsupported, UserError
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._library.fake_class_registry import FakeScriptObject
@@ -27,7 +27,7 @@ from torch._library.opaque_object import is_opaque_type, is_opaque_value_type
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
@@ -45,8 +45,9 @@ GUARDS_PARAMETER_STRIDES = tuple(int(part) for part in torch.__version__.split("
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises where a shape or number depends on contents that it has not."""
 
-GRAPH_BREAK_ERRORS = (Unsupported,)
-"""What Dynamo raises under ``fullgraph=True`` where it would break the graph."""
+GRAPH_BREAK_ERRORS = (Unsupported, UserError, GuardOnDataDependentSymNode)
+"""What Dynamo raises under ``fullgraph=True`` where it would break the graph: the latter two where a number of a tensor
+decides, as in ``if x[0].item() > 5``."""
 
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
