@@ -614,15 +614,23 @@ def too_long_to_decompile(count: int, most: int) -> str:
     )
 
 
-def not_a_dump(path: object) -> str:
+def not_a_dump(path: object, exists: bool) -> str:
     return (
-        f"{path} holds no dump: expected a folder with a summary.json, or with folders of ranks and programs, such as "
-        f"dump_dir or PP_PIECEWISE_DUMP_DIR had. Run the model once with one of them set."
+        f"{path} {'holds no dump' if exists else 'does not exist'}: expected a folder with a summary.json, or with "
+        f"folders of ranks and programs, as dump_dir or PP_PIECEWISE_DUMP_DIR had. Run the model once with one of them."
     )
 
 
+def no_such_call(call: int, known: int) -> str:
+    had = f"the calls that this dump knows of are 1 to {known}" if known else "this dump knows of no call yet"
+    return f"--call {call}: {had}; those of warm-ups are not counted."
+
+
 def wrong_number_of_dumps(count: int) -> str:
-    return f"got {count} folders: expected one dump to show, or two to compare."
+    return (
+        f"got {count} folders: expected one dump to show, or two to compare; one with --call or --tokens; none with "
+        f"--schema, which goes with nothing else."
+    )
 
 
 def unreadable_dump(path: object, detail: str) -> str:

@@ -172,7 +172,8 @@ MESSAGES = {
     ),
     "depyf_failed": (errors.depyf_failed("code.py", KeyError("op")), ["depyf", "code.py", "KeyError: 'op'"]),
     "too_long_to_decompile": (errors.too_long_to_decompile(9, 5), ["9 instructions", "at most 5", "prepare_debug()"]),
-    "not_a_dump": (errors.not_a_dump("/here"), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
+    "not_a_dump": (errors.not_a_dump("/here", True), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
+    "no_such_call": (errors.no_such_call(7, 3), ["--call 7", "1 to 3", "warm-ups"]),
     "unreadable_dump": (errors.unreadable_dump("/here", "no JSON"), ["/here", "no JSON", "dump again"]),
     "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["got 3 folders", "one dump", "two to compare"]),
     "plans_differ": (errors.plans_differ(["a is 1", "b is 2"]), ["a is 1; b is 2", "no data has moved"]),
@@ -288,6 +289,8 @@ def test_messages_when_there_is_nothing_to_list() -> None:
     assert "No op in this graph looks like attention" in errors.unmatched_split_ops(["mine"], [])
     assert errors.nothing_captured([]) == "warmup() captured nothing: graphs are off."
     assert "It has no tensor inputs" in errors.unmatched_stage_inputs(["hidden"], [])
+    assert errors.not_a_dump("/here", False).startswith("/here does not exist: ")
+    assert "knows of no call yet" in errors.no_such_call(1, 0)
     assert "nearest" not in errors.bad_value("option 'mode'", 3, "one of full, none", "", ["full", "none"])
 
 

@@ -12,7 +12,9 @@ import difflib
 import itertools
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +25,13 @@ from pydantic import ValidationError
 from .. import errors
 from ..utils.counters import counted
 from .explain import explain
-from .summary import EVENTS, REPORT, SCHEMA_VERSION, SUMMARY, PieceEntry, Summary
+from .summary import EVENTS, REPORT, SCHEMA_VERSION, SUMMARY, MissEntry, PieceEntry, Summary
 from .text import grouped, pattern, plain_runs, ranges
 
 DESCRIPTION = """\
-Prints what a dump (dump_dir, PP_PIECEWISE_DUMP_DIR) says: why calls did not replay, where the graph was split and why,
-what each input is, what happened when. With two folders: what differs between them."""
+Prints what a dump (dump_dir, PP_PIECEWISE_DUMP_DIR) says: an overview, then why calls did not replay, where the graph
+was split and why, what each input is, what happened when. With --call or --tokens: why those calls did not replay, and
+nothing else. With two folders: what differs between them; two programs are compared whatever their names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,16 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders", type=Path, nargs="*", metavar="DIR", help="a dump_dir, one rank in it, or one program; two: compare"
     )
-    parser.add_argument("--call", type=int, metavar="K", help="only misses of the K-th call; the first is 1")
-    parser.add_argument("--tokens", type=int, metavar="N", help="only misses of this bucket, or number of tokens")
+    parser.add_argument("--call", type=_from_1, metavar="K", help="only misses of the K-th call of a program, from 1")
+    parser.add_argument("--tokens", type=_from_1, metavar="N", help="only misses of calls of N tokens")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of summary.json instead")
+
+
+def _from_1(text: str) -> int:
+    if not re.fullmatch("0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 is expected")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
     """The exit code: 0, or 2 if there is nothing to read."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
         for line in _output(options):
-            print(printable(line))
+            print(fitted(printable(line), columns))
     except errors.DumpError as error:
         print(f"inspect: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -55,17 +65,34 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _output(options: argparse.Namespace) -> Iterator[str]:
+    folders, is_picking = options.folders, options.call is not None or options.tokens is not None
+    if len(folders) > (0 if options.schema else 1 if is_picking else 2) or (options.schema and is_picking):
+        raise errors.DumpError(errors.wrong_number_of_dumps(len(folders)))
     if options.schema:
         yield json.dumps(Summary.model_json_schema(), indent=2)
-    elif len(options.folders) == 1:
-        for number, folder in enumerate(find_programs(options.folders[0])):
-            yield from [""] * (number > 0)
-            yield from program_lines(folder, options.call, options.tokens)
-    elif len(options.folders) == 2:
-        before, after = (read_programs(folder) for folder in options.folders)
+    elif len(folders) == 1:
+        found = {folder: read_summary(folder) for folder in find_programs(folders[0])}
+        if is_picking:
+            yield from picked_lines(found, options.call, options.tokens)
+            return
+        yield from overview_lines(list(found.values()))
+        for folder, summary in found.items():
+            yield ""
+            yield from program_lines(folder, summary)
+    elif len(folders) == 2:
+        before, after = (read_programs(folder) for folder in folders)
         yield from comparison_lines(before, after)
     else:
-        raise errors.DumpError(errors.wrong_number_of_dumps(len(options.folders)))
+        raise errors.DumpError(errors.wrong_number_of_dumps(len(folders)))
+
+
+def fitted(line: str, columns: int | None) -> str:
+    """Wrapped where it is wider than the terminal; a path stays whole, to be copied."""
+    if columns is None or len(line) <= columns:
+        return line
+    indent = " " * min(len(line) - len(line.lstrip()) + 4, columns // 2)
+    wrapped = textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapped)
 
 
 def printable(text: str) -> str:
@@ -82,6 +109,8 @@ def find_programs(folder: Path) -> list[Path]:
     Raises:
         DumpError: there are none.
     """
+    if folder.name == SUMMARY and folder.is_file():
+        folder = folder.parent
     if (folder / SUMMARY).is_file():
         return [folder]
     # rank_0.2 comes after rank_0, and is newer
@@ -89,7 +118,7 @@ def find_programs(folder: Path) -> list[Path]:
     holders = list(ranks.values()) or [folder]
     found = [path.parent for holder in holders for path in sorted(holder.glob(f"*/{SUMMARY}"), key=_natural)]
     if not found:
-        raise errors.DumpError(errors.not_a_dump(folder))
+        raise errors.DumpError(errors.not_a_dump(folder, folder.exists()))
     return found
 
 
@@ -143,12 +172,36 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 # ------------------------------------------------------------------------------------- one program
 
 
-def program_lines(folder: Path, call: int | None = None, tokens: int | None = None) -> Iterator[str]:
+def overview_lines(summaries: Sequence[Summary]) -> Iterator[str]:
+    """How many programs, calls and misses there are, and which program has them."""
+    ranks = len({summary.rank for summary in summaries})
+    calls = sum(summary.counters.get("calls", 0) for summary in summaries)
+    missed = sum(summary.counters.get("graph_misses", 0) for summary in summaries)
+    counts = f"{counted(len(summaries), 'program')} of {counted(ranks, 'rank')}, {counted(calls, 'call')}"
+    yield f"{counts}; {counted(missed, 'time')} a piece missed its graph"
+    for summary in summaries:
+        compute = sum(piece.kind == "compute" for piece in summary.pieces)
+        parts = [
+            counted(compute, "piece") + f" ({len(summary.distinct_keys)} distinct)",
+            counted(summary.counters.get("calls", 0), "call"),
+        ]
+        if summary.not_split is not None:
+            parts[0] = "not split"
+        elif summary.graphs.mode in ("off", "none"):
+            parts.append(f"graphs {summary.graphs.mode}")
+        else:
+            buckets = len({bucket.tokens for bucket in summary.graphs.buckets})
+            reasons = summary.counters.get("miss_reasons", {})
+            misses = ", ".join(f"{code} {count}" for code, count in reasons.items())
+            parts += [f"{counted(buckets, 'bucket')} captured", f"missed: {misses or 'none'}"]
+        yield f"  rank {summary.rank} {summary.name}: {', '.join(parts)}"
+
+
+def program_lines(folder: Path, summary: Summary) -> Iterator[str]:
     """What a dump says about one program."""
-    summary = read_summary(folder)
-    yield f"{summary.name}, rank {summary.rank}, {summary.progress}, written {summary.written_at} ({folder})"
+    yield _heading(folder, summary)
     yield "why did this call not replay?"
-    yield from (f"  {line}" for line in misses(summary, call, tokens))
+    yield from (f"  {line}" for line in misses(summary))
     yield from explain(summary).splitlines()
     given = [f"{o.option}={o.value} ({o.source})" for o in summary.config if o.source != "default"]
     yield f"settings that were given: {', '.join(given) or 'none'}"
@@ -160,7 +213,48 @@ def program_lines(folder: Path, call: int | None = None, tokens: int | None = No
     yield f"look at {folder / REPORT}; run a piece: {f'python {folder / files[0]}' if files else 'none'}"
 
 
-def misses(summary: Summary, call: int | None = None, tokens: int | None = None) -> list[str]:
+def _heading(folder: Path, summary: Summary) -> str:
+    return f"{summary.name}, rank {summary.rank}, {summary.progress}, written {summary.written_at} ({folder})"
+
+
+def picked_lines(found: Mapping[Path, Summary], call: int | None, tokens: int | None) -> Iterator[str]:
+    """Why one call, or calls of one size, did not replay, of each program that can have had them.
+
+    Raises:
+        DumpError: no program can.
+    """
+    events = {folder: read_events(folder) for folder in found}
+    calls = {folder: _known_calls(summary, events[folder]) for folder, summary in found.items()}
+    if call is not None and call > max(calls.values()):
+        raise errors.DumpError(errors.no_such_call(call, max(calls.values())))
+    for folder, summary in found.items():
+        if call is None or call <= calls[folder]:
+            yield _heading(folder, summary)
+            yield from (f"  {line}" for line in misses(summary, call, tokens, events[folder]))
+
+
+def _known_calls(summary: Summary, events: Sequence[dict[str, Any]]) -> int:
+    """How many calls of the program the dump has seen."""
+    missed = [miss.call or 0 for miss in (*summary.graphs.misses, *_missed(events))]
+    return max(summary.counters.get("calls", 0), *missed, 0)
+
+
+def _missed(events: Sequence[dict[str, Any]]) -> list[MissEntry]:
+    """The misses among the events, one by one; a summary has only the last one of each kind."""
+    found = []
+    for event in events:
+        if event["event"] == "missed":
+            with contextlib.suppress(ValidationError):
+                found.append(MissEntry.model_validate({name: event.get(name) for name in _EVENT_FIELDS}))
+    return found
+
+
+_EVENT_FIELDS = ("reason", "sentence", "pieces", "tokens", "call")
+
+
+def misses(
+    summary: Summary, call: int | None = None, tokens: int | None = None, events: Sequence[dict[str, Any]] = ()
+) -> list[str]:
     """Why calls did not replay, one line per reason, bucket and call; ``call`` and ``tokens`` pick some."""
     if summary.not_split is not None:
         return [f"the graph is not split: {summary.not_split}"]
@@ -172,18 +266,26 @@ def misses(summary: Summary, call: int | None = None, tokens: int | None = None)
         return [*lines, "no call replays: the program was not built, or its graph was not split"]
     if graphs.mode == "off":
         return [*lines, f"no call replays: graphs are off ({graphs.reason}), every piece runs compiled"]
+    known = graphs.misses
+    if call is not None:
+        single = _missed(events)
+        kinds = {(miss.call, miss.reason, miss.tokens) for miss in single}
+        known = [*single, *(miss for miss in known if (miss.call, miss.reason, miss.tokens) not in kinds)]
     wanted = [
-        miss
-        for miss in graphs.misses
-        if (call is None or miss.call == call) and (tokens is None or miss.tokens == tokens)
+        miss for miss in known if (call is None or miss.call == call) and (tokens is None or miss.tokens == tokens)
     ]
     for miss in wanted:
         where = "" if miss.call is None else f"call {miss.call}, "
         size = "" if miss.tokens is None else f"{counted(miss.tokens, 'token')}, "
         lines.append(f"{where}{size}{counted(miss.pieces, 'piece')}: {miss.reason}: {miss.sentence}")
     if not wanted:
-        picked = "" if call is None and tokens is None else " that was asked for"
-        lines.append(f"every piece of every call{picked} replayed")
+        number = "every call" if call is None else f"call {call}"
+        size = "" if tokens is None else f" of {counted(tokens, 'token')}"
+        recorded, all_of_them = sum(miss.pieces for miss in known), summary.counters.get("graph_misses", 0)
+        if recorded >= all_of_them:
+            lines.append(f"every piece of {number}{size} replayed{', if there was any such call' if size else ''}")
+        else:
+            lines.append(f"no miss of {number}{size} is recorded, but only {recorded} of {all_of_them} misses are")
     return lines
 
 
@@ -206,7 +308,10 @@ def event_lines(events: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def comparison_lines(before: dict[str, Summary], after: dict[str, Summary]) -> Iterator[str]:
-    """What differs between the programs of two dumps, matched by rank and name."""
+    """What differs between the programs of two dumps, matched by rank and name; of one program each, between these."""
+    if len(before) == len(after) == 1 and before.keys() != after.keys():
+        ((name, old),), ((other, new),) = before.items(), after.items()
+        before, after = {f"{name} -> {other}": old}, {f"{name} -> {other}": new}
     for name in dict.fromkeys((*before, *after)):
         if name not in after:
             yield f"{name}: only in the first dump"

@@ -51,34 +51,98 @@ MISSES = [
 
 
 @pytest.mark.compat
-def test_it_opens_on_why_a_call_did_not_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_opens_on_an_overview_and_why_a_call_did_not_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_small(tmp_path)
     (folder,) = program_folders(tmp_path)
     text = shown(capsys, tmp_path)
-    assert text.splitlines()[1] == "why did this call not replay?"
-    assert "graphs are off (graphs='auto' and no input is on a CUDA device), every" in text.splitlines()[2]
+    lines = text.splitlines()
+    assert lines[:3] == [
+        "1 program of 1 rank, 1 call; 0 times a piece missed its graph",
+        "  rank 0 Small#0: 2 pieces (2 distinct), 1 call, graphs off",
+        "",
+    ]
+    assert lines[4] == "why did this call not replay?"
+    assert "graphs are off (graphs='auto' and no input is on a CUDA device), every" in lines[5]
     assert ppb.programs()[0].explain() in text
     assert "settings that were given: compiler=eager (option), dump_dir=" in text
     assert re.search(r"traced: nodes \d+, inputs \d+\n.*split: pieces 2.*\n.*compiled: piece 0, 2\n.*built", text)
     assert f"python {folder / 'piece_00_compute.py'}" in text
-    assert shown(capsys, folder) == text == shown(capsys, folder.parent)
+    assert shown(capsys, folder) == text == shown(capsys, folder.parent) == shown(capsys, folder / "summary.json")
 
 
-def test_misses_by_call_and_bucket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overview_has_a_line_for_each_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_toy_stage(tmp_path, sizes=(5, 6, 6, 7), graphs="emulate")
+    change_summary(program_folders(tmp_path)[1], rank=1)
+    lines = shown(capsys, tmp_path).splitlines()
+    assert lines[:4] == [
+        "2 programs of 2 ranks, 4 calls; 6 times a piece missed its graph",
+        "  rank 0 ToyStage#0: 3 pieces (3 distinct), 1 call, 0 buckets captured, missed: first-call 3",
+        "  rank 1 ToyStage#1: 3 pieces (3 distinct), 3 calls, 1 bucket captured, missed: first-call 3",
+        "",
+    ]
+
+
+@pytest.fixture
+def missing(tmp_path: Path) -> Path:
+    """A dump with these misses."""
     run_small(tmp_path)
     (folder,) = program_folders(tmp_path)
     buckets = [{"tokens": 8, "bytes": 4096, "seconds": 0.25, "pieces": 2}]
-    change_summary(folder, graphs={"mode": "emulate", "buckets": buckets, "misses": MISSES})
-    everything = shown(capsys, tmp_path).splitlines()
-    assert everything[2:5] == [
+    counters = {"calls": 12, "graph_misses": sum(miss["pieces"] for miss in MISSES), "miss_reasons": {"first-call": 2}}
+    change_summary(folder, counters=counters, graphs={"mode": "emulate", "buckets": buckets, "misses": MISSES})
+    return tmp_path
+
+
+def test_misses_by_call_and_bucket_and_nothing_else(missing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = shown(capsys, missing).splitlines()
+    assert everything[5:8] == [
         "  call 1, 8 tokens, 2 pieces: first-call: first call of bucket 8",
         "  call 7, 8 tokens, 1 piece: address: input weight moved",
         "  call 9, 4096 tokens, 2 pieces: over-max: 4096 tokens are over max_tokens 2048",
     ]
     assert "  captured    8 tokens: 2 pieces in 0.25 s, 4096 bytes more" in everything
-    one = shown(capsys, tmp_path, "--call", 7, "--tokens", 8).partition("\nSmall#0: ")[0]
-    assert "input weight moved" in one and "first call of bucket" not in one
-    assert "every piece of every call that was asked for replayed" in shown(capsys, tmp_path, "--call", 8)
+
+    def picked(*arguments: object) -> list[str]:
+        heading, *lines = shown(capsys, missing, *arguments).splitlines()
+        assert heading.startswith("Small#0, rank 0, built, written ")
+        return lines
+
+    assert picked("--call", 7, "--tokens", 8) == [everything[6]]
+    assert picked("--tokens", 8) == everything[5:7]
+    assert picked("--call", 12) == ["  every piece of call 12 replayed"]
+    assert picked("--tokens", 999) == ["  every piece of every call of 999 tokens replayed, if there was any such call"]
+
+
+def test_a_call_that_never_was_is_refused(missing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--call 13: the calls that this dump knows of are 1 to 12" in refused(capsys, missing, "--call", 13)
+    for option in ("--call", "--tokens"):
+        for bad in ("0", "-1", "1.5", "many"):
+            with pytest.raises(SystemExit) as exit_:
+                main(["inspect", str(missing), f"{option}={bad}"])
+            assert exit_.value.code == 2
+            assert f"'{bad}': a whole number from 1 is expected" in capsys.readouterr().err
+
+
+def test_misses_that_nobody_wrote_down_are_not_denied(missing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A summary has the last miss of each kind, so that it cannot say of another call that it replayed."""
+    (folder,) = program_folders(missing)
+    counters = {"calls": 12, "graph_misses": 40}
+    change_summary(folder, counters=counters)
+    assert "no miss of call 8 is recorded, but only 5 of 40 misses are" in shown(capsys, missing, "--call", 8)
+    event = {"event": "missed", "reason": "address", "sentence": "input weight moved", "pieces": 35, "tokens": 8}
+    with (folder / "events.jsonl").open("a") as events:
+        events.write(json.dumps({**event, "call": 5}) + "\n")
+    assert "call 5, 8 tokens, 35 pieces: address: input weight moved" in shown(capsys, missing, "--call", 5)
+    assert "every piece of call 8 replayed" in shown(capsys, missing, "--call", 8)
+
+
+def test_what_a_dump_really_says_of_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_toy_stage(tmp_path, sizes=(5, 6, 6, 7), graphs="emulate", capture_sizes="6,7")
+    lines = shown(capsys, tmp_path, "--call", 3).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("ToyStage#1, ") and "call 3, 7 tokens, 3 pieces: " in lines[1]
+    assert "every piece of call 2 replayed" in shown(capsys, tmp_path / "rank_0" / "ToyStage_1", "--call", 2)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +157,19 @@ def test_misses_by_call_and_bucket(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_other_answers(changes: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_small(tmp_path)
     change_summary(program_folders(tmp_path)[0], **changes)
-    assert line in shown(capsys, tmp_path).splitlines()[2]
+    assert line in shown(capsys, tmp_path).splitlines()[5]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_lines_fit_the_terminal(columns: int, tmp_path: Path) -> None:
+    run_toy_stage(tmp_path, sizes=(5,))
+    (folder,) = program_folders(tmp_path)
+    lines = list(inspect_dump.program_lines(folder, inspect_dump.read_summary(folder)))
+    fitted = "\n".join(inspect_dump.fitted(line, columns) for line in lines).splitlines()
+    too_long = [line.strip() for line in fitted if len(line) > columns < max(map(len, lines))]
+    assert too_long and all(" " not in line for line in too_long)
+    assert " ".join(fitted).split() == " ".join(lines).split()
+    assert [inspect_dump.fitted(line, None) for line in lines] == lines
 
 
 def test_only_the_newest_run_of_each_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +250,15 @@ def test_comparing_depths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert text.count("qkv.weight: added") == 1, "equal changes of many layers come once"
 
 
+def test_two_programs_are_compared_whatever_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_toy_stage(tmp_path, sizes=(5, 6))
+    first, second = program_folders(tmp_path)
+    lines = shown(capsys, first, second).splitlines()
+    assert lines[0] == "rank 0 ToyStage_0 -> rank 0 ToyStage_1:"
+    assert any(line.startswith("  token reason: static 5") for line in lines)
+    assert shown(capsys, first, first) == "rank 0 ToyStage_0: no difference\n"
+
+
 def test_equal_dumps_and_programs_of_one_dump_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_toy_stage(tmp_path / "one", sizes=(5, 6))
     torch._dynamo.reset()
@@ -192,9 +277,12 @@ def test_equal_dumps_and_programs_of_one_dump_only(tmp_path: Path, capsys: pytes
 
 def test_what_is_no_dump(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no dump" in refused(capsys, tmp_path)
-    assert "holds no dump" in refused(capsys, tmp_path / "nowhere")
+    assert "nowhere does not exist: expected a folder" in refused(capsys, tmp_path / "nowhere")
     assert "got 0 folders" in refused(capsys)
     assert "got 3 folders" in refused(capsys, "a", "b", "c")
+    assert "got 2 folders" in refused(capsys, "a", "b", "--call", 1)
+    assert "got 1 folders: expected" in refused(capsys, "a", "--schema")
+    assert "--schema, which goes with nothing else" in refused(capsys, "--tokens", 1, "--schema")
 
 
 @pytest.mark.parametrize(
