@@ -3,13 +3,15 @@
 Tokens of all requests lie in one dimension. The first stage embeds them, the last one chooses the next ones; between
 stages go `hidden_states` and `residual`, both `[tokens, hidden]`. RMSNorm, rotary positions, grouped query attention
 and SwiGLU as in Llama and Qwen2; attention is that of `slot_attention.py`. A layer's weights and cache follow from the
-seed and its number, so that stages hold the same as the whole.
+seed and its number, so that stages hold the same as the whole. Where several ranks share a stage, each has some of the
+heads, of the columns of the MLP and of the vocabulary, of the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from gpu_stage import SHAPES, Shape, rms_norm, rotate
@@ -71,13 +73,54 @@ class Slots:
         return max(self.short, self.long)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """The ranks that hold a stage together (tensor parallel), and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    """Their process group; None for one rank."""
+
+    def of_shape(self, shape: Shape) -> Shape:
+        """What one of them has.
+
+        Raises:
+            ValueError: they cannot have equally much.
+        """
+        parts = {"heads": shape.heads, "kv_heads": shape.kv_heads, "intermediate": shape.intermediate}
+        for name, count in parts.items():
+            if count % self.size:
+                raise ValueError(f"{self.size} ranks cannot share {count} {name} equally")
+        return replace(shape, **{name: count // self.size for name, count in parts.items()})
+
+    def of_tensor(self, whole: Tensor, dim: int, sections: Sequence[int]) -> Tensor:
+        """This rank's part of each section."""
+        parts = [section.chunk(self.size, dim)[self.rank] for section in whole.split(list(sections), dim)]
+        return torch.cat(parts, dim)
+
+    def sum(self, partial: Tensor) -> Tensor:
+        if self.group is None:
+            return partial
+        summed = torch.ops._c10d_functional.all_reduce(partial, "sum", self.group.group_name)
+        return torch.ops._c10d_functional.wait_tensor(summed)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """`[size, *own.shape]`."""
+        found = torch.ops._c10d_functional.all_gather_into_tensor(own[None], self.size, self.group.group_name)
+        return torch.ops._c10d_functional.wait_tensor(found)
+
+
+ALONE = Shares()
+
+
 class Attention(nn.Module):
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(self, shape: Shape, slots: Slots, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, slots: Slots, dtype: torch.dtype, shares: Shares) -> None:
         super().__init__()
-        self.shape, self.longest = shape, (slots.short, slots.long)
+        self.shape, self.longest, self.shares = shape, (slots.short, slots.long), shares
         self.q_size, self.kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.qkv = nn.Linear(shape.hidden, self.q_size + 2 * self.kv_size, bias=shape.qkv_bias, dtype=dtype)
         self.out = nn.Linear(self.q_size, shape.hidden, bias=False, dtype=dtype)
@@ -92,14 +135,15 @@ class Attention(nn.Module):
         v = v.view(-1, self.shape.kv_heads, self.shape.head_dim)
         attended = torch.empty_like(q)
         torch.ops.slot_attention.attend(q, k, v, self.k_cache, self.v_cache, attended, *step, *self.longest)
-        return self.out(attended.view(-1, self.q_size))
+        return self.shares.sum(self.out(attended.view(-1, self.q_size)))
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: Shape, slots: Slots, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, slots: Slots, dtype: torch.dtype, shares: Shares = ALONE) -> None:
         super().__init__()
+        self.shares = shares
         self.input_norm = nn.Parameter(torch.empty(shape.hidden, dtype=dtype))
-        self.attention = Attention(shape, slots, dtype)
+        self.attention = Attention(shape, slots, dtype, shares)
         self.mlp_norm = nn.Parameter(torch.empty(shape.hidden, dtype=dtype))
         self.gate_up = nn.Linear(shape.hidden, 2 * shape.intermediate, bias=False, dtype=dtype)
         self.down = nn.Linear(shape.intermediate, shape.hidden, bias=False, dtype=dtype)
@@ -109,7 +153,27 @@ class Layer(nn.Module):
         hidden_states = self.attention(rms_norm(residual, self.input_norm), rotation, step)
         residual = residual + hidden_states
         gate, up = self.gate_up(rms_norm(residual, self.mlp_norm)).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up), residual
+        return self.shares.sum(self.down(F.silu(gate) * up)), residual
+
+    @torch.no_grad()
+    def fill(self, generator: torch.Generator) -> None:
+        fill_weights(self.named_parameters(), generator)
+        self.attention.qkv.weight[: self.attention.q_size].mul_(QUERY_SCALE)
+
+    @torch.no_grad()
+    def take_share(self, whole: Layer) -> None:
+        """This rank's part of the weights of the whole layer."""
+        heads, mlp = whole.attention, whole.down.in_features
+        qkv = (0, (heads.q_size, heads.kv_size, heads.kv_size))
+        sharing = {
+            "attention.qkv.weight": qkv,
+            "attention.qkv.bias": qkv,
+            "attention.out.weight": (1, (heads.q_size,)),
+            "gate_up.weight": (0, (mlp, mlp)),
+            "down.weight": (1, (mlp,)),
+        }
+        for (name, own), full in zip(self.named_parameters(), whole.parameters(), strict=True):
+            own.copy_(self.shares.of_tensor(full, *sharing[name]) if name in sharing else full)
 
 
 class DecoderStage(nn.Module):
@@ -122,6 +186,7 @@ class DecoderStage(nn.Module):
         slots: of the cache.
         step: the numbers of the current step, filled before each call.
         seed: of the weights.
+        shares: the ranks that hold the stage together.
     """
 
     cos: Tensor
@@ -137,20 +202,24 @@ class DecoderStage(nn.Module):
         *,
         dtype: torch.dtype,
         seed: int = 0,
+        shares: Shares = ALONE,
     ) -> None:
         super().__init__()
         shape, device = model.shape, step.positions.device
+        self._whole = shape, slots
+        self.shares = shares
+        own_shape = shares.of_shape(shape)
         first, end = (shape.layers * number // stage_count for number in (stage, stage + 1))
         self.is_first, self.is_last = stage == 0, stage == stage_count - 1
         self.hidden, self.dtype, self.seed = shape.hidden, dtype, seed
         self.numbers = range(first, end)
         with torch.device("meta"):
-            self.layers = nn.ModuleList(Layer(shape, slots, dtype) for _ in self.numbers)
+            self.layers = nn.ModuleList(Layer(own_shape, slots, dtype, shares) for _ in self.numbers)
             if self.is_first:
                 self.embedding = nn.Embedding(model.vocabulary, shape.hidden, dtype=dtype)
             if self.is_last:
                 self.norm = nn.Parameter(torch.empty(shape.hidden, dtype=dtype))
-                self.head = nn.Linear(shape.hidden, model.vocabulary, bias=False, dtype=dtype)
+                self.head = nn.Linear(shape.hidden, model.vocabulary // shares.size, bias=False, dtype=dtype)
         self.to_empty(device=device)
         self.step = step
         self.requires_grad_(False)
@@ -174,7 +243,15 @@ class DecoderStage(nn.Module):
         if not self.is_last:
             return {"hidden_states": hidden_states, "residual": residual}
         x = rms_norm(hidden_states + residual, self.norm)
-        return {"tokens": torch.ops.slot_attention.choose(x, self.head.weight, self.step.sequences)}
+        return {"tokens": self._chosen(x)}
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        values, tokens = torch.ops.slot_attention.choose(x, self.head.weight, self.step.sequences)
+        if self.shares.size == 1:
+            return tokens
+        values = self.shares.gather(values)
+        tokens = self.shares.gather(tokens + self.shares.rank * self.head.out_features)
+        return tokens.gather(0, values.argmax(0, keepdim=True))[0]
 
     def logits(self, positions: Tensor, input_ids: Tensor, rows: Tensor) -> Tensor:
         """`[len(rows), vocabulary]` of the whole model, for these rows."""
@@ -197,31 +274,48 @@ class DecoderStage(nn.Module):
     @torch.no_grad()
     def reset_cache(self) -> None:
         """Random keys and values everywhere, the same each time."""
+        shape, slots = self._whole
         for number, layer in zip(self.numbers, self.layers, strict=True):
             generator = self._generator(1000 + number)
             for cache in (layer.attention.k_cache, layer.attention.v_cache):
-                cache.normal_(generator=generator)
+                if self.shares.size == 1:
+                    cache.normal_(generator=generator)
+                    continue
+                whole = cache.new_empty(slots.rows, shape.kv_heads, shape.head_dim).normal_(generator=generator)
+                cache.copy_(self.shares.of_tensor(whole, 1, (shape.kv_heads,)))
 
     def _fill_weights(self) -> None:
-        parts: list[tuple[int, Iterator[tuple[str, nn.Parameter]]]] = [
-            (number, layer.named_parameters()) for number, layer in zip(self.numbers, self.layers, strict=True)
-        ]
+        for number, layer in zip(self.numbers, self.layers, strict=True):
+            if self.shares.size == 1:
+                layer.fill(self._generator(number))
+                continue
+            with torch.device("meta"):
+                whole = Layer(self._whole[0], replace(self._whole[1], in_flight=0), self.dtype)
+            whole.to_empty(device=self.step.positions.device)
+            whole.fill(self._generator(number))
+            layer.take_share(whole)
         if self.is_first:
-            parts.append((-1, self.embedding.named_parameters("embedding")))
+            fill_weights(self.embedding.named_parameters("embedding"), self._generator(-1))
         if self.is_last:
-            parts += [(-2, iter([("norm", self.norm)])), (-3, self.head.named_parameters("head"))]
-        for number, named in parts:
-            generator = self._generator(number)
-            for name, tensor in named:
-                if name.endswith("norm"):
-                    tensor.normal_(mean=1.0, std=0.1, generator=generator)
-                elif name == "embedding.weight" or not name.endswith("weight"):
-                    tensor.normal_(generator=generator)
-                else:
-                    tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
-        for layer in self.layers:
-            q_size = layer.attention.q_size
-            layer.attention.qkv.weight[:q_size].mul_(QUERY_SCALE)
+            fill_weights([("norm", self.norm)], self._generator(-2))
+            head = self.head
+            if self.shares.size > 1:
+                vocabulary = head.out_features * self.shares.size
+                head = nn.Linear(self.hidden, vocabulary, bias=False, device=head.weight.device, dtype=self.dtype)
+            fill_weights(head.named_parameters("head"), self._generator(-3))
+            if head is not self.head:
+                self.head.weight.copy_(self.shares.of_tensor(head.weight, 0, (head.out_features,)))
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator(self.step.positions.device).manual_seed(100_000 * self.seed + 5_000 + number)
+
+
+@torch.no_grad()
+def fill_weights(named: Iterable[tuple[str, nn.Parameter]], generator: torch.Generator) -> None:
+    for name, tensor in named:
+        if name.endswith("norm"):
+            tensor.normal_(mean=1.0, std=0.1, generator=generator)
+        elif name == "embedding.weight" or not name.endswith("weight"):
+            tensor.normal_(generator=generator)
+        else:
+            tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)

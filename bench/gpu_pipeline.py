@@ -1,6 +1,7 @@
 """A whole pipeline on several GPUs, end to end: ours against what one would build or take otherwise.
 
     python bench/gpu_pipeline.py --models qwen2.5-7b --budget-s 560
+    python bench/gpu_pipeline.py --models qwen2.5-7b --tp 4 --budget-s 560
     python bench/gpu_pipeline.py --one-gpu --check --quick
     python bench/gpu_pipeline.py --device cpu --models tiny --tokens 1 8 96 --check --quick
 
@@ -36,6 +37,9 @@ Figures, per model, number of tokens, micro-batches in flight and variant:
 model in one process, at sequence lengths that jump from step to step, prompts and decode mixed. A chosen token is right
 if its logit is the largest, in bf16 nearly so; the file says how many choices differ.
 
+With `--tp T`, T ranks hold each stage together: they share heads, MLP and vocabulary, and graphs hold the all-reduces.
+The engine-style hand-off and ours go from each rank to the one of its number. transformers' pipeline is left out then.
+
 `--one-gpu` puts all ranks on one GPU, for rightness and for the host's part: NCCL is left out, and engine-style methods
 go through the host. `--device cpu` runs the same code with emulated graphs and the clock of the host.
 """
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     collected = Collected(options)
     request = {**collected.parameters, "seconds_left": options.budget_s, "profile": not options.no_profile}
     try:
-        run_ranks(RANK_SCRIPT, request, options.ranks, options.budget_s + options.grace_s, collected.look)
+        run_ranks(RANK_SCRIPT, request, options.ranks * options.tp, options.budget_s + options.grace_s, collected.look)
     except RuntimeError as error:
         collected.body["error"] = str(error)[-6000:]
         collected.write()
@@ -87,7 +91,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 2048])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--variants", nargs="+", help="names; a part of a name stands for all that have it")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="stages of the pipeline")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that hold each stage together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--one-gpu", action="store_true", help="all ranks on the same GPU")
     parser.add_argument("--check", action="store_true", help="compare tokens with those of a single process first")
@@ -110,6 +115,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         for name, value in quick.items():
             if f"--{name.replace('_', '-')}" not in given:
                 setattr(options, name, value)
+    if options.tp > 1 and options.one_gpu:
+        parser.error("--tp needs a GPU for each rank: NCCL takes one rank per GPU, so leave out --one-gpu")
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.compiler = options.compiler or ("inductor" if options.device == "cuda" else "eager")
     known = variant_names(WANTED_MODES, options.device, options.one_gpu)

@@ -32,7 +32,13 @@ class Setting:
     """What all methods of one rank share."""
 
     rank: int
+    """Of its pipeline: the number of the stage."""
     count: int
+    lane: int
+    """Which of the ranks that hold the stage together; each has a pipeline with those of its number."""
+    lanes: int
+    mesh: Any
+    """Of all ranks, by "pp" and "tp"; None without lanes."""
     device: torch.device
     data_backend: str
     """Of the groups over which engine-style tensors go: "nccl", or "gloo", through the host."""
@@ -49,6 +55,10 @@ class Setting:
     @property
     def is_last(self) -> bool:
         return self.rank == self.count - 1
+
+    def rank_of(self, stage: int) -> int:
+        """Among all, of the rank in this pipeline that has the stage."""
+        return stage * self.lanes + self.lane
 
     def fill(self, call: Call) -> Tensor:
         """The positions of the call, whose other numbers are where attention reads them from now on."""
@@ -84,18 +94,26 @@ class Wires:
     """Where tensors of engine-style methods travel: a group of its own for each hop and direction."""
 
     def __init__(self, setting: Setting) -> None:
-        self.messages = PickledMessages(setting.rank, setting.count, object_count=1)
+        self.messages = PickledMessages(
+            setting.rank, setting.count, object_count=1, lane=setting.lane, lane_count=setting.lanes
+        )
         self._setting = setting
         self._through_host = setting.data_backend == "gloo"
         hops = [(source, source + 1) for source in range(setting.count - 1)] + [(setting.count - 1, 0)]
-        self._groups = {hop: dist.new_group(sorted(hop), backend=setting.data_backend) for hop in hops}
+        self._groups = {}
+        for source, target in hops:
+            for lane in range(setting.lanes):
+                pair = sorted((source * setting.lanes + lane, target * setting.lanes + lane))
+                group = dist.new_group(pair, backend=setting.data_backend)
+                if lane == setting.lane:
+                    self._groups[source, target] = group
 
     def send(self, tensors: Sequence[Tensor], target: int) -> list[tuple[Any, Tensor]]:
         group = self._groups[self._setting.rank, target]
         sent = []
         for tensor in tensors:
             sent_from = tensor.cpu() if self._through_host else tensor
-            sent.append((dist.isend(sent_from, target, group=group), sent_from))
+            sent.append((dist.isend(sent_from, self._setting.rank_of(target), group=group), sent_from))
         return sent
 
     def receive(self, shapes: Sequence[tuple[torch.dtype, tuple[int, ...]]], source: int) -> Callable[[], list[Tensor]]:
@@ -103,7 +121,7 @@ class Wires:
         group = self._groups[source, self._setting.rank]
         device = torch.device("cpu") if self._through_host else self._setting.device
         tensors = [torch.empty(shape, dtype=dtype, device=device) for dtype, shape in shapes]
-        works = [dist.irecv(tensor, source, group=group) for tensor in tensors]
+        works = [dist.irecv(tensor, self._setting.rank_of(source), group=group) for tensor in tensors]
 
         def wait() -> list[Tensor]:
             for work in works:
@@ -207,6 +225,7 @@ class Ours:
             outputs=None if setting.is_last else proxies,
             feedback={"tokens": ppb.Proxy((), torch.int64)} if at_an_end else None,
             transport=transport,  # type: ignore[arg-type]
+            mesh=setting.mesh,
             max_in_flight=setting.schedule.in_flight,
             options={
                 **slot_attention.OPTIONS,
@@ -252,7 +271,7 @@ class Ours:
         return {name: totals[name] for name in totals if isinstance(totals[name], int)}
 
     def waited_us(self) -> float:
-        own = next(times for times in self.runner.report().ranks if times.rank == self._setting.rank)
+        own = next(iter(self.runner.report().ranks))  # while it runs, of this rank alone
         return own.micro_batches * (own.receive_us + own.send_us + own.feedback_us)
 
     def close(self) -> None:
@@ -268,6 +287,8 @@ class Transformers:
     """transformers' own pipeline: one forward at a time, whose logits the last rank broadcasts to all."""
 
     def __init__(self, setting: Setting) -> None:
+        if setting.lanes > 1:
+            raise Skipped("transformers' pipeline is measured without tensor parallel")
         if setting.device.type == "cuda" and setting.data_backend != "nccl":
             raise Skipped("transformers' pipeline goes over NCCL, which takes one rank per GPU")
         try:

@@ -22,10 +22,11 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from common import spread
-from decoder import MODELS, DecoderStage
+from decoder import ALONE, MODELS, DecoderStage, Shares
 from pipeline_methods import Method, Setting, Skipped, Wires, make_method, most_in_flight
 from slot_attention import MAX_SEQUENCES, StepTensors, rows_with_choice
 from step_schedule import Call, Schedule, usual_kind
+from torch.distributed.device_mesh import init_device_mesh
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.config import Mode
@@ -47,6 +48,8 @@ class Rank:
     def __init__(self, request: Mapping[str, Any], folder: Path) -> None:
         self.request, self.folder = request, folder
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.lanes: int = request["tp"]
+        self.stage_number, self.lane = divmod(self.rank, self.lanes)
         is_cuda, self.one_gpu = request["device"] == "cuda", request["one_gpu"]
         self.device = torch.device("cuda", 0 if self.one_gpu else self.rank) if is_cuda else torch.device("cpu")
         if is_cuda:
@@ -61,6 +64,12 @@ class Rank:
             timeout=timedelta(seconds=SETUP_SECONDS),
         )
         self.control = dist.new_group(backend="gloo")
+        self.mesh: Any = None
+        self.shares = ALONE
+        if self.lanes > 1:
+            shape = (self.count // self.lanes, self.lanes)
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("pp", "tp"))
+            self.shares = Shares(self.lane, self.lanes, self.mesh.get_group("tp"))
         self.dtype = getattr(torch, request["dtype"])
         self.deadline = time.perf_counter() + request["seconds_left"]
         self.schedule = Schedule(max(request["tokens"]), request["context_tokens"], max(request["in_flight"]))
@@ -68,6 +77,11 @@ class Rank:
         self.reference: DecoderStage | None = None
         self.methods: dict[str, Method] = {}
         self.wires: Wires | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank starts micro-batches: it has the first stage, or a share of it."""
+        return self.stage_number == 0
 
     # ------------------------------------------------------------------------------------- orders
 
@@ -100,17 +114,18 @@ class Rank:
     def do_model(self, model: str) -> dict[str, Any]:
         self.do_forget()
         began = time.perf_counter()
-        stage = self._stage(model, self.rank, self.count)
+        stages = self.count // self.lanes
+        stage = self._stage(model, self.stage_number, stages, self.shares)
         self.setting = Setting(
-            self.rank, self.count, self.device, self.data_backend, model, stage, self.schedule,
-            self.request["tokens"], self.request["compiler"],
+            self.stage_number, stages, self.lane, self.lanes, self.mesh, self.device, self.data_backend, model, stage,
+            self.schedule, self.request["tokens"], self.request["compiler"],
         )  # fmt: skip
         self.synchronize()
         return {"seconds": time.perf_counter() - began, "layers": len(stage.layers)}
 
-    def _stage(self, model: str, rank: int, count: int) -> DecoderStage:
+    def _stage(self, model: str, number: int, count: int, shares: Shares) -> DecoderStage:
         step = StepTensors(self.schedule.max_tokens, self.device)
-        return DecoderStage(MODELS[model], rank, count, self.schedule.slots, step, dtype=self.dtype)
+        return DecoderStage(MODELS[model], number, count, self.schedule.slots, step, dtype=self.dtype, shares=shares)
 
     def do_forget(self) -> None:
         """Everything of the model before."""
@@ -157,7 +172,7 @@ class Rank:
         before = method.counters()
         method.begin(tokens)
         total = warm + count + in_flight
-        if self.rank == 0:
+        if self.leads:
             self._lead(method, tokens, in_flight, total, kinds, marks, (warm, warm + count))
         else:
             for number in range(total):
@@ -224,7 +239,7 @@ class Rank:
             activities.append(ProfilerActivity.CPU)
         self.synchronize()
         with profile(activities=activities) as profiler:
-            if self.rank == 0:
+            if self.leads:
                 self._lead(method, tokens, in_flight, total, [usual_kind(tokens)], Marks(self.device), ())
             else:
                 for _ in range(total):
@@ -250,7 +265,7 @@ class Rank:
         total = CHECKED_STEPS * in_flight
         before = method.counters()
         record: Record = []
-        if self.rank == 0:
+        if self.leads:
             self._lead(method, tokens, in_flight, total, kinds, Marks(self.device), (), record)
         else:
             for _ in range(total):
@@ -263,7 +278,7 @@ class Rank:
     def _compared(self, record: Record) -> dict[str, Any]:
         if self.reference is None:
             assert self.setting is not None
-            self.reference = self._stage(self.setting.model, 0, 1)
+            self.reference = self._stage(self.setting.model, 0, 1, ALONE)
         return compared(self.reference, self.schedule, record)
 
     # ------------------------------------------------------------------------------------- helpers

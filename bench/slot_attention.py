@@ -170,16 +170,19 @@ def _masked(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_rows: Tensor, seq
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(rows, heads, d)
 
 
-def _choose(x: Tensor, weight: Tensor, sequences: Tensor) -> Tensor:
-    """The likeliest token by `x @ weight.T` of each row; of more than `MAX_SEQUENCES` rows, of the last one of each
-    sequence, in their order, before zeros."""
+def _choose(x: Tensor, weight: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the largest logit in `x @ weight.T`, float32, and its token; of more than `MAX_SEQUENCES` rows, those
+    of the last row of each sequence, in their order, before zeros."""
     rows = x.shape[0]
     if rows <= MAX_SEQUENCES:
-        return F.linear(x, weight).argmax(-1)
-    chosen = torch.zeros(rows, dtype=torch.int64, device=x.device)
+        values, tokens = F.linear(x, weight).max(-1)
+        return values.float(), tokens
+    values = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    tokens = torch.zeros(rows, dtype=torch.int64, device=x.device)
     last = sequences[_STARTS_Q, 1 : MAX_PROMPTS + 1].long() - 1
-    chosen[:MAX_PROMPTS] = F.linear(x[last], weight).argmax(-1)
-    return chosen
+    found = F.linear(x[last], weight).max(-1)
+    values[:MAX_PROMPTS], tokens[:MAX_PROMPTS] = found.values.float(), found.indices
+    return values, tokens
 
 
 def rows_with_choice(batch: StepBatch) -> np.ndarray:
@@ -195,7 +198,7 @@ _LIBRARY.define(
     "Tensor sequences, int longest_of_few, int longest_of_many) -> ()",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-_LIBRARY.define("choose(Tensor x, Tensor weight, Tensor sequences) -> Tensor")
+_LIBRARY.define("choose(Tensor x, Tensor weight, Tensor sequences) -> (Tensor, Tensor)")
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("attend", _attend, _key)
     _LIBRARY.impl("choose", _choose, _key)
@@ -210,5 +213,5 @@ def _(
 
 
 @torch.library.register_fake("slot_attention::choose", lib=_LIBRARY)
-def _(x: Tensor, weight: Tensor, sequences: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.int64)
+def _(x: Tensor, weight: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.int64)

@@ -72,6 +72,22 @@ def test_three_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(180)
+def test_ranks_that_share_a_stage_choose_the_tokens_of_the_whole_model(tmp_path: Path) -> None:
+    variants = ["ours_full_and_piecewise_gloo", "eager"]
+    result, finished = run(
+        tmp_path, "--tp", "2", "--tokens", "8", "96", "--check", "--rounds", "0", "--variants", *variants
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert len(result["ranks"]) == 4
+    found = [(check["variant"], check["different"]) for check in result["checks"]]
+    assert found == [("eager", 0), ("ours_full_and_piecewise_gloo", 0)] * 2
+    for check in result["checks"]:
+        if check["variant"] != "eager":
+            assert all(rank["graph_misses"] == 0 and rank["proxy_copies"] == 0 for rank in check["counters"])
+
+
+@pytest.mark.bench
 @pytest.mark.timeout(60)
 def test_nothing_is_begun_once_the_budget_is_used_up(tmp_path: Path) -> None:
     result, finished = run(tmp_path, "--variants", "eager", "--tokens", "8", "--budget-s", "0")
