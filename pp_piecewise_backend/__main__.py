@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Here, and not above, so that Ctrl-C in them is caught, too.
     from .debug import inspect_dump
     from .demo import command as demo
+    from .integrations.generation import command as generation
 
     called = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, tool, text in (
         ("demo", demo, "run a small decoder as a pipeline of processes and compare it with eager"),
+        ("generate", generation, "answer prompts with a local decoder, run as a pipeline of processes"),
         ("inspect", inspect_dump, "show a dump, or what differs between two"),
     ):
         tool_parser = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)

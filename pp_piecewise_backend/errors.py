@@ -50,6 +50,15 @@ class PeerLost(PPPiecewiseError):
     """Another rank of the pipeline died, fell silent or broke the agreed order."""
 
 
+class RankFailed(PPPiecewiseError):
+    """A rank that was started as a process raised or died; ``rank`` is its number, ``trace`` its traceback if any."""
+
+    def __init__(self, sentence: str, rank: int, trace: str = "") -> None:
+        super().__init__(sentence)
+        self.rank = rank
+        self.trace = trace
+
+
 class DumpError(PPPiecewiseError):
     """A folder holds no dump, or one that this version cannot read."""
 

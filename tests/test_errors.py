@@ -17,6 +17,7 @@ CHILDREN = {
     "PlanMismatch",
     "PeerLost",
     "DumpError",
+    "RankFailed",
 }
 
 

@@ -11,6 +11,8 @@
 
 `DecoderStep` wraps a stage for a `StageRunner`: one row per token, results in a dict.
 
+`generate` answers prompts with a folder: it starts the ranks of a pipeline, each with one stage.
+
 A stage runs the model's **own** forward: a copy of its modules (sharing every parameter and buffer) that
 holds the local layers only. So masks, rotary embeddings, sliding windows, scaled embeddings and soft-capped
 logits are those of the library, and the stages together compute bit for bit what the whole model computes.
@@ -33,6 +35,9 @@ from ..runtime.stage import Proxy
 from .balance import balanced_layer_counts as balanced_layer_counts
 from .balance import layer_counts_by
 from .decoder_plan import DecoderPlan
+from .generation.call import Generated as Generated
+from .generation.call import NewToken as NewToken
+from .generation.call import generate as generate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, StaticCache
@@ -182,8 +187,7 @@ class DecoderStep(nn.Module):
     @property
     def proxies(self) -> dict[str, Proxy]:
         """What one stage hands to the next: ``outputs`` of each runner but the last, ``inputs`` but of the first."""
-        base = self.stage.decoder.base_model
-        return {"hidden_states": Proxy((base.config.hidden_size,), base.dtype)}
+        return stage_proxies(self.stage)
 
     @torch.no_grad()
     def new_cache(self, max_cache_tokens: int, sequences: int = 1) -> StaticCache:
@@ -215,6 +219,12 @@ class DecoderStep(nn.Module):
 
     def _as_batch(self, rows: torch.Tensor | None) -> torch.Tensor | None:
         return None if rows is None else rows.unsqueeze(self._sequence_dim)
+
+
+def stage_proxies(stage: DecoderStage) -> dict[str, Proxy]:
+    """What a stage hands to the next one, with one row per token."""
+    base = stage.decoder.base_model
+    return {"hidden_states": Proxy((base.config.hidden_size,), base.dtype)}
 
 
 def cut_decoder(

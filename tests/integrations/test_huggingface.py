@@ -15,54 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
+from models.tiny_decoders import DECODERS, LAYERS, TINY, WINDOW, tiny_decoder
 from pp_piecewise_backend.integrations import huggingface
 from tiers import slow_but
-
-LAYERS = 4
-TINY = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-EXPERTS = dict(moe_intermediate_size=24, num_experts=4, num_local_experts=4, num_experts_per_tok=2)
-WINDOW = dict(
-    sliding_window=6,
-    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-)
-DECODERS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
-    "llama-tied": ("LlamaForCausalLM", "LlamaConfig", dict(tie_word_embeddings=True)),
-    "qwen2-window": ("Qwen2ForCausalLM", "Qwen2Config", dict(use_sliding_window=True, **WINDOW)),
-    "qwen2-tied": ("Qwen2ForCausalLM", "Qwen2Config", dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", dict(head_dim=8)),
-    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", dict(head_dim=8, **EXPERTS)),
-    "gemma2-window": ("Gemma2ForCausalLM", "Gemma2Config", dict(head_dim=8, **WINDOW)),
-    "gemma": ("GemmaForCausalLM", "GemmaConfig", dict(head_dim=8)),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", EXPERTS),
-    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", dict(no_rope_layers=[1, 0, 1, 1])),
-    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", dict(head_dim=8, **EXPERTS, **WINDOW)),
-}
-
-
-def tiny_decoder(name: str) -> transformers.PreTrainedModel:
-    model_class, config_class, extra = DECODERS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**{**TINY, **extra})
-    model = getattr(transformers, model_class)(config).eval()
-    # Zero biases and unit norms would hide a stage that took the wrong ones.
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def new_cache(kind: str, config: transformers.PretrainedConfig) -> transformers.Cache:
