@@ -92,6 +92,15 @@ class PiecewiseBackend:
             frame = torch_compat.frame_being_compiled()
             what = "a graph" if frame is None else frame[0].co_name
             raise errors.PPPiecewiseError(errors.compiled_in_a_capture(what))
+        # As Dynamo does in a frame, and ``aot_compile`` does not: what is made under inference mode skips the keys
+        # by which ops are decomposed.
+        needs_gradients = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
+            return self._program(graph_module, example_inputs, config, stage)
+
+    def _program(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, stage: Stage | None
+    ) -> AnyProgram:
         name = self._count_graph()
         events = self.dumps.start(name, config)
         events.traced(graph_module, example_inputs)

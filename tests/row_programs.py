@@ -238,6 +238,7 @@ PROGRAMS |= {
     "addcmul": lambda x, y, i, t, d: torch.addcmul(x, y, y),
     "casts": lambda x, y, i, t, d: x.to(torch.float64).half().float(),
     "in place": lambda x, y, i, t, d: x.clone().mul_(2).add_(y).relu_(),
+    "masked_fill in place": lambda x, y, i, t, d: x.clone().masked_fill_(y > 0, 0.0).gt_(y).abs_(),
     "unique": lambda x, y, i, t, d: x + (i == i[0]).sum(),
 }  # fmt: skip
 

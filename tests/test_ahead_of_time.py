@@ -28,6 +28,15 @@ class Layers(nn.Module):
         return hidden_states
 
 
+class Embedded(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(self.embedding(ids.long()).view_as(ids[:, None].expand(-1, 8)))
+
+
 def compiled_ahead(function: Any, *args: Tensor, **options: Any) -> Any:
     with torch._dynamo.config.patch(enable_aot_compile=True):
         compiled = torch.compile(function, fullgraph=True, backend="pp_piecewise", options=OPTIONS | options)
@@ -50,6 +59,24 @@ def test_a_program_compiled_ahead_of_time_replays_and_has_the_name_of_its_module
         x = sample(num_tokens)
         assert torch.equal(ahead(model, x), model(x))
     assert program.stats.replays == 3 * len([p for p in program.pieces if p.kind == "compute"])
+
+
+def test_compiling_ahead_of_time_in_inference_mode_proves_what_it_does_without() -> None:
+    """``long``, ``view_as`` and their like are no ops of their own but in tensors made under inference mode."""
+
+    def ids(num_tokens: int) -> Tensor:
+        x = torch.arange(num_tokens, dtype=torch.int32) % 8
+        torch._dynamo.mark_dynamic(x, 0)
+        return x
+
+    model = Embedded()
+    with torch.inference_mode():
+        ahead = compiled_ahead(model.forward, ids(8))
+        for num_tokens in (8, 8, 3, 3):
+            assert torch.equal(ahead(model, ids(num_tokens)), model(ids(num_tokens)))
+    (program,) = ppb.programs()
+    assert [piece.padding for piece in program.pieces if piece.kind == "compute"] == ["safe"] * 3
+    assert program.stats.miss_reasons == {"first-call": 6}  # of the first calls of 8 and 3 tokens
 
 
 def test_positional_arguments_have_their_names() -> None:

@@ -194,14 +194,18 @@ ROW_WISE_OPS: tuple[str, ...] = (
     "*::*silu_and_mul*",
     "*::*gelu*_and_mul*",
     "*::*rotary_embedding*",
-    # vLLM: quantised products and experts.
+    # vLLM: products on its packed or quantised weights, and experts.
     "_C::*scaled_mm*",
     "_C::*gemm*",
+    "_C::onednn_mm",
+    "_C::weight_packed_linear",
     "_C::*quant*",
     "_moe_C::topk_softmax",
     "vllm::moe_forward*",
     # Sums over tensor-parallel ranks.
     "vllm::all_reduce",
+    "_C::shm_allreduce",
+    "_C_custom_ar::*all_reduce*",
     "_c10d_functional::all_reduce*",
     "_c10d_functional::wait_tensor",
 )

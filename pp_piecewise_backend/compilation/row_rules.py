@@ -337,9 +337,16 @@ _SIZES: Mapping[str, Collection[str]] = {
 
 def rule_for(call: Call) -> Rule | None:
     """The rule for an op of PyTorch; None if there is none."""
-    if torch.Tag.pointwise in call.op.tags:
+    if torch.Tag.pointwise in call.op.tags or (call.written and _is_pointwise_out_of_place(call)):
         return _always
     return _reinterprets if call.name == "view" and "dtype" in call.arguments else _RULES.get(call.name)
+
+
+def _is_pointwise_out_of_place(call: Call) -> bool:
+    """Not every in-place op has the tag of the op that it does in place, such as ``masked_fill_``."""
+    overload = torch_compat.overload_name(call.op)
+    op = getattr(getattr(torch.ops.aten, call.name, None), overload or "", None)
+    return op is not None and torch.Tag.pointwise in op.tags
 
 
 def uses_token_count(call: Call) -> bool:

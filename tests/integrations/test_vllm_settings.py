@@ -1,0 +1,170 @@
+"""What naming the backend does to vLLM's config, on a stand-in for vLLM: the engine itself is in ``test_vllm.py``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pp_piecewise_backend import errors
+from pp_piecewise_backend.integrations import vllm as integration
+
+CompilationMode = Enum("CompilationMode", "NONE STOCK_TORCH_COMPILE DYNAMO_TRACE_ONCE VLLM_COMPILE")
+CUDAGraphMode = Enum("CUDAGraphMode", "NONE PIECEWISE FULL FULL_DECODE_ONLY FULL_AND_PIECEWISE")
+
+
+class Platform:
+    """As vLLM's: one object, whose class is everybody's."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def is_cpu(self) -> bool:
+        return self._device == "cpu"
+
+    def is_cuda_alike(self) -> bool:
+        return self._device == "cuda"
+
+    @classmethod
+    def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
+        vllm_config.platform_was_asked = True
+
+
+def module(name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(members)
+    return made
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    found = Platform(request.param)
+    modules = {
+        "vllm": module("vllm", __version__=integration.TESTED_VERSIONS[-1]),
+        "vllm.platforms": module("vllm.platforms", current_platform=found),
+        "vllm.config": module("vllm.config", CompilationMode=CompilationMode, CUDAGraphMode=CUDAGraphMode),
+    }
+    for name, stub in modules.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    return found
+
+
+def config(backend: str = "pp_piecewise", mode: Any = None, **changed: Any) -> Any:
+    """What vLLM has read from the command line when it asks the platform."""
+    compilation = {"backend": backend, "mode": mode, "cudagraph_mode": changed.pop("cudagraph_mode", None)}
+    parallel = {"worker_cls": changed.pop("worker_cls", "auto"), "enable_dbo": changed.pop("enable_dbo", False)}
+    others = {"lora_config": None, "speculative_config": None, **changed}
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(**compilation), parallel_config=SimpleNamespace(**parallel), **others
+    )
+
+
+def asked(platform: Platform, given: Any) -> Any:
+    integration.register()
+    platform.apply_config_platform_defaults(given)
+    assert given.platform_was_asked
+    del given.platform_was_asked
+    return given
+
+
+@pytest.mark.parametrize("backend", ["", "inductor", "eager", "my.backend"])
+def test_nothing_happens_unless_the_backend_is_named(backend: str, platform: Platform) -> None:
+    assert asked(platform, config(backend, enable_dbo=True)) == config(backend, enable_dbo=True)
+
+
+def test_no_class_of_vllm_is_changed_and_registering_twice_changes_nothing_more(platform: Platform) -> None:
+    before = dict(vars(Platform))
+    integration.register()
+    once = platform.apply_config_platform_defaults
+    integration.register()
+    assert platform.apply_config_platform_defaults is once
+    assert dict(vars(Platform)) == before
+    assert not hasattr(Platform("cpu").apply_config_platform_defaults, "__wrapped__")
+
+
+def test_the_backend_is_found_by_name_in_the_mode_that_traces_once(platform: Platform) -> None:
+    given = asked(platform, config())
+    assert given.compilation_config.mode is CompilationMode.DYNAMO_TRACE_ONCE
+    module_name, _, function = given.compilation_config.backend.rpartition(".")
+    assert getattr(sys.modules[module_name], function) is integration.backend
+    kind = "cpu_worker.PiecewiseCPUWorker" if platform.is_cpu() else "gpu_worker.PiecewiseGPUWorker"
+    assert given.parallel_config.worker_cls == f"pp_piecewise_backend.integrations.vllm.{kind}"
+    again = asked(platform, given)  # vLLM makes configs from configs
+    assert again.parallel_config.worker_cls.endswith(kind) and again.compilation_config.backend == integration.BACKEND
+
+
+@pytest.mark.parametrize(
+    ("given", "becomes"),
+    [
+        (None, "FULL_DECODE_ONLY"),
+        ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"),
+        ("PIECEWISE", "NONE"),
+        ("NONE", "NONE"),
+        ("FULL", "FULL"),
+    ],
+)
+def test_pieces_are_the_backends_and_full_graphs_vllms(given: str | None, becomes: str, platform: Platform) -> None:
+    mode = None if given is None else CUDAGraphMode[given]
+    assert asked(platform, config(cudagraph_mode=mode)).compilation_config.cudagraph_mode is CUDAGraphMode[becomes]
+
+
+def test_enforce_eager_stays_eager(platform: Platform) -> None:
+    given = config(mode=CompilationMode.NONE, enable_dbo=True)
+    assert asked(platform, given) == config(mode=CompilationMode.NONE, enable_dbo=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ({"lora_config": object()}, "--enable-lora"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"enable_dbo": True}, "--enable-dbo"),
+    ],
+)
+def test_what_is_not_tested_is_refused_with_what_to_do(changed: Any, flag: str, platform: Platform) -> None:
+    with pytest.raises(errors.ConfigError, match=f"Leave out {flag}, or leave out -cc.backend"):
+        asked(platform, config(**changed))
+
+
+def test_a_worker_class_of_the_users_stays_and_what_it_costs_is_logged(
+    platform: Platform, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = asked(platform, config(worker_cls="my.Worker"))
+    assert given.parallel_config.worker_cls == "my.Worker"
+    assert "worker_cls is 'my.Worker'" in caplog.text and "proxies are copied" in caplog.text
+
+
+def test_another_version_of_vllm_gives_one_warning_that_names_those_tested(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.1.0+cpu")
+    with pytest.warns(errors.PPPiecewiseWarning, match=r"tested with vLLM 0.26.0, 0.32.0, not with 0.1.0") as caught:
+        asked(platform, config())
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(sys.modules["vllm"], "__version__", integration.TESTED_VERSIONS[0] + "+cu130")
+        asked(platform, config())
+
+
+def test_options_of_the_worker_reach_the_backend_but_where_the_environment_has_its_own(
+    monkeypatch: pytest.MonkeyPatch, fresh_backend: None
+) -> None:
+    import pp_piecewise_backend as ppb
+
+    monkeypatch.setattr(integration, "_worker_options", {})
+    monkeypatch.setenv("PP_PIECEWISE_CAPTURE", "lazy")
+    integration.set_worker_options(static_outputs=True, capture="warmup", max_tokens=16)
+    with torch.no_grad():
+        doubled = torch.compile(lambda x: 2 * x, backend=integration.backend)
+        assert torch.equal(doubled(torch.ones(3)), 2 * torch.ones(3))
+    (program,) = ppb.programs()
+    assert (program.config.static_outputs, program.config.capture, program.config.max_tokens) == (True, "lazy", 16)
+    monkeypatch.setenv("PP_PIECEWISE_MAX_TOKENS", "8")
+    with pytest.raises(errors.ConfigError, match="unset it and use --max-num-batched-tokens"):
+        integration.set_worker_options(max_tokens=16)
