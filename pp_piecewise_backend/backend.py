@@ -453,4 +453,6 @@ def warmup(
     if not warm_up(compiled, make_inputs, sizes, progress, captured):
         without = [program for program in backend.programs() if program.graphs is None]
         reasons = [p.graphs_off_reason if isinstance(p, Program) else p.reason for p in without]
+        with_graphs = [p.graphs for p in backend.programs() if p.graphs is not None]
+        reasons += [reason.sentence for graphs in with_graphs for reason in graphs.dropped.values()]
         warnings.warn(errors.nothing_captured(list(dict.fromkeys(reasons))), errors.PPPiecewiseWarning, stacklevel=2)

@@ -23,6 +23,7 @@ Graphs = Literal["auto", "cuda", "emulate", "off"]
 Compiler = Literal["inductor", "aot_eager", "eager"]
 Padding = Literal["tested", "never"]
 Capture = Literal["lazy", "warmup"]
+Keep = Literal["all", "if_faster"]
 Source = Literal["option", "environment", "default"]
 
 
@@ -312,6 +313,12 @@ class Config:
     capture: Annotated[
         Capture, _one_of(Capture), "lazy: capture at the second call of a size; warmup: in warmup() only."
     ] = "lazy"
+    keep: Annotated[
+        Keep,
+        _one_of(Keep),
+        "all: keep what is captured; if_faster: warmup() times each size against the compiled pieces without graphs, "
+        "and drops those that are not faster.",
+    ] = "all"
     graph_memory_bytes: Annotated[
         int | None, BYTES, "Most memory that graphs may hold; the smallest capture sizes are kept first."
     ] = None

@@ -124,6 +124,8 @@ def _describe_captures(graphs: Captured) -> dict[str, Any]:
                 bytes=bucket.graph_bytes,
                 seconds=bucket.seconds,
                 pieces=len(bucket.graphs),
+                replay_us=measured.replay_us if (measured := graphs.measured.get(bucket.tokens)) else None,
+                otherwise_us=measured.otherwise_us if measured else None,
                 not_captured={step: reason.sentence for step, reason in bucket.obstacles.items()},
             )
             for bucket, _ in graphs.buckets

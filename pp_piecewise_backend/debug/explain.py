@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..utils.counters import counted
-from .summary import FullGraphs, Graphs, MissEntry, PieceEntry, Summary
+from .summary import BucketEntry, FullGraphs, Graphs, MissEntry, PieceEntry, Summary
 from .text import common_text, entry, fold, folded_inputs, grouped, ranges, shortened, signature, without_numbers
 
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
@@ -101,7 +101,8 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry], missed: int) -> 
         lines += entry(
             "  captured",
             f"{counted(tokens, 'token')}: {counted(sum(bucket.pieces for bucket in buckets), 'piece')} in "
-            f"{sum(bucket.seconds for bucket in buckets):.2f} s, {sum(b.bytes for b in buckets)} bytes more{several}",
+            f"{sum(bucket.seconds for bucket in buckets):.2f} s, {sum(b.bytes for b in buckets)} bytes more{several}"
+            f"{_saving(buckets[0])}",
         )
         lines += _by_reason("    not here", dict(item for bucket in buckets for item in bucket.not_captured.items()))
     for dropped in graphs.dropped:
@@ -117,6 +118,12 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry], missed: int) -> 
     return lines + _miss_lines(graphs.misses, missed)
 
 
+def _saving(bucket: BucketEntry) -> str:
+    if bucket.replay_us is None or bucket.otherwise_us is None:
+        return ""
+    return f"; a call takes {bucket.replay_us:.0f} us with it, {bucket.otherwise_us:.0f} us without"
+
+
 def _full_lines(full: FullGraphs) -> list[str]:
     """Which calls replay everything as one graph, and why others replay the pieces."""
     if full.why_not:
@@ -128,7 +135,8 @@ def _full_lines(full: FullGraphs) -> list[str]:
     )
     for tokens, buckets in grouped(full.buckets, lambda bucket: bucket.tokens).items():
         seconds, num_bytes = sum(b.seconds for b in buckets), sum(b.bytes for b in buckets)
-        lines += entry("    captured", f"{counted(tokens, 'token')}: {seconds:.2f} s, {num_bytes} bytes more")
+        saving = _saving(buckets[0])
+        lines += entry("    captured", f"{counted(tokens, 'token')}: {seconds:.2f} s, {num_bytes} bytes more{saving}")
         for bucket in buckets:
             for sentence in bucket.not_captured.values():
                 lines += entry("    not here", sentence)

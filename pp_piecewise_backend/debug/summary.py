@@ -78,6 +78,10 @@ class BucketEntry(_Entry):
     bytes: int = Field(description="Graph memory that the bucket holds.")
     seconds: float = Field(description="Time that its capture took.")
     pieces: int = Field(description="Number of pieces captured.")
+    replay_us: float | None = Field(
+        default=None, description="Median of calls that fill it, if keep is if_faster and warmup() measured it."
+    )
+    otherwise_us: float | None = Field(default=None, description="The same without its graphs.")
     not_captured: dict[int, str] = Field(
         default={}, description="Piece -> why it could not be captured in this bucket."
     )

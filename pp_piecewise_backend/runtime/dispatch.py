@@ -73,6 +73,18 @@ class Misses(NamedTuple):
     """Which call of the program was the last of them, counted from 1."""
 
 
+class Measured(NamedTuple):
+    """Medians of what calls that fill a bucket took, until their results were there."""
+
+    replay_us: float
+    otherwise_us: float
+    otherwise: str
+    """What ran in place of the replay."""
+
+    def __str__(self) -> str:
+        return f"{self.replay_us:.0f} us, {self.otherwise} {self.otherwise_us:.0f} us (medians)"
+
+
 Place = tuple[Any, ...]
 """Where the large tensors lie and what numbers and objects are, in the order of ``GraphPlan.fixed_sources``."""
 
@@ -146,6 +158,8 @@ class Graphs:
         """Times in a row that captures went before they had paid."""
         self.dropped: dict[int, Reason] = {}
         """Buckets that are captured no more, and why."""
+        self.measured: dict[int, Measured] = {}
+        """Buckets of which the warm-up measured whether they pay."""
         self.miss_log: OrderedDict[tuple[Reason, int | None], Misses] = OrderedDict()
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
@@ -417,10 +431,10 @@ class Graphs:
             sentence = errors.bucket_dropped(self.name, tokens, held_bytes, limit_bytes)
             _LOG.warning("%s", sentence)
             self.dropped[tokens] = miss("graph-memory", sentence)
-        self._release_buckets()
+        self.release_buckets()
 
-    def _release_buckets(self) -> None:
-        """Release all graphs; the next call of a bucket captures it again."""
+    def release_buckets(self) -> None:
+        """See ``Captures``."""
         for parameters in self._sets.values():
             parameters.release()
 
@@ -445,6 +459,8 @@ class Graphs:
     # --------------------------------------------------------------------------- verifying
 
     def _shall_verify(self, bucket: Bucket, session: Session | None) -> bool:
+        if session is not None and session.stopwatch is not None:
+            return False
         if bucket.proofs_left > (session is not None):
             bucket.proofs_left -= 1
             return True
@@ -500,7 +516,7 @@ class Graphs:
 
     def _refuse(self, reasons: Iterable[Reason], num_tokens: int | None) -> None:
         for reason in reasons:
-            if reason.code not in ("first-call", "over-max"):
+            if reason.code not in ("first-call", "over-max", "not-faster"):
                 sentence = errors.graph_miss(self.name, num_tokens, reason.code, reason.sentence)
                 raise errors.GraphMiss(sentence) from None
 
@@ -520,6 +536,30 @@ class Graphs:
             self.miss_log.popitem(last=False)
         return call
 
+    # ------------------------------------------------------------------------------ weighing
+
+    def size_to_weigh(self, args: Sequence[Any]) -> int | None:
+        """The bucket of a call, if it is captured and it was not measured whether it pays."""
+        num_tokens = self.plan.count_tokens(args)
+        size = None if num_tokens is None else self.plan.bucket(num_tokens)
+        is_captured = any(bucket.tokens == size for bucket, _ in self.buckets)
+        return size if is_captured and size not in self.dropped and size not in self.measured else None
+
+    def weigh(self, size: int, measured: Measured, session: Session) -> bool:
+        """Whether the bucket pays; else it is captured no more."""
+        self.measured[size] = measured
+        if measured.replay_us < measured.otherwise_us:
+            return True
+        detail = f"a replay took {measured}, so this bucket saves no time; keep='all' keeps it"
+        self.dropped[size] = miss("not-faster", detail)
+        session.release_all[id(self._memory)] = self._release_all
+        return False
+
+    def _release_all(self) -> None:
+        with self._memory.lock:
+            self._memory.release_captures()
+            self._memory.update_gauges(self._stats)
+
     # ------------------------------------------------------------------------------ release
 
     def release(self) -> None:
@@ -537,10 +577,11 @@ class Graphs:
 
     def release_unlocked(self) -> None:
         """The same for a program that is gone, which no call can be using."""
-        self._release_buckets()
+        self.release_buckets()
         self._sets.clear()
         self._last_set = None, None
         self.dropped.clear()
+        self.measured.clear()
         self._sets_made, self._gone_unpaid = 0, 0
         self._memory.remove_user(self)
         self._memory.update_gauges(self._stats)

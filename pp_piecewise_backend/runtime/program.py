@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,13 @@ from .bucket import Bucket
 from .capture_plan import GraphKind, GraphPlan
 from .cudagraphs.foreign import capture_check
 from .cudagraphs.memory import like
-from .dispatch import Graphs, ParameterSet
+from .dispatch import Graphs, Measured, ParameterSet
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import Layout, lay_out, lay_out_in_one
 from .ownership import find_boundary, merged_results, shares_undeclared
 from .replay import Call
 from .stage import Stage, StageMemory
-from .warmup import Session, current_session
+from .warmup import Session, Stopwatch, current_session
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
@@ -142,8 +143,12 @@ class Program:
                 with session.leaving_no_trace(self.inputs, args, self.stage):
                     self.full.run(args, session)
             device = None if self.stage is None else self.stage.device
-            with session.leaving_no_trace(self.inputs, args, self.stage), session.timing(device):
-                return self._run(args, session)
+            with session.leaving_no_trace(self.inputs, args, self.stage) as restore:
+                if self.config.keep == "if_faster" and session.stopwatch is not None:
+                    self._weigh(args, session, session.stopwatch, restore)
+                    restore()
+                with session.timing(device):
+                    return self._run(args, session)
 
     def release(self) -> None:
         """Release graphs and static memory; a later call takes them again. Raises inside a call of the program."""
@@ -181,6 +186,29 @@ class Program:
         steps, pieces = counted(len(self.split.pieces), "step"), counted(len(keys), "piece")
         calls, misses = counted(stats.calls, "call"), counted(stats.graph_misses, "miss", "misses")
         return f"<{self.name}: {steps}, {pieces} ({len(set(keys))} distinct), {calls}, {misses}>"
+
+    def _weigh(self, args: Sequence[Any], session: Session, stopwatch: Stopwatch, restore: Callable[[], None]) -> None:
+        """Drop the captures for calls like this one that are not faster than what would run in their place."""
+        if self.graphs is None:
+            return
+        sides: list[tuple[Graphs, int]] = []
+        alternatives: list[Callable[[], object]] = [lambda: self._run_uncaptured(args, None)]
+        for graphs in (self.graphs, None if self.full is None else self.full.graphs):
+            if graphs is not None and (size := graphs.size_to_weigh(args)) is not None:
+                run = partial(graphs.run, args, graphs.parameter_addresses(args), session)
+                if run() is not None:
+                    sides.append((graphs, size))
+                    alternatives.append(run)
+        if not sides:
+            return
+        plan = self.graphs.plan
+        found_us = stopwatch.medians_us(alternatives, restore, plan.device)
+        # Of the slowest rank, see Note [ranks decide alike].
+        without_us, *replays_us = (max(times_us) for times_us in zip(*plan.exchanged(found_us), strict=True))
+        otherwise, otherwise_us = "the compiled pieces without graphs", without_us
+        for (graphs, size), replay_us in zip(sides, replays_us, strict=True):
+            if graphs.weigh(size, Measured(replay_us, otherwise_us, otherwise), session):
+                otherwise, otherwise_us = "replays of the pieces", replay_us
 
     # ---------------------------------------------------------------------- running
 

@@ -73,6 +73,9 @@ class Captures(Protocol):
     def largest_tokens(self) -> int:
         """Its largest bucket; 0 without any."""
 
+    def release_buckets(self) -> None:
+        """Release all graphs; the next call of a bucket captures it again."""
+
     def drop(self, tokens: int, held_bytes: int, limit_bytes: int) -> None:
         """Release all buckets, and capture the one of ``tokens`` tokens no more: too much graph memory is held."""
 
@@ -118,6 +121,13 @@ class StageMemory:
             # Pools shrink only as a whole; the smaller buckets are captured again when they are needed.
             user.drop(largest, held_bytes, limit_bytes)
         self.pools.clear()
+
+    def release_captures(self) -> None:
+        """Release what all programs have captured, with the memory that it took."""
+        for user in list(self._users):
+            user.release_buckets()
+        self.pools.clear()
+        self.blocks.release()
 
     def spoil_given_out(self) -> None:
         """Overwrite ``given_out``."""

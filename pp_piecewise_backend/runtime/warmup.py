@@ -7,12 +7,17 @@ larger one is also what Inductor tunes its kernels for. Then each bucket is capt
 how much memory the pools hold, by a call inside the bucket and by one that fills it: a static program may take either.
 Second comes the smallest bucket in which calls are padded: buckets between two in which padding was tested (rule R3)
 need no test. Static programs have no ladder, so the sizes of the first two calls are among the others.
+
+Where only what is faster is kept (``keep``), the same numbers of tokens are then called again, the largest first, to
+time what replays against what runs without graphs. If some buckets are dropped, all others are captured again: pools of
+graph memory shrink only as a whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +44,9 @@ MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 _SESSION: ContextVar[Session | None] = ContextVar("pp_piecewise_backend.warmup", default=None)
 
 
+REPETITIONS = 7
+"""Of each of the alternatives that are weighed; the median counts."""
+
 TIMED_CALLS = 2
 """Of each bucket; the fastest counts."""
 
@@ -55,6 +63,35 @@ class BucketTime(NamedTuple):
 
 current_session = _SESSION.get
 """The warm-up that is under way in this thread, if any."""
+
+
+class Stopwatch:
+    """Times alternatives against one another."""
+
+    def medians_us(
+        self, alternatives: Sequence[Callable[[], object]], prepare: Callable[[], None], device: torch.device
+    ) -> list[float]:
+        """How long each takes, in microseconds, as who waits for its results has to: on the host until the device is
+        done. They take turns, so that what disturbs one disturbs all.
+
+        Args:
+            prepare: is called before each, and not timed.
+        """
+        taken_us: list[list[float]] = [[] for _ in alternatives]
+        for _ in range(1 + REPETITIONS):  # the first of each brings into caches what the others find there
+            for run, times_us in zip(alternatives, taken_us, strict=True):
+                prepare()
+                _synchronize(device)
+                began = time.perf_counter()
+                run()
+                _synchronize(device)
+                times_us.append(1e6 * (time.perf_counter() - began))
+        return [statistics.median(times_us[1:]) for times_us in taken_us]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @dataclass
@@ -81,6 +118,12 @@ class Session:
     """What programs took since it was set to 0, in microseconds; None: calls are not timed."""
     must_repeat: bool = False
     """Whether captures were dropped on the way, so that others have to be made again."""
+    weighs: bool = False
+    """Whether a program keeps only what is faster than running without graphs: ``keep``."""
+    stopwatch: Stopwatch | None = None
+    """Given while calls weigh what is captured."""
+    release_all: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """By memory, where captures were found too slow: releases all in it, since pools shrink only as a whole."""
 
     def note(self, name: str, config: Config, stage: Stage | None, plan: GraphPlan | None) -> None:
         """Learn from a program that is called how large its calls are, and which buckets it has, if any."""
@@ -88,6 +131,7 @@ class Session:
         self.max_tokens = max(self.max_tokens, config.max_tokens if stage is None else stage.max_tokens)
         if plan is None:
             return
+        self.weighs |= plan.config.keep == "if_faster"
         self.proves |= plan.config.mode in ("full", "full_and_piecewise")
         if plan.token_symbol is None:
             self.has_static_programs = True
@@ -116,20 +160,24 @@ class Session:
     @contextlib.contextmanager
     def leaving_no_trace(
         self, inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None
-    ) -> Iterator[None]:
-        """Restore what state and proxies held before the call."""
+    ) -> Iterator[Callable[[], None]]:
+        """Restore what state and proxies held before the call, at its end and where the body asks for it."""
         tensors = written_tensors(inputs, args, stage)
         try:
             copies = [tensor.clone() for tensor in tensors]
         except torch.OutOfMemoryError as error:
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             raise errors.PPPiecewiseError(errors.no_room_for_state(num_bytes)) from error
-        try:
-            yield
-        finally:
+
+        def restore() -> None:
             with torch.no_grad():
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
+
+        try:
+            yield restore
+        finally:
+            restore()
 
 
 def written_tensors(inputs: Sequence[GraphInput], args: Sequence[Any], stage: Stage | None) -> list[torch.Tensor]:
@@ -154,8 +202,6 @@ def warm_up(
     Args:
         captured: bucket -> (seconds, bytes) of what all programs hold captured now.
     """
-    if capture_is_under_way():
-        raise errors.PPPiecewiseError(errors.WARMUP_IN_A_CAPTURE)
     session = Session()
     started = time.perf_counter()
     if sizes is not None and (not sizes or min(sizes) < 1):
@@ -163,20 +209,41 @@ def warm_up(
     with _keeping_generators(), _in_session(session):
         _call(compiled, make_inputs, 1 if sizes is None else min(sizes))
         _call(compiled, make_inputs, session.max_tokens if sizes is None else max(sizes))
-        session.captures = True
-        passes = 0
-        while passes == 0 or session.must_repeat:
-            session.must_repeat = False
-            passes += 1
-            buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
-            for num_tokens in _with_progress(_calls(buckets, session, sizes), progress):
+        called = _capture_all(compiled, make_inputs, session, sizes, progress)
+        if session.weighs:
+            session.captures, session.stopwatch = False, Stopwatch()
+            for num_tokens in _with_progress(sorted(set(called), reverse=True), progress, "weighing"):
                 _call(compiled, make_inputs, num_tokens)
+            session.stopwatch = None
+            for release_all in session.release_all.values():
+                release_all()
+            if session.release_all:
+                _capture_all(compiled, make_inputs, session, sizes, progress)
     if not session.calls:
         raise errors.PPPiecewiseError(errors.NO_PROGRAM_IN_WARMUP)
     found = captured()
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
     _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
     return found
+
+
+def _capture_all(
+    compiled: Callable[..., Any],
+    make_inputs: MakeInputs,
+    session: Session,
+    sizes: Sequence[int] | None,
+    progress: bool | None,
+) -> list[int]:
+    """Capture every bucket that is not captured and was not dropped; the numbers of tokens called with come back."""
+    session.captures = session.must_repeat = True
+    called: list[int] = []
+    while session.must_repeat:
+        session.must_repeat = False
+        buckets = sorted({size for ladder in session.ladders.values() for size in ladder}, reverse=True)
+        called = _calls(buckets, session, sizes)
+        for num_tokens in _with_progress(called, progress, "capturing"):
+            _call(compiled, make_inputs, num_tokens)
+    return called
 
 
 def time_buckets(
@@ -239,11 +306,11 @@ def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int
     compiled(*args, **kwargs)
 
 
-def _with_progress(calls: Sequence[int], progress: bool | None) -> Iterator[int]:
+def _with_progress(calls: Sequence[int], progress: bool | None, what: str) -> Iterator[int]:
     from tqdm import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress
-    with tqdm(calls, desc="capturing", unit="call", disable=not (shown and calls)) as bar:
+    with tqdm(calls, desc=what, unit="call", disable=not (shown and calls)) as bar:
         for num_tokens in bar:
             bar.set_postfix(tokens=num_tokens)
             yield num_tokens
@@ -253,6 +320,8 @@ def _with_progress(calls: Sequence[int], progress: bool | None) -> Iterator[int]
 def _in_session(session: Session) -> Iterator[None]:
     if current_session() is not None:
         raise errors.PPPiecewiseError(errors.NESTED_WARMUP)
+    if capture_is_under_way():
+        raise errors.PPPiecewiseError(errors.WARMUP_IN_A_CAPTURE)
     token = _SESSION.set(session)
     try:
         yield

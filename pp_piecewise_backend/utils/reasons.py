@@ -39,6 +39,7 @@ SENTENCES: Mapping[str, str] = {
     "capture-failed": "the piece could not be captured",
     "no-tensor": "the piece takes or gives something that is no tensor",
     "graph-memory": "graph_memory_bytes leaves no room for this bucket",
+    "not-faster": "keep='if_faster', and the warm-up found that a replay of this bucket saves no time",
     "verify-failed": "a replay differed from its piece, so this bucket is no longer replayed",
     "concurrent-call": "another call is using the static memory of this stage",
     "rows-disagree": "an input has other sizes or another dtype than the token count and the capture say",
