@@ -6,11 +6,13 @@ an exception ends it with exit code 1 and its traceback in the log.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -309,6 +311,71 @@ class Wrong(nn.Module):
         return {**outputs, "residual": wrong}
 
 
+HANGING_STEP = 3
+
+
+def hangs(rank: Rank) -> None:
+    """The victim hangs in its own code; what the others raise, and where they find all ranks, is in their files."""
+    kind, alone = rank.arguments["kind"], dist.new_group()
+
+    def make_inputs(num_tokens: int, tag: bytes) -> dict[str, Tensor | None]:
+        inputs = rank.make_inputs(num_tokens, tag)
+        if rank.is_victim and tag == str(HANGING_STEP).encode():
+            if kind == "a lock":
+                a_lock_that_nobody_releases()
+            assert inputs["positions"] is not None
+            set_forward_context(HangsInAttention(inputs["positions"], kind, alone))  # type: ignore[arg-type]
+        return inputs
+
+    def unhurried() -> Iterator[ppb.MicroBatch]:
+        for batch in endless():
+            time.sleep(0.1)
+            yield batch
+
+    step_timeout_s = rank.arguments["step_timeout_s"] if rank.is_victim else None
+    with rank.runner(make_inputs=make_inputs, feedback=None, step_timeout_s=step_timeout_s) as stage:
+        try:
+            for _ in stage.run(unhurried() if rank.is_first else None):
+                pass
+        except ppb.errors.PeerLost as error:
+            (rank.folder / f"positions_{rank.number}.json").write_text(json.dumps(error.positions))
+            raise
+
+
+@dataclass
+class HangsInAttention:
+    """In place of the ``ForwardContext``: who reads it hangs."""
+
+    positions: Tensor
+    kind: str
+    group: Any
+
+    @property
+    def failing(self) -> bool:
+        print(f"fault at {time.time()}", flush=True)
+        if self.kind == "a collective":
+            a_collective_to_which_nobody_comes(self.group)
+        else:
+            a_kernel_that_never_ends(self.kind == "a kernel that holds the interpreter")
+        return False
+
+
+def a_lock_that_nobody_releases() -> None:
+    print(f"fault at {time.time()}", flush=True)
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def a_collective_to_which_nobody_comes(group: Any) -> None:
+    dist.all_reduce(torch.zeros(1), group=group)
+
+
+def a_kernel_that_never_ends(holds_the_interpreter: bool) -> None:
+    library = ctypes.PyDLL if holds_the_interpreter else ctypes.CDLL
+    library(None).sleep(600)
+
+
 def _break_now(kind: str) -> None:
     if kind == "exit":
         os._exit(3)
@@ -448,7 +515,7 @@ def group_inputs(is_first: bool, tag: bytes, input_ids: Tensor | None) -> dict[s
 
 SCENARIOS = {
     function.__name__: function
-    for function in (steady, fault, other_plan, paused, leaves, warms_up_between, autoregressive)
+    for function in (steady, fault, hangs, other_plan, paused, leaves, warms_up_between, autoregressive)
 }
 
 

@@ -56,9 +56,8 @@ def in_threads(
 ) -> list[Any]:
     """What ``play(runner, stage)`` returned, or raised, on each stage. On a GPU each has a stream of its own."""
     hub = LocalHub(count, LONGEST_SECONDS, device)
-    outcomes: dict[int, Any] = {}
 
-    def one(stage: int) -> None:
+    def one(stage: int) -> Any:
         is_first, is_last = stage == 0, stage == count - 1
         transport = Delayed(hub, stage)
         transport.seconds = delay_seconds
@@ -68,27 +67,38 @@ def in_threads(
             "feedback": FEEDBACK if count > 1 and (is_first or is_last) else None,
             "make_inputs": lambda num_tokens, tag: own_inputs(is_first, num_tokens, tag, device),
         }
+        with torch.no_grad():
+            module = make_module(stage, count).to(device)
+        with torch.Stream(device) if device != "cpu" else contextlib.nullcontext(), ppb.StageRunner(
+            module, max_tokens=MAX_TOKENS, transport=transport,
+            options={**options, "graphs": "cuda"} if device != "cpu" else options,
+            setup_timeout_s=LONGEST_SECONDS, **{"timeout_s": 20, **ends, **arguments},
+        ) as runner:  # fmt: skip
+            return play(runner, stage)
+
+    outcomes = together(count, one)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return outcomes
+
+
+def together(count: int, one: Callable[[int], Any]) -> list[Any]:
+    """What ``one(stage)`` returned, or raised, for each stage, in a thread of its own."""
+    outcomes: dict[int, Any] = {}
+
+    def noted(stage: int) -> None:
         try:
-            with torch.no_grad():
-                module = make_module(stage, count).to(device)
-            with torch.Stream(device) if device != "cpu" else contextlib.nullcontext(), ppb.StageRunner(
-                module, max_tokens=MAX_TOKENS, transport=transport,
-                options={**options, "graphs": "cuda"} if device != "cpu" else options,
-                setup_timeout_s=LONGEST_SECONDS, **{"timeout_s": 20, **ends, **arguments},
-            ) as runner:  # fmt: skip
-                outcomes[stage] = play(runner, stage)
+            outcomes[stage] = one(stage)
         except BaseException as error:
             outcomes[stage] = error
 
-    threads = [threading.Thread(target=one, args=(stage,), daemon=True) for stage in range(count)]
+    threads = [threading.Thread(target=noted, args=(stage,), daemon=True) for stage in range(count)]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + LONGEST_SECONDS
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     assert len(outcomes) == count, f"only stages {sorted(outcomes)} ended"
-    if device != "cpu":
-        torch.cuda.synchronize()
     return [outcomes[stage] for stage in range(count)]
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # A module may import only modules named before it, types included. A folder stands together.
 ORDER = (
+    "pipeline_sentences",
     "errors",
     "config",
     "utils.ranks",
@@ -78,6 +79,7 @@ ORDER = (
     "pipeline.plan",
     "pipeline.header",
     "pipeline.tensor_parallel",
+    "pipeline.positions",
     "pipeline.fault",
     "pipeline.report",
     "pipeline.link",

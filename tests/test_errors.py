@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from pp_piecewise_backend import errors
+from pp_piecewise_backend import errors, pipeline_sentences
 
 CHILDREN = {
     "ConfigError",
@@ -190,7 +190,10 @@ MESSAGES = {
         ["outputs of rank 0 are x", "inputs of rank 1 are y"],
     ),
     "link_leads_nowhere": (errors.link_leads_nowhere(0, "inputs"), ["rank 0 has inputs", "no neighbour"]),
-    "bad_patience": (errors.bad_patience("silence_seconds", -1), ["silence_seconds=-1", "positive"]),
+    "bad_patience": (
+        errors.bad_patience("silence_seconds", -1),
+        ["timeout_s=-1", "positive", "StageRunner(timeout_s=)"],
+    ),
     "link_names_differ": (errors.link_names_differ([], ["x"]), ["carries 'x'", "got nothing"]),
     "link_tensor_differs": (errors.link_tensor_differs("x", "this", "that"), ["'x' as that", "got this"]),
     "tag_too_long": (errors.tag_too_long(b"xx", 1), ["b'xx' has 2 bytes", "at most 1"]),
@@ -205,7 +208,10 @@ MESSAGES = {
     "peer_closed": (errors.peer_closed(1, "reset"), ["connection to rank 1 broke (reset)"]),
     "peer_disagrees": (errors.peer_disagrees(1, "why"), ["rank 1 does not keep to the plan: why"]),
     "peer_failed": (errors.peer_failed(2, "silent", 1), ["rank 2 failed (silent), as rank 1 reports"]),
-    "own_failure": (errors.own_failure(2, "KeyError"), ["rank 2 itself failed (KeyError)"]),
+    "own_failure": (
+        errors.own_failure(2, "hangs in its forward", 5, 2.5),
+        ["rank 2 itself failed (hangs in its forward) at micro-batch 5", "(step_timeout_s=2.5)", "a larger"],
+    ),
     "on_rank": (errors.on_rank(2, "waiting"), ["rank 2 was waiting"]),
     "runner_argument": (
         errors.runner_argument("receive", 1, "'early'"),
@@ -233,7 +239,7 @@ MESSAGES = {
     "stage_returned": (errors.stage_returned("stage 1", "a list", ["h"]), ["stage 1 returned a list", "dict with 'h'"]),
     "step_is_late": (
         errors.step_is_late(1, 7, "forward", 2.0),
-        ["rank 1 hangs at micro-batch 7, in its forward", "=2,"],
+        ["rank 1 hangs at micro-batch 7, in its forward", "StageRunner(step_timeout_s=2)", "a larger step_timeout_s="],
     ),
     "finish_cannot_be": (errors.finish_cannot_be(3, 0, 2, True), ["stage 0 of 2", "finish=3", "last stage"]),
     "finish_returned_others": (errors.finish_returned_others("finish", ["a"], ["t"]), ["'a'", "exactly 't'"]),
@@ -255,6 +261,7 @@ MESSAGES = {
 }
 
 
+OWN = (errors.__name__, pipeline_sentences.__name__)
 CLAUSES = {
     "bucket_dropped", "moved", "replay_differs", "full_replay_differs",
     "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
@@ -277,8 +284,7 @@ def test_every_message_is_tested() -> None:
     messages = {
         name
         for name, value in vars(errors).items()
-        if (inspect.isfunction(value) and value.__module__ == errors.__name__ and not name.startswith("_"))
-        or name.isupper()
+        if (inspect.isfunction(value) and value.__module__ in OWN and not name.startswith("_")) or name.isupper()
     }
     assert messages - {"nearest"} == set(MESSAGES)
 

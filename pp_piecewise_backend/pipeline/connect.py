@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from ..utils.counters import TOTALS, Stats
 from .fault import Fault, Loss
 from .link import End, LinkSettings, Receiver, Sender, Sibling
 from .plan import Plan, Schema, StagePlan, agree
+from .positions import Place, Positions
 from .report import TimesOfRanks
 from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Transport, Wire
@@ -85,6 +86,8 @@ class Links:
     """To ranks that hold the stage together with this one."""
     times: TimesOfRanks
     """What is known of the times of all stages."""
+    positions: Positions
+    """Where all ranks are, as far as known."""
     _fault: Fault = field(repr=False)
     _transports: Sequence[Transport] = field(repr=False)
 
@@ -122,9 +125,16 @@ class Links:
         """Raises `PeerLost` if the pipeline is broken."""
         self._fault.check(errors.on_rank(self.stage, "closing its links"))
 
-    def fail(self, reason: str, micro_batch: int | None = None) -> None:
-        """Tell all ranks that this one cannot go on, and at which micro-batch; they raise `PeerLost` at once."""
-        self._fault.record(Loss(self.rank, reason, errors.own_failure(self.rank, reason, micro_batch), micro_batch))
+    def fail(self, reason: str, micro_batch: int | None = None, step_timeout_s: float | None = None) -> None:
+        """Tell all ranks that this one cannot go on, and at which micro-batch; they raise `PeerLost` at once.
+
+        Args:
+            reason: in at most 24 bytes.
+            micro_batch: in whose step it is.
+            step_timeout_s: the longest step that it may take, if that is why.
+        """
+        sentence = errors.own_failure(self.rank, reason, micro_batch, step_timeout_s)
+        self._fault.record(Loss(self.rank, reason, sentence, micro_batch, step_timeout_s))
 
     def close(self) -> None:
         """Say STOP on all links, wait until the neighbours said it and all close, and close the transport.
@@ -164,6 +174,7 @@ def make_links(
     patience: Patience | None = None,
     stats: Stats = TOTALS,
     tensor_parallel: TensorParallel | None = None,
+    look: Callable[[], Place] | None = None,
 ) -> Links:
     """Compare the plans of all ranks, then make this rank's links; every rank of the pipeline calls it.
 
@@ -173,18 +184,21 @@ def make_links(
         patience: how long ranks wait for one another.
         stats: counts headers, tensors and bytes.
         tensor_parallel: the ranks that hold this stage together with this one; then all ranks of the world take part.
+        look: says where this rank is, from any thread, for the errors of the others.
 
     Raises:
         PlanMismatch: on every rank, with every difference.
         PeerLost: a rank did not come within ``setup_seconds``.
     """
-    fault, times = Fault(), TimesOfRanks(transport.ranks, transport.stage)
+    positions, times = Positions(transport.ranks[transport.stage], look), TimesOfRanks(transport.ranks, transport.stage)
+    fault = Fault(positions)
     transports: list[Transport] = [transport]
     if tensor_parallel is not None:
         transports.append(tensor_parallel.transport)
     try:
         plan = _agreed(transport, own, tensor_parallel)
-        settings = LinkSettings(plan, patience or Patience(), fault, stats, times, tensor_parallel)
+        positions.sent_names = plan.sent_names
+        settings = LinkSettings(plan, patience or Patience(), fault, stats, times, positions, tensor_parallel)
         stage, last = transport.stage, plan.stage_count - 1
         incoming = outgoing = feedback_in = feedback_out = None
         for hop in range(last):
@@ -204,7 +218,7 @@ def make_links(
         for opened in transports:
             opened.close()
         raise
-    return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, times, fault, transports)
+    return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, times, positions, fault, transports)
 
 
 def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:

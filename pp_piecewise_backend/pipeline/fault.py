@@ -6,9 +6,11 @@ See Note [liveness] in ``link.py`` for who finds losses.
 from __future__ import annotations
 
 import threading
+import time
 from typing import NamedTuple, Protocol
 
 from .. import errors
+from .positions import Positions, last_positions
 
 _TOLD_SECONDS = 1.0
 """How long an error waits until the neighbours have been notified."""
@@ -26,6 +28,8 @@ class Loss(NamedTuple):
     sentence: str
     micro_batch: int | None = None
     """In whose step that rank was, or the last one that it ran, if it says so."""
+    step_timeout_s: float | None = None
+    """What that rank may take for a step, if it is lost because it took longer."""
 
 
 class Breakable(Protocol):
@@ -43,10 +47,18 @@ class Breakable(Protocol):
 
 
 class Fault:
-    """The first failure that one rank learns of; it breaks all its links."""
+    """The first failure that one rank learns of; it breaks all its links.
 
-    def __init__(self) -> None:
+    Args:
+        positions: of all ranks, for the error.
+    """
+
+    def __init__(self, positions: Positions) -> None:
         self.loss: Loss | None = None
+        self._positions = positions
+        self._found: tuple[errors.Position, ...] | None = None
+        """Where the ranks were, once somebody has asked."""
+        self._asking = threading.Lock()
         self._ends: list[Breakable] = []
         self._lock = threading.Lock()
         self._recorded = threading.Event()
@@ -66,6 +78,7 @@ class Fault:
                 return
             self.loss = loss
         self._recorded.set()
+        self._positions.say_last()
         for end in self._ends:
             if end is not found_by:
                 end.tell_failure(loss)
@@ -87,4 +100,8 @@ class Fault:
 
     def _error(self, loss: Loss, doing: str) -> errors.PeerLost:
         self._told.wait(_TOLD_SECONDS)
-        return errors.PeerLost(errors.lost_while(loss.sentence, doing))
+        with self._asking:
+            if self._found is None:
+                self._found = self._positions.collect(loss.rank)
+        text = last_positions(self._found, time.time()) if self._found else ""
+        return errors.PeerLost(errors.lost_while(loss.sentence, doing, text), self._found)

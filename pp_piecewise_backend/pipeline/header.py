@@ -71,17 +71,21 @@ class Kind(IntEnum):
     DATA = 1
     """The tensors of one micro-batch follow."""
     KEEP_ALIVE = 2
-    """Nothing, but the rank lives."""
+    """Nothing, but the rank lives; where it is, as in ``POSITION``."""
     STOP = 3
     """No micro-batch follows; from the receiving end: please send no more."""
     FAILED = 4
-    """The pipeline is broken: ``rank`` failed, ``tag`` says how, ``num_tokens`` is 1 + its micro-batch, if known."""
+    """The pipeline is broken: ``rank`` failed, ``tag`` says how, ``num_tokens`` is 1 + its micro-batch, if known.
+
+    ``sequence`` is the longest step that it may take, in microseconds, where it took longer; else 0."""
     CLOSED = 5
     """After STOP of both ends: the rank closes."""
     NOTICE = 6
     """The last stage has ended a micro-batch of which no tensors follow."""
     TIMES = 7
     """Of a stage whose run has ended: ``bucket_tokens`` is the stage, ``num_tokens`` its micro-batches."""
+    POSITION = 8
+    """Where rank ``bucket_tokens`` is: ``tag`` says it, ``num_tokens`` is 1 + its micro-batch, if it has one."""
 
 
 _KINDS: dict[int, Kind] = {kind.value: kind for kind in Kind}

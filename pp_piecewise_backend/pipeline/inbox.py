@@ -45,6 +45,7 @@ class Inbox:
         early: whether a receive is posted as soon as memory is free and a header is there, by whichever thread learns
             of that last; else only in ``take``.
         timeline: gives the place where receives are noted, if anywhere.
+        on_header: called in ``take`` once the header of a micro-batch has come, before its tensors are waited for.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Inbox:
         hands_out: bool = False,
         early: bool = True,
         timeline: Callable[[], Timeline | None] = lambda: None,
+        on_header: Callable[[int], None] = lambda micro_batch: None,
     ) -> None:
         self._receiver = receiver
         self._stats = stats
@@ -64,6 +66,7 @@ class Inbox:
         self._hands_out = hands_out
         self._early = early
         self._timeline = timeline
+        self._on_header = on_header
         self._device = landing.device
         self._stream = None if self._device.type == "cpu" else torch.Stream(self._device)
         """Where receives are posted, by whichever thread, so that they wait for the last reader only."""
@@ -118,6 +121,7 @@ class Inbox:
         if timeline is not None:
             timeline.add("steps", "wait for a header", begin_ns, micro_batch=header.sequence)
         begin_ns = time.time_ns()
+        self._on_header(header.sequence)
         transfer.wait()
         if self._hands_out and self._stream is not None:
             self._arrived = self._reached()

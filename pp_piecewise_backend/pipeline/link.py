@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ from ..utils.counters import Amounts, Stats
 from .fault import Fault, Loss
 from .header import MAX_TAG_BYTES, Answer, Header, Kind
 from .plan import Plan, Schema
+from .positions import Place, Positions, Saying, Step
 from .report import RankTimes, TimesOfRanks
 from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Pending, Wire
@@ -49,8 +51,6 @@ Result = TypeVar("Result")
 
 _TELLING_SECONDS = 0.3
 """How long a failing rank tries to notify one neighbour."""
-_BUSY = b"busy"
-"""What a keep-alive says while its rank compiles and captures, which may hold up the thread that sends them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class LinkSettings:
     fault: Fault
     stats: Stats
     times: TimesOfRanks
+    positions: Positions
     tensor_parallel: TensorParallel | None = None
     """None: each stage is one rank."""
 
@@ -87,15 +88,18 @@ class End:
         self._telling = threading.Lock()
         self._said_stop = threading.Event()
         self._heard_stop = threading.Event()
-        self._state = b""
+        self._is_busy = False
+        """Whether this rank compiles and captures, which may hold up the thread that sends keep-alives."""
         self._peer_is_busy = False
+        self._peer_announced_ns = 0
+        """When the other end announced the last micro-batch; 0: none."""
+        self._passing_on: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        """Ranks whose position the neighbour is to hear, see Note [positions of all ranks]; None: no more."""
         self._closes_in_turn = False
         self._stopped = threading.Event()
         """Both ends have said STOP, or the link is lost."""
         self._silent = threading.Event()
         """The listener has ended."""
-        self._gone = threading.Event()
-        """Nobody needs to hear of this end any more."""
         name = f"handoff {own_rank}-{peer_rank}"
         self._threads = [
             threading.Thread(target=self._listen, name=f"{name} listener", daemon=True),
@@ -106,6 +110,7 @@ class End:
         """Listen from now on; ``closes_in_turn``: also after both ends have stopped, see Note [closing]."""
         self._closes_in_turn = closes_in_turn
         self._fault.add(self)
+        self._settings.positions.add(self)
         if closes_in_turn:  # a link between stages
             self._settings.times.add(self)
         for thread in self._threads:
@@ -133,26 +138,30 @@ class End:
         """Notify the neighbour, if that can be done soon."""
         tag = loss.reason.encode("ascii", "replace")[:MAX_TAG_BYTES]
         told = 0 if loss.micro_batch is None else loss.micro_batch + 1
-        header = Header(Kind.FAILED, self._settings.plan.fingerprint, 0, loss.rank, told, tag=tag)
+        longest_us = round(1e6 * (loss.step_timeout_s or 0))
+        header = Header(Kind.FAILED, self._settings.plan.fingerprint, longest_us, loss.rank, told, tag=tag)
+        ranks = self._settings.positions.known_ranks()
         if self._telling.acquire(timeout=_TELLING_SECONDS):
             try:
                 with contextlib.suppress(ConnectionError, TimeoutError):
-                    self._wire.flush(_TELLING_SECONDS)
-                    self._wire.tell(header.pack())
+                    for said in (*filter(None, map(self._position, ranks)), header):
+                        self._wire.flush(_TELLING_SECONDS)
+                        self._wire.tell(said.pack())
                     self._wire.flush(_TELLING_SECONDS)
             finally:
                 self._telling.release()
 
     def say_busy(self, busy: bool) -> None:
         """Say whether silence of this end means nothing for a while: it may hold up its own threads."""
-        self._state = _BUSY if busy else b""
-        self._checked(lambda: "saying what it does", self._tell, Kind.KEEP_ALIVE, 0, self._state)
+        self._is_busy = busy
+        self._checked(lambda: "saying what it does", self._tell_position, self.own_rank)
 
     def say_closed(self) -> None:
         """Say that this end, which has stopped, closes; nobody may be there to hear it."""
         self.check(lambda: "closing")
         with contextlib.suppress(ConnectionError, TimeoutError):
             self._tell(Kind.CLOSED)
+        self._say_no_more()  # nobody listens
 
     def tell_times(self, stage: int, times: RankTimes) -> None:
         """Say to the neighbour what is known of a stage, if it still listens."""
@@ -160,10 +169,48 @@ class End:
             numbers = self._settings.plan.fingerprint, self._told_data, self.own_rank, times.micro_batches, stage
             self._wire.tell(Header(Kind.TIMES, *numbers, times.to_bytes()).pack())
 
+    def pass_on(self, rank: int) -> None:
+        self._passing_on.put(rank)
+
+    def seen(self) -> tuple[int, Place] | None:
+        since_ns = self._peer_announced_ns
+        place = Place(Step.INPUTS, self._heard_data - 1, since_ns)
+        return (self.peer_rank, place) if since_ns and self._closes_in_turn else None
+
+    def _say_no_more(self) -> None:
+        """Nobody needs to hear of this end any more."""
+        self._passing_on.put(None)
+
+    def _position(self, rank: int) -> Header | None:
+        """What says where a rank is, if that is known; the lock is held."""
+        saying = self._settings.positions.known(rank)
+        if saying is None:
+            return None
+        kind = Kind.KEEP_ALIVE if rank == self.own_rank else Kind.POSITION
+        numbers = self._settings.plan.fingerprint, self._told_data, self.own_rank
+        micro_batch = saying.place.micro_batch
+        said = 0 if micro_batch is None else micro_batch + 1
+        is_busy = self._is_busy and kind is Kind.KEEP_ALIVE
+        return Header(kind, *numbers, said, rank, saying.to_bytes(is_busy))
+
+    def _tell_position(self, rank: int) -> None:
+        with self._telling:
+            header = self._position(rank)
+            if header is not None:
+                self._wire.tell(header.pack())
+
     def _keep_alive(self) -> None:
-        while not self._gone.wait(self._settings.patience.silence_seconds / 3):
+        every_seconds = self._settings.patience.silence_seconds / 3
+        next_at = time.monotonic() + every_seconds
+        while True:
             try:
-                self._tell(Kind.KEEP_ALIVE, tag=self._state)
+                rank = self._passing_on.get(timeout=max(0.0, next_at - time.monotonic()))
+            except queue.Empty:
+                rank, next_at = self.own_rank, time.monotonic() + every_seconds
+            if rank is None:
+                return
+            try:
+                self._tell_position(rank)
             except (ConnectionError, TimeoutError):
                 return  # the listener finds out why
 
@@ -181,25 +228,39 @@ class End:
                 elif header.kind is Kind.TIMES:
                     self._settings.times.hear(header.bucket_tokens, header.num_tokens, header.tag, self)
                 elif header.kind in (Kind.DATA, Kind.NOTICE):
-                    self._heard_data += header.kind is Kind.DATA
+                    if header.kind is Kind.DATA:
+                        self._heard_data += 1
+                        self._peer_announced_ns = time.perf_counter_ns()
                     self._put(header)
                 if self._said_stop.is_set() and self._heard_stop.is_set() and not self._stopped.is_set():
                     self._tell(Kind.STOP)
                     self._stopped.set()
                     if not self._closes_in_turn:
-                        self._gone.set()
+                        self._say_no_more()
                         return
         except _Lost as lost:
-            self._gone.set()
+            if not lost.is_notice:
+                self._say_no_more()
             if not (lost.is_gone and self._stopped.is_set()):
                 self._fault.record(lost.loss, found_by=None if lost.is_alive else self)
-                self._wire.break_control()
+                if not lost.is_notice:
+                    self._wire.break_control()
+            if lost.is_notice:
+                self._silent.set()
+                self._put(None)
+                self._listen_on()
         except (ConnectionError, TimeoutError):
-            self._gone.set()  # the last STOP did not leave: the other end needed it no more
+            self._say_no_more()  # the last STOP did not leave: the other end needed it no more
         finally:
             self._stopped.set()
             self._silent.set()
             self._put(None)
+
+    def _listen_on(self) -> None:
+        """Until this end closes, for where the other ranks are."""
+        with contextlib.suppress(_Lost, ConnectionError, TimeoutError):
+            while True:
+                self._hear()
 
     def _hear(self) -> Header:
         peer, patience = self.peer_rank, self._settings.patience
@@ -219,10 +280,14 @@ class End:
         if header.kind is Kind.FAILED:
             reason = header.tag.decode("ascii", "replace")
             micro_batch = header.num_tokens - 1 if header.num_tokens else None
-            sentence = errors.peer_failed(header.rank, reason, peer, micro_batch)
-            raise _Lost(Loss(header.rank, reason, sentence, micro_batch))
-        if header.kind is Kind.KEEP_ALIVE:
-            self._peer_is_busy = header.tag == _BUSY
+            longest_seconds = header.sequence / 1e6 if header.sequence else None
+            sentence = errors.peer_failed(header.rank, reason, peer, micro_batch, longest_seconds)
+            raise _Lost(Loss(header.rank, reason, sentence, micro_batch, longest_seconds), is_notice=True)
+        if header.kind in (Kind.KEEP_ALIVE, Kind.POSITION):
+            saying, is_busy = Saying.from_bytes(header.tag, header.num_tokens - 1 if header.num_tokens else None)
+            if header.kind is Kind.KEEP_ALIVE:
+                self._peer_is_busy = is_busy
+            self._settings.positions.hear(header.bucket_tokens, saying, self)
         return header
 
     def _put(self, header: Header | None) -> None:
@@ -308,10 +373,13 @@ class End:
 
     def close(self) -> None:
         """Release the wire."""
-        self._gone.set()
-        if not self._silent.is_set():
+        self._say_no_more()
+        listener, keep_alive = self._threads
+        if self.is_broken:
+            keep_alive.join(_TELLING_SECONDS)  # it passes on what the neighbours may wait for
+        if self.is_broken or not self._silent.is_set():
             self._wire.break_control()
-        for thread in self._threads:
+        for thread in (listener, keep_alive):
             thread.join(_TELLING_SECONDS)
         self._wire.close()
 
@@ -323,6 +391,8 @@ class _Lost(Exception):
     """Whether the peer can be notified."""
     is_gone: bool = False
     """Whether it hung up, which it may do when it has stopped."""
+    is_notice: bool = False
+    """Whether the peer said so, and still listens for where the other ranks are."""
 
 
 class Sender(End):

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -105,6 +105,8 @@ class Plan:
     has_feedback: bool
     fingerprint: int
     """64 bits that are equal for equal plans, on any machine; every header carries them."""
+    sent_names: Mapping[int, Sequence[str]] = field(default_factory=dict, compare=False)
+    """Every rank of all pipelines -> the names of what it sends: proxies, or feedback from the last stage."""
 
 
 _LINKS = ("inputs", "outputs", "feedback")
@@ -137,6 +139,11 @@ def agree(pipelines: Sequence[Sequence[str]]) -> Plan:
         stage_count=len(first),
         has_feedback=len(first) > 1 and first[0]["feedback"] is not None,
         fingerprint=int.from_bytes(hashlib.sha256(common.encode()).digest()[:8], "little"),
+        sent_names={
+            plan["rank"]: [name for name, *_ in plan["outputs"] or (plan is pipeline[-1] and plan["feedback"]) or ()]
+            for pipeline in plans
+            for plan in pipeline
+        },
     )
 
 

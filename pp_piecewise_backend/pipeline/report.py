@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from .positions import Place, Step
+
 WaitKind = Literal["receive", "send", "feedback"]
 
 TIMED_STEPS = 8
@@ -117,6 +119,11 @@ class PipelineReport:
         return "\n".join([*lines, self.verdict])
 
 
+_WAITS = {"receive": Step.TENSORS, "send": Step.LEAVING, "feedback": Step.FEEDBACK}
+"""Where a rank is that waits within its step."""
+_OWN_CODE = {Step.INPUTS: "make_inputs", Step.FORWARD: "forward", Step.FINISH: "finish", Step.SENDING: "results"}
+
+
 class LateStep(NamedTuple):
     """A step that takes too long, and goes on."""
 
@@ -148,9 +155,13 @@ class StepClock:
         """When the step under way began, 0 without one; and what was waited before it."""
         self._wait_ns = 0
         """When the wait under way began; 0 without one."""
+        self._wait_kind: WaitKind = "receive"
+        self._coming: int | None = None
+        """The micro-batch whose header has come, while its tensors are waited for."""
         self.micro_batch: int | None = None
         """Whose step runs or ran last."""
-        self._part = ""
+        self._place = Place(Step.SETTING_UP, None, time.perf_counter_ns())
+        """Where this rank is, or was when it began to wait."""
         self._thread: int | None = None
         self._events: tuple[torch.Event, torch.Event] | None = None
         self._stream: torch.Stream | None = None
@@ -159,16 +170,37 @@ class StepClock:
         """Whether events were recorded and not read yet."""
         self._device_us, self._device_steps = 0.0, 0
 
-    def wait_begins(self) -> int:
+    def begins(self, step: Step) -> None:
+        """This rank is there from now on, also outside of micro-batches."""
+        self._place = Place(step, self.micro_batch, time.perf_counter_ns())
+
+    def place(self) -> Place:
+        """Where this rank is now; for any thread."""
+        wait_ns, kind, coming, place = self._wait_ns, self._wait_kind, self._coming, self._place
+        if not wait_ns:
+            return place
+        if kind != "receive" or self._step_ns:
+            return Place(_WAITS[kind], self.micro_batch, wait_ns)
+        if coming is not None:
+            return Place(Step.TENSORS, coming, wait_ns)
+        return Place(Step.HEADER, 0 if self.micro_batch is None else self.micro_batch + 1, wait_ns)
+
+    def wait_begins(self, kind: WaitKind) -> int:
         """This thread waits for another rank from now on: ``time.perf_counter_ns()``, for ``waited``."""
         now_ns = time.perf_counter_ns()
-        if threading.get_ident() == self._thread:
-            self._wait_ns = now_ns
+        if self._thread is None or threading.get_ident() == self._thread:
+            self._wait_kind, self._wait_ns = kind, now_ns
         return now_ns
+
+    def header_came(self, micro_batch: int) -> None:
+        """Within a wait for the next micro-batch: its tensors are waited for from now on."""
+        self._coming = micro_batch
 
     def waited(self, kind: WaitKind, begin_ns: int) -> None:
         """This thread waited for another rank, since ``time.perf_counter_ns()`` was ``begin_ns``."""
-        if threading.get_ident() == self._thread:
+        if self._thread is None:
+            self._wait_ns = 0
+        elif threading.get_ident() == self._thread:
             taken_ns = time.perf_counter_ns() - begin_ns
             self._taken_ns[kind] += taken_ns
             self._waited_ns += taken_ns
@@ -179,12 +211,14 @@ class StepClock:
         if self._thread is None:
             self._thread = threading.get_ident()
             self._begin_ns = begin_ns
-        self.micro_batch, self._part, self._waited_before_step_ns = micro_batch, "make_inputs", self._waited_ns
+        self.micro_batch, self._coming, self._wait_ns = micro_batch, None, 0
+        self._place, self._waited_before_step_ns = Place(Step.INPUTS, micro_batch, begin_ns), self._waited_ns
         self._step_ns = begin_ns
 
     def step_ends(self) -> None:
         self._step_ns = 0
         self._end_ns = time.perf_counter_ns()
+        self._place = Place(Step.CALLER, self.micro_batch, self._end_ns)
         self._steps += 1
         self._counted_ns = self._taken_ns.copy()
 
@@ -195,21 +229,22 @@ class StepClock:
         if not step_ns or until_ns - step_ns - waited_ns <= 1e9 * longest_seconds or step_ns != self._step_ns:
             return None
         assert self.micro_batch is not None and self._thread is not None
-        return LateStep(self.micro_batch, self._part, self._thread)
+        return LateStep(self.micro_batch, _OWN_CODE.get(self._place.step, "results"), self._thread)
 
     def forward_begins(self) -> None:
-        self._part = "forward"
         if self._is_async and self._steps % TIMED_STEPS == 0 and self._are_events_free():
             assert self._events is not None
             self._stream = torch.accelerator.current_stream(self._device)
             self._events[0].record(self._stream)
         self._waited_before_ns, self._forward_begin_ns = self._waited_ns, time.perf_counter_ns()
+        self._place = Place(Step.FORWARD, self.micro_batch, self._forward_begin_ns)
 
     def forward_ends(self) -> None:
         """The forward took what has passed, but for the waits in it."""
-        self._part = "results"
+        now_ns = time.perf_counter_ns()
+        self._place = Place(Step.SENDING, self.micro_batch, now_ns)
         waits_ns = self._waited_ns - self._waited_before_ns
-        self._taken_ns["forward"] += time.perf_counter_ns() - self._forward_begin_ns - waits_ns
+        self._taken_ns["forward"] += now_ns - self._forward_begin_ns - waits_ns
         if self._stream is not None and self._events is not None:
             self._events[1].record(self._stream)
             self._stream, self._is_timing = None, True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,16 @@ from .link import Sender
 from .transports.base import Pending
 
 Finish = Callable[[Any, bytes], Mapping[str, torch.Tensor]]
+
+
+class Sent(NamedTuple):
+    """Results on their way to the next stage."""
+
+    transfer: Pending
+    sequence: int
+    """Of their micro-batch."""
+    begin_ns: int
+    """Of ``time.time_ns()``."""
 
 
 def chosen(output: Any, names: tuple[str, ...], whose: str, stats: Stats) -> dict[str, torch.Tensor]:

@@ -19,7 +19,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
@@ -43,9 +42,10 @@ from .connect import make_links, pick_transport
 from .header import Answer, Header, MicroBatch
 from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
+from .positions import Step
 from .report import PipelineReport, StepClock, WaitKind
-from .results import Answers, Finish, chosen
-from .transports.base import Patience, Pending, Transport
+from .results import Answers, Finish, Sent, chosen
+from .transports.base import Patience, Transport
 from .watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class StageRunner:
         self._clock = StepClock(self._stage.device)
         self._patience = patience
         self.timeline: Timeline | None = None
-        self._links = make_links(way, plan, patience, self._stats, siblings)
+        self._links = make_links(way, plan, patience, self._stats, siblings, self._clock.place)
         self._watchdog = Watchdog(self._clock, self._links, patience.step_seconds)
         self._inbox: Inbox | None = None
         self._feedback: Inbox | None = None
@@ -155,6 +155,7 @@ class StageRunner:
                 hands_out=self.is_last,
                 early=receive == "early",
                 timeline=lambda: self.timeline,
+                on_header=self._clock.header_came,
             )
         if self._links.feedback_in is not None:
             spare_count = max_in_flight or 2 * self.stage_count  # besides what is lent to the caller of ``feedback``
@@ -175,7 +176,7 @@ class StageRunner:
         self._compiled: Any = None
         self._bucket_times: tuple[BucketTime, ...] = ()
         self._trace_path: Path | None = None
-        self._sent: _Sent | None = None
+        self._sent: Sent | None = None
         self._is_whole_graph = True
         self._turn = checks.Turn()
         self._in_forward = False
@@ -200,6 +201,7 @@ class StageRunner:
             PPPiecewiseError: called while a micro-batch is under way, or from within a warm-up.
         """
         with self._turn, self._failing(), self._links.busy(), self._memory_at_rest(), _serving():
+            self._clock.begins(Step.WARMING_UP)
             self._compile(whole=True)
             try:
                 warmup(self._compiled, self._warmup_inputs, progress=progress)
@@ -210,6 +212,7 @@ class StageRunner:
             own = [p.graphs for p in programs() if p.stage is self._stage and p.graphs is not None]
             captured = {bucket.tokens for graphs in own for bucket, _ in graphs.buckets}
             self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured)
+            self._clock.begins(Step.CALLER)
 
     @contextlib.contextmanager
     def _memory_at_rest(self) -> Iterator[None]:
@@ -320,7 +323,7 @@ class StageRunner:
         assert self._inbox is not None
         self._enqueue_sends()
         take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
-        begin_ns = self._clock.wait_begins()
+        begin_ns = self._clock.wait_begins("receive")
         taken = take()
         self._clock.waited("receive", begin_ns)
         return taken
@@ -350,6 +353,7 @@ class StageRunner:
         elif self._answers is not None and answer is not Answer.NOTHING:
             if self._answers.are_finished_here:
                 self._confirm()
+                self._clock.begins(Step.FINISH)
             with _serving(), self._spanning("steps", "answer"):
                 self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
@@ -378,7 +382,7 @@ class StageRunner:
             output = self._compiled(**arguments)
         finally:
             self._in_forward = False
-            self._clock.forward_ends()
+        self._clock.forward_ends()
         if self._uses_landing_memory and not self._has_landing_memory(output):
             self._release()
         return output, began_at
@@ -416,7 +420,7 @@ class StageRunner:
         tensors = chosen(output, self._output_names, f"the module of stage {self.stage}", self._stats)
         self._wait_for_send()
         transfer = self._links.outgoing.send(header, tensors)
-        self._sent = _Sent(transfer, header.sequence, time.time_ns())
+        self._sent = Sent(transfer, header.sequence, time.time_ns())
         if self._uses_landing_memory:  # what is sent lies in landing memory
             self._wait_for_send()
             self._release()
@@ -426,7 +430,7 @@ class StageRunner:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        begin, begin_ns = self._clock.wait_begins(), time.time_ns()
+        begin, begin_ns = self._clock.wait_begins("send"), time.time_ns()
         sent.transfer.wait()
         self._clock.waited("send", begin)
         if in_step and time.perf_counter_ns() - begin > 1e9 * WAITED_SECONDS:
@@ -438,7 +442,7 @@ class StageRunner:
 
     def _enqueue_sends(self) -> None:
         """Before a stream waits for another rank, see Note [no wait but for what was enqueued]."""
-        begin_ns = self._clock.wait_begins()
+        begin_ns = self._clock.wait_begins("send")
         if self._sent is not None and self._sent.transfer.enqueued is not None:
             self._sent.transfer.enqueued()
         if self._answers is not None:
@@ -532,7 +536,7 @@ class StageRunner:
     @contextlib.contextmanager
     def _waiting(self, kind: WaitKind, name: str) -> Iterator[None]:
         """The body waits for another rank."""
-        begin_ns = self._clock.wait_begins()
+        begin_ns = self._clock.wait_begins(kind)
         with self._spanning("steps", name):
             yield
         self._clock.waited(kind, begin_ns)
@@ -556,6 +560,7 @@ class StageRunner:
         """Stop in order: nothing more is sent, and what was announced to this stage is received and dropped."""
         if self._links.is_broken:
             return
+        self._clock.begins(Step.CLOSING)
         self._wait_for_send()
         if self._answers is not None:
             self._answers.wait()
@@ -604,13 +609,6 @@ class StageRunner:
         except errors.PeerLost:
             if error is None:
                 raise
-
-
-@dataclass(frozen=True)
-class _Sent:
-    transfer: Pending
-    sequence: int
-    begin_ns: int
 
 
 def _serving() -> contextlib.AbstractContextManager[object]:

@@ -16,6 +16,7 @@ from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
 from pp_piecewise_backend.pipeline.link import LinkSettings, Receiver, Sender, Sibling
 from pp_piecewise_backend.pipeline.plan import Plan, Schema
+from pp_piecewise_backend.pipeline.positions import Positions
 from pp_piecewise_backend.pipeline.report import TimesOfRanks
 from pp_piecewise_backend.pipeline.transports.base import Patience
 from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
@@ -67,7 +68,8 @@ class HungUp:
 def receiver() -> tuple[HungUp, Receiver]:
     plan = Plan(LADDER, stage_count=2, has_feedback=False, fingerprint=7)
     wire = HungUp(plan)
-    settings = LinkSettings(plan, Patience(silence_seconds=30.0), Fault(), Stats(), TimesOfRanks((0, 1), 0))
+    positions, times = Positions(1), TimesOfRanks((0, 1), 1)
+    settings = LinkSettings(plan, Patience(silence_seconds=30.0), Fault(positions), Stats(), times, positions)
     return wire, Receiver(wire, Schema(PROXIES), own_rank=1, peer_rank=0, settings=settings)  # type: ignore[arg-type]
 
 
@@ -98,7 +100,7 @@ def test_what_a_rank_sends_is_broken_before_its_streams_are_let_go() -> None:
             assert fault.loss is not None
             broken.append(self.is_receiver)
 
-    fault = Fault()
+    fault = Fault(Positions(0))
     for is_receiver in (True, False, True, False):
         fault.add(OneEnd(is_receiver))
     fault.record(Loss(0, "test", "it is gone"))

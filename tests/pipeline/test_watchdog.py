@@ -14,6 +14,7 @@ import pp_piecewise_backend as ppb
 from models.small_pipeline import own_inputs
 from plain_stage import Plain
 from pp_piecewise_backend import errors
+from pp_piecewise_backend.pipeline.positions import Step
 from pp_piecewise_backend.pipeline.report import LateStep, StepClock
 from pp_piecewise_backend.pipeline.transports.base import Patience
 from stages_in_threads import in_threads, warm_up_alone
@@ -58,6 +59,12 @@ def test_a_rank_that_hangs_is_named_to_all_and_shows_its_stack(caplog: pytest.Lo
         assert isinstance(outcome, errors.PeerLost)
         whose = "rank 1 itself failed" if stage == 1 else "rank 1 failed"
         assert f"{whose} (hangs in its make_inputs) at micro-batch {hanging_at}" in str(outcome), outcome
+        assert f"StageRunner(step_timeout_s={STEP_TIMEOUT_S:g})" in str(outcome), "how it was set, on each rank"
+        first, hanging, last = outcome.positions
+        assert hanging.step == f"in its make_inputs of micro-batch {hanging_at}" and hanging.as_of - hanging.since > 1.9
+        # The first one is in flight ahead, or waits until its send has left; then the pipeline is full.
+        assert first.step.startswith(("waiting for feedback after micro-batch", "waiting for its last send to leave"))
+        assert last.step.startswith(("waiting for the header of micro-batch", "receiving the tensors of micro-batch"))
     (record,) = [record for record in caplog.records if "hangs" in record.getMessage()]
     assert "rank 1 hangs at micro-batch 5, in its make_inputs" in record.getMessage()
     assert "in a_lock_that_nobody_releases" in record.getMessage()
@@ -74,7 +81,7 @@ def test_waits_for_other_ranks_do_not_make_a_step_late() -> None:
     clock.step_begins(3)
     assert clock.late_step(0) == LateStep(3, "make_inputs", threading.get_ident())
     clock.forward_begins()
-    begin_ns = clock.wait_begins()
+    begin_ns = clock.wait_begins("send")
     time.sleep(0.4)
     assert clock.late_step(0.3) is None
     clock.waited("send", begin_ns)
@@ -91,5 +98,44 @@ def test_waits_for_other_ranks_do_not_make_a_step_late() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), "2"])
 def test_a_step_timeout_is_a_positive_number(seconds: Any) -> None:
-    with pytest.raises(errors.ConfigError, match=r"step_seconds=.*expected a positive number"):
+    with pytest.raises(
+        errors.ConfigError,
+        match=r"step_timeout_s=.*expected a positive number of seconds, given as StageRunner\(step_timeout_s=\)",
+    ):
         Patience(step_seconds=seconds)
+
+
+def test_a_clock_says_where_its_rank_is() -> None:
+    clock = StepClock(torch.device("cpu"))
+
+    def phrase() -> str:
+        return clock.place().phrase(["a", "b"])
+
+    assert phrase() == "setting up"
+    clock.begins(Step.CALLER)
+    assert phrase() == "in its caller's code"
+    begin_ns = clock.wait_begins("receive")
+    assert phrase() == "waiting for the header of micro-batch 0" and clock.place().since_ns == begin_ns
+    clock.header_came(0)
+    assert phrase() == "receiving the tensors of micro-batch 0"
+    clock.waited("receive", begin_ns)
+    clock.step_begins(0)
+    assert phrase() == "in its make_inputs of micro-batch 0"
+    clock.forward_begins()
+    assert phrase() == "in its forward of micro-batch 0"
+    begin_ns = clock.wait_begins("send")
+    assert phrase() == "waiting for its last send to leave at micro-batch 0"
+    clock.waited("send", begin_ns)
+    assert phrase() == "in its forward of micro-batch 0"
+    clock.forward_ends()
+    assert phrase() == "sending a, b of micro-batch 0"
+    begin_ns = clock.wait_begins("receive")
+    assert phrase() == "receiving the tensors of micro-batch 0", "as a last stage confirms them"
+    clock.waited("receive", begin_ns)
+    clock.begins(Step.FINISH)
+    late = clock.late_step(0)
+    assert phrase() == "in its finish of micro-batch 0" and late is not None and late.part == "finish"
+    clock.step_ends()
+    assert phrase() == "in its caller's code after micro-batch 0"
+    clock.wait_begins("receive")
+    assert phrase() == "waiting for the header of micro-batch 1"
