@@ -100,3 +100,9 @@ def test_default_cases_must_be_cases() -> None:
     assert [getattr(case, "marks", ()) == () for case in slow_but([1], [1, 2])] == [True, False]
     with pytest.raises(AssertionError):
         slow_but([3], [1, 2])
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Else pytest, which imports them as modules of that name, finds none of a run that has both."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
