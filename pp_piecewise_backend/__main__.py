@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 CONSOLE_SCRIPT = "pp-piecewise"
+MOST_COLUMNS = 120
 ENV_DESCRIPTION = """\
 Prints every option of the backend: its environment variable, the value that it has in this environment, and where that
-comes from. options= of torch.compile beats the environment."""
+comes from, and what it means. options= of torch.compile beats the environment."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,10 +72,16 @@ def show_options(options: argparse.Namespace) -> int:
         for name, environment_name, _, _, default, meaning in table:
             print(f"| `{name}` | `{environment_name}` | `{default}` | {meaning} |")
         return 0
-    rows = [("option", "environment", "value", "source"), *(row[:4] for row in table)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
+    # Values can be long, so they come last.
+    rows = [("option", "environment", "source", "value")]
+    rows += [(row.name, row.environment_name, row.source, row.value) for row in table]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 0)).columns)
+    for row, meaning in zip(rows, ["", *(row.help for row in table)], strict=True):
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        indent = " " * 4
+        for line in textwrap.wrap(meaning, columns, initial_indent=indent, subsequent_indent=indent):
+            print(line)
     return 0
 
 

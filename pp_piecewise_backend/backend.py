@@ -118,7 +118,7 @@ class PiecewiseBackend:
             program = _unsplit(name, graph_module, example_inputs, config, stage, refusal)
         else:
             events.split(split, table)
-            _report_unmatched(config, matcher, table, split)
+            _report_unmatched(config, stage, matcher, table, split)
             program = self._build(name, split, table, config, stage, events)
         with self._lock:
             self._programs[id(program)] = program
@@ -275,7 +275,7 @@ class PiecewiseBackend:
         if frame is None:
             return "graph"
         code, values = frame
-        owner = values.get("self")
+        owner = values.get("self", torch_compat.module_in_wrapper(code, values))
         name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else code.co_name
         with self._lock:
             number = self._graphs_of_code.get(code, 0)
@@ -368,14 +368,20 @@ def _unsplit(
     return program
 
 
-def _report_unmatched(config: Config, matcher: SplitOpMatcher, table: InputTable, split: Split) -> None:
+def _report_unmatched(
+    config: Config, stage: Stage | None, matcher: SplitOpMatcher, table: InputTable, split: Split
+) -> None:
     unmatched = [pattern for pattern in matcher.required if pattern not in split.cuts.matches]
     if unmatched:
         TOTALS.add("unmatched_split_ops", len(unmatched))
         _warn(errors.UnmatchedName(errors.unmatched_split_ops(unmatched, split.cuts.attention_like)), config.strict)
-    if table.unmatched_stage_inputs and config.sources["stage_inputs"] != "default":
+    unmatched_inputs = table.unmatched_stage_inputs
+    if stage is not None:  # between graph breaks each graph has some of them
+        stage.matched_names.update(i.label for i in table.of_kind("stage-input"))
+        unmatched_inputs = tuple(name for name in unmatched_inputs if name not in stage.matched_names)
+    if unmatched_inputs and (stage is not None or config.sources["stage_inputs"] != "default"):
         candidates = [i.label for i in table.inputs if i.spec is not None and i.kind != "parameter"]
-        sentence = errors.unmatched_stage_inputs(table.unmatched_stage_inputs, candidates)
+        sentence = errors.unmatched_stage_inputs(unmatched_inputs, candidates)
         _warn(errors.UnmatchedName(sentence), config.strict)
 
 

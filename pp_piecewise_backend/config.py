@@ -447,7 +447,8 @@ def _environment() -> dict[str, str]:
     for name, text in given.items():
         if name not in known:
             rest = name.removeprefix(ENVIRONMENT_PREFIX).strip("_").lower()
-            likely = environment_name(errors.nearest(rest, FIELD_NAMES))
+            near = errors.nearest(rest, FIELD_NAMES)
+            likely = environment_name(near) if near else ""
             raise errors.ConfigError(errors.unknown_environment_variable(name, text, likely, list(known)))
     return {known[name]: text for name, text in given.items()}
 

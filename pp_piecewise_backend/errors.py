@@ -89,23 +89,25 @@ class PPPiecewiseWarning(UserWarning):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return the name in ``valid`` that is spelled most like ``name``; ``valid`` must not be empty."""
-    return difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)[0]
+    """Return the name in ``valid`` that is spelled most like ``name``; "" where none is spelled much like it."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1)), "")
 
 
 # ---------------------------------------------------------------------------------- configuration
 
 
 def unknown_option(name: object, valid: Sequence[str]) -> str:
+    near = nearest(str(name), valid)
     return (
-        f"unknown option {name!r} in options=: the nearest valid name is {nearest(str(name), valid)!r}. "
+        f"unknown option {name!r} in options={near and f': the nearest valid name is {near!r}'}. "
         f"Valid options: {', '.join(valid)}."
     )
 
 
 def unknown_environment_variable(name: str, value: str, nearest_valid: str, valid: Sequence[str]) -> str:
+    near = nearest_valid and f": the nearest valid name is {nearest_valid}"
     return (
-        f"unknown environment variable {name}={value!r}: the nearest valid name is {nearest_valid}. "
+        f"unknown environment variable {name}={value!r}{near}. "
         f"Unset it or rename it. Valid variables: {', '.join(valid)}."
     )
 
@@ -115,9 +117,9 @@ def bad_value(given_as: str, value: object, expected: str, detail: str, choices:
     sentence = f"{given_as} has the value {value!r}: expected {expected}"
     if detail:
         sentence += f", but {detail}"
-    if choices and isinstance(value, str):
-        sentence += f". The nearest valid name is {nearest(value, choices)!r}"
-    return sentence + "."
+    if near := nearest(value, choices) if isinstance(value, str) else "":
+        sentence += f". The nearest valid name is {near!r}"
+    return sentence + (". Leave it out, or unset it." if value == "" else ".")
 
 
 def options_not_a_mapping(options: object) -> str:
@@ -177,7 +179,7 @@ def unmatched_stage_inputs(names: Sequence[str], candidates: Sequence[str]) -> s
     """``candidates``: last components of the sources of the graph's tensor inputs, parameters excluded."""
     inputs = f"Its tensor inputs are {_listed(candidates)}" if candidates else "It has no tensor inputs"
     return (
-        f"stage_inputs {_listed(names)} matched no input of the graph. {inputs}. Give the names that the "
+        f"stage inputs {_listed(names)} matched no input of the graph. {inputs}. Give the names that the "
         f"model's forward uses for its proxies, or leave out those that this stage does not take."
     )
 

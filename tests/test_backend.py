@@ -356,6 +356,8 @@ def test_recompiles_are_counted_per_code() -> None:
     with ppb.expect(programs=1, recompiles=0):
         compiled(lambda x: attend(x))(torch.randn(3, HIDDEN))
     assert ppb.programs()[-1].name == "<lambda>#0"
+    compiled(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)), {})(torch.randn(3, HIDDEN))  # called in a wrapper of Dynamo
+    assert ppb.programs()[-1].name == "Sequential#0"
 
 
 @torch.no_grad()
@@ -580,6 +582,40 @@ def test_a_given_split_op_that_matches_nothing_under_strict() -> None:
     run = compiled(Model(), {"split_ops": "+my_attention", "strict": True})
     text = raised(lambda: run(torch.randn(3, HIDDEN)), errors.UnmatchedName)
     assert "'my_attention' matched no op" in text
+
+
+# ---------------------------------------------------------------------------- stage inputs
+
+UNMATCHED = "stage inputs 'y' matched no input of the graph. Its tensor inputs are 'x'."
+
+
+@pytest.mark.parametrize("given", ["stage", "names"])
+@torch.no_grad()
+def test_a_stage_input_that_matches_nothing_is_reported(given: str) -> None:
+    def run(**options: Any) -> None:
+        stage = ppb.Stage({"y": ppb.Proxy((HIDDEN,), torch.float32)}, 8, "cpu")
+        names = {"stage": stage} if given == "stage" else {"stage_inputs": "y"}
+        compiled(Model(), {**names, **options})(torch.randn(3, HIDDEN))
+
+    with pytest.warns(errors.PPPiecewiseWarning, match=UNMATCHED):
+        run()
+    assert UNMATCHED in raised(lambda: run(strict=True), errors.UnmatchedName)
+
+
+@torch.no_grad()
+def test_between_graph_breaks_each_graph_has_some_of_the_stage_inputs() -> None:
+    class BrokenStage(Model):
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            x = super().forward(x + residual)
+            torch._dynamo.graph_break()
+            return x @ x.T
+
+    proxy = ppb.Proxy((HIDDEN,), torch.float32)
+    stage = ppb.Stage({"x": proxy, "residual": proxy}, 8, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", errors.PPPiecewiseWarning)
+        compiled(BrokenStage(), {"stage": stage})(torch.randn(3, HIDDEN), torch.randn(3, HIDDEN))
+    assert len(ppb.programs()) == 2
 
 
 # ------------------------------------------------------------------------------------- seal

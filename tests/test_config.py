@@ -377,6 +377,17 @@ def test_unknown_variables_name_the_nearest(wrong: str, nearest: str, monkeypatc
     assert f"nearest valid name is {nearest}. Unset it or rename it" in text
 
 
+def test_what_is_like_no_option_gets_no_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "nearest" not in message({"backend": 1}) and "Valid options: enabled, mode, " in message({"backend": 1})
+    monkeypatch.setenv("PP_PIECEWISE_DEBUG", "1")
+    assert "variable PP_PIECEWISE_DEBUG='1'. Unset it or rename it. Valid variables: " in message({})
+
+
+def test_an_empty_variable_is_to_be_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PP_PIECEWISE_COMPILER", "")
+    assert message({}).endswith("expected one of inductor, aot_eager, eager. Leave it out, or unset it.")
+
+
 def test_bad_values_name_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message({"mode": "piecewis"}) == (
         "option 'mode' has the value 'piecewis': expected one of piecewise, full, "

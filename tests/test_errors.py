@@ -61,7 +61,7 @@ MESSAGES = {
     ),
     "unmatched_stage_inputs": (
         errors.unmatched_stage_inputs(["hidden"], ["hidden_states"]),
-        ["'hidden'", "'hidden_states'", "stage_inputs"],
+        ["'hidden'", "'hidden_states'", "stage inputs"],
     ),
     "program_is_not_saved": (
         errors.program_is_not_saved("Layers#0"),
@@ -301,6 +301,11 @@ def test_messages_when_there_is_nothing_to_list() -> None:
     assert "nearest" not in errors.bad_value("option 'mode'", 3, "one of full, none", "", ["full", "none"])
 
 
-def test_nearest_always_names_one() -> None:
+def test_nearest_names_what_is_near_only() -> None:
     assert errors.nearest("grpahs", ["mode", "graphs"]) == "graphs"
-    assert errors.nearest("~", ["mode"]) == "mode"
+    assert errors.nearest("backend", ["mode", "max_tokens", "graphs"]) == errors.nearest("~", ["mode"]) == ""
+    assert errors.unknown_option("backend", ["mode"]) == "unknown option 'backend' in options=. Valid options: mode."
+    assert "PP_PIECEWISE_X='1'. Unset it" in errors.unknown_environment_variable("PP_PIECEWISE_X", "1", "", ["A"])
+    assert errors.bad_value("variable A", "", "one of x, y", "", ["x", "y"]).endswith(
+        " x, y. Leave it out, or unset it."
+    )

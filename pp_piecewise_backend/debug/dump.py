@@ -208,7 +208,8 @@ class ProgramDump(Events):
     @_never_fails
     def traced(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
         text = graph_module.print_readable(print_output=False, include_stride=True, include_device=True)
-        self._write("dynamo_graph.py", text.strip("\n") + "\n")
+        heading = f"# {self.name} as Dynamo gave it: to be read, it makes no inputs\nimport torch\n\n\n"
+        self._write("dynamo_graph.py", heading + text.strip("\n") + "\n")
         placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
         self._note_integers(dict(zip(placeholders, example_inputs, strict=False)))
         self._generated_before = frozenset(generated_files())

@@ -11,9 +11,20 @@ if (button) {
   };
   folds().forEach((fold) => fold.addEventListener("toggle", label));
 }
+const show = (id) => {
+  const step = document.getElementById(id);
+  if (step instanceof HTMLDetailsElement) { step.open = true; step.scrollIntoView({ behavior: "smooth" }); }
+};
 document.querySelectorAll("a.box").forEach((box) => box.addEventListener("click", (event) => {
-  const step = document.getElementById(box.getAttribute("href").slice(1));
   event.preventDefault();
   event.stopPropagation();
-  if (step) { step.open = true; step.scrollIntoView({ behavior: "smooth" }); }
+  show(box.getAttribute("href").slice(1));
 }));
+addEventListener("hashchange", () => show(location.hash.slice(1)));
+show(location.hash.slice(1));
+let closed = [];
+addEventListener("beforeprint", () => {
+  closed = [...document.querySelectorAll("details:not([open])")];
+  closed.forEach((details) => { details.open = true; });
+});
+addEventListener("afterprint", () => closed.forEach((details) => { details.open = false; }));

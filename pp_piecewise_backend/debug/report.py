@@ -59,9 +59,15 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"counted": counted, "json": json.dumps, "ranges": ranges, "eager_label": eager_label}
+    environment.filters |= {"counted": counted, "json": json.dumps, "number": _number, "ranges": ranges}
+    environment.filters["eager_label"] = eager_label
     environment.globals["typed"] = _typed
     return environment.get_template("report.html.j2")
+
+
+def _number(value: object) -> str:
+    """Seconds with three digits, all else as JSON."""
+    return f"{value:.3f}" if isinstance(value, float) else json.dumps(value)
 
 
 def _widths_pixels(pieces: Sequence[PieceEntry]) -> dict[int, int]:

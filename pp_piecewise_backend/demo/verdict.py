@@ -145,7 +145,7 @@ def ranks_table(reports: Sequence[RankReport]) -> str:
                 "compiled (distinct)": report.counters["pieces_compiled"],
                 "eager steps run": report.counters["eager_steps"],
                 "load seconds": f"{report.load_seconds:.2f}",
-                "compile seconds": f"{report.compile_seconds:.2f}",
+                "warm-up seconds": f"{report.compile_seconds:.2f}",
             }
             for report in reports
         ]

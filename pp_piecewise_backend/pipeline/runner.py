@@ -392,14 +392,14 @@ class StageRunner:
         places = [span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
         return any(overlap(*both) for both in itertools.product(places, self._stage.landing_spans))
 
-    # Called by programs of the stage, within a call: see ``hooks.StageListener``.
-
     def landing_was_read(self) -> None:
+        """For programs, see ``StageListener``: nothing reads landing memory any more in the call under way."""
         if self._in_forward and self._uses_landing_memory:
             self._release()
             self._stats.add("early_releases")
 
     def results_are_written(self) -> None:
+        """For programs: the next step of the call under way overwrites the results of the last one."""
         if self._in_forward:
             self._wait_for_send()
 

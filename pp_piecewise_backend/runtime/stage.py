@@ -175,6 +175,8 @@ class Stage:
             name: allocate(max_tokens * proxy.bytes_per_token, self.device) for name, proxy in self.inputs.items()
         }
         self._views: dict[int, dict[str, torch.Tensor]] = {}
+        self.matched_names: set[str] = set()
+        """Those of ``inputs`` that a graph compiled for the stage takes."""
         self.is_shown = False
         """Whether anybody was given views of it, so that arguments may lie in it."""
         self.listener: StageListener | None = None

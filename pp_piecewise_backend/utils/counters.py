@@ -98,9 +98,6 @@ class Snapshot(Mapping[str, Any]):
     __delattr__ = __setattr__
 
     def __repr__(self) -> str:
-        return _text(self, self)
-
-    def __str__(self) -> str:
         """Without the counters that are at zero."""
         return _text(self, {name: value for name, value in self.items() if value})
 
@@ -259,4 +256,5 @@ def _text(counted: object, counts: Mapping[str, Any]) -> str:
 def _unknown(name: str) -> str:
     if name in MISS_COUNTERS:
         return f"counter {name!r} is kept by add_miss(reason, pieces)"
-    return f"unknown counter {name!r}; the nearest is {nearest(name, NAMES)!r}"
+    near = nearest(name, NAMES)
+    return f"unknown counter {name!r}; " + (f"the nearest is {near!r}" if near else f"there are {', '.join(NAMES)}")

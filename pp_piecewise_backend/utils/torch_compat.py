@@ -97,6 +97,13 @@ def frame_being_compiled() -> tuple[CodeType, Mapping[str, object]] | None:
     return None
 
 
+def module_in_wrapper(code: CodeType, values: Mapping[str, object]) -> object:
+    """The module of PyTorch, such as ``nn.Sequential``, that Dynamo calls in a wrapper of its own; None without one."""
+    from torch._dynamo import external_utils
+
+    return values.get("fn") if code.co_filename == external_utils.__file__ else None
+
+
 def _frame_compiled_ahead_of_time() -> tuple[CodeType, Mapping[str, object]] | None:
     """The same for ``aot_compile``, which calls the backend when it has left the frame; its caller knows the model."""
     from torch._dynamo.aot_compile import aot_compile_fullgraph

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def test_two_programs_of_a_stage(tmp_path: Path) -> None:
         assert summary.versions["torch"] == torch.__version__
         assert summary.graphs.mode == "off"
         assert "hidden_states" in (folder / "dynamo_graph.py").read_text()
+        assert "GraphModule" in runpy.run_path(str(folder / "dynamo_graph.py"))
         compile((folder / "split_parent.py").read_text(), "split_parent.py", "exec")
         assert "self.piece_02_compute(" in (folder / "split_parent.py").read_text()
         assert "toy.attention_with_output" in (folder / "piece_01_eager.txt").read_text()

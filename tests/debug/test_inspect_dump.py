@@ -338,11 +338,22 @@ def test_nothing_that_is_read_is_ever_run() -> None:
 def test_env_shows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PP_PIECEWISE_COMPILER", "eager")
     assert main(["env"]) == 0
-    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["option", "environment", "value", "source"]
-    assert ["compiler", "PP_PIECEWISE_COMPILER", "eager", "environment"] in lines
-    assert ["dump_dir", "PP_PIECEWISE_DUMP_DIR", "unset", "default"] in lines
+    printed = capsys.readouterr().out.splitlines()
+    lines = [re.split(r"\s{2,}", line) for line in printed if not line.startswith(" ")]
+    assert lines[0] == ["option", "environment", "source", "value"]
+    assert ["compiler", "PP_PIECEWISE_COMPILER", "environment", "eager"] in lines
+    assert ["dump_dir", "PP_PIECEWISE_DUMP_DIR", "default", "unset"] in lines
     assert len(lines) == 1 + len(ppb.Config().table())
+    after = printed[1 + next(at for at, line in enumerate(printed) if line.startswith("compiler "))]
+    assert after == "    What compiles each distinct piece: inductor, aot_eager or eager."
+    assert max(len(line) for line in printed if line.startswith(" ")) <= 120
+
+
+def test_meanings_of_env_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["env"]) == 0
+    meanings = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+    assert 50 < max(map(len, meanings)) <= 60
 
 
 def test_env_as_markdown_shows_defaults_and_meanings(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pp_piecewise_backend as ppb
+from checkout import PACKAGE
 from dumping import program_folders, run_small, run_toy_stage, summary_of
 from pp_piecewise_backend.debug.report import report_page
 from pp_piecewise_backend.debug.summary import BucketEntry, Graphs, MissEntry, Summary
@@ -145,6 +146,53 @@ def test_a_graph_that_is_not_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.compat
+def palettes() -> dict[str, dict[str, str]]:
+    """Variables of the light and of the dark page -> colours; what the dark one does not set, it has from the other."""
+    css = (PACKAGE / "debug" / "report.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6})", part)) for part in css.split("* {")[0].split("@media", 1)
+    )
+    assert dark.keys() <= light.keys()
+    return {"light": light, "dark": {**light, **dark}}
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it, 1 to 21; 4.5 is the least for text."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        channels = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    brighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_text_can_be_read_on_light_and_dark_pages(name: str) -> None:
+    colours = palettes()[name]
+    assert contrast(colours["paper"], "#ffffff" if name == "light" else "#000000") < 2
+    for background in ("paper", "card", "fold", "calm", "good", "bad", "eager", *(f"c{index}" for index in range(6))):
+        assert contrast(colours["ink"], colours[background]) >= 7, background
+        assert contrast(colours["soft"], colours[background]) >= 3.5, background
+    for pair in (("on-dark", "dark"), ("soft-on-dark", "dark"), ("on-code", "code"), ("soft", "card")):
+        assert contrast(*(colours[each] for each in pair)) >= 4.5, pair
+
+
+def test_every_colour_is_one_of_a_palette() -> None:
+    rules = (PACKAGE / "debug" / "report.css").read_text().partition("* {")[2]
+    assert len(rules) > 1000 and re.findall(r"#[0-9a-f]{3,8}\b|\brgb|: (?:white|black)", rules) == []
+
+
+def test_seconds_are_rounded(tmp_path: Path) -> None:
+    folder = dumped_stage(tmp_path, 2)
+    summary = summary_of(folder)
+    summary.counters["compile_seconds"] = 1.0435897639999894
+    page = report_page(summary, {})
+    assert "<td>1.044</td>" in page and "1.0435" not in page
+
+
 def test_names_are_text_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     summary, _ = example(tmp_path)
@@ -195,8 +243,14 @@ window.addEventListener("load", () => {
   button.click();
   setTimeout(() => {
     seen.all_open = fold.open, seen.label = button.textContent;
+    const steps = [...document.querySelectorAll("details.step")];
+    const shut = () => steps.filter((step) => !step.open).length;
     document.querySelector("a.box.compute").click();
-    seen.step_open = document.querySelector("details.step").open;
+    seen.step_open = steps[0].open;
+    show(steps[1].id), seen.link_opens = steps[1].open;
+    const before = shut();
+    dispatchEvent(new Event("beforeprint")), seen.printed_shut = shut();
+    dispatchEvent(new Event("afterprint")), seen.shut_again = before > 0 && shut() === before;
     const result = document.createElement("output");
     result.id = "seen";
     result.textContent = JSON.stringify(seen);
@@ -222,7 +276,7 @@ def test_it_renders_folds_and_unfolds_in_chromium(tmp_path: Path) -> None:
     # 13 steps: piece 0, five times attention and a piece, attention, the last piece
     assert seen == {
         "errors": [], "wide": False, "folded": 5, "unfolded": 13, "folded_again": 5, "all_open": True,
-        "label": "fold all", "step_open": True,
+        "label": "fold all", "step_open": True, "link_opens": True, "printed_shut": 0, "shut_again": True,
     }  # fmt: skip
 
 
