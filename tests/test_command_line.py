@@ -213,7 +213,7 @@ def test_another_decoder_needs_a_prompt_of_its_token_ids(tmp_path: Path, capsys:
     for bad in ["hello", "1,50", "-1", ""]:
         assert main(["demo", "--model", str(tmp_path), "--prompt", bad]) == 2
         error = capsys.readouterr().err
-        assert "has no tokenizer, so --prompt must be comma-separated token ids in 0..49" in error
+        assert "has no tokenizer, so a prompt must be comma-separated token ids in 0..49" in error
     task = plan("--model", str(tmp_path), "--prompt", "1, 49,3", "--ranks", "6", "--max-new-tokens", "4")
     assert task.job.prompts == [[1, 49, 3]] and task.job.end_tokens == [2, 3] and task.job.max_new_tokens == 4
     assert task.vocabulary.decode([4, 5]) == "4,5"

@@ -1,4 +1,4 @@
-"""What the demo asks: questions ``a+b`` and ``a-b``, their tokens, and those of another decoder.
+"""What the demo asks its own decoder: questions ``a+b`` and ``a-b``, and their tokens.
 
 Tokens of the demo's own decoder are single characters. Numbers are written with the least significant digit first and
 padded with zeros to a fixed width, so that a digit of the answer stands at the same distance from the two digits (and
@@ -13,10 +13,12 @@ What people read (``Question.text``, `decode_answer`) is in the usual order.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from ..integrations.model_folder import Vocabulary
 
 OWN_MODEL_DIR = Path(__file__).parent / "model"
 
@@ -91,40 +93,9 @@ def decode_answer(tokens: Sequence[int]) -> str:
     return characters if match is None else str(int(match[1] + match[2][::-1]))
 
 
-class Vocabulary(NamedTuple):
-    encode: Callable[[str], list[int]]
-    """Raises `ValueError` that says what to write instead."""
-    decode: Callable[[Sequence[int]], str]
-
-
 def is_own_model(config: Any) -> bool:
     """Whether the decoder was made by the demo's training script."""
     return getattr(config, "demo_alphabet", None) == ALPHABET
 
 
-def vocabulary_of(model_dir: Path, config: Any) -> Vocabulary:
-    """Arithmetic questions for the demo's decoder, else the tokenizer in the folder, else comma-separated token ids."""
-    if is_own_model(config):
-        return Vocabulary(lambda text: encode_prompt(parse_question(text)), decode_answer)
-    if any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        import transformers
-
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        return Vocabulary(
-            lambda text: list(tokenizer(text)["input_ids"]),
-            lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
-        )
-
-    def token_ids(text: str) -> list[int]:
-        try:
-            tokens = [int(part) for part in text.split(",")]
-        except ValueError:
-            tokens = []
-        if not tokens or not all(0 <= token < config.vocab_size for token in tokens):
-            raise ValueError(
-                f"{model_dir} has no tokenizer, so --prompt must be comma-separated token ids in "
-                f"0..{config.vocab_size - 1}, such as 1,15,7; got {text!r}."
-            )
-        return tokens
-
-    return Vocabulary(token_ids, lambda tokens: ",".join(map(str, tokens)))
+OWN_VOCABULARY = Vocabulary(lambda text: encode_prompt(parse_question(text)), decode_answer)

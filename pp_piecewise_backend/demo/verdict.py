@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..integrations.generation.job import RankReport
 from ..utils.counters import counted
-from .rank import RankReport
 
 HANDOFF_COUNTERS = (
     "replays",
@@ -28,15 +28,6 @@ _ROWS_AT_ONCE = 50
 
 Tokens: TypeAlias = Sequence[Sequence[int]]
 """Of each prompt."""
-
-
-def load_decoder(model_dir: str) -> Any:
-    """On the CPU, in the dtype it is stored in, for inference. No bar is shown for loading, from now on."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
-    return model.eval().requires_grad_(False)
 
 
 def generate_eagerly(model: Any, prompts: Tokens, *, max_new_tokens: int, end_tokens: Sequence[int]) -> list[list[int]]:
@@ -71,7 +62,11 @@ def accuracy(right: Tokens, got: Tokens) -> float:
 
 
 def problems(
-    prompt_texts: Sequence[str], eager: Tokens, reports: Sequence[RankReport], right: Tokens | None = None
+    prompt_texts: Sequence[str],
+    eager: Tokens,
+    pipeline: Tokens,
+    reports: Sequence[RankReport],
+    right: Tokens | None = None,
 ) -> list[str]:
     """Holds the pipeline to eager's tokens, each rank to the backend's programs, and both to the right answers where
     these are known; empty if all is well.
@@ -79,7 +74,7 @@ def problems(
     Of a prompt whose answers differ, it names the first token that does.
     """
     found = []
-    for prompt, (text, *both) in enumerate(zip(prompt_texts, eager, reports[0].generated, strict=True)):
+    for prompt, (text, *both) in enumerate(zip(prompt_texts, eager, pipeline, strict=True)):
         for position, tokens in enumerate(zip_longest(*both)):
             if tokens[0] != tokens[1]:
                 expected, got = ("nothing more" if token is None else f"token {token}" for token in tokens)
@@ -94,7 +89,7 @@ def problems(
                 "(TORCH_LOGS=recompiles says why; see also torch._dynamo.config.recompile_limit)"
             )
     if right is not None:
-        for name, answers in (("eager", eager), ("the pipeline", reports[0].generated)):
+        for name, answers in (("eager", eager), ("the pipeline", pipeline)):
             if (fraction := accuracy(right, answers)) < REQUIRED_ACCURACY:
                 found.append(f"accuracy of {name} is {fraction:.1%}; {REQUIRED_ACCURACY:.0%} is expected at least")
     return found
@@ -108,9 +103,10 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def answers_table(eager: Tokens, eager_seconds: float, reports: Sequence[RankReport], right: Tokens | None) -> str:
+def answers_table(
+    eager: Tokens, eager_seconds: float, pipeline: Tokens, reports: Sequence[RankReport], right: Tokens | None
+) -> str:
     """Eager against the pipeline: accuracy (where the right answers are known), tokens, seconds."""
-    pipeline = reports[0].generated
     same = sum(a == b for row, other in zip(eager, pipeline, strict=True) for a, b in zip(row, other, strict=False))
     agreement, ranks = f"{same} of {sum(map(len, eager))}", counted(len(reports), "rank")
     rows = [

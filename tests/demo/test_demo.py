@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,15 +18,16 @@ import pytest
 import torch
 import transformers
 
-import demo_ranks
+import started_in_tests
 from checkout import CHECKOUT
 from models import train_demo as train
 from pp_piecewise_backend.__main__ import build_parser, main
-from pp_piecewise_backend.demo import command, questions, rank, verdict
-from pp_piecewise_backend.demo.questions import OWN_MODEL_DIR, Question, Vocabulary
-from pp_piecewise_backend.demo.rank import Job, RankReport, Turn, turns
-from pp_piecewise_backend.demo.verdict import HANDOFF_COUNTERS, cut_at_end, load_decoder
-from pp_piecewise_backend.integrations.balance import balanced_layer_counts
+from pp_piecewise_backend.demo import bars, command, questions, verdict
+from pp_piecewise_backend.demo.questions import OWN_MODEL_DIR, Question
+from pp_piecewise_backend.demo.verdict import HANDOFF_COUNTERS, cut_at_end
+from pp_piecewise_backend.integrations.generation import call
+from pp_piecewise_backend.integrations.generation.job import RankReport
+from pp_piecewise_backend.integrations.model_folder import Vocabulary, load_whole
 
 TIMEOUT_SECONDS = 280
 HELD_OUT_DIGEST = "ad73cdcaa322be1486f7b89218ae764f65f4c4367923d8ebcb861b95ab8b9f3a"
@@ -116,10 +118,10 @@ def test_training_batches_are_right_and_reproducible() -> None:
 
 def test_the_trainer_learns_and_writes_a_decoder(tmp_path: Path) -> None:
     assert train.main(["--out", str(tmp_path), "--steps", "2", "--batch-size", "8"]) == 0
-    trained = load_decoder(str(tmp_path))
+    trained = load_whole(str(tmp_path))
     fresh = train.new_decoder()
     assert not torch.equal(trained.lm_head.weight, fresh.lm_head.weight)
-    shipped = load_decoder(str(OWN_MODEL_DIR))
+    shipped = load_whole(str(OWN_MODEL_DIR))
     assert {name: tensor.shape for name, tensor in trained.state_dict().items()} == {
         name: tensor.shape for name, tensor in shipped.state_dict().items()
     }
@@ -141,7 +143,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_the_shipped_decoder_is_small_and_right() -> None:
     size_bytes = sum(file.stat().st_size for file in OWN_MODEL_DIR.glob("*.safetensors"))
     assert 0 < size_bytes <= 5 * 2**20
-    decoder = load_decoder(str(OWN_MODEL_DIR))
+    decoder = load_whole(str(OWN_MODEL_DIR))
     assert isinstance(decoder, transformers.LlamaForCausalLM) and decoder.config.num_hidden_layers >= 4
     assert train.held_out_accuracy(decoder) >= 0.98
 
@@ -152,7 +154,7 @@ def test_the_shipped_decoder_is_small_and_right() -> None:
 HANDOFF = {name: 10 + index for index, name in enumerate(HANDOFF_COUNTERS)}
 
 
-def report(generated: list[list[int]], rank: int = 0, programs_ran: int = 12) -> RankReport:
+def report(rank: int = 0, programs_ran: int = 12) -> RankReport:
     counters = {"programs": 2, "pieces": 6, "pieces_compiled": 3, "eager_steps": 48, **HANDOFF}
     return RankReport(
         rank=rank,
@@ -163,28 +165,27 @@ def report(generated: list[list[int]], rank: int = 0, programs_ran: int = 12) ->
         compile_seconds=2.25,
         generate_seconds=1.5,
         times="bubble 23 %",
-        generated=generated,
     )
 
 
 def test_first_differences_name_prompt_position_and_tokens() -> None:
-    assert verdict.problems(["1+1", "2+2"], [[1, 2], [3]], [report([[1, 2], [3]])]) == []
-    assert verdict.problems(["a", "b", "c"], [[1, 2, 3], [4, 5], [6]], [report([[1, 9, 9], [4], [6, 7]])]) == [
+    assert verdict.problems(["1+1", "2+2"], [[1, 2], [3]], [[1, 2], [3]], [report()]) == []
+    assert verdict.problems(["a", "b", "c"], [[1, 2, 3], [4, 5], [6]], [[1, 9, 9], [4], [6, 7]], [report()]) == [
         "prompt 0 (a), new token 1: eager gives token 2, the pipeline token 9",
         "prompt 1 (b), new token 1: eager gives token 5, the pipeline nothing more",
         "prompt 2 (c), new token 1: eager gives nothing more, the pipeline token 7",
     ]
     with pytest.raises(ValueError, match="shorter"):
-        verdict.problems(["a", "b"], [[1], [2]], [report([[1]])])
+        verdict.problems(["a", "b"], [[1], [2]], [[1]], [report()])
 
 
 def test_equal_tokens_are_accepted() -> None:
     tokens = [[1, 2], [3]]
-    assert verdict.problems(["1+1", "2+2"], tokens, [report(tokens), report([], rank=1)], right=tokens) == []
+    assert verdict.problems(["1+1", "2+2"], tokens, tokens, [report(), report(rank=1)], right=tokens) == []
 
 
 def test_a_call_without_a_program_fails() -> None:
-    (problem,) = verdict.problems(["1+1"], [[1]], [report([[1]], programs_ran=9)])
+    (problem,) = verdict.problems(["1+1"], [[1]], [[1]], [report(programs_ran=9)])
     assert "rank 0: 3 of 12 calls ran without a program" in problem
 
 
@@ -193,16 +194,23 @@ def test_low_accuracy_fails_although_the_tokens_agree() -> None:
     right = [[index] for index in range(100)]
     for wrong_count, problem_count in [(2, 0), (3, 2)]:
         tokens = [[-1]] * wrong_count + right[wrong_count:]
-        assert len(verdict.problems(texts, tokens, [report(tokens)], right=right)) == problem_count
+        assert len(verdict.problems(texts, tokens, tokens, [report()], right=right)) == problem_count
 
 
 @pytest.mark.parametrize(("generated", "exit_code"), [([1, 2], 0), ([1, 3], 1)])
 def test_one_other_token_fails_the_command(
     generated: list[int], exit_code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rank, "run_ranks", lambda job: [report([generated])])
+    def run(target: str, count: int, job: Any, on_event: Any) -> None:
+        on_event(0, {"tokens": [[0, token, token == generated[-1]] for token in generated]})
+        on_event(0, {"report": report().model_dump()})
+
+    monkeypatch.setattr(call, "run_ranks", run)
     monkeypatch.setattr(verdict, "generate_eagerly", lambda *_, **__: [[1, 2]])
-    job = a_job([[0]], 2, model_dir=str(OWN_MODEL_DIR), ranks=1, options={"compiler": "eager", "graphs": "off"})
+    job = call.Job(
+        model_dir=str(OWN_MODEL_DIR), ranks=1, layer_counts=[4], device="cpu", prompts=[[0]], max_new_tokens=2,
+        options={"compiler": "eager", "graphs": "off"}, end_tokens=[0], max_tokens=1,
+    )  # fmt: skip
     task = command.Task(job, ["1+1"], None, Vocabulary(lambda text: [], lambda tokens: "3"))
     assert command.execute(task) == exit_code
     output = capsys.readouterr()
@@ -210,8 +218,8 @@ def test_one_other_token_fails_the_command(
 
 
 def test_tables_show_what_was_measured() -> None:
-    reports = [report([[1, 2], [3]]), report([[1, 2], [3]], rank=1)]
-    answers = verdict.answers_table([[1, 2], [4]], 0.125, reports, right=[[1, 2], [3]])
+    reports = [report(), report(rank=1)]
+    answers = verdict.answers_table([[1, 2], [4]], 0.125, [[1, 2], [3]], reports, right=[[1, 2], [3]])
     eager, pipeline = answers.splitlines()[2:]
     assert eager.split()[-5:] == ["process", "50.0%", "3", "-", "0.12"]
     assert "100.0%" in pipeline and "2 of 3" in pipeline and "1.50" in pipeline
@@ -242,65 +250,40 @@ def test_tokens_after_the_end_do_not_count() -> None:
 
 
 def test_reports_survive_their_files() -> None:
-    assert RankReport.model_validate_json(report([[1]]).model_dump_json()) == report([[1]])
+    assert RankReport.model_validate_json(report().model_dump_json()) == report()
 
 
-# Which micro-batch comes next
+# Who was busy when
 
 
-def a_job(prompts: list[list[int]], max_new_tokens: int, **others: Any) -> Job:
-    given = {"model_dir": "dir", "ranks": 2, "device": "cpu", "options": {}, "end_tokens": [0], **others}
-    given["layer_counts"] = balanced_layer_counts(4, given["ranks"])
-    return Job(prompts=prompts, max_new_tokens=max_new_tokens, **given)
+def traced(*spans: tuple[int, int, float, float], name: str = "ppb.replay") -> dict[str, Any]:
+    """Spans ``(rank, micro-batch, begin, duration)`` as a trace has them."""
+    return {
+        "traceEvents": [
+            {"ph": "X", "cat": "steps", "name": name, "pid": rank, "ts": ts, "dur": dur, "args": {"micro_batch": at}}
+            for rank, at, ts, dur in spans
+        ]
+    }
 
 
-def play(
-    job: Job, slot_count: int, answers: list[list[int]]
-) -> tuple[list[list[int]], list[tuple[Turn, list[int]]], int]:
-    """Runs a job's turns in a pipeline that gives these answers: the generated tokens, the turns, and the most that
-    waited for a result."""
-    queue: list[tuple[bytes, int]] = []
-    given = [iter(answer) for answer in answers]
-    most, ended = 0, []
-    generated: list[list[int]] = [[] for _ in answers]
-    seen = []
-    for turn, tokens in turns(job, slot_count, generated, lambda: queue.pop(0), lambda: ended.append(1)):
-        seen.append((turn, tokens))
-        queue.append((turn.to_tag(), next(given[turn.prompt])))
-        most = max(most, len(queue))
-    assert not queue and len(ended) == len(answers)
-    return generated, seen, most
+def test_bars_show_which_micro_batch_a_rank_works_on_and_when_it_waits() -> None:
+    work = traced((0, 8, 1000, 20), (1, 8, 1020, 20), (0, 11, 1030, 10), (1, 11, 1060, 20))
+    waits = traced((0, 11, 1040, 40), name="wait for feedback")
+    both = {"traceEvents": [*work["traceEvents"], *waits["traceEvents"], {"ph": "M", "name": "process_name", "pid": 0}]}
+    heading, *lines = bars.busy_lines(both, columns=8)
+    assert heading.startswith("all micro-batches, 0.1 ms from left to right")
+    assert lines == ["  rank 0 |88 1    |", "  rank 1 |  88  11|"]
 
 
-def test_each_prompt_is_run_whole_and_then_token_by_token() -> None:
-    generated, seen, _ = play(a_job([[5, 6, 7]], max_new_tokens=3), 2, [[8, 9, 8]])
-    assert generated == [[8, 9, 8]]
-    assert seen == [(Turn(0, 0, 0), [5, 6, 7]), (Turn(0, 0, 3), [8]), (Turn(0, 0, 4), [9])]
+def test_bars_of_a_long_run_are_of_its_middle() -> None:
+    spans = [(rank, at, 10.0 * (2 * at + rank), 10.0) for at in range(100) for rank in range(2)]
+    heading, *lines = bars.busy_lines(traced(*spans), columns=8, shown=4)
+    assert heading.startswith("micro-batches 48 to 51 of 100, 0.1 ms")
+    assert lines == ["  rank 0 |8 9 0 1 |", "  rank 1 | 8 9 0 1|"]
+    assert bars.busy_lines({"traceEvents": []}) == []
 
 
-def test_several_prompts_are_under_way_and_never_share_a_cache() -> None:
-    answers = [[1, 0], [2, 2, 2, 0], [3, 3, 3, 3], [0], [4, 0]]
-    generated, seen, most = play(a_job([[5, 6]] * 5, max_new_tokens=4), 3, answers)
-    assert generated == answers  # up to the end token 0, or four of them
-    assert most == 3
-    holder: dict[int, int] = {}
-    for turn, tokens in seen:
-        if turn.position == 0:
-            holder[turn.slot] = turn.prompt
-            assert tokens == [5, 6]
-        assert holder[turn.slot] == turn.prompt and turn.slot < 3
-    for prompt, answer in enumerate(answers):
-        positions = [turn.position for turn, _ in seen if turn.prompt == prompt]
-        assert positions == [0, *range(2, len(answer) + 1)]
-        # A prompt that has ended gives its cache to the next one.
-        ends = max(index for index, (turn, _) in enumerate(seen) if turn.prompt == prompt)
-        slot = next(turn.slot for turn, _ in seen if turn.prompt == prompt)
-        assert not any(turn.slot == slot and turn.prompt < prompt for turn, _ in seen[ends:])
-
-
-def test_tags_fit_and_read_back() -> None:
-    turn = Turn(prompt=199, slot=7, position=14)
-    assert len(turn.to_tag()) <= 24 and Turn.from_tag(turn.to_tag()) == turn
+# Which layers lie where
 
 
 @pytest.mark.parametrize(("balance", "expected"), [("layers", [1, 2, 1, 2]), ("memory", [1, 2, 2, 1]), ("time", None)])
@@ -334,8 +317,8 @@ def handoff_of(output: str) -> list[dict[str, int]]:
 def test_the_pipeline_answers_as_eager_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo itself, which README runs first, spawns its ranks; here they are forked."""
-    monkeypatch.setattr(rank, "run_ranks", demo_ranks.forked(tmp_path))
+    """The demo itself, which README runs first, starts its ranks; here they are forked."""
+    monkeypatch.setattr(call, "run_ranks", started_in_tests.forked(tmp_path))
     code = main(["demo", "--device", "cpu", "--compiler", "eager", "--questions", "4"])
     printed = capfd.readouterr()
     assert code == 0, printed.err
@@ -354,11 +337,13 @@ def check_answers(printed: str, errors: str, ranks: int, asked: int) -> None:
     assert f"{asked} prompts, {ranks} ranks" in printed
     assert f"{6 * asked} of {6 * asked}" in printed
     assert "scaled_dot_product_attention" in printed
+    assert printed.startswith("A decoder is cut into") and "That shows that replays are right, and is slower" in printed
+    assert "bubble" in printed and len(re.findall(r"^  rank \d \|[\d ]+\|$", printed, flags=re.MULTILINE)) == ranks
     assert "capturing" not in errors and "pipeline:" not in errors  # bars are for terminals
     counts = handoff_of(printed)
     assert [row["rank"] for row in counts] == list(range(ranks))
     calls = asked * questions.ANSWER_TOKENS  # a prompt, and all of its answer but the end
-    layers = load_decoder(str(OWN_MODEL_DIR)).config.num_hidden_layers // ranks
+    layers = load_whole(str(OWN_MODEL_DIR)).config.num_hidden_layers // ranks
     for row in counts:
         assert row["graph_misses"] == 0 and row["replays"] == calls * (1 + layers)
         assert row["stage_inputs_in_place"] == (calls if row["rank"] > 0 else 0)
@@ -428,7 +413,8 @@ def test_ctrl_c_ends_all_ranks_in_one_line(when: str) -> None:
             while "libtorch" not in Path(f"/proc/{demo.pid}/maps").read_text():
                 time.sleep(0.01)
         else:
-            assert "200 prompts, 2 ranks" in demo.stdout.readline()
+            while "200 prompts, 2 ranks" not in demo.stdout.readline():
+                assert demo.poll() is None
             time.sleep(0.5 if when == "ranks start" else 8)
         assert demo.poll() is None
         os.killpg(demo.pid, signal.SIGINT)

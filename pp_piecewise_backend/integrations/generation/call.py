@@ -230,6 +230,8 @@ class Answers:
     tokens: list[list[int]] = field(init=False)
     reports: list[RankReport] = field(default_factory=list)
     """In the order of the ranks, once all have ended."""
+    trace: Any = None
+    """What `StageRunner.trace` wrote, if the job asks for it."""
 
     def __post_init__(self) -> None:
         self.tokens = [[] for _ in self.job.prompts]
@@ -240,6 +242,7 @@ class Answers:
         for prompt, token, is_last in event.get("tokens", ()):
             self.tokens[prompt].append(token)
             self.on_token(NewToken(prompt, token, self._text_added(prompt, is_last), is_last))
+        self.trace = event.get("trace", self.trace)
         if "report" in event:
             self.reports.append(RankReport.model_validate(event["report"]))
             self.reports.sort(key=lambda report: report.rank)

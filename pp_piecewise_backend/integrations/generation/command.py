@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RankFailed
+from .. import smollm2
 from ..balance import BALANCES
 
 DESCRIPTION = """\
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         generate(
-            options.model,
+            smollm2.model_folder(options.model),
             prompts,
             options.ranks,
             max_new_tokens=options.max_new_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import warnings
@@ -45,8 +46,11 @@ def run_rank(rank: int, count: int, folder: Path, job: Any, emit: Emit) -> None:
 
 
 def run_stage(job: Job, rank: int, device: torch.device, folder: Path, emit: Emit) -> None:
-    """One rank of a process group that exists. It emits ``{"ready": True}`` once it is warm and ``{"report": ...}`` at
-    its end; the first rank also ``{"tokens": [[prompt, token, whether it is the last], ...]}``."""
+    """One rank of a process group that exists.
+
+    It emits ``{"ready": True}`` once it is warm and ``{"report": ...}`` at its end; the first rank also
+    ``{"tokens": [[prompt, token, whether it is the last], ...]}``, and ``{"trace": ...}`` if the job asks for it.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -60,9 +64,10 @@ def run_stage(job: Job, rank: int, device: torch.device, folder: Path, emit: Emi
     ).requires_grad_(False)
     loaded = time.perf_counter()
     worker = Worker(job, DecoderRows(stage, returns=("logits",) if job.temperature else ("tokens",)), device, emit)
+    trace = folder / "trace.json"
     with worker.runner:
         if job.trace:
-            worker.runner.trace(str(folder / "trace.json"))
+            worker.runner.trace(str(trace))
         with warnings.catch_warnings():
             if job.options.get("graphs") == "off":  # as was asked for
                 warnings.filterwarnings("ignore", r"warmup\(\) captured nothing")
@@ -84,6 +89,8 @@ def run_stage(job: Job, rank: int, device: torch.device, folder: Path, emit: Emi
         times=str(worker.runner.report()),
     )
     emit({"report": report.model_dump()})
+    if job.trace and rank == 0:
+        emit({"trace": json.loads(trace.read_text())})
 
 
 def _eager_parts() -> dict[str, int]:
