@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -45,7 +44,14 @@ def main(model: str, out: str, keywords: str) -> None:
     from vllm import LLM, SamplingParams
 
     given: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 32, "seed": 0}
-    given |= {"skip_tokenizer_init": True, "dtype": "float32", "enable_prefix_caching": False, **json.loads(keywords)}
+    given |= {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "disable_log_stats": False,
+        "kv_cache_memory_bytes": 2**26,
+        "enable_prefix_caching": False,
+        **json.loads(keywords),
+    }
     engine = LLM(model=model, **given)
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     asked, answers = prompts(sum(BATCHES)), []
@@ -53,10 +59,12 @@ def main(model: str, out: str, keywords: str) -> None:
         batch = [{"prompt_token_ids": tokens} for tokens in asked[len(answers) : len(answers) + size]]
         answers += [list(a.outputs[0].token_ids) for a in engine.generate(batch, greedy, use_tqdm=False)]
     written: dict[str, Any] = {"answers": answers, "lengths": [len(tokens) for tokens in asked]}
+    written["metrics"] = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
     if "compilation_config" in given:
         written["workers"] = engine.collective_rpc("pp_piecewise_report")
     Path(out).write_text(json.dumps(written))
-    os._exit(0)  # vLLM's workers are its own to end
+    engine.llm_engine.engine_core.shutdown()
+    os._exit(0)  # threads of vLLM may be left
 
 
 if __name__ == "__main__":

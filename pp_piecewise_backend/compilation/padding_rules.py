@@ -199,6 +199,7 @@ ROW_WISE_OPS: tuple[str, ...] = (
     "_C::*gemm*",
     "_C::onednn_mm",
     "_C::weight_packed_linear",
+    "_C::cpu_fused_moe",
     "_C::*quant*",
     "_moe_C::topk_softmax",
     "vllm::moe_forward*",

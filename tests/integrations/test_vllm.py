@@ -30,7 +30,7 @@ pytestmark = [
 
 ENGINE = TESTS / "vllm_engine.py"
 OURS = {"compilation_config": {"backend": "pp_piecewise"}}
-TIGHT = {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "num_gpu_blocks_override": 40}
+TIGHT = {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 24}
 """Prompts come in chunks, share their beginnings, and do not all fit into the cache at the same time."""
 
 
@@ -117,6 +117,7 @@ def test_chunks_shared_beginnings_and_preemption(pipeline: int, tensor: int, mod
     keywords = {**OURS, **TIGHT, "pipeline_parallel_size": pipeline, "tensor_parallel_size": tensor}
     found = run_engine(models / "llama", keywords, tmp_path / "out.json", PP_PIECEWISE_COMPILER="eager")
     assert found["answers"] == eager(models / "llama")
+    assert found["metrics"]["vllm:num_preemptions"] > 0 and found["metrics"]["vllm:prefix_cache_hits"] > 0
     check(found, pipeline, tensor)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.integrations import vllm as integration
+from pp_piecewise_backend.integrations.vllm.settings import capture_options
 
 CompilationMode = Enum("CompilationMode", "NONE STOCK_TORCH_COMPILE DYNAMO_TRACE_ONCE VLLM_COMPILE")
 CUDAGraphMode = Enum("CUDAGraphMode", "NONE PIECEWISE FULL FULL_DECODE_ONLY FULL_AND_PIECEWISE")
@@ -150,6 +151,22 @@ def test_another_version_of_vllm_gives_one_warning_that_names_those_tested(
         warnings.simplefilter("error")
         monkeypatch.setattr(sys.modules["vllm"], "__version__", integration.TESTED_VERSIONS[0] + "+cu130")
         asked(platform, config())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "communicator", "splits"),
+    [
+        (2, SimpleNamespace(ca_comm=SimpleNamespace(disabled=False)), True),
+        (2, SimpleNamespace(ca_comm=SimpleNamespace(disabled=True)), False),
+        (2, SimpleNamespace(ca_comm=None), False),
+        (2, SimpleNamespace(), False),  # the CPU's
+        (1, None, False),
+    ],
+)
+def test_all_reduces_of_vllms_own_run_between_the_pieces(world_size: int, communicator: Any, splits: bool) -> None:
+    """They are captured in vLLM's graphs only, which register the addresses that they read."""
+    found = capture_options(SimpleNamespace(world_size=world_size, device_communicator=communicator))
+    assert found == ({"split_ops": "+vllm::all_reduce"} if splits else {})
 
 
 def test_options_of_the_worker_reach_the_backend_but_where_the_environment_has_its_own(

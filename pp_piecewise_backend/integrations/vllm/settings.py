@@ -46,6 +46,17 @@ def configure(vllm_config: Any) -> None:
         parallel.worker_cls = f"{__package__}.gpu_worker.PiecewiseGPUWorker"
 
 
+def capture_options(ranks: Any) -> dict[str, Any]:
+    """Options for what the ranks of a stage do together, by the communicators of their ``GroupCoordinator``.
+
+    vLLM's own all-reduce looks up addresses that it registers only after captures of its own. A graph of ours would
+    read what is not there yet, so such sums run between the pieces; in vLLM's full graphs for decode they are captured.
+    """
+    own = getattr(ranks.device_communicator, "ca_comm", None)
+    is_used = ranks.world_size > 1 and own is not None and not own.disabled
+    return {"split_ops": "+vllm::all_reduce"} if is_used else {}
+
+
 def _refused(vllm_config: Any) -> str | None:
     """What the config asks for that does not work with this backend, and what to do."""
     asked = {

@@ -16,6 +16,7 @@ from ...debug.text import grouped, ranges
 from ...utils.counters import COUNTERS, stats
 from . import set_worker_options
 from .landing import Landing
+from .settings import capture_options
 
 _PACKAGE = __name__.partition(".")[0]
 _LOG = init_logger(f"vllm.{__name__}")
@@ -65,8 +66,8 @@ class PiecewiseWorker(Worker):
         if made:
             self.landing.receive_from(pipeline)
             runner.intermediate_tensors = self.landing.buffers()
-        stage = self.landing.stage
-        set_worker_options(static_outputs=True, capture="warmup", max_tokens=stage.max_tokens, stage=stage)
+        options = {"static_outputs": True, "capture": "warmup", "max_tokens": self.landing.stage.max_tokens}
+        set_worker_options(stage=self.landing.stage, **options, **capture_options(get_tp_group()))
 
     def determine_available_memory(self) -> int:
         """What vLLM finds after compiling, less what the graphs take that are captured now."""
