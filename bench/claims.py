@@ -1,0 +1,421 @@
+"""Which file each figure of README and of docs/benchmarks.md comes from, with the command and the machine that made it.
+
+    python bench/claims.py
+
+prints them, and exits with 1 where a page says something else than its file. When files have changed, it says which
+figures of the pages are to be brought up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from common import REPOSITORY, RESULTS
+
+README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+Value = Callable[[Any, Any], float]
+"""Of the contents of a file, in a column of a table."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures in a table of a page, each rounded as it is written there."""
+
+    page: str
+    corner: str
+    """The first cell, by which the table is found."""
+    result: str
+    """The file in bench/results, without its suffix."""
+    columns: Sequence[Any]
+    rows: Mapping[str, Value]
+    """First cells of the rows, without marks, up to a colon."""
+
+    @property
+    def name(self) -> str:
+        return f"table {self.corner!r}"
+
+    def differences(self, text: str, data: Any) -> Iterator[str]:
+        found = dict(table_rows(text, self.corner))
+        for label in dict.fromkeys((*self.rows, *found)):
+            if label not in found or label not in self.rows:
+                yield f"row {label!r} is only {'in the page' if label in found else 'expected'}"
+            elif len(found[label]) != len(self.columns):
+                yield f"row {label!r} has {len(found[label])} figures, {len(self.columns)} are expected"
+            else:
+                for column, written in zip(self.columns, found[label], strict=True):
+                    right = rounded_as(written, self.rows[label](data, column))
+                    if written != right:
+                        yield f"row {label!r}, column {column}: {written}, and {right} in the file"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Figures in a sentence of a page."""
+
+    page: str
+    template: str
+    """The words of the page, with a replacement field for each figure."""
+    result: str
+    values: Callable[[Any], Sequence[object]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.template[:50]!r} ..."
+
+    def differences(self, text: str, data: Any) -> Iterator[str]:
+        right = self.template.format(*self.values(data))
+        if right not in " ".join(text.split()):
+            yield f"by the file it is {right!r}"
+
+
+def table_rows(text: str, corner: str) -> Iterator[tuple[str, list[str]]]:
+    """Label and cells of each row of the table with this first cell."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(f"| {corner} |"):
+            next(lines)
+            for row in lines:
+                if not row.startswith("|"):
+                    return
+                label, *cells = (re.sub(r"[*`]", "", cell).strip() for cell in row.strip("|").split("|"))
+                yield label.partition(":")[0] if ": " in label and label[0] == "p" else label, cells
+
+
+def corners(text: str) -> list[str]:
+    """First cells of the tables in a page that have figures."""
+    heads = re.findall(r"^\| ([^|]+) \|.*\n\|[-|]+\|\n(\|.*)$", text, flags=re.MULTILINE)
+    return [corner for corner, row in heads if re.search(r"\| \d[\d.]* ", row)]
+
+
+def rounded_as(written: str, value: float) -> str:
+    """With as many digits after the point."""
+    return f"{value:.{len(written.partition('.')[2])}f}"
+
+
+# -------------------------------------------------------------------------------- how to find them
+
+
+def cell(cells: Sequence[Mapping[str, Any]], **wanted: Any) -> Any:
+    """The one with these values."""
+    (found,) = (each for each in cells if all(each[name] == value for name, value in wanted.items()))
+    return found
+
+
+def latency(method: str, clock: str = "steady_us") -> Value:
+    return lambda data, tokens: cell(data["summary"], tokens=tokens)["medians_us"][method][clock] / 1e3
+
+
+def startup(method: str) -> Value:
+    return lambda data, part: cell(data["runs"], method=method)["seconds"][part]
+
+
+def gap(way: str) -> Value:
+    return lambda data, tokens: cell(data["cells"], tokens=tokens)["gap_us"][way]["median"]
+
+
+def rate(how: str) -> Value:
+    return lambda data, tokens: cell(data["cells"], tokens=tokens)["micro_batches_per_second"][how]
+
+
+def overhead(what: str) -> Value:
+    return lambda data, layers: cell(data["runs"], layers=layers)["microseconds"][what]["processor"]["median"]
+
+
+def per_hop(method: str) -> Value:
+    def value(data: Any, column: tuple[int, str]) -> float:
+        stages, situation = column
+        return float(cell(data["host"], stages=stages)["handoff_us_per_hop"][situation][method]["wall"]["median"])
+
+    return value
+
+
+def compiling(method: str, part: str, caches: str = "cold") -> Value:
+    return lambda data, layers: cell(data["summary"], method=method, layers=layers, caches=caches)["seconds"][part][
+        "median"
+    ]
+
+
+TOKENS = (1, 8, 64, 512, 2048)
+EARLY = {
+    "eager": latency("eager"),
+    "torch.compile": latency("default"),
+    'mode="reduce-overhead"': latency("reduce_overhead"),
+}
+LIMIT = {"limit: one graph captured by hand": latency("limit")}
+
+
+def slower_than_reduce_overhead(data: Any) -> list[float]:
+    """In percent of its time, by token count."""
+    ours, other = latency("ours"), latency("reduce_overhead")
+    return [100 * (1 - other(data, tokens) / ours(data, tokens)) for tokens in TOKENS]
+
+
+def over(data: Any, name: str, **wanted: Any) -> tuple[float, float]:
+    """Least and greatest share of the time of ``name``, of targets with these values."""
+    shares = [t[name] for t in data["targets"] if t["target"] == "host" and all(t[k] == v for k, v in wanted.items())]
+    return min(shares), max(shares)
+
+
+WORDS = ("none", "one", "two", "three", "four", "five")
+
+CLAIMS: Sequence[Table | Sentence] = (
+    Table(README, "tokens", "gpu_latency", TOKENS, {**EARLY, "pp_piecewise": latency("ours"), **LIMIT}),
+    Sentence(
+        README,
+        "is simpler, and faster in {} of the five columns below, by {:.0f} to {:.0f} % up to 64 tokens "
+        '(`mode="full"` of this package is level with it)',
+        "gpu_latency",
+        lambda data: (
+            WORDS[sum(percent > 0 for percent in slower_than_reduce_overhead(data))],
+            min(slower_than_reduce_overhead(data)[:3]),
+            max(slower_than_reduce_overhead(data)[:3]),
+        ),
+    ),
+    Table(
+        BENCHMARKS,
+        "ms per call",
+        "gpu_latency",
+        TOKENS,
+        {
+            **EARLY,
+            "piecewise-cuda-graphs, breaks by hand": latency("piecewise_cuda_graphs"),
+            "pp_piecewise, compiler=eager": latency("ours_eager"),
+            "pp_piecewise": latency("ours"),
+            "pp_piecewise, mode=full": latency("ours_full"),
+            **LIMIT,
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "it reaches {:.2f} of the limit's speed at 8 tokens and {:.2f} at 2048, and with `mode=full` 0.99 or more "
+        "at all sizes but 512 ({:.3f})",
+        "gpu_latency",
+        lambda data: [
+            latency("limit")(data, tokens) / latency(method)(data, tokens)
+            for method, tokens in (("ours", 8), ("ours", 2048), ("ours_full", 512))
+        ],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "A call takes the host {:.1f} to {:.1f} ms, most of it for 14 eager attentions, where `reduce-overhead`, "
+        "which has them in its graph, takes {:.1f} to {:.1f} ms",
+        "gpu_latency",
+        lambda data: [
+            extreme(latency(method, "host_us")(data, tokens) for tokens in TOKENS)
+            for method in ("ours", "reduce_overhead")
+            for extreme in (min, max)
+        ],
+    ),
+    Table(
+        BENCHMARKS,
+        "seconds | compile | capture",
+        "gpu_startup",
+        ("compile", "capture", "total"),
+        {
+            "pp_piecewise": startup("ours"),
+            "the same with one compile per piece": startup("unshared"),
+            'mode="reduce-overhead"': startup("reduce_overhead"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "{} distinct pieces of {} compiled, {} graphs captured",
+        "gpu_startup",
+        lambda data: [
+            cell(data["runs"], method="ours")["counts"][name] for name in ("pieces_compiled", "pieces", "captures")
+        ],
+    ),
+    Table(
+        BENCHMARKS,
+        "tokens",
+        "gpu_handoff",
+        (*TOKENS, 8192),
+        {
+            "us, landing in place": gap("in_place"),
+            "us, fresh memory and a copy (as engines)": gap("copy_in"),
+            "micro-batches/s, one stream": rate("one_stream"),
+            "micro-batches/s, 1 in flight": rate("1"),
+            "micro-batches/s, 4 in flight": rate("4"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "up to {:.0f} % from 2048 tokens on, and below that the two threads of one Python process hold each other up "
+        "({:.0f} to {:.0f} % slower than one stream)",
+        "gpu_handoff",
+        lambda data: [
+            max(100 * (rate("4")(data, tokens) / rate("one_stream")(data, tokens) - 1) for tokens in (2048, 8192)),
+            *(
+                extreme(100 * (1 - rate("4")(data, tokens) / rate("one_stream")(data, tokens)) for tokens in TOKENS[:4])
+                for extreme in (min, max)
+            ),
+        ],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "no synchronisation and no allocation; all {} copies between the stages land while the second stage runs",
+        "gpu_profile",
+        lambda data: [
+            data["hand_over_copies"]
+            if data["landing_in_a_forward"] == data["hand_over_copies"]
+            and not data["synchronisations"]
+            and not data["allocations"]
+            else "not"
+        ],
+    ),
+    Table(
+        BENCHMARKS,
+        "microseconds per call",
+        "host_overhead",
+        (4, 32, 80),
+        {
+            "bare loop over the same callables": overhead("bare_loop"),
+            "CUDAGraphSequence.replay of piecewise-cuda-graphs": overhead("piecewise_cuda_graphs"),
+            "dispatch without address checks": overhead("unchecked"),
+            "dispatch": overhead("dispatch"),
+            "whole call: inputs staged, results copied out": overhead("program"),
+            "the same with dumps on": overhead("dumping"),
+            "through Dynamo without guards": overhead("dynamo_unguarded"),
+            "through Dynamo with guards": overhead("dynamo"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "At 32 layers {} addresses are checked",
+        "host_overhead",
+        lambda data: [cell(data["runs"], layers=32)["counts"]["addresses_checked"]],
+    ),
+    Table(
+        BENCHMARKS,
+        "microseconds",
+        "handoff",
+        ((2, "saturated"), (4, "saturated"), (2, "single"), (4, "single")),
+        {
+            "two pickled objects, fresh tensors, copies, over gloo (as SGLang)": per_hop("engine"),
+            "one pickled object, fresh tensors, copies, over gloo (as vLLM)": per_hop("engine_one_object"),
+            "a header, fresh tensors, copies, over gloo": per_hop("copy_in"),
+            "StageRunner over gloo": per_hop("ours_early_p2p"),
+            "StageRunner, through shared memory": per_hop("ours_early"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "`StageRunner` through shared memory takes {:.2f} to {:.2f} of the time of two pickled objects, and {:.2f} "
+        "to {:.2f} of that of one",
+        "handoff",
+        lambda data: [
+            *over(data, "over_engine", method="ours_early", clock="wall"),
+            *over(data, "over_engine_one_object", method="ours_early", clock="wall"),
+        ],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "By processor time of all ranks and threads it is {:.2f} to {:.2f} of two pickled objects when full; with one "
+        "in flight {:.2f} (2 stages) and {:.2f} (4 stages",
+        "handoff",
+        lambda data: [
+            *over(data, "over_engine", method="ours_early", clock="processor", situation="saturated"),
+            *over(data, "over_engine", method="ours_early", clock="processor", situation="single"),
+        ],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "the gain is smaller: {:.2f} to {:.2f} of the time of two pickled objects",
+        "handoff",
+        lambda data: over(data, "over_engine", method="ours_early_p2p", clock="wall"),
+    ),
+    Sentence(
+        BENCHMARKS,
+        "early release reaches {:.2f} times the throughput of release at the end. The prediction is {:.0f} points "
+        "lower",
+        "handoff",
+        lambda data: [
+            cell(data["targets"], target="gain")["gain"],
+            cell(data["targets"], target="early_near_predicted_with_host")["points"],
+        ],
+    ),
+    Table(
+        BENCHMARKS,
+        "seconds | 4 layers",
+        "all_methods/compile_time",
+        (4, 16, 64),
+        {
+            "pp_piecewise, in all": compiling("pp_piecewise", "total"),
+            "one compile per piece, in all": compiling("unshared", "total"),
+            "stock Inductor, in all": compiling("stock", "total"),
+            "pp_piecewise, compiling pieces only": compiling("pp_piecewise", "compile"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "What grows with depth is Dynamo's tracing ({:.0f} s of the {:.1f}) and the split ({:.0f} s)",
+        "all_methods/compile_time",
+        lambda data: [compiling("pp_piecewise", part)(data, 64) for part in ("dynamo", "total", "split")],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "at 64 layers is {:.2f} times that at 4 with cold caches and {:.2f} times with warm ones",
+        "compile_time",
+        lambda data: [cell(data["ratios"], caches=caches)["compile_seconds_ratio"] for caches in ("cold", "warm")],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "it takes {:.2f} s and {:.1f} MB without depyf, and depyf {:.2f} s; a call takes {:.2f} ms with dumping on and "
+        "{:.2f} ms with it off",
+        "dump_cost",
+        lambda data: [
+            data["summary"]["dump_seconds"],
+            data["summary"]["dump_bytes"] / 1e6,
+            data["summary"]["depyf_seconds"],
+            *(1e3 * data["summary"]["call_seconds"][which]["median"] for which in ("dumping", "not dumping")),
+        ],
+    ),
+)
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+@cache
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+@cache
+def page(name: str) -> str:
+    return (REPOSITORY / name).read_text()
+
+
+def differences(claim: Table | Sentence) -> list[str]:
+    """What the page says otherwise than the file."""
+    return list(claim.differences(page(claim.page), result(claim.result)))
+
+
+def machine(data: Any) -> str:
+    found = data["environment"]
+    gpu = "" if found["device"] == "cpu" else f"{found['device']}, CUDA {found['cuda']}, "
+    return f"{gpu}{found['processor']}, {found['logical_cores']} cores, torch {found['packages']['torch']}"
+
+
+def main() -> int:
+    wrong = 0
+    for claim in CLAIMS:
+        data, found = result(claim.result), differences(claim)
+        wrong += len(found)
+        print(f"{claim.page}, {claim.name}: {'as in the file' if not found else 'DIFFERENT'}")
+        print(
+            f"  bench/results/{claim.result}.json, of {data['finished'][:10]}\n  {data['command']}\n  {machine(data)}"
+        )
+        for difference in found:
+            print(f"  {difference}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
