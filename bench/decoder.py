@@ -206,7 +206,7 @@ class DecoderStage(nn.Module):
     ) -> None:
         super().__init__()
         shape, device = model.shape, step.positions.device
-        self._whole = shape, slots
+        self._model, self._whole = model, (shape, slots)
         self.shares = shares
         own_shape = shares.of_shape(shape)
         first, end = (shape.layers * number // stage_count for number in (stage, stage + 1))
@@ -283,6 +283,22 @@ class DecoderStage(nn.Module):
                     continue
                 whole = cache.new_empty(slots.rows, shape.kv_heads, shape.head_dim).normal_(generator=generator)
                 cache.copy_(self.shares.of_tensor(whole, 1, (shape.kv_heads,)))
+
+    @torch.no_grad()
+    def in_float32(self) -> DecoderStage:
+        """The same whole model, its weights and cache converted."""
+        step = StepTensors(self.step.positions.shape[0], self.step.positions.device)
+        other = DecoderStage(self._model, 0, 1, self._whole[1], step, dtype=torch.float32)
+        for own, theirs in zip(other.parameters(), self.parameters(), strict=True):
+            own.copy_(theirs)
+        other.take_cache(self)
+        return other
+
+    @torch.no_grad()
+    def take_cache(self, other: DecoderStage) -> None:
+        for own, theirs in zip(self.layers, other.layers, strict=True):
+            own.attention.k_cache.copy_(theirs.attention.k_cache)
+            own.attention.v_cache.copy_(theirs.attention.v_cache)
 
     def _fill_weights(self) -> None:
         for number, layer in zip(self.numbers, self.layers, strict=True):
