@@ -124,6 +124,7 @@ def _describe_captures(graphs: Captured) -> dict[str, Any]:
                 bytes=bucket.graph_bytes,
                 seconds=bucket.seconds,
                 pieces=len(bucket.graphs),
+                comparisons_left=0 if bucket.proofs is None else bucket.proofs.left,
                 replay_us=measured.replay_us if (measured := graphs.measured.get(bucket.tokens)) else None,
                 otherwise_us=measured.otherwise_us if measured else None,
                 not_captured={step: reason.sentence for step, reason in bucket.obstacles.items()},

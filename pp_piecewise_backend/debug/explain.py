@@ -131,11 +131,13 @@ def _full_lines(full: FullGraphs) -> list[str]:
     lines = entry(
         "  full graphs",
         f"up to {counted(full.max_tokens, 'token')}; it starts once the results of the last call have left, and the "
-        f"landing memory is free at its end",
+        f"landing memory is free at its end, since nothing inside of a graph can notify the host",
     )
     for tokens, buckets in grouped(full.buckets, lambda bucket: bucket.tokens).items():
         seconds, num_bytes = sum(b.seconds for b in buckets), sum(b.bytes for b in buckets)
         saving = _saving(buckets[0])
+        if left := max(b.comparisons_left for b in buckets):
+            saving += f"; to be compared with its pieces in {counted(left, 'call')} more that differ from earlier ones"
         lines += entry("    captured", f"{counted(tokens, 'token')}: {seconds:.2f} s, {num_bytes} bytes more{saving}")
         for bucket in buckets:
             for sentence in bucket.not_captured.values():

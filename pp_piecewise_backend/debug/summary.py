@@ -78,6 +78,9 @@ class BucketEntry(_Entry):
     bytes: int = Field(description="Graph memory that the bucket holds.")
     seconds: float = Field(description="Time that its capture took.")
     pieces: int = Field(description="Number of pieces captured.")
+    comparisons_left: int = Field(
+        default=0, description="Calls, under other contexts, in which a full graph is still to be compared."
+    )
     replay_us: float | None = Field(
         default=None, description="Median of calls that fill it, if keep is if_faster and warmup() measured it."
     )

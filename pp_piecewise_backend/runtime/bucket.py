@@ -4,11 +4,6 @@ Note [one pass per bucket]
 All pieces of a bucket are captured in one pass over the program, in the order in which they replay. Memory whose last
 reader has been captured serves what is captured later, of this bucket and of all others of the same stage; that is
 sound only because a call replays in that very order and nothing but what it returns outlives it.
-
-Note [proof of a full graph] (rule R9)
-A full graph holds attention, too, and froze whatever that reads besides its inputs. So a bucket of full graphs is
-compared with the un-captured graph, under other contexts than that of its capture, before it serves alone: at one more
-call in the warm-up, and at the first call after it, which returns what the un-captured graph gives if they differ.
 """
 
 from __future__ import annotations
@@ -46,6 +41,7 @@ from .cudagraphs.memory import (
 )
 from .instructions import Instruction, gather, run_steps
 from .stage import StageMemory, first_found
+from .warmup import Proofs
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
 """Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
@@ -127,8 +123,8 @@ class Bucket:
     """Where captured pieces and eager steps of this bucket write."""
     overwritten: MemoryMap = field(default_factory=MemoryMap)
     """All memory that later calls overwrite: the static memory, and where stage inputs land."""
-    proofs_left: int = 0
-    """Replays still to be compared with what was captured; see Note [proof of a full graph]."""
+    proofs: Proofs | None = None
+    """Of a full graph."""
     programs: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     """Flat programs, by number of tokens and what misses (see ``replay.py``); the one used last at the end."""
 
@@ -210,7 +206,7 @@ class BucketCapture:
         self._device = device
         self._memory = memory
         self._verdicts = verdicts
-        self.bucket = Bucket(tokens, proofs_left=2 if plan.is_full else 0)
+        self.bucket = Bucket(tokens, proofs=Proofs() if plan.is_full else None)
         self._leases: list[_Lease] = []
         """Of all static memory, in the order in which it was taken: one place may serve one value after the other."""
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
@@ -261,6 +257,8 @@ class BucketCapture:
         self.bucket.static_memory = frozenset(lease.place for lease in self._leases)
         self.bucket.overwritten = MemoryMap(product((*self.bucket.static_memory, *plan.landing_spans), [None]))
         self.bucket.graph_bytes = max(0, sum(pool.held_bytes for pool in pools) - held_before)
+        if self.bucket.proofs is not None:
+            self.bucket.proofs.add(results, True, True)
         self.bucket.seconds = time.perf_counter() - started
         return self.bucket, results
 

@@ -39,7 +39,7 @@ from .hooks import NO_EVENTS, Events
 from .instructions import picker
 from .ownership import hand_over, merged_results
 from .replay import Call, FlatProgram
-from .stage import StageMemory
+from .stage import StageMemory, first_found
 from .warmup import Session
 
 _LOG = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ class Graphs:
         if self._memory.given_out:
             self._memory.spoil_given_out()
         if self._may_verify and self._shall_verify(program.bucket, session):
-            results = self._run_verified(program, args, call)
+            results = self._run_verified(program, args, call, session is not None)
         else:
             results = program.run(args, call)
         self._hand_over(args, results, program.bucket, call, program)
@@ -461,23 +461,28 @@ class Graphs:
     def _shall_verify(self, bucket: Bucket, session: Session | None) -> bool:
         if session is not None and session.stopwatch is not None:
             return False
-        if bucket.proofs_left > (session is not None):
-            bucket.proofs_left -= 1
+        if bucket.proofs is not None and bucket.proofs.left > (session is not None):
             return True
         every = self.plan.config.verify_every
         return bool(every) and self._calls % every == 0
 
-    def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call) -> list[Any]:
-        found: list[str] = []
-        size, is_full = program.bucket.tokens, self.plan.is_full
+    def _lacks_memory(self, program: FlatProgram, args: Sequence[Any]) -> Reason | None:
+        """Why state that a full graph writes, and which a comparison copies first, cannot be copied, if it cannot."""
+        written = {at for step in program.replayed for at in self.plan.written_registers[step] if at < len(args)}
+        reason = None
         try:
-            results = program.run_verified(args, call, found.append)
+            [like(args[at]) for at in written]
         except torch.OutOfMemoryError:
-            if not is_full:
-                raise
-            # State that the graph writes is copied first: nothing has run yet.
-            self.dropped[size] = miss("graph-memory", "no memory was left to compare a replay of the whole graph")
-            raise Missed(self.dropped[size]) from None
+            reason = miss("graph-memory", "no memory was left to compare a replay of the whole graph")
+        return self.plan.found_by_any(reason)
+
+    def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call, in_warmup: bool) -> list[Any]:
+        found: list[str] = []
+        size, is_full, proofs = program.bucket.tokens, self.plan.is_full, program.bucket.proofs
+        if is_full and (reason := self._lacks_memory(program, args)) is not None:
+            self.dropped[size] = reason
+            raise Missed(reason)
+        results = program.run_verified(args, call, found.append)
         wrong = None
         if found:
             sentence = (
@@ -486,8 +491,10 @@ class Graphs:
                 else errors.replay_differs(self.name, size, found[0])
             )
             wrong = miss("verify-failed", sentence)
-        wrong = self.plan.found_by_any(wrong)
-        if wrong is not None:
+        all_wrong, all_new = zip(*self.plan.exchanged((wrong, proofs is None or proofs.is_new(results))), strict=True)
+        if proofs is not None and proofs.left:
+            proofs.add(results, all(all_new), in_warmup)
+        if (wrong := first_found(all_wrong)) is not None:
             if self.plan.config.strict:
                 raise errors.ReplayDiffers(wrong.sentence)
             _LOG.error("%s", wrong.sentence)

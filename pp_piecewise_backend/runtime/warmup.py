@@ -11,6 +11,14 @@ need no test. Static programs have no ladder, so the sizes of the first two call
 Where only what is faster is kept (``keep``), the same numbers of tokens are then called again, the largest first, to
 time what replays against what runs without graphs. If some buckets are dropped, all others are captured again: pools of
 graph memory shrink only as a whole.
+
+Note [proof of a full graph] (rule R9)
+A full graph holds attention, too, and froze whatever that reads besides its inputs. So a bucket of full graphs is
+compared with the un-captured graph before it serves alone: at two more calls in the warm-up, and at the first call
+after it, which returns what the un-captured graph gives if they differ. A comparison proves something only in another
+context than that of the capture and of earlier ones. Nobody here can look at a context, but at what it makes of a call:
+where the results are bit for bit those of an earlier call, as a warm-up gives them that varies nothing, the comparison
+does not count, and a later call is compared in its place.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ import torch
 
 from .. import errors
 from .cudagraphs.foreign import capture_is_under_way
+from .cudagraphs.memory import same_bits
 
 if TYPE_CHECKING:
     from ..compilation.placeholders import GraphInput
@@ -43,6 +52,15 @@ MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 
 _SESSION: ContextVar[Session | None] = ContextVar("pp_piecewise_backend.warmup", default=None)
 
+
+PROOFS = 3
+"""Contexts besides that of its capture in which a full graph is compared, the last one after the warm-up."""
+
+MAX_UNCOUNTED = 8
+"""Comparisons that did not count after which it serves alone all the same: its results may never vary."""
+
+COMPARED_ELEMENTS = 16384
+"""Of each result, the first ones, by which calls are known again."""
 
 REPETITIONS = 7
 """Of each of the alternatives that are weighed; the median counts."""
@@ -63,6 +81,39 @@ class BucketTime(NamedTuple):
 
 current_session = _SESSION.get
 """The warm-up that is under way in this thread, if any."""
+
+
+@dataclass
+class Proofs:
+    """Comparisons of one full graph, see Note [proof of a full graph]."""
+
+    left: int = PROOFS
+    uncounted: int = 0
+    seen: list[list[torch.Tensor]] = field(default_factory=list)
+    """How results of the capturing call, and of the comparisons that counted, begin, while more are to come."""
+
+    def is_new(self, results: Sequence[Any]) -> bool:
+        """Whether no call before gave these results."""
+        own = _beginnings(results)
+        return not any(
+            all(a.shape == b.shape and same_bits(a, b) for a, b in zip(own, earlier, strict=True))
+            for earlier in self.seen
+        )
+
+    def add(self, results: Sequence[Any], counts: bool, in_warmup: bool) -> None:
+        """Note a comparison, or, as the first one, the call that captured."""
+        if self.seen and not counts:
+            self.uncounted += not in_warmup
+        elif self.seen:
+            self.left -= 1
+        if not self.left or self.uncounted == MAX_UNCOUNTED:
+            self.left, self.seen = 0, []
+        elif counts:
+            self.seen.append([tensor.clone() for tensor in _beginnings(results)])
+
+
+def _beginnings(results: Sequence[Any]) -> list[torch.Tensor]:
+    return [value.reshape(-1)[:COMPARED_ELEMENTS] for value in results if isinstance(value, torch.Tensor)]
 
 
 class Stopwatch:
@@ -285,7 +336,7 @@ def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None
         wanted = [inside, bucket] if inside != bucket else [bucket]
         if sizes is not None:
             wanted = sorted({size for size in sizes if below < size <= bucket}, reverse=True)
-        wanted += wanted[-1:] * session.proves
+        wanted += wanted[-1:] * ((PROOFS - 1) * session.proves)
         if wanted and inside != bucket:
             padded.append(len(groups))
         groups.append(wanted)

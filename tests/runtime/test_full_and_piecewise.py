@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, Pair, Wrong, misses_between, net, rows
 from pp_piecewise_backend.debug.describe import describe, describe_graphs
 from pp_piecewise_backend.debug.report import report_page
+from pp_piecewise_backend.runtime import dispatch
+from pp_piecewise_backend.runtime.replay import FlatProgram
+from pp_piecewise_backend.runtime.warmup import MAX_UNCOUNTED
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -180,7 +184,7 @@ def test_warm_up_captures_and_proves_both(device: str) -> None:
         assert call(pair, num_tokens, num_tokens + 1) == (ONE_GRAPH if num_tokens <= 4 else PIECES)
     full = pair.program.full
     assert full is not None and [bucket.tokens for bucket, _ in full.buckets] == [4, 2]
-    assert {bucket.tokens: bucket.proofs_left for bucket, _ in full.buckets} == {4: 0, 2: 0}
+    assert [bucket.proofs and bucket.proofs.left for bucket, _ in full.buckets] == [0, 0]
     assert ppb.stats().captures == before.captures
 
 
@@ -200,3 +204,80 @@ def test_little_memory_keeps_the_smallest_sizes_of_both() -> None:
     assert (ppb.stats().graph_bytes, ppb.stats().static_bytes, pair.program.all_buckets) == (0, 0, [])
     call(pair, 2, 1), call(pair, 2, 2), call(pair, 2, 3), call(pair, 2, 4)
     assert call(pair, 2, 5) == ONE_GRAPH
+
+
+def proofs_left(pair: Pair) -> int:
+    full = pair.program.full
+    assert full is not None
+    ((bucket, _),) = full.buckets
+    return bucket.proofs.left if bucket.proofs is not None else -1
+
+
+def test_a_comparison_counts_only_in_a_context_that_was_not_seen_before() -> None:
+    """The op reads a number that is frozen, and that a warm-up and the first calls leave alone."""
+    pair = made("cpu", mark=False, row_wise_ops="fulltest::*", capture_sizes="4", max_tokens=4)
+    ppb.warmup(pair.compiled, lambda n: ((rows(4, "cpu"),), {}), sizes=[4], progress=False)
+    assert proofs_left(pair) == 3
+    assert "to be compared with its pieces in 3 calls more" in " ".join(ppb.explain().split())
+    pair(rows(4, "cpu"))
+    assert proofs_left(pair) == 3
+    for seed in (1, 2):
+        pair(rows(4, "cpu", seed=seed))
+    assert proofs_left(pair) == 1
+    CONTEXT["scale"] = 7.0
+    pair(rows(4, "cpu", seed=3))  # returns what the pieces give
+    assert "differs from the graph itself" in " ".join(ppb.explain().split())
+
+
+def test_results_that_never_vary_are_compared_some_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    run_verified = FlatProgram.run_verified
+    monkeypatch.setattr(FlatProgram, "run_verified", lambda *arguments: compared.append(1) or run_verified(*arguments))
+    pair = made("cpu")
+    for _ in range(2 + MAX_UNCOUNTED + 3):
+        pair(rows(4, "cpu"))
+    assert len(compared) == MAX_UNCOUNTED and proofs_left(pair) == 0
+
+
+@pytest.mark.parametrize("who", ["this rank", "another rank"])
+def test_a_size_whose_state_cannot_be_copied_to_compare_replays_its_pieces(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = ppb.Stage({}, 8, "cpu")
+
+    def exchange(text: str) -> list[str]:
+        said = json.loads(text)
+        is_bare = said is None or isinstance(said[0], str)
+        return [text, json.dumps(["graph-memory", "full"]) if who == "another rank" and is_bare else text]
+
+    stage.exchange = exchange
+    pair = made("cpu", with_cache, dims=(0, None, 0), stage=stage)
+    cache = torch.zeros(16, HIDDEN)
+
+    def like(tensor: Tensor) -> Tensor:
+        if who == "this rank" and tensor.data_ptr() == cache.data_ptr():
+            raise torch.OutOfMemoryError("no room")
+        return tensor.clone()
+
+    monkeypatch.setattr(dispatch, "like", like)
+    for length in range(4):
+        counted = call(pair, 4, length, cache, torch.arange(4) + length)
+    assert counted["replays"] > 1, "the pieces replay"
+    text = " ".join(ppb.explain().split())
+    assert ("no memory was left to compare" if who == "this rank" else "on rank 1 of this stage, full") in text
+
+
+@pytest.mark.slow
+@on_devices
+def test_full_graphs_of_compiled_pieces(device: str) -> None:
+    """Inductor's code, between it attention, in one graph; the pieces come from the same code."""
+    pair = made(device, compiler="inductor", row_wise_ops="fulltest::*")
+    for num_tokens in (4, 8):
+        for length in range(1, 6):
+            call(pair, num_tokens, length)
+    for length in (3, 1, 4):
+        assert call(pair, 4, length) == ONE_GRAPH
+        assert call(pair, 3, length) == ONE_GRAPH, "padded"
+        assert call(pair, 8, length) == PIECES
+    compiled = [piece for piece in pair.program.compiled if piece is not None]
+    assert len(compiled) == 3 and not any(piece.failure for piece in compiled)

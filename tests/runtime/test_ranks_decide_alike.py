@@ -30,6 +30,17 @@ def attention(x: Tensor) -> Tensor:
 
 attention.register_fake(torch.empty_like)
 
+FROZEN = {"scale": 1.0}
+"""What the next op reads besides its arguments, so that a full graph freezes it."""
+
+
+@torch.library.custom_op("aliketest::scaled", mutates_args=())
+def scaled(x: Tensor) -> Tensor:
+    return x * FROZEN["scale"]
+
+
+scaled.register_fake(torch.empty_like)
+
 
 def forward(self: Any, hidden_states: Tensor) -> Tensor:
     for _ in range(2):
@@ -92,9 +103,22 @@ def test_no_verdict_is_one_only_if_all_ranks_have_come_to_it() -> None:
 
 
 def test_a_bucket_that_is_wrong_on_another_rank_is_replayed_by_none() -> None:
-    made = Made(lambda said: said if isinstance(said, list) else ("verify-failed", "row 2"), verify_every=1)
+    made = Made(lambda said: said if len(said) == 3 else [("verify-failed", "row 2"), said[1]], verify_every=1)
     assert made.call(8) == {} and made.call(8) == {"verify-failed": 3}
     assert "on rank 1 of this stage, row 2" in " ".join(ppb.explain().split())
+
+
+@pytest.mark.parametrize("other_is_new", [True, False])
+def test_a_comparison_counts_only_if_it_does_on_all_ranks(other_is_new: bool) -> None:
+    def other(said: Any) -> Any:
+        return [None, other_is_new] if isinstance(said, list) and len(said) == 2 else said
+
+    made = Made(other, mode="full_and_piecewise")
+    for seed in range(4):
+        made.pair(rows(8, "cpu", seed=seed))
+    assert made.pair.program.full is not None
+    ((bucket, _),) = made.pair.program.full.buckets
+    assert bucket.proofs is not None and bucket.proofs.left == (1 if other_is_new else 3)
 
 
 def test_graphs_that_are_too_large_on_another_rank_are_dropped_by_all() -> None:
@@ -146,7 +170,7 @@ class Halves(nn.Module):
         x = self.embedding(ids)
         for _ in range(2):
             x = torch.ops.aliketest.attention(all_reduce(x[:, self.columns] @ self.weight.t(), "sum", self.group))
-        return x
+        return torch.ops.aliketest.scaled(x)
 
 
 def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int:
@@ -161,7 +185,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     def failing_capture(self: Any, call: Any, inputs: Any, pool: Any) -> Any:
         captured_pieces.append(num_tokens := inputs[0].shape[0])
         graph = capture(self, call, inputs, pool)  # which runs the collectives of the piece, unlike a real one
-        if (rank, num_tokens, captured_pieces.count(8)) == (1, 8, 2):
+        if (rank, num_tokens, captured_pieces.count(8), job["mode"]) == (1, 8, 2, "piecewise"):
             graph.release()
             raise CaptureError("this rank is full")
         return graph
@@ -175,29 +199,45 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         mesh=mesh,
         options={
             **{"compiler": "eager", "graphs": "emulate", "split_ops": "+aliketest::*", "capture_sizes": "1,4,8"},
-            **{"row_wise_ops": "_c10d_functional::*", "graph_safe_ops": "*::*"},
+            **{"row_wise_ops": "_c10d_functional::*", "graph_safe_ops": "*::*", "mode": job["mode"]},
         },
         setup_timeout_s=SETUP_SECONDS,
     )
     with runner:
         runner.warmup()
+        FROZEN["scale"] += rank * (job["mode"] != "piecewise")
         sizes = (8, 6, 7, 3, 1, 5)
         for num_tokens, got in zip(sizes, runner.run([ppb.MicroBatch(n) for n in sizes]), strict=True):
             with torch.no_grad():
                 torch.testing.assert_close(got, module(torch.arange(num_tokens) % 50), rtol=1e-5, atol=1e-5)
-    graphs = [p.graphs for p in ppb.programs() if p.graphs is not None]
+    (program,) = ppb.programs()
+    graphs = [g for g in (program.graphs, program.full and program.full.graphs) if g is not None]
     report = {b.tokens: [sorted(b.graphs), sorted(b.obstacles)] for g in graphs for b, _ in g.buckets}
     stats = ppb.stats()
     counted = {name: stats[name] for name in ("replays", "graph_misses", "padded_tokens")}
-    (folder / f"rank_{rank}.json").write_text(json.dumps([report, counted]))
+    dropped = {tokens: reason.code for g in graphs for tokens, reason in g.dropped.items()}
+    (folder / f"rank_{rank}.json").write_text(json.dumps([report, counted, dropped]))
     dist.destroy_process_group()
     return 0
 
 
 @pytest.mark.process
 def test_two_ranks_of_which_one_cannot_capture_a_piece(tmp_path: Path) -> None:
-    ended = run_ranks("runtime.test_ranks_decide_alike:one_rank", 2, tmp_path, {})
+    one = same_on_both(tmp_path, "piecewise")
+    assert one[1]["graph_misses"] > 0 and one[1]["padded_tokens"] > 0, one
+    assert sum(len(missing) for _, missing in one[0].values()) == 1
+
+
+@pytest.mark.process
+def test_two_ranks_of_which_one_has_a_full_graph_that_is_wrong(tmp_path: Path) -> None:
+    one = same_on_both(tmp_path, "full_and_piecewise")
+    assert one[2] == {"8": "verify-failed", "1": "verify-failed"}, one
+
+
+def same_on_both(tmp_path: Path, mode: str) -> Any:
+    """What both ranks say of their graphs."""
+    ended = run_ranks("runtime.test_ranks_decide_alike:one_rank", 2, tmp_path, {"mode": mode})
     assert [end.exit_code for end in ended] == [0, 0], "\n".join(end.log for end in ended)
     one, other = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
-    assert one == other and one[1]["graph_misses"] > 0 and one[1]["padded_tokens"] > 0, one
-    assert sum(len(missing) for _, missing in one[0].values()) == 1
+    assert one == other
+    return one
