@@ -513,9 +513,69 @@ def group_inputs(is_first: bool, tag: bytes, input_ids: Tensor | None) -> dict[s
     return {"input_ids": input_ids if is_first else None, "positions": positions}
 
 
+SLEEP_SECONDS = 0.005
+
+
+@torch.library.custom_op("runner_ranks::sleep", mutates_args=())
+def sleep(x: Tensor) -> Tensor:
+    """Takes its time between the captured pieces."""
+    time.sleep(SLEEP_SECONDS)
+    return x.clone()
+
+
+@sleep.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Slowed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return {name: sleep(result) for name, result in self.module(**inputs).items()}
+
+
+def slowed(rank: Rank) -> Any:
+    """One rank sleeps in each step, in its forward or before it; what the report of this rank says."""
+    is_slow, where = rank.number == rank.arguments["slow"], rank.arguments["where"]
+    module: nn.Module = EngineStage(rank.number, rank.count, num_layers=1)
+    if is_slow and where == "forward":
+        module = Slowed(module)
+
+    def make_inputs(num_tokens: int, tag: bytes) -> dict[str, Tensor | None]:
+        if is_slow and where == "host" and tag:
+            time.sleep(SLEEP_SECONDS)
+        return rank.make_inputs(num_tokens, tag)
+
+    in_flight = 2 * rank.count
+    with rank.runner(module, make_inputs=make_inputs, max_in_flight=in_flight) as runner:
+
+        def microbatches() -> Iterator[ppb.MicroBatch]:
+            for number in range(rank.arguments["microbatches"]):
+                if number >= in_flight:
+                    runner.feedback()
+                yield ppb.MicroBatch(4, str(number).encode())
+
+        runner.trace(str(rank.folder / "trace.json"))
+        runner.warmup()
+        dist.barrier()  # else who runs first waits within its steps for those that still compile
+        for _ in runner.run(microbatches() if rank.is_first else None):
+            pass
+        report = runner.report()
+    assert report.slowest is not None
+    return {
+        "slowest": report.slowest.rank,
+        "verdict": report.verdict,
+        "bubbles": {times.rank: times.bubble_percent for times in report.ranks},
+        "parts_us": {times.rank: {"forward": times.forward_us, "host": times.host_us} for times in report.ranks},
+    }
+
+
 SCENARIOS = {
     function.__name__: function
-    for function in (steady, fault, hangs, other_plan, paused, leaves, warms_up_between, autoregressive)
+    for function in (steady, fault, hangs, other_plan, paused, leaves, warms_up_between, autoregressive, slowed)
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from models.small_pipeline import own_inputs
+from pipeline_traces import bubbles_in
 from plain_stage import Plain
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.report import PipelineReport, RankTimes, StepClock, TimesOfRanks
@@ -78,19 +78,6 @@ def test_where_nothing_is_captured_no_bucket_is_timed() -> None:
 
 
 # --------------------------------------------------------------------------------------------- report
-
-
-def bubbles_in(trace: Path) -> dict[int, float]:
-    """Rank -> percent of the time between its first and last step, by the trace, in which it waited for others."""
-    spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
-    found = {}
-    for rank in {span["pid"] for span in spans}:
-        steps = [span for span in spans if span["pid"] == rank and span["cat"] == "steps"]
-        forward = [s for s in steps if s["name"].startswith("ppb.") and s["args"]]  # without: in the warm-up
-        begin, end = forward[0]["ts"], forward[-1]["ts"] + forward[-1]["dur"]
-        waits = [s for s in steps if s["name"].startswith("wait") and begin < s["ts"] and s["ts"] + s["dur"] < end]
-        found[rank] = 100 * sum(span["dur"] for span in waits) / (end - begin)
-    return found
 
 
 @pytest.mark.usefixtures("one_program")
