@@ -121,7 +121,8 @@ def plan(options: argparse.Namespace) -> Task:
         chat=options.chat or is_smollm2,
         balance=options.balance,
         device=options.device,
-        dtype=options.dtype,
+        # Its two likeliest tokens can lie closer to one another than bfloat16 rounds.
+        dtype=options.dtype or ("float32" if is_smollm2 else None),
         sequences_per_micro_batch=1,
         # One bucket for each next token; the largest, max_tokens, is a whole prompt.
         options={**backend_options(options), "capture_sizes": "1"},

@@ -132,13 +132,20 @@ def test_the_question_goes_into_the_chat_template(
     from pp_piecewise_backend.__main__ import build_parser
     from pp_piecewise_backend.demo import command
 
+    def job_of(*arguments: str) -> Any:
+        return command.plan(build_parser().parse_args(["demo", "--device", "cpu", *arguments])).job
+
     def prompt_of(*arguments: str) -> list[int]:
-        task = command.plan(build_parser().parse_args(["demo", "--device", "cpu", *arguments]))
-        return list(task.job.prompts[0])
+        return list(job_of(*arguments).prompts[0])
 
     assert prompt_of("--model", "smollm2") == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert prompt_of("--model", "smollm2", "--prompt", "France") == [0, 1, 7]
     assert prompt_of("--model", str(tmp_path), "--prompt", "France") == [7]
+    # In float32, since the two likeliest tokens can lie closer to one another than bfloat16 rounds.
+    assert [job_of("--model", "smollm2", *more).dtype for more in ([], ["--dtype", "bfloat16"])] == [
+        "float32",
+        "bfloat16",
+    ]
     assert prompt_of("--model", str(tmp_path), "--prompt", "France", "--chat") == [0, 1, 7]
 
 
