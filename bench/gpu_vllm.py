@@ -86,10 +86,10 @@ def main(arguments: Sequence[str]) -> None:
     json_path = options.output / f"{NAME}.json"
     for run in measure(options):
         runs.append(run)
-        print(line(run), flush=True)
         # Written after every run: an interrupt loses nothing.
         body = {"ratios": ratios(runs), "log_probabilities": agreement(runs), "runs": runs}
         json_path = write_result(options.output, NAME, parameters, body)
+        print(line(run), flush=True)
     for found in (*ratios(runs), *agreement(runs)):
         print(found)
     print(f"\n{json_path}")

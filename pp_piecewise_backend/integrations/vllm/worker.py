@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from ...backend import explain, programs, warmup
 from ...debug.describe import describe_graphs
 from ...debug.text import grouped, ranges
-from ...utils.counters import COUNTERS, stats
+from ...utils.counters import stats
 from . import set_worker_options
 from .landing import Landing
 from .settings import capture_options
@@ -108,7 +108,7 @@ class PiecewiseWorker(Worker):
             "pipeline_rank": get_pp_group().rank_in_group,
             "tensor_rank": get_tp_group().rank_in_group,
             "explain": explain(),
-            "since_warm_up": {name: _difference(now[name], before.get(name)) for name in COUNTERS},
+            "since_warm_up": {name: _difference(value, before.get(name)) for name, value in now.items()},
             "received_in_place": self.landing.in_place,
             "received_elsewhere": self.landing.elsewhere,
         }
