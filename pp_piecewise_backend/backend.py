@@ -420,6 +420,15 @@ backend = PiecewiseBackend()
 programs, explain, seal, unseal = backend.programs, backend.explain, backend.seal, backend.unseal
 
 
+def release_stage(stage: Stage, code: CodeType) -> None:
+    """Release what the programs of a stage hold; ``code`` is that of the frame that they were compiled for."""
+    for program in backend.programs():
+        if program.stage is stage:
+            program.release()
+    stage.release()
+    torch_compat.forget_compiled(code)
+
+
 def reset() -> None:
     """Forget programs and compiled pieces, and zero the counters."""
     backend.reset()

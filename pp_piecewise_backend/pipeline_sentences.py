@@ -240,8 +240,13 @@ def no_feedback_here(stage: int) -> str:
 
 
 NOT_BETWEEN_MICRO_BATCHES = (
-    "a runner does one thing at a time, but warmup() or the next micro-batch of run() was asked for while one of them "
-    "is under way: from make_inputs, the module, finish or another thread. Call warmup() between two micro-batches."
+    "a runner does one thing at a time, but warmup(), close() or the next micro-batch of run() was asked for while one "
+    "of them is under way: from make_inputs, the module, finish or another thread. Call it between two micro-batches."
+)
+
+CLOSED_RUNNER = (
+    "the runner was closed: it runs, warms up and hands out nothing any more. What it counted is still there: stats, "
+    "report() and bucket_times(). Make a new StageRunner on all ranks."
 )
 
 RAN_ALREADY = "run() was called before: a pipeline runs once, since its end stops all ranks. Make a new StageRunner."

@@ -7,6 +7,7 @@ an exception ends it with exit code 1 and its traceback in the log.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -471,6 +473,44 @@ def warms_up_between(rank: Rank) -> dict[str, Any]:
     return {"wrong": wrong, "results": len(results), "microbatches": count, "warmups": warmups}
 
 
+def opens_and_closes(rank: Rank) -> dict[str, Any]:
+    """Runner after runner in one process; what is open and alive after each of them, whose errors are kept."""
+    proxies = {"h": ppb.Proxy((), torch.float32)}
+    kept: list[BaseException] = []
+
+    def once() -> weakref.ref[ppb.StageRunner]:
+        runner = rank.runner(
+            Adds(),
+            make_inputs=lambda num_tokens, tag: {"x": torch.zeros(num_tokens)},
+            inputs=None if rank.is_first else proxies,
+            outputs=None if rank.is_last else proxies,
+            feedback=None,
+            options={"compiler": "eager", "graphs": "emulate", "capture_sizes": "4"},
+        )
+        try:
+            with runner:
+                for _ in runner.run([ppb.MicroBatch(3)] * 3 if rank.is_first else None):
+                    if rank.arguments["how"] == "lost" and rank.is_last:
+                        raise ArithmeticError("the caller's own code failed")
+        except (ArithmeticError, ppb.errors.PeerLost) as error:
+            kept.append(error)
+        return weakref.ref(runner)
+
+    runners, descriptors, threads = [], [], []
+    for _ in range(4):
+        runners.append(once())
+        gc.collect()
+        dist.barrier()
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+        threads.append(len(os.listdir("/proc/self/task")))
+    if rank.arguments["how"] == "lost":
+        assert len(kept) == 4, kept
+        kept.clear()
+    gc.collect()
+    alive = sum(runner() is not None for runner in runners)
+    return {"descriptors": descriptors, "threads": threads, "runners": alive}
+
+
 def autoregressive(rank: Rank) -> dict[str, Any]:
     """As many groups of requests as may be in flight; the next tokens of each come from the last stage."""
     groups, steps, started = rank.arguments["groups"], rank.arguments["steps"], 0
@@ -575,7 +615,18 @@ def slowed(rank: Rank) -> Any:
 
 SCENARIOS = {
     function.__name__: function
-    for function in (steady, fault, hangs, other_plan, paused, leaves, warms_up_between, autoregressive, slowed)
+    for function in (
+        steady,
+        fault,
+        hangs,
+        other_plan,
+        paused,
+        leaves,
+        warms_up_between,
+        opens_and_closes,
+        autoregressive,
+        slowed,
+    )
 }
 
 

@@ -140,8 +140,9 @@ MESSAGES = {
     ),
     "NOT_BETWEEN_MICRO_BATCHES": (
         errors.NOT_BETWEEN_MICRO_BATCHES,
-        ["one thing at a time", "Call warmup() between two"],
+        ["one thing at a time", "Call it between two micro-batches"],
     ),
+    "CLOSED_RUNNER": (errors.CLOSED_RUNNER, ["the runner was closed", "stats, report() and", "Make a new StageRunner"]),
     "NESTED_WARMUP": (errors.NESTED_WARMUP, ["inside warmup()", "call it once"]),
     "NO_PROGRAM_IN_WARMUP": (
         errors.NO_PROGRAM_IN_WARMUP,

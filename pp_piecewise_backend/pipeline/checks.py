@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import errors
 from ..runtime.stage import Proxy
 
 Proxies = Mapping[str, Proxy]
+MakeInputs = Callable[[int, bytes], Mapping[str, Any]]
 
 
 def arguments(receive: str, max_in_flight: int | None, options: Mapping[str, Any]) -> None:
@@ -61,10 +62,30 @@ class Turn:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._thread: int | None = None
+        """Which holds it."""
+        self.is_over = False
 
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
-            raise errors.PPPiecewiseError(errors.NOT_BETWEEN_MICRO_BATCHES)
+            raise errors.PPPiecewiseError(errors.CLOSED_RUNNER if self.is_over else errors.NOT_BETWEEN_MICRO_BATCHES)
+        self._thread = threading.get_ident()
 
     def __exit__(self, *_: object) -> None:
+        self._thread = None
         self._lock.release()
+
+    def check_free(self) -> None:
+        """Raises PPPiecewiseError in the thread that holds it."""
+        if self._thread == threading.get_ident():
+            raise errors.PPPiecewiseError(errors.NOT_BETWEEN_MICRO_BATCHES)
+
+    def end(self, longest_seconds: float) -> bool:
+        """Nobody enters it any more, once who holds it has left; whether that took no longer than it may."""
+        self.is_over = self._lock.acquire(timeout=longest_seconds)
+        return self.is_over
+
+    def check_open(self) -> None:
+        """Raises PPPiecewiseError after its end."""
+        if self.is_over:
+            raise errors.PPPiecewiseError(errors.CLOSED_RUNNER)

@@ -179,6 +179,16 @@ class Inbox:
                 self._post(now=False)
                 self._changed.notify_all()
 
+    def close(self) -> None:
+        """Forget all memory: nothing lands here any more, and nothing can be taken."""
+        with self._changed:
+            self._receiver.on_news = None
+            self._has_ended = True
+            self._lent = None
+            for waiting in (self._free, self._offered, self._posted):
+                waiting.clear()
+            del self._landing
+
     def wait_for(self, count: int) -> None:
         """Return once ``count`` headers came in all, and found memory where tensors follow, or no more comes."""
         if self._heard_count < count:

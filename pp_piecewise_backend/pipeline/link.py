@@ -233,7 +233,9 @@ class End:
                         self._peer_announced_ns = time.perf_counter_ns()
                     self._put(header)
                 if self._said_stop.is_set() and self._heard_stop.is_set() and not self._stopped.is_set():
-                    self._tell(Kind.STOP)
+                    # Who hangs up needs it no more; what it said before, such as FAILED, is still to be heard.
+                    with contextlib.suppress(ConnectionError, TimeoutError):
+                        self._tell(Kind.STOP)
                     self._stopped.set()
                     if not self._closes_in_turn:
                         self._say_no_more()
@@ -249,8 +251,6 @@ class End:
                 self._silent.set()
                 self._put(None)
                 self._listen_on()
-        except (ConnectionError, TimeoutError):
-            self._say_no_more()  # the last STOP did not leave: the other end needed it no more
         finally:
             self._stopped.set()
             self._silent.set()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import errors
 from ..runtime.stage import Proxy, Stage
+from ..utils.addresses import Span, overlap, span
 from ..utils.counters import Stats
 from .header import Answer
 from .link import Sender
@@ -45,6 +47,13 @@ def chosen(output: Any, names: tuple[str, ...], whose: str, stats: Stats) -> dic
             tensors[name] = tensor.contiguous()
             stats.add("proxy_copies")
     return tensors
+
+
+def lies_in(places: Iterable[Span], output: Any) -> bool:
+    """Whether a tensor of a module's output, if that is a dict, lies in one of these places in memory."""
+    tensors = output.values() if isinstance(output, Mapping) else ()
+    spans = [span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return any(overlap(*both) for both in itertools.product(spans, places))
 
 
 class Answers:

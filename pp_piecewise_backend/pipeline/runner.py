@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
@@ -27,31 +26,28 @@ import torch
 from torch import nn
 
 from .. import errors
-from ..backend import programs, warmup
+from ..backend import programs, release_stage, warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
-from ..runtime.stage import Proxy, Stage
-from ..runtime.tracing import Timeline, chrome_trace, profiler_is_running, wrap
+from ..runtime.stage import Stage
+from ..runtime.tracing import Timeline, profiler_is_running, wrap, write_trace
 from ..runtime.warmup import BucketTime, time_buckets
 from ..utils import torch_compat
-from ..utils.addresses import overlap, span
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
 from ..utils.versions import versions
 from . import checks
+from .checks import MakeInputs, Proxies
 from .connect import make_links, pick_transport
 from .header import Answer, Header, MicroBatch
 from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
 from .positions import Step
 from .report import PipelineReport, StepClock, WaitKind
-from .results import Answers, Finish, Sent, chosen
+from .results import Answers, Finish, Sent, chosen, lies_in
 from .transports.base import Patience, Transport
 from .watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
-
-Proxies = Mapping[str, Proxy]
-MakeInputs = Callable[[int, bytes], Mapping[str, Any]]
 
 WAITED_SECONDS = 50e-6
 """What a wait for a send takes on the host if it has left already stays below this."""
@@ -261,6 +257,7 @@ class StageRunner:
             PPPiecewiseError: called twice, or with micro-batches on a stage that takes none.
             Whatever the module or ``make_inputs`` raises; the other ranks then raise `PeerLost`.
         """
+        self._turn.check_open()
         if (microbatches is not None) != self.is_first:
             sentence = errors.NO_MICRO_BATCHES if self.is_first else errors.micro_batches_on_later_stage(self.stage)
             raise errors.PPPiecewiseError(sentence)
@@ -288,7 +285,7 @@ class StageRunner:
 
     def _own_steps(self, microbatches: Iterable[MicroBatch]) -> Iterator[Any]:
         for sequence, microbatch in enumerate(microbatches):
-            if self._links.outgoing is not None and self._links.outgoing.stop_requested:
+            if self._is_closed or (self._links.outgoing is not None and self._links.outgoing.stop_requested):
                 return
             if self._max_in_flight is not None and self._feedback is not None:
                 with self._waiting("feedback", "wait for room"):
@@ -307,7 +304,7 @@ class StageRunner:
     def _following_steps(self) -> Iterator[Any]:
         assert self._inbox is not None
         self._release()  # warm-up has used the memory until now
-        while True:
+        while not self._is_closed:
             with self._turn:
                 taken = self._take()
                 if taken is None:
@@ -383,14 +380,9 @@ class StageRunner:
         finally:
             self._in_forward = False
         self._clock.forward_ends()
-        if self._uses_landing_memory and not self._has_landing_memory(output):
+        if self._uses_landing_memory and not lies_in(self._stage.landing_spans, output):
             self._release()
         return output, began_at
-
-    def _has_landing_memory(self, output: Any) -> bool:
-        tensors = output.values() if isinstance(output, Mapping) else ()
-        places = [span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        return any(overlap(*both) for both in itertools.product(places, self._stage.landing_spans))
 
     def landing_was_read(self) -> None:
         """For programs, see ``StageListener``: nothing reads landing memory any more in the call under way."""
@@ -465,6 +457,7 @@ class StageRunner:
             PPPiecewiseError: there is no feedback here, or none that could come: that of all micro-batches which were
                 taken from the iterable so far was read.
         """
+        self._turn.check_open()
         if self._feedback is None or not self._feedback_names:
             raise errors.PPPiecewiseError(errors.no_feedback_here(self.stage))
         if self._read_feedback == self._asked_feedback:
@@ -486,6 +479,7 @@ class StageRunner:
         Raises:
             PeerLost: the pipeline broke, and it is worthless.
         """
+        self._turn.check_open()
         if self._feedback is not None:
             with self._waiting("feedback", "confirm feedback"):
                 self._feedback.confirm()
@@ -513,22 +507,16 @@ class StageRunner:
 
         Call it on every rank, before ``run``. Times are those of the hosts: on a GPU, a replay is its launch.
         """
+        self._turn.check_open()
         if self._has_run:
             raise errors.PPPiecewiseError(errors.TRACE_AFTER_RUN)
         self._trace_path = Path(path)
         self.timeline = Timeline()
 
     def _write_trace(self) -> None:
-        if self.timeline is None or self._trace_path is None:
-            return
-        path, own = self._trace_path, self.timeline.to_text()
-        if self._links.is_broken:
-            path = path.with_suffix(f".rank{self.stage}{path.suffix}")
-            path.write_text(json.dumps(chrome_trace([Timeline.spans_of(own)])))
-            return
-        texts = self._exchange(own)
-        if self.is_first:
-            path.write_text(json.dumps(chrome_trace([Timeline.spans_of(text) for text in texts])))
+        if self.timeline is not None and self._trace_path is not None:
+            exchange = None if self._links.is_broken else self._exchange
+            write_trace(self._trace_path, self.timeline, self.stage, exchange)
 
     def _spanning(self, lane: str, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.timeline is None else self.timeline.span(lane, name)
@@ -558,7 +546,7 @@ class StageRunner:
 
     def _finish(self) -> None:
         """Stop in order: nothing more is sent, and what was announced to this stage is received and dropped."""
-        if self._links.is_broken:
+        if self._links.is_broken or self._turn.is_over:
             return
         self._clock.begins(Step.CLOSING)
         self._wait_for_send()
@@ -580,23 +568,38 @@ class StageRunner:
         It returns once all ranks close, so that no rank reports success when another one failed at the very end; it
         waits no longer than ``timeout_s`` for a rank that has stopped and does not close.
 
+        Of this runner's calls, ``close``, ``stats``, ``report`` and ``bucket_times`` work after it.
+
         Raises:
             PeerLost: the pipeline broke before all had stopped.
+            PPPiecewiseError: called while a micro-batch is under way in this thread, as from ``make_inputs``.
         """
         if self._is_closed:
             return
+        self._turn.check_free()
         self._is_closed = True
         self._watchdog.close()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._let_go)
+            stack.callback(self._links.close)
+            stack.callback(self._write_trace)
             with self._failing():
                 self._finish()
-        finally:
-            try:
-                self._write_trace()
-            finally:
-                self._links.close()
         if not self._has_failed:
             self._links.check()
+
+    def _let_go(self) -> None:
+        """Whoever keeps a closed runner, as tracebacks do, keeps no weights, memory or descriptors with it."""
+        if not self._turn.end(self._patience.silence_seconds):
+            return  # a thread still hangs in a step
+        for inbox in (self._inbox, self._feedback):
+            if inbox is not None:
+                inbox.close()
+        release_stage(self._stage, type(self._module).forward.__code__)
+        self._options.clear()  # Dynamo keeps each backend that it was given, with its options
+        for name in ("_inbox", "_feedback", "_answers", "_sent"):
+            setattr(self, name, None)
+        del self._stage, self._module, self._compiled, self._make_inputs, self._exchange
 
     def __enter__(self) -> StageRunner:
         return self

@@ -215,6 +215,12 @@ class Stage:
             assert block.numel() >= self.max_tokens * self.inputs[name].bytes_per_token
             self._landing[name] = block
 
+    def release(self) -> None:
+        """Forget the landing memory and the listener; nothing is called for this stage any more. Views stay valid."""
+        self._landing.clear()
+        self._views.clear()
+        self.listener = None
+
     def landing(self, name: str) -> torch.Tensor:
         """The flat uint8 memory in which the proxy ``name`` lands."""
         return self._landing[name]

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -94,6 +95,20 @@ def wrap(call: Callable[..., Result], name: str, timeline: Timeline | None = Non
 
 
 LANES = ("steps", "receive", "send", "feedback")
+
+
+def write_trace(path: Path, own: Timeline, rank: int, exchange: Callable[[str], Sequence[str]] | None) -> None:
+    """One Chrome trace of all ranks, which the first one writes.
+
+    Args:
+        rank: this one; its number is in the name of its own file, if each writes one.
+        exchange: the texts of all ranks, in their order, for the one of this rank; None: each rank writes its own.
+    """
+    texts = [own.to_text()] if exchange is None else exchange(own.to_text())
+    if exchange is None:
+        path = path.with_suffix(f".rank{rank}{path.suffix}")
+    if exchange is None or rank == 0:
+        path.write_text(json.dumps(chrome_trace([Timeline.spans_of(text) for text in texts])))
 
 
 def chrome_trace(spans_by_rank: Sequence[Sequence[Span]]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class HungUp:
     """
 
     def __init__(self, plan: Plan) -> None:
+        self.refuses = False
+        """Whether the other end takes no more messages."""
         self._plan = plan
         self._messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -54,7 +56,9 @@ class HungUp:
     def landing_memory(self, num_bytes: int) -> None:
         return None
 
-    def tell(self, message: bytes) -> None: ...
+    def tell(self, message: bytes) -> None:
+        if self.refuses:
+            raise BrokenPipeError("the other end hung up")
 
     def flush(self, timeout_seconds: float) -> None: ...
 
@@ -83,6 +87,18 @@ def test_a_receive_posted_too_late_names_what_failed(early: bool, spare_count: i
     incoming.start()
     with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
         inbox.take()
+
+
+def test_a_rank_that_hangs_up_is_heard_to_the_end() -> None:
+    """It stopped and failed after all; that nothing more reaches it is no reason not to listen."""
+    wire, incoming = receiver()
+    incoming.start(closes_in_turn=True)
+    incoming.say_stop()
+    wire.refuses = True
+    wire.say(Kind.STOP, 0)
+    wire.say(Kind.FAILED, 0, tag=b"ValueError")
+    with pytest.raises(ppb.errors.PeerLost, match=r"rank 0 failed \(ValueError\)"):
+        incoming.wait_for_closed()
 
 
 def test_what_a_rank_sends_is_broken_before_its_streams_are_let_go() -> None:

@@ -351,6 +351,7 @@ class OneMachineWire:
         self._data.close()
         self._sharing.close()
         self._blocks.clear()
+        self._waiting.clear()
 
 
 @dataclass(eq=False)

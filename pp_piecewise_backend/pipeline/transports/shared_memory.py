@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import struct
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,12 @@ from .one_machine import Sharing, machine
 from .sockets import connection_error
 
 _SIZE = struct.Struct("<Q")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
 
 
 class HostMemory:
@@ -69,6 +76,12 @@ class HostSharing(Sharing):
 
 
 def _mapped(descriptor: int, num_bytes: int) -> torch.Tensor:
-    memory = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    # The class of the standard library keeps a descriptor for as long as anybody has a view of the memory.
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    address = _libc.mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+    if address == _FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+    weakref.finalize(memory, _libc.munmap, address, num_bytes).atexit = False
     with torch.inference_mode(False), torch.no_grad():
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -178,8 +178,9 @@ class P2PWire:
     def tell(self, message: bytes) -> None:
         self.flush(self._longest.total_seconds())
         self._outgoing_bytes[:] = message
+        group = _open(self._control)
         with connection_errors():
-            self._leaving = _posted(dist.isend(self._outgoing, self._peer, group=self._control, tag=self._tell_tag))
+            self._leaving = _posted(dist.isend(self._outgoing, self._peer, group=group, tag=self._tell_tag))
 
     def flush(self, timeout_seconds: float) -> None:
         if self._leaving is not None:
@@ -187,8 +188,9 @@ class P2PWire:
             self._leaving = None
 
     def hear(self, timeout_seconds: float) -> bytes:
+        group = _open(self._control)
         with connection_errors():
-            work = _posted(dist.irecv(self._incoming, self._peer, group=self._control, tag=self._hear_tag))
+            work = _posted(dist.irecv(self._incoming, self._peer, group=group, tag=self._hear_tag))
         _wait(work, timedelta(seconds=timeout_seconds))
         return bytes(self._incoming_bytes)
 
@@ -202,9 +204,10 @@ class P2PWire:
         return self._move(dist.irecv, views)
 
     def _move(self, move: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Pending:
+        group = _open(self._data)
         with connection_errors():
             # With its tensor, which gloo reads and writes until then.
-            moving = [(_posted(move(tensor, self._peer, group=self._data)), tensor) for tensor in tensors]
+            moving = [(_posted(move(tensor, self._peer, group=group)), tensor) for tensor in tensors]
 
         def wait() -> None:
             for work, _ in moving:
@@ -219,13 +222,23 @@ class P2PWire:
         pass  # waited for when the group is destroyed, for all its links at once
 
     def break_data(self) -> None:
-        break_pair(self._data, self._peer)
+        if self._data is not None:
+            break_pair(self._data, self._peer)
 
     def break_control(self) -> None:
-        break_pair(self._control, self._peer)
+        if self._control is not None:
+            break_pair(self._control, self._peer)
 
     def close(self) -> None:
-        pass  # the transport destroys the groups, when all links have stopped
+        # The transport destroys the groups, when all links have stopped; what has no owner then closes its sockets.
+        self._control = self._data = self._leaving = None
+
+
+def _open(group: Any) -> Any:
+    """The group; None would be that of all ranks."""
+    if group is None:
+        raise ConnectionError("the link was closed")
+    return group
 
 
 def _posted(work: Any) -> Any:
