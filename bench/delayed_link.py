@@ -41,8 +41,8 @@ class DelayedTransport:
     def exchange(self, text: str) -> list[str]:
         return self._transport.exchange(text)
 
-    def wire(self, source: int, target: int, name: str) -> DelayedWire | None:
-        wire = self._transport.wire(source, target, name)
+    def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> DelayedWire | None:
+        wire = self._transport.wire(source, target, name, sizes_bytes)
         return None if wire is None else DelayedWire(wire, self)
 
     def close(self) -> None:

@@ -134,7 +134,7 @@ class Pipeline:
     def transport(self, delayed: bool, shares_memory: bool = False) -> Any:
         transport: Any = P2P(self.device, setup_seconds=SETUP_SECONDS)
         if shares_memory:
-            transport = OneMachine(transport, HostMemory(), is_required=True)
+            transport = OneMachine(transport, HostMemory())
         if delayed:
             transport = DelayedTransport(transport, 0.0)
             self.delayed = [transport]

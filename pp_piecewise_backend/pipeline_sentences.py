@@ -156,6 +156,33 @@ def ranks_share_no_memory(transport: str, ends: Sequence[tuple[int, str]]) -> st
     )
 
 
+def link_choice(
+    link: str,
+    transport: str,
+    sizes_bytes: Sequence[int],
+    times_us: Mapping[str, Sequence[float]],
+    failed: Mapping[str, str],
+) -> str:
+    parts = [f"{link} go over {transport}" if transport else f"{link} have no transport"]
+    parts += [f"{way} failed at set-up ({cause})" for way, cause in failed.items()]
+    for way, times in times_us.items():
+        measured = ", ".join(f"{us:.0f} us for {size} bytes" for us, size in zip(times, sizes_bytes, strict=True))
+        parts.append(f"{way} takes {measured}")
+    return "; ".join(parts)
+
+
+def no_transport_works(choice: str) -> str:
+    """``choice``: what ``link_choice`` gave."""
+    return f"the pipeline cannot be set up: {choice}. transport= of StageRunner asks for one way alone."
+
+
+LANDED_DIFFERS = "what landed is not what was sent"
+
+
+def trial_takes_too_long(longest_seconds: float) -> str:
+    return f"a transfer took longer than {longest_seconds:g} s"
+
+
 def not_in_landing_memory(shape: tuple[int, ...]) -> str:
     return (
         f"a tensor of shape {list(shape)} was to be received outside of the memory that the previous stage writes "

@@ -149,3 +149,39 @@ class EmulatedMemory(HostMemory):
 
     def end(self, line: socket.socket, is_source: bool) -> EmulatedSharing:  # type: ignore[override]
         return EmulatedSharing(line, is_source)
+
+
+class OnTrial(EmulatedMemory):
+    """The kind of sharing, where another way may be faster, and where something may fail on this rank.
+
+    Args:
+        seconds: how much longer each copy takes.
+        fails: what raises: "end", "make" or "take"; or "copy", which then writes nothing.
+        has_rival: whether the other way may be faster.
+    """
+
+    def __init__(self, seconds: float = 0.0, fails: str = "", has_rival: bool = True) -> None:
+        self._seconds = seconds
+        self._fails = fails
+        self._has_rival = has_rival
+
+    def has_rival(self, one: str, other: str) -> bool:
+        return self._has_rival
+
+    def end(self, line: socket.socket, is_source: bool) -> EmulatedSharing:  # type: ignore[override]
+        if self._fails == "end":
+            fails("end")
+        end = EmulatedSharing(line, is_source)
+        if self._fails in ("make", "take"):
+            setattr(end, self._fails, lambda *_: fails(self._fails))
+        end._streams.copy = self._copy  # type: ignore[method-assign]
+        return end
+
+    def _copy(self, stream: Stream, target: int, source: int, num_bytes: int) -> None:
+        stream.enqueue(lambda: time.sleep(self._seconds))
+        if self._fails != "copy":
+            stream.enqueue(lambda: _copy(target, source, num_bytes))
+
+
+def fails(what: str) -> None:
+    raise RuntimeError(f"{what} fails here")

@@ -44,7 +44,7 @@ FEEDBACK = Schema({"tokens": Proxy((), torch.int64)})
 SILENCE_SECONDS = 2.0
 MARGIN_SECONDS = 2.0
 """On top of what ranks measurably waited for a processor."""
-ON_GPUS = ("cuda_ipc", "nccl")
+ON_GPUS = ("cuda_ipc", "nccl", "auto on GPUs")
 """Transports under which each rank has its tensors on a GPU, which several may share under the first."""
 
 
@@ -632,7 +632,7 @@ def run(
     **arguments: Any,
 ) -> list[Outcome]:
     """Play ``scenario`` on every stage; fails when one of them hangs."""
-    if transport == "nccl" and torch.cuda.device_count() < stages:
+    if transport in ("nccl", "auto on GPUs") and torch.cuda.device_count() < stages:
         pytest.skip(f"NCCL needs a GPU for each of {stages} ranks, and there are {torch.cuda.device_count()}")
     if transport == "local":
         return _run_threads(scenario.__name__, stages, folder, silence_seconds, arguments)
@@ -753,11 +753,12 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     """What each process runs."""
     import torch.distributed as dist
 
-    from emulated_streams import EmulatedMemory
+    from emulated_streams import EmulatedMemory, OnTrial, fails
+    from pp_piecewise_backend.pipeline.transports.choosing import Auto
     from pp_piecewise_backend.pipeline.transports.cuda_ipc import DeviceMemory
     from pp_piecewise_backend.pipeline.transports.one_machine import KindOfSharing, OneMachine
     from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory
-    from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P
+    from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P, P2PWire
 
     def of_several(groups: list[list[int]]) -> Any:
         """Every rank makes all groups, and takes the one that it is in."""
@@ -786,7 +787,24 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         "cuda_ipc": lambda: DeviceMemory(device),
     }
     if asked in kinds:
-        transport = OneMachine(p2p, kinds[asked](), is_required=True)
+        transport = OneMachine(p2p, kinds[asked]())
+    elif asked == "auto on GPUs":
+        transport = Auto(p2p, DeviceMemory(device))
+    elif asked == "auto":
+        own = job["arguments"]["sharing"].get(str(rank), {})
+        transport = Auto(p2p, OnTrial(**{**job["arguments"]["sharing"].get("all", {}), **own}))
+        make = p2p.wire
+        if rank in job["arguments"].get("p2p_fails", ()):
+            P2PWire.warm_up = lambda *_: fails("p2p")  # type: ignore[method-assign]
+
+        def wire(*link: Any) -> Any:
+            made = make(*link)
+            if made is not None:
+                send, seconds = made.send, job["arguments"].get("p2p_seconds", 0.0)
+                made.send = lambda tensors: (time.sleep(seconds), send(tensors))[1]
+            return made
+
+        p2p.wire = wire  # type: ignore[method-assign]
     outcome = play(
         job["scenario"], transport, job["silence_seconds"], tensor_parallel=tensor_parallel, **job["arguments"]
     )

@@ -24,7 +24,7 @@ class Delayed(LocalTransport):
 
     seconds = 0.0
 
-    def wire(self, source: int, target: int, name: str) -> Any:
+    def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> Any:
         wire = super().wire(source, target, name)
         if wire is None or not self.seconds:
             return wire

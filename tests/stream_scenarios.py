@@ -7,13 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
 import torch
 
 import pp_piecewise_backend as ppb
-from handoff_ranks import MAX_TOKENS, PROXIES, Stage, _now, memory, rows, values
+from handoff_ranks import MAX_TOKENS, PROXIES, Stage, _now, memory, rows, steady, values
 from pp_piecewise_backend.pipeline.connect import Links
 from pp_piecewise_backend.pipeline.fault import Loss
 from pp_piecewise_backend.pipeline.inbox import Inbox
@@ -59,6 +60,20 @@ def inbox_of(links: Links) -> Inbox:
 
 def send(links: Links, tensors: dict[str, torch.Tensor], num_tokens: int) -> None:
     links.outgoing.send(links.outgoing.announce(num_tokens), rows(tensors, num_tokens)).wait()
+
+
+def chooses(stage: Stage) -> list[dict[str, Any]]:
+    """Micro-batches as in ``steady``; which transport each link of the pipeline has, and why."""
+    connect = stage.connect
+    made: list[Links] = []
+
+    def noted(**changes: Any) -> Links:
+        made.append(connect(**changes))
+        return made[-1]
+
+    stage.connect = noted
+    steady(stage)
+    return [{**asdict(choice), "text": str(choice)} for choice in made[0].choices]
 
 
 def does_not_wait(stage: Stage) -> dict[str, Any]:

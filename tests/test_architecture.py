@@ -72,6 +72,7 @@ ORDER = (
     "pipeline.transports.torch_distributed",
     "pipeline.transports.sockets",
     "pipeline.transports.one_machine",
+    "pipeline.transports.choosing",
     "pipeline.transports.shared_memory",
     "pipeline.transports.stream_sharing",
     "pipeline.transports.cuda_ipc",

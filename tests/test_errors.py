@@ -222,6 +222,13 @@ MESSAGES = {
         errors.ranks_share_no_memory("cuda_ipc", [(1, "a"), (2, "")]),
         ["transport='cuda_ipc' links", "rank 1 on a and rank 2 on a machine that shares none", "transport='auto'"],
     ),
+    "link_choice": (
+        errors.link_choice("proxies from rank 0 to rank 1", "p2p", [], {}, {"cuda_ipc": "OSError: no"}),
+        ["proxies from rank 0 to rank 1 go over p2p", "cuda_ipc failed at set-up (OSError: no)"],
+    ),
+    "no_transport_works": (errors.no_transport_works("why"), ["cannot be set up: why", "transport="]),
+    "LANDED_DIFFERS": (errors.LANDED_DIFFERS, ["not what was sent"]),
+    "trial_takes_too_long": (errors.trial_takes_too_long(2.0), ["longer than 2 s"]),
     "not_in_landing_memory": (
         errors.not_in_landing_memory((3, 4)),
         ["[3, 4]", "Receiver.landing_memory()"],
@@ -268,7 +275,7 @@ CLAUSES = {
     "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
-    "peer_failed", "own_failure", "on_rank", "place_differs",
+    "peer_failed", "own_failure", "on_rank", "place_differs", "link_choice", "LANDED_DIFFERS", "trial_takes_too_long",
 }  # fmt: skip
 """Reasons that explain() and other sentences quote, so they have no full stop."""
 

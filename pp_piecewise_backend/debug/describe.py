@@ -49,6 +49,7 @@ def describe(
         base: gives what is not the program's to say; made here without one.
     """
     described: dict[str, Any] = {"counters": program.stats.as_dict(), "graphs": describe_graphs(program)}
+    described["links"] = [] if program.stage is None else list(program.stage.links)
     if isinstance(program, UnsplitProgram):
         described |= {"progress": "not split", "not_split": program.reason}
     else:

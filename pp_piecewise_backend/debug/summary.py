@@ -176,6 +176,7 @@ class Summary(_Entry):
     results_written_from: int | None = Field(
         default=None, description="Step that waits, under StageRunner, until the results of the last call have left."
     )
+    links: list[str] = Field(default=[], description="How proxies and results travel, where that was found by trial.")
     inputs: list[InputEntry] = []
     pieces: list[PieceEntry] = []
     whole_plain_run: str | None = Field(default=None, description="Why a call ran the graph as it came, if one did.")

@@ -17,7 +17,7 @@ from .plan import Plan, Schema, StagePlan, agree
 from .positions import Place, Positions
 from .report import TimesOfRanks
 from .tensor_parallel import TensorParallel
-from .transports.base import Patience, Transport, Wire
+from .transports.base import LinkChoice, Patience, Transport, Wire
 
 AnyEnd = TypeVar("AnyEnd", bound=End)
 
@@ -35,6 +35,7 @@ def pick_transport(
     device = stage.device
     if not isinstance(asked, str):
         return asked, None
+    from .transports.choosing import Auto
     from .transports.cuda_ipc import DeviceMemory
     from .transports.one_machine import KindOfSharing, OneMachine
     from .transports.shared_memory import HostMemory
@@ -61,7 +62,9 @@ def pick_transport(
         kind = DeviceMemory(device)
     if asked in ("shared_memory", "cuda_ipc") and (kind is None or kind.name != asked):
         raise errors.ConfigError(errors.runner_argument("transport", asked, f"'auto' or 'p2p' for tensors on {device}"))
-    way: Transport = p2p if asked == "p2p" or kind is None else OneMachine(p2p, kind, is_required=asked != "auto")
+    way: Transport = p2p
+    if kind is not None and asked != "p2p":
+        way = Auto(p2p, kind) if asked == "auto" else OneMachine(p2p, kind)
     if siblings is None:
         return way, None
     parallel = TensorParallel(siblings, setup_seconds)
@@ -111,6 +114,11 @@ class Links:
             if not self.is_broken:
                 for end in self._ends:
                     end.say_busy(False)
+
+    @property
+    def choices(self) -> Sequence[LinkChoice]:
+        """How the links of the pipeline came to their transport, where there was a choice."""
+        return tuple(getattr(self._transports[0], "choices", ()))
 
     @property
     def rank(self) -> int:
@@ -202,12 +210,16 @@ def make_links(
         stage, last = transport.stage, plan.stage_count - 1
         incoming = outgoing = feedback_in = feedback_out = None
         for hop in range(last):
-            wire = transport.wire(hop, hop + 1, "proxies")
+            sizes_bytes = settings.sizes_bytes(
+                own.outputs if stage == hop else own.inputs if stage == hop + 1 else None
+            )
+            wire = transport.wire(hop, hop + 1, "proxies", sizes_bytes)
             if wire is not None and stage == hop:
                 outgoing = _started(Sender, wire, own.outputs, transport, hop + 1, settings, closes_in_turn=True)
             elif wire is not None:
                 incoming = _started(Receiver, wire, own.inputs, transport, hop, settings, closes_in_turn=True)
-        if plan.has_feedback and (wire := transport.wire(last, 0, "feedback")) is not None:
+        sizes_bytes = settings.sizes_bytes(own.feedback)
+        if plan.has_feedback and (wire := transport.wire(last, 0, "feedback", sizes_bytes)) is not None:
             if stage == last:
                 feedback_out = _started(Sender, wire, own.feedback, transport, 0, settings)
             else:

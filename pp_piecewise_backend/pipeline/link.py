@@ -66,6 +66,13 @@ class LinkSettings:
     tensor_parallel: TensorParallel | None = None
     """None: each stage is one rank."""
 
+    def sizes_bytes(self, schema: Schema | None) -> tuple[int, ...]:
+        """What a link carries for one token, and for the most; nothing without a link here."""
+        if schema is None:
+            return ()
+        per_token = schema.bytes_per_token(self.tensor_parallel.size if self.tensor_parallel else 1)
+        return per_token, per_token * self.plan.ladder.max_tokens
+
 
 class End:
     """What both ends of a link do: send, listen, keep alive and stop."""

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from .positions import Place, Step
+from .transports.base import LinkChoice
 
 WaitKind = Literal["receive", "send", "feedback"]
 
@@ -79,6 +80,8 @@ class PipelineReport:
     """In stage order, those that are known."""
     missing: tuple[int, ...] = ()
     """Ranks that were not heard of."""
+    links: tuple[LinkChoice, ...] = ()
+    """Which transport each link has, where there was a choice."""
 
     @property
     def bubble_percent(self) -> float:
@@ -116,7 +119,8 @@ class PipelineReport:
             parts = t.step_us, t.forward_us, t.receive_us, t.send_us, t.feedback_us, t.host_us, t.bubble_percent
             cells = [str(t.rank), str(t.micro_batches), *(f"{part:.0f}" for part in parts)]
             lines.append("  ".join(cell.rjust(max(len(name), 8)) for cell, name in zip(cells, names, strict=True)))
-        return "\n".join([*lines, self.verdict])
+        chosen = [str(link) for link in self.links if link.times_us or link.failed]
+        return "\n".join([*lines, *chosen, self.verdict])
 
 
 _WAITS = {"receive": Step.TENSORS, "send": Step.LEAVING, "feedback": Step.FEEDBACK}
@@ -329,13 +333,20 @@ class TimesOfRanks:
             if end is not heard_from:
                 end.tell_times(stage, times)
 
-    def report(self, own: RankTimes, longest_seconds: float, is_over: Callable[[], bool]) -> PipelineReport:
+    def report(
+        self,
+        own: RankTimes,
+        longest_seconds: float,
+        is_over: Callable[[], bool],
+        links: Sequence[LinkChoice] = (),
+    ) -> PipelineReport:
         """Of all ranks, once this one's run has ended; of this one alone before.
 
         Args:
             own: this rank's times so far.
             longest_seconds: how long to wait for the others, whose runs may end later.
             is_over: whether nothing more can be heard.
+            links: how they came to their transport.
         """
         deadline = time.monotonic() + longest_seconds
         with self._changed:
@@ -345,4 +356,4 @@ class TimesOfRanks:
                 self._changed.wait(_POLL_SECONDS)
             known = dict(self._known) if self._own_stage in self._known else {self._own_stage: own}
         missing = [rank for stage, rank in enumerate(self._ranks) if stage not in known]
-        return PipelineReport(tuple(times for _, times in sorted(known.items())), tuple(missing))
+        return PipelineReport(tuple(times for _, times in sorted(known.items())), tuple(missing), tuple(links))

@@ -77,8 +77,8 @@ class StageRunner:
         mesh: ``DeviceMesh`` instead of ``group``, with a dimension "pp" and, for tensor parallel stages, one "tp".
         transport: "p2p" (``torch.distributed``: gloo for tensors on the CPU, NCCL on GPUs); "shared_memory" for ranks
             of one Linux machine whose tensors lie on the CPU, "cuda_ipc" for those whose tensors lie on one GPU or on
-            peers: each writes into the landing memory of the next one itself; "auto": that where it is possible, hop by
-            hop, else "p2p"; or a transport of ``pipeline.transports``.
+            peers: each writes into the landing memory of the next one itself; "auto": link by link what works, and the
+            faster of two; or a transport of ``pipeline.transports``.
         receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
@@ -140,6 +140,7 @@ class StageRunner:
         self._patience = patience
         self.timeline: Timeline | None = None
         self._links = make_links(way, plan, patience, self._stats, siblings, self._clock.place)
+        self._stage.links = [str(link) for link in self._links.choices if link.times_us or link.failed]
         self._watchdog = Watchdog(self._clock, self._links, patience.step_seconds)
         self._inbox: Inbox | None = None
         self._feedback: Inbox | None = None
@@ -498,9 +499,8 @@ class StageRunner:
         which this waits no longer than ``timeout_s``; ``missing`` names ranks that were lost or are late.
         """
         own = self._clock.times(self._links.rank)
-        return self._links.times.report(
-            own, self._patience.silence_seconds, lambda: self._is_closed or self._links.is_broken
-        )
+        seconds, links = self._patience.silence_seconds, self._links
+        return links.times.report(own, seconds, lambda: self._is_closed or links.is_broken, links.choices)
 
     def trace(self, path: str) -> None:
         """Note what happens when; ``close`` on all ranks writes one Chrome trace of all of them, from the first rank.

@@ -171,9 +171,9 @@ class Stage:
         self.max_tokens = max_tokens
         self.device = torch.empty(0, device=_default_device() if device is None else device).device
         self.memory = StageMemory()
-        self._landing = {
-            name: allocate(max_tokens * proxy.bytes_per_token, self.device) for name, proxy in self.inputs.items()
-        }
+        self._landing: dict[str, torch.Tensor] = {}
+        """Made at first use, since the link that fills it may have memory for it: see ``land_in``."""
+        self._making = threading.Lock()
         self._views: dict[int, dict[str, torch.Tensor]] = {}
         self.matched_names: set[str] = set()
         """Those of ``inputs`` that a graph compiled for the stage takes."""
@@ -184,6 +184,8 @@ class Stage:
         self.exchange: Callable[[str], Sequence[str]] | None = None
         """Where several ranks hold the stage together: takes this rank's text and returns those of all of them, in the
         same order on each, once all have brought theirs. Set likewise; see Note [ranks decide alike]."""
+        self.links: Sequence[str] = ()
+        """How proxies and results travel, where that was found by trial; for who reads about the stage."""
         self.programs_share_memory = True
         """Whether the results of one program may be overwritten by another one."""
 
@@ -203,14 +205,14 @@ class Stage:
             if len(self._views) >= 4096:
                 self._views.clear()
             self._views[num_tokens] = {
-                name: tensor_in(block, (num_tokens, *p.shape), (), p.dtype)
-                for (name, block), p in zip(self._landing.items(), self.inputs.values(), strict=True)
+                name: tensor_in(self.landing(name), (num_tokens, *p.shape), (), p.dtype)
+                for name, p in self.inputs.items()
             }
         return dict(self._views[num_tokens])
 
     def land_in(self, blocks: Mapping[str, torch.Tensor]) -> None:
-        """Use these flat uint8 blocks for the proxies named, before anybody was given views of the old ones."""
-        assert not self.is_shown and not self._views
+        """Use these flat uint8 blocks for the proxies named, before anybody has asked for landing memory."""
+        assert not self._landing and not self._views
         for name, block in blocks.items():
             assert block.numel() >= self.max_tokens * self.inputs[name].bytes_per_token
             self._landing[name] = block
@@ -223,12 +225,15 @@ class Stage:
 
     def landing(self, name: str) -> torch.Tensor:
         """The flat uint8 memory in which the proxy ``name`` lands."""
-        return self._landing[name]
+        with self._making:
+            if name not in self._landing:
+                self._landing[name] = allocate(self.max_tokens * self.inputs[name].bytes_per_token, self.device)
+            return self._landing[name]
 
     @cached_property
     def landing_spans(self) -> tuple[Span, ...]:
         """Where the landing memory of each proxy lies."""
-        return tuple(map(span, self._landing.values()))
+        return tuple(span(self.landing(name)) for name in self.inputs)
 
     def exchanged(self, own: Any) -> list[Any]:
         """What each rank that holds the stage has to say, as JSON; ``own`` alone where this one does."""

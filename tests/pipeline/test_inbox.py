@@ -1,4 +1,4 @@
-"""Landing memory that is lent when the pipeline breaks."""
+"""Landing memory: when it is made, and when it is lent as the pipeline breaks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import pytest
 import torch
 
 import pp_piecewise_backend as ppb
+from models.small_pipeline import FEEDBACK, MAX_TOKENS, PROXIES
 from pp_piecewise_backend.errors import PeerLost
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
 from pp_piecewise_backend.pipeline.transports.base import Pending
+from pp_piecewise_backend.pipeline.transports.local import InProcess
+from pp_piecewise_backend.runtime import stage as stage_module
 from pp_piecewise_backend.utils.counters import Stats
+from stages_in_threads import all_well, in_threads, warm_up_alone
 
 
 class BrokenReceiver:
@@ -129,3 +133,43 @@ def test_who_waits_with_all_memory_lent_hears_of_a_loss(asks: str, early: bool) 
     thread.join(20)
     assert not thread.is_alive(), f"{asks}() still waits"
     assert "waiting for the next micro-batch: the neighbour is gone" in str(found)
+
+
+class Allocations:
+    """Landing memory that stages made themselves, and that links made; in bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.by_stages: list[int] = []
+        self.by_links: list[int] = []
+        allocate, make = stage_module.allocate, InProcess.make
+
+        def allocated(num_bytes: int, device: torch.device) -> torch.Tensor:
+            self.by_stages.append(num_bytes)
+            return allocate(num_bytes, device)
+
+        def made(link: InProcess, num_bytes: int) -> torch.Tensor:
+            self.by_links.append(num_bytes)
+            return make(link, num_bytes)
+
+        monkeypatch.setattr(stage_module, "allocate", allocated)
+        monkeypatch.setattr(InProcess, "make", made)
+
+
+@pytest.mark.usefixtures("fresh_backend", "one_program")
+def test_landing_memory_is_made_once_where_the_link_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies of one micro-batch on the second stage; on the first, feedback of one that is read and of four more."""
+    made = Allocations(monkeypatch)
+    all_well(in_threads(2, lambda runner, stage: warm_up_alone(runner)))
+    proxies = [MAX_TOKENS * proxy.bytes_per_token for proxy in PROXIES.values()]
+    feedback = [MAX_TOKENS * proxy.bytes_per_token for proxy in FEEDBACK.values()] * (1 + 2 * 2)
+    assert sorted(made.by_links) == sorted([*proxies, *feedback]) and made.by_stages == []
+
+
+def test_landing_memory_is_made_at_first_use_where_any_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Allocations(monkeypatch)
+    stage = ppb.Stage({"hidden_states": ppb.Proxy((4,), torch.float32)}, 8, "cpu")
+    inbox = Inbox(BrokenReceiver(), stage, Stats())  # type: ignore[arg-type]
+    assert inbox.is_lent and made.by_stages == []
+    address = stage.views(3)["hidden_states"].data_ptr()
+    assert stage.landing("hidden_states").data_ptr() == stage.views(8)["hidden_states"].data_ptr() == address
+    assert made.by_stages == [8 * 16] and made.by_links == []

@@ -7,8 +7,8 @@ goes wrong on a wire is a ``ConnectionError``, or a ``TimeoutError`` where a tim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -52,6 +52,28 @@ class Pending:
     enqueued: Callable[[], None] | None = None
     """Of a send, where streams wait for other ranks: returns once nothing is left for this host to do. Called before a
     stream of this rank waits for another rank, which may wait for this transfer."""
+
+
+@dataclass(frozen=True)
+class LinkChoice:
+    """Which transport one link of the pipeline has, and why; as text, a sentence."""
+
+    name: str
+    """Of the link: such as "proxies"."""
+    source_rank: int
+    target_rank: int
+    transport: str
+    """Empty where none works."""
+    sizes_bytes: Sequence[int] = ()
+    """What was sent to measure: a micro-batch of one token, and the largest; nothing where only one way was tried."""
+    times_us: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Transport -> microseconds for each size."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Transport -> why it cannot be used."""
+
+    def __str__(self) -> str:
+        link = f"{self.name} from rank {self.source_rank} to rank {self.target_rank}"
+        return errors.link_choice(link, self.transport, self.sizes_bytes, self.times_us, self.failed)
 
 
 class Wire(Protocol):
@@ -120,10 +142,11 @@ class Transport(Protocol):
             PeerLost: a rank did not bring its text in time.
         """
 
-    def wire(self, source: int, target: int, name: str) -> Wire | None:
+    def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> Wire | None:
         """This rank's end of a new link, ready for use; None if it has none.
 
-        Every rank calls it for every link of the pipeline, in the same order.
+        Every rank calls it for every link of the pipeline, in the same order; both ends know ``sizes_bytes``, of a
+        micro-batch of one token and of the largest, for who chooses a way by measuring.
 
         Raises:
             PeerLost: the other end did not come in time.

@@ -53,6 +53,9 @@ class DeviceMemory:
         a, b = json.loads(one), json.loads(other)
         return a["machine"] == b["machine"] and a["gpu"] in b["reaches"] and b["gpu"] in a["reaches"]
 
+    def has_rival(self, one: str, other: str) -> bool:
+        return bool(json.loads(one)["gpu"] != json.loads(other)["gpu"])  # NCCL refuses two ranks on one GPU
+
     def end(self, line: socket.socket, is_source: bool) -> DeviceSharing:
         return DeviceSharing(line, is_source, self._device)
 

@@ -78,7 +78,7 @@ class LocalTransport:
                 raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, "none came"))
             return [own[at] for own in texts]
 
-    def wire(self, source: int, target: int, name: str) -> OneMachineWire | None:
+    def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> OneMachineWire | None:
         if self.stage not in (source, target):
             return None
         with self._hub.changed:

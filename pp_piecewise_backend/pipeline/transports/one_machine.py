@@ -12,8 +12,7 @@ wake the other process in microseconds, and a process that dies hangs up at once
 - memory: what the sender needs to reach landing memory, in the order in which that was made; places refer to it by its
   number. How memory is reached is for ``Sharing`` to know.
 
-Hops between machines, of which one pipeline may have both kinds, go over ``torch.distributed``, which all ranks also
-meet with.
+All ranks meet over ``torch.distributed``, over which links between machines go: see ``choosing.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ import torch
 from ... import errors
 from .base import MESSAGE_BYTES, Pending
 from .sockets import Line, Listener, connected
-from .torch_distributed import P2P, P2PWire
+from .torch_distributed import P2P
 
 _PLACE = struct.Struct("<QQQ")
 """Number of the landing memory, offset in it, bytes that have room there."""
@@ -109,61 +108,88 @@ class KindOfSharing(Protocol):
     def joins(self, one: str, other: str) -> bool:
         """Whether processes with memory at these places can share it."""
 
+    def has_rival(self, one: str, other: str) -> bool:
+        """Whether ``torch.distributed`` may be faster between such processes, so that both ways are to be measured."""
+
     def end(self, line: socket.socket, is_source: bool) -> Sharing:
         """One end of a link, which has ``line`` for itself; both ends are made at the same time."""
 
 
+Connect = Callable[[float], "OneMachineWire"]
+"""Makes this rank's end of a link, within so many seconds."""
+
+
 class OneMachine:
-    """One rank's way to the others of its pipeline, over the memory of the machine where both ends can share it.
+    """One rank's way to the others of its pipeline, over the memory of the machine.
 
     Args:
-        p2p: how ranks meet, and their way to other machines.
+        p2p: how ranks meet.
         kind: how memory is shared.
-        is_required: whether a hop between ranks that cannot share memory is an error.
     """
 
-    def __init__(self, p2p: P2P, kind: KindOfSharing, is_required: bool = False) -> None:
-        self.name = kind.name if is_required else "auto"
+    def __init__(self, p2p: P2P, kind: KindOfSharing) -> None:
+        self.name = kind.name
         self.stage = p2p.stage
         self.stage_count = p2p.stage_count
         self.ranks: Sequence[int] = p2p.ranks
         self.exchange = p2p.exchange
         self._p2p = p2p
         self._kind = kind
-        self._is_required = is_required
         self._places: list[str] | None = None
         """Rank -> where its memory is, once all have met."""
 
-    def wire(self, source: int, target: int, name: str) -> OneMachineWire | P2PWire | None:
-        if self._places is None:
-            self._places = self._p2p.texts_of_all_ranks(self._kind.place())
-        if not self._share_memory(source, target):
-            if self._is_required:
-                found = [(rank, self._places[rank]) for rank in (self.ranks[source], self.ranks[target])]
-                raise errors.ConfigError(errors.ranks_share_no_memory(self.name, found))
-            return self._p2p.wire(source, target, name)
-        listener = Listener() if self.stage == target else None
-        with contextlib.nullcontext() if listener is None else contextlib.closing(listener):
-            # Once all know the address, the listener is there.
-            address = self.exchange("" if listener is None else listener.address)[target]
-            if self.stage not in (source, target):
-                return None
-            seconds, count = self._p2p.setup_seconds, _SOCKETS_PER_LINK
+    def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> OneMachineWire | None:
+        if not self.can_share(source, target):
+            places = self._places_of_all()
+            found = [(rank, places[rank]) for rank in (self.ranks[source], self.ranks[target])]
+            raise errors.ConfigError(errors.ranks_share_no_memory(self.name, found))
+        seconds = self._p2p.setup_seconds
+        with self.meeting(source, target) as connect:
             try:
-                ends = connected(address, count, seconds) if listener is None else listener.accepted(count, seconds)
-                messages, data, memory = ends
-                memory.settimeout(seconds)
-                sharing = self._kind.end(memory, is_source=listener is None)
-                return OneMachineWire(messages, data, sharing, seconds)
+                return connect and connect(seconds)
             except OSError as error:
                 what = f"{name} from stage {source} to stage {target}"
                 raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
 
-    def _share_memory(self, source: int, target: int) -> bool:
-        # In all pipelines alike: every rank of the world takes part when one of them has a link over torch.distributed.
-        assert self._places is not None
-        pairs = [(self._places[ranks[source]], self._places[ranks[target]]) for ranks in self._p2p.pipelines]
-        return all(one != "" != other and self._kind.joins(one, other) for one, other in pairs)
+    @contextlib.contextmanager
+    def meeting(self, source: int, target: int) -> Iterator[Connect | None]:
+        """Where the ends of a link find one another; None on ranks that have none. Every rank calls it."""
+        listener = Listener() if self.stage == target else None
+        with contextlib.nullcontext() if listener is None else contextlib.closing(listener):
+            # Once all know the address, the listener is there.
+            address = self.exchange("" if listener is None else listener.address)[target]
+            yield partial(self._connect, listener, address) if self.stage in (source, target) else None
+
+    def _connect(self, listener: Listener | None, address: str, seconds: float) -> OneMachineWire:
+        """Raises OSError where the other end does not come, and whatever the device raises."""
+        count = _SOCKETS_PER_LINK
+        ends = connected(address, count, seconds) if listener is None else listener.accepted(count, seconds)
+        messages, data, memory = ends
+        memory.settimeout(seconds)
+        try:
+            return OneMachineWire(messages, data, self._kind.end(memory, listener is None), seconds)
+        except BaseException:
+            for end in ends:  # the other end must not wait for this one
+                end.close()
+            raise
+
+    def can_share(self, source: int, target: int) -> bool:
+        """Whether both ends of a link can share memory, in all pipelines; every rank calls it."""
+        # In all alike: every rank of the world takes part when one of them has a link over torch.distributed.
+        return all(one != "" != other and self._kind.joins(one, other) for one, other in self._pairs(source, target))
+
+    def has_rival(self, source: int, target: int) -> bool:
+        """Whether another way may be faster in some pipeline, where memory can be shared."""
+        return any(self._kind.has_rival(one, other) for one, other in self._pairs(source, target))
+
+    def _pairs(self, source: int, target: int) -> list[tuple[str, str]]:
+        places = self._places_of_all()
+        return [(places[ranks[source]], places[ranks[target]]) for ranks in self._p2p.pipelines]
+
+    def _places_of_all(self) -> list[str]:
+        if self._places is None:
+            self._places = self._p2p.texts_of_all_ranks(self._kind.place())
+        return self._places
 
     def close(self) -> None:
         self._p2p.close()

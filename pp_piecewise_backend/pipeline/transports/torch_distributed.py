@@ -92,7 +92,7 @@ class P2P:
         with self._meeting("all ranks"):
             return [shown.decode() for shown in _gather_bytes(text.encode(), self._world)]
 
-    def wire(self, source: int, target: int, name: str) -> P2PWire | None:
+    def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> P2PWire | None:
         wire = None
         with self._meeting(f"{name} from stage {source} to stage {target}"):
             for ranks in self.pipelines:
@@ -104,13 +104,24 @@ class P2P:
                     peer = ends[1] if is_source else ends[0]
                     wire = P2PWire(control, data, peer, is_source, self._setup)
             if wire is not None:
-                wire.warm_up(self.device)
+                try:
+                    wire.warm_up(self.device)
+                except BaseException:  # the other end must not wait for this one
+                    wire.break_data()
+                    wire.break_control()
+                    raise
         return wire
 
     def break_off(self) -> None:
         """End every ``exchange``, from any thread."""
         if self._own is not None:
             break_group(self._own)
+
+    def discard(self, wire: P2PWire) -> None:
+        """Release a wire that is not used; both ends do so."""
+        for group in wire.groups:
+            self._groups.remove(group)
+            dist.destroy_process_group(group)
 
     def close(self) -> None:
         for group in self._groups:
@@ -153,6 +164,7 @@ class P2PWire:
     def __init__(self, control: Any, data: Any, peer: int, is_source: bool, longest: timedelta) -> None:
         self._control = control
         self._data = data
+        self.groups = control, data
         self._peer = peer
         self._is_source = is_source
         self._longest = longest

@@ -19,6 +19,7 @@ import torch
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.transports import one_machine, shared_memory, sockets
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES
+from pp_piecewise_backend.pipeline.transports.choosing import Auto
 from pp_piecewise_backend.pipeline.transports.one_machine import OneMachine, OneMachineWire
 from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory, HostSharing
 
@@ -239,6 +240,7 @@ def test_a_stranger_at_the_door_is_turned_away(monkeypatch: pytest.MonkeyPatch) 
 class TwoMachines:
     """Stands in for ``P2P`` on ranks 0 and 1 of one machine, and 2 of another."""
 
+    name = "p2p"
     stage, stage_count, setup_seconds = 0, 3, SECONDS
     ranks = (0, 1, 2)
     pipelines = ((0, 1, 2),)
@@ -258,13 +260,13 @@ class TwoMachines:
 
 @pytest.mark.parametrize("machines", [["a", "a", "b"], ["", "", ""]])
 def test_hops_between_machines_go_over_torch_distributed(machines: list[str]) -> None:
-    transport = OneMachine(TwoMachines(machines), HostMemory())  # type: ignore[arg-type]
+    transport = Auto(TwoMachines(machines), HostMemory())  # type: ignore[arg-type]
     assert transport.wire(1, 2, "proxies") == "torch.distributed from 1 to 2"
     assert transport.name == "auto"
 
 
 def test_hops_between_machines_are_refused_where_memory_must_be_shared() -> None:
-    transport = OneMachine(TwoMachines(["a", "a", "b"]), HostMemory(), is_required=True)  # type: ignore[arg-type]
+    transport = OneMachine(TwoMachines(["a", "a", "b"]), HostMemory())  # type: ignore[arg-type]
     with pytest.raises(errors.ConfigError, match="got rank 1 on a and rank 2 on b"):
         transport.wire(1, 2, "proxies")
     assert transport.name == "shared_memory"
