@@ -255,7 +255,7 @@ def test_results_with_other_strides_are_copied_and_counted() -> None:
     [
         ({"receive": "late"}, "receive='late': expected 'early' or 'step'"),
         ({"max_in_flight": 0}, "max_in_flight=0: expected None or at least 1"),
-        ({"timeout_s": -1}, "silence_seconds=-1"),
+        ({"timeout_s": -1}, "timeout_s=-1"),
         ({"options": {"stage": None}}, "option 'stage' is set by StageRunner itself"),
         ({"options": {"max_tokens": 4}}, "option 'max_tokens' is set by StageRunner itself"),
         ({"transport": "tcp"}, "transport='tcp': expected 'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"),
