@@ -21,7 +21,7 @@ from .compilation.analysis import collect_facts
 from .compilation.attention import SplitOpMatcher
 from .compilation.inductor import CompiledPiece, PieceCompiler
 from .compilation.placeholders import InputTable, classify_inputs
-from .compilation.specs import SymbolSpec
+from .compilation.specs import SymbolSpec, TensorSpec, symbols_of
 from .compilation.split import Split, split_graph
 from .config import Config
 from .debug import dump
@@ -101,14 +101,15 @@ class PiecewiseBackend:
     def _program(
         self, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, stage: Stage | None
     ) -> AnyProgram:
-        name = self._count_graph()
+        name, number = self._count_graph()
         events = self.dumps.start(name, config)
         events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops, config.graph_safe_ops)
         try:
             split, table = self._split(graph_module, example_inputs, config, stage, matcher)
-            if _guard_equal_sizes(split, table):
+            if _guard_sizes(split, table, is_first=number == 0):
                 split, table = self._split(graph_module, example_inputs, config, stage, matcher)
+                table = table.with_checked_rows()
         except (errors.SplitError, errors.GradientFallback) as error:
             program: AnyProgram = _unsplit(name, graph_module, example_inputs, config, stage, error)
         except Exception as error:
@@ -269,11 +270,11 @@ class PiecewiseBackend:
         _warn(errors.RecompileAfterSeal(sentence), config.strict)
         return graph_module.forward
 
-    def _count_graph(self) -> str:
+    def _count_graph(self) -> tuple[str, int]:
         """Count a graph of the frame that Dynamo is compiling; the frame's name and the graph's number come back."""
         frame = torch_compat.frame_being_compiled()
         if frame is None:
-            return "graph"
+            return "graph", 0
         code, values = frame
         owner = values.get("self", torch_compat.module_in_wrapper(code, values))
         name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else code.co_name
@@ -282,7 +283,7 @@ class PiecewiseBackend:
             self._graphs_of_code[code] = number + 1
         if number:
             TOTALS.add("recompiles")
-        return f"{name}#{number}"
+        return f"{name}#{number}", number
 
 
 def _read_options(options: Mapping[str, object] | None) -> tuple[Config, Stage | None]:
@@ -327,17 +328,22 @@ def _graph_kind(config: Config, table: InputTable) -> tuple[GraphKind | None, st
     return kind, ""
 
 
-def _guard_equal_sizes(split: Split, table: InputTable) -> bool:
+def _guard_sizes(split: Split, table: InputTable, is_first: bool) -> bool:
     """Have Dynamo guard that other sizes which compute pieces take equal the token count, if they seem to.
 
     Whoever marks each argument as dynamic gets a symbol for each. A call in which they differ is then one for another
-    graph, in which they stay apart.
+    graph, in which they stay apart. Likewise strides that seem to be fixed, but only in the first graph of some code:
+    where they do vary, each would get a graph of its own.
     """
-    compute = [piece for piece in split.pieces if piece.kind == "compute"]
-    taken = {spec.symbol for piece in compute for spec in piece.input_specs if isinstance(spec, SymbolSpec)}
+    specs = [spec for piece in split.pieces if piece.kind == "compute" for spec in piece.input_specs]
+    taken = {spec.symbol for spec in specs if isinstance(spec, SymbolSpec)}
     equal = [symbol for symbol in table.likely_equal if symbol in taken]
-    sizes = torch_compat.placeholder_sizes(split.whole) if equal else {}
-    return bool(equal) and all([bool(sizes[symbol] == sizes[table.token_count]) for symbol in equal])
+    strides = {symbol for spec in specs if isinstance(spec, TensorSpec) for symbol in symbols_of(spec.stride)}
+    fixed = [symbol for symbol in table.likely_fixed if symbol in strides and is_first]
+    sizes = torch_compat.placeholder_sizes(split.whole) if equal or fixed else {}
+    held = [bool(sizes[symbol] == sizes[table.token_count]) for symbol in equal]
+    held += [bool(sizes[symbol] == torch_compat.symbolic_hint(sizes[symbol])) for symbol in fixed if symbol in sizes]
+    return bool(held) and all(held)
 
 
 def _checked(stage: Stage, table: InputTable) -> Stage:

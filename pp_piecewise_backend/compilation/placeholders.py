@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..utils import torch_compat
 from .analysis import GraphFacts
 from .sources import AccessPath, argument_path
-from .specs import Dim, ObjectSpec, SymbolSpec, TensorSpec, as_dim
+from .specs import Dim, ObjectSpec, SymbolSpec, TensorSpec, as_dim, symbols_of
 
 InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
 
@@ -66,6 +66,8 @@ class InputTable:
     """Positions of the inputs to check, and the dimension that must have the size of the token count."""
     likely_equal: tuple[sympy.Symbol, ...] = ()
     """Other sizes that were the token count in the traced call, of tensors that seem to be per-token."""
+    likely_fixed: tuple[sympy.Symbol, ...] = ()
+    """Strides of such tensors that seem to be those of one buffer, of which each call takes a slice."""
     may_lack_tokens: bool = False
     """Whether ``token_count`` is a number, the size of a static graph, that may well count something else."""
 
@@ -73,6 +75,11 @@ class InputTable:
     def passed_in_the_call(self) -> tuple[int, ...]:
         """Positions of the tensors that do not outlive the call, as weights and state do."""
         return tuple(at for at, i in enumerate(self.inputs) if i.spec is not None and not i.outlives_the_call)
+
+    def with_checked_rows(self) -> InputTable:
+        """The same, with rows that each call has to check. Dynamo guards them, but an engine may drop all guards."""
+        rows = [(at, i.token_dim) for at, i in enumerate(self.inputs) if i.token_dim is not None]
+        return replace(self, equal_rows=tuple(rows))
 
     def of_kind(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(graph_input for graph_input in self.inputs if graph_input.kind == kind)
@@ -112,18 +119,20 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
     )
     if may_lack_tokens:
         token_reason += ", which may count something else: no capture is refused for its size"
+    likely_equal = _likely_equal(facts, candidates, token_count)
     found = {c.label for c in candidates if c.is_stage_input}
-    rows = [(at, i.token_dim) for at, i in enumerate(inputs) if i.token_dim is not None]
-    return InputTable(
+    table = InputTable(
         inputs,
         token_count,
         token_reason,
         tuple(n for n in tail_ranks if n not in found),
         equal,
-        tuple(rows) if equal else (),
-        _likely_equal(facts, candidates, token_count),
+        (),
+        likely_equal,
+        _likely_fixed(facts, candidates, {token_count, *equal, *likely_equal}),
         may_lack_tokens,
     )
+    return table.with_checked_rows() if equal else table
 
 
 def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None) -> GraphInput:
@@ -209,7 +218,7 @@ def _likely_equal(
         return ()
     excluded = {token_count}
     for c in candidates:
-        if c.spec is not None and (c.spec.storage in facts.written or len(c.spec.symbols) > 1):
+        if c.spec is not None and (c.spec.storage in facts.written or len(symbols_of(c.spec.shape)) > 1):
             excluded |= c.spec.symbols
     passed = [c for c in candidates if c.path[-2:-1] == ("size",) and _may_count_tokens(c)]
     sizes = dict.fromkeys(facts.expression(facts.nodes[c.node].value) for c in passed)
@@ -222,6 +231,28 @@ def _likely_equal(
             bounds = bounds or _bounds(spec)
             found.append(size)
     return tuple(found)
+
+
+def _likely_fixed(
+    facts: GraphFacts, candidates: Sequence[_Candidate], counts: Collection[Dim | None]
+) -> tuple[sympy.Symbol, ...]:
+    """See ``InputTable.likely_fixed``: of tensors in which nothing varies but the token count and the stride.
+
+    Dynamo gives a stride that no size explains, as of ``[3, tokens]`` cut from ``[3, most]``, a symbol of its own.
+    """
+    found: dict[sympy.Symbol, None] = {}
+    excluded: set[sympy.Symbol] = set()
+    for c in candidates:
+        if c.spec is not None:
+            strides = symbols_of(c.spec.stride) - symbols_of(c.spec.shape)
+            is_per_token = bool(symbols_of(c.spec.shape)) and symbols_of(c.spec.shape) <= set(counts)
+            if is_per_token and c.spec.storage not in facts.written and not c.is_stage_input:
+                found |= dict.fromkeys(sorted(strides, key=str))
+            else:
+                excluded |= strides
+            excluded |= symbols_of((*c.spec.shape, c.spec.storage_offset))
+    known = (s for s in found if s not in excluded and s in facts.symbols)
+    return tuple(s for s in known if facts.symbols[s].hint is not None)
 
 
 def _may_count_tokens(size: _Candidate) -> bool:

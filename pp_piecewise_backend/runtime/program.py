@@ -90,6 +90,9 @@ class Program:
         self._exclusive = [at for at in tensors if table.inputs[at].name in split.cuts.exclusive_inputs]
         """Positions of the inputs whose writes were moved, or given to a compiler."""
         self._equal_rows = table.equal_rows
+        numbers = [(at, i.expression) for at, i in enumerate(table.inputs) if i.spec is None]
+        self._fixed_numbers = [(at, number) for at, number in numbers if isinstance(number, int)]
+        """Positions of numbers that Dynamo guards, and their values. An engine may drop all guards."""
         self.boundary = find_boundary(split, table)
         self._merged_results: tuple[int, ...] | None = None
         self._is_captured = capture_check({i.spec.device.type for i in table.inputs if i.spec is not None})
@@ -253,10 +256,14 @@ class Program:
         return self._run_uncaptured(args, None if self.stage is None else self.stage.listener)
 
     def _rows_disagree(self, args: Sequence[Any]) -> Reason | None:
-        if not self._equal_rows or len({args[position].size(dim) for position, dim in self._equal_rows}) == 1:
-            return None
-        names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
-        return miss("rows-disagree", f"{names} have different numbers of rows")
+        if self._equal_rows and len({args[position].size(dim) for position, dim in self._equal_rows}) > 1:
+            names = ", ".join(self.inputs[position].label for position, _ in self._equal_rows)
+            return miss("rows-disagree", f"{names} have different numbers of rows")
+        for at, number in self._fixed_numbers:
+            if args[at] != number:
+                traced = f"{number} in the call that was traced"
+                return miss("rows-disagree", f"{self.inputs[at].source} is {args[at]}, and {traced}")
+        return None
 
     def _inputs_overlap(self, args: Sequence[Any], addresses: tuple[Any, ...]) -> Reason | None:
         if self._apart is None or not self._apart.are_broken(args, addresses):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +74,58 @@ def test_unbacked_arguments_with_the_names_of_per_token_ones() -> None:
     assert len(ppb.programs()) == 1 and set(pair.padding.values()) == {"safe"}
     assert ppb.stats().miss_reasons == {"first-call": 2, "rows-disagree": 2 * 2}
     assert "input_ids, positions have different numbers of rows" in ppb.explain()
+
+
+def positions_of(buffer: Tensor, num_tokens: int) -> Tensor:
+    """The first tokens of positions ``[3, most]``, as engines hold them for images: a slice that is not contiguous."""
+    buffer.copy_(torch.randint(64, buffer.shape, generator=torch.Generator().manual_seed(num_tokens)))
+    return buffer[:, :num_tokens]
+
+
+def rotate(input_ids: Tensor, positions: Tensor) -> Tensor:
+    return attend(TABLE[input_ids] @ TABLE.t()[:, :HIDDEN]) @ TABLE[:HIDDEN] + TABLE[positions].sum(0)
+
+
+@pytest.mark.compat
+def test_positions_cut_from_a_buffer_whose_stride_is_dynamic() -> None:
+    pair = Pair(rotate, "cpu", dims=(0, 1))
+    buffer, other = torch.zeros(3, 33, dtype=torch.int64), torch.zeros(3, 65, dtype=torch.int64)
+    for num_tokens in (7, 6, 8, 5, 7):
+        pair(ids(num_tokens), positions_of(buffer, num_tokens))
+    (program,) = ppb.programs()
+    found = [(i.label, i.token_dim) for i in program.inputs if i.kind == "per-token"]
+    assert found == [("input_ids", 0), ("positions", 1)]
+    assert ppb.stats().miss_reasons == {"first-call": 2} and ppb.stats().replays == 2 * 4
+    # Where strides do vary, the second graph is for all of them.
+    for num_tokens in (5, 6, 5):
+        for held in (other, torch.zeros(3, 40 + num_tokens, dtype=torch.int64)):
+            pair(ids(num_tokens), positions_of(held, num_tokens))
+    assert len(ppb.programs()) == 2
+
+
+def unguarded(function: Callable[..., Any], *marked: tuple[Tensor, int]) -> Callable[..., Any]:
+    """Compiled once, for all calls to come: as vLLM does, which drops all guards."""
+    options: dict[str, Any] = {"compiler": "inductor", "graphs": "emulate"}
+    options["guard_filter_fn"] = lambda entries: [False] * len(entries)
+    compiled = torch.compile(function, backend="pp_piecewise", options=options)
+    for tensor, dim in marked:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    compiled(*(tensor for tensor, _ in marked))
+    return compiled
+
+
+def test_sizes_and_strides_are_checked_where_guards_are_dropped() -> None:
+    buffer, other = torch.zeros(3, 33, dtype=torch.int64), torch.zeros(3, 65, dtype=torch.int64)
+    compiled = unguarded(rotate, (ids(7), 0), (positions_of(buffer, 7), 1))
+    for held, num_tokens in ((buffer, 7), (other, 7), (buffer, 6), (other, 9)):
+        given = ids(num_tokens), positions_of(held, num_tokens)
+        torch.testing.assert_close(compiled(*given), rotate(*given))
+    assert len(ppb.programs()) == 1
+    assert ppb.stats().miss_reasons["rows-disagree"] == 2 * 2
+    assert "is 65, and 33 in the call that was traced" in " ".join(ppb.explain().split())
+
+    with ppb.expect(miss_reasons={"rows-disagree": 2}), pytest.raises((RuntimeError, IndexError)):
+        compiled(ids(7), positions_of(buffer, 5))  # eager's own error
 
 
 def test_a_size_that_no_compute_piece_takes_is_left_alone() -> None:
