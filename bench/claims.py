@@ -141,6 +141,14 @@ def compiling(method: str, part: str, caches: str = "cold") -> Value:
     ]
 
 
+def of_engine(engine: str) -> Value:
+    def value(data: Any, column: str) -> float:
+        run = cell(data["runs"], engine=engine, caches="cold")
+        return float(run["ms_per_token"][column] if column in run["ms_per_token"] else run[column])
+
+    return value
+
+
 TOKENS = (1, 8, 64, 512, 2048)
 EARLY = {
     "eager": latency("eager"),
@@ -210,6 +218,28 @@ CLAIMS: Sequence[Table | Sentence] = (
             extreme(latency(method, "host_us")(data, tokens) for tokens in TOKENS)
             for method in ("ours", "reduce_overhead")
             for extreme in (min, max)
+        ],
+    ),
+    Table(
+        BENCHMARKS,
+        "engine",
+        "gpu_vllm_one_gpu",
+        ("1", "8", "64", "prefill_tokens_per_s", "ready_s"),
+        {
+            "vLLM, its default": of_engine("default"),
+            "-cc.backend=pp_piecewise": of_engine("ours"),
+            "--enforce-eager": of_engine("eager"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "A token takes {:.2f} to {:.2f} of the time of vLLM's default, prefill {:.3f} of its speed, and the engine is "
+        "ready in {:.2f} of its time",
+        "gpu_vllm_one_gpu",
+        lambda data: [
+            *(extreme(cell(data["ratios"], engine="ours")["time_per_token"].values()) for extreme in (min, max)),
+            cell(data["ratios"], engine="ours")["prefill"],
+            cell(data["ratios"], engine="ours")["ready"],
         ],
     ),
     Table(
