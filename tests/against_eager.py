@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,6 +62,9 @@ def check(
     programs = ppb.programs()
     assert sum(program.stats.calls for program in programs) == len(calls), "a call did not reach a program"
     assert all((not program.pieces) == unsplit for program in programs), ppb.explain()
+    for program in programs:
+        kinds = [piece.kind for piece in program.pieces]
+        assert ("compute", "compute") not in pairwise(kinds), "two pieces that could be one, and one graph"
     return programs[-1]
 
 

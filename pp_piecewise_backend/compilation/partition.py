@@ -404,7 +404,10 @@ class _Cutter:
     # ------------------------------------------------------------------- arranging
 
     def _arrange(self) -> tuple[list[Step], list[Node]]:
-        """Cut the current order into steps (M4, then runs of equal kind, then M3); also the nodes that M4 moved."""
+        """Cut the current order into steps (M4, then runs of equal kind, then M3); also the nodes that M4 moved.
+
+        No two pieces follow one another, so there are as few graphs to launch as there can be.
+        """
         front, rest = self._move_to_front()
         return self._steps(_joined([("eager", tuple(front)), *_absorb(self._runs(rest), self._facts)])), front
 

@@ -257,7 +257,7 @@ def warm_up(
     started = time.perf_counter()
     if sizes is not None and (not sizes or min(sizes) < 1):
         raise errors.ConfigError(errors.bad_warmup_sizes(sizes))
-    with _keeping_generators(), _in_session(session):
+    with _in_session(session), _keeping_generators():
         _call(compiled, make_inputs, 1 if sizes is None else min(sizes))
         _call(compiled, make_inputs, session.max_tokens if sizes is None else max(sizes))
         called = _capture_all(compiled, make_inputs, session, sizes, progress)
@@ -309,7 +309,7 @@ def time_buckets(
     """
     session = Session()
     times = []
-    with _keeping_generators(), _in_session(session):
+    with _in_session(session), _keeping_generators():
         for num_tokens in sorted(buckets):
             taken_us = []
             for _ in range(TIMED_CALLS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,6 +125,7 @@ def test_an_engine_captures_a_graph_around_a_program(device: str, options: dict[
     if device == "cuda":  # the stream on which PyTorch captures has its cuBLAS workspace afterwards
         made.captured_by_an_engine(7)[0].reset()
         gc.collect()
+    made.captured_by_an_engine(7)  # what torch keeps for the stream of a capture is there from then on
     before = ppb.stats()
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     with ppb.expect(**IN_A_CAPTURE, **NOTHING_COPIED):
@@ -151,7 +152,7 @@ def test_an_engine_captures_a_graph_around_a_program(device: str, options: dict[
         assert torch.cuda.memory_allocated() <= held, "something that the engine's graph allocated was kept"
     for num_tokens in SIZES:
         made.call(num_tokens, 9)
-    assert "1 call captured into graphs of somebody else" in " ".join(ppb.explain().split())
+    assert "2 calls captured into graphs of somebody else" in " ".join(ppb.explain().split())
 
 
 @on_devices
@@ -197,22 +198,22 @@ def test_a_call_that_must_run_whole_counts_no_miss_either() -> None:
 
 
 @on_devices
-def test_what_needs_the_host_is_refused_inside_a_capture(device: str) -> None:
+def test_what_needs_the_host_is_refused_inside_a_capture(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(net(two_layers, device), device, split_ops="+foreigntest::*")
     arguments = [rows(4, device), rows(4, device)]
 
-    def in_a_capture(call: Callable[[], object]) -> str:
-        with pytest.raises(Exception, match="a graph is being captured") as refused, being_captured(device):
-            call()
-        error: BaseException | None = refused.value
-        while error is not None and not isinstance(error, errors.PPPiecewiseError):
-            error = getattr(error, "inner_exception", None) or error.__cause__
-        assert error is not None, "the user cannot catch it by its type"
-        return str(error)
-
-    assert "call the module once" in in_a_capture(lambda: pair.compiled(*arguments))
+    why = r"a graph is being captured|during CUDA graph capture"
+    with pytest.raises(Exception, match=why) as refused, being_captured(device):
+        pair.compiled(*arguments)
+    if device == "cpu":  # on a GPU, Dynamo refuses before it asks a backend
+        error = getattr(refused.value, "inner_exception", None) or refused.value.__cause__ or refused.value
+        assert isinstance(error, errors.PPPiecewiseError) and "call the module once" in str(error)
     assert ppb.programs() == () and ppb.stats().recompiles == 0
     pair(*arguments)
-    assert "call it before" in in_a_capture(lambda: ppb.warmup(pair.compiled, lambda n: (arguments, {})))
+    with monkeypatch.context() as patched:
+        # Generators of a GPU can be neither read nor set there.
+        patched.setattr(torch.random, "fork_rng", lambda **_: pytest.fail("generators were read inside a capture"))
+        with pytest.raises(errors.PPPiecewiseError, match="call it before"), being_captured(device):
+            ppb.warmup(pair.compiled, lambda n: (arguments, {}))
     pair(*arguments)
     assert isinstance(pair.program, Program) and ppb.stats().foreign_captures == 0
