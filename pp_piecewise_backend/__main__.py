@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Here, and not above, so that Ctrl-C in them is caught, too.
     from .debug import inspect_dump
     from .demo import command as demo
+    from .integrations.check import command as check
     from .integrations.generation import command as generation
 
     called = Path(sys.argv[0]).name
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, tool, text in (
         ("demo", demo, "run a small decoder as a pipeline of processes and compare it with eager"),
         ("generate", generation, "answer prompts with a local decoder, run as a pipeline of processes"),
+        ("check", check, "compare pipelines of a decoder with eager at every bucket edge"),
         ("inspect", inspect_dump, "show a dump, or what differs between two"),
     ):
         tool_parser = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)

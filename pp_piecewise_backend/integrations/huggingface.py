@@ -393,6 +393,11 @@ def _check_that_layers_are_all_there_is(model: PreTrainedModel, plan: DecoderPla
 # ------------------------------------------------------------------------------ loading one stage
 
 
+def stored_dtype(directory: str | Path) -> str:
+    """Name of the dtype of the first floating weight in a folder with safetensors; ``"float32"`` if there is none."""
+    return str(_Checkpoint(Path(directory)).stored_dtype() or torch.float32).removeprefix("torch.")
+
+
 class _Checkpoint:
     """Which weights lie in which safetensors file of a directory; reads single ones."""
 

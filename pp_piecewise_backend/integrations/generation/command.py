@@ -43,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
 
 
-def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands that start ranks take."""
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="pipeline stages (default %(default)s)")
+def add_pipeline_arguments(parser: argparse.ArgumentParser, ranks: int | str = 2) -> None:
+    """What all commands that start ranks take; ``ranks`` as text may list several numbers."""
+    several = ", or several numbers, such as 2,3" if isinstance(ranks, str) else ""
+    parser.add_argument(
+        "--ranks", type=type(ranks), default=ranks, metavar="N", help=f"pipeline stages{several} (default %(default)s)"
+    )
     parser.add_argument(
         "--balance",
         choices=BALANCES,
