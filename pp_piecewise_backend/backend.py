@@ -456,7 +456,8 @@ def warmup(
         compiled: what ``torch.compile(module, backend="pp_piecewise")`` returned.
         make_inputs: number of tokens -> ``(args, kwargs)`` for the module.
         sizes: numbers of tokens to call with; by default whatever reaches every bucket of the options.
-        progress: whether to show a bar; by default on a terminal only, with one line in the log elsewhere.
+        progress: whether to show a bar, and then the seconds and bytes of each bucket and the bytes in all; by default
+            on a terminal only. The log has that line in any case.
 
     Raises:
         PPPiecewiseError: no program ran, or state could not be kept for want of memory.

@@ -107,6 +107,8 @@ def _graph_lines(graphs: Graphs, compute: Sequence[PieceEntry], missed: int) -> 
             f"{_saving(buckets[0])}",
         )
         lines += _by_reason("    not here", dict(item for bucket in buckets for item in bucket.not_captured.items()))
+    if held := [*graphs.buckets, *(graphs.full.buckets if graphs.full is not None else ())]:
+        lines += entry("  in all", f"{sum(bucket.bytes for bucket in held)} bytes of graphs")
     for dropped in graphs.dropped:
         lines += entry("  dropped", f"{counted(dropped.tokens, 'token')} ({dropped.reason}): {dropped.sentence}")
     never = {never.piece: f"{never.reason}: {never.sentence}" for never in graphs.never_captured}

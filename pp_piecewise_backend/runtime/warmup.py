@@ -274,7 +274,11 @@ def warm_up(
         raise errors.PPPiecewiseError(errors.NO_PROGRAM_IN_WARMUP)
     found = captured()
     parts = [f"{b}: {s:.2f} s, {n} bytes" for b, (s, n) in sorted(found.items(), reverse=True)]
-    _LOG.info("warmed up in %.2f s; per bucket %s", time.perf_counter() - started, "; ".join(parts) or "nothing")
+    in_all = f"; {sum(num_bytes for _, num_bytes in found.values())} bytes of graphs in all" if found else ""
+    line = f"warmed up in {time.perf_counter() - started:.2f} s; per bucket {'; '.join(parts) or 'nothing'}{in_all}"
+    _LOG.info("%s", line)
+    if _is_shown(progress):
+        print(line, file=sys.stderr)
     return found
 
 
@@ -360,11 +364,14 @@ def _call(compiled: Callable[..., Any], make_inputs: MakeInputs, num_tokens: int
 def _with_progress(calls: Sequence[int], progress: bool | None, what: str) -> Iterator[int]:
     from tqdm import tqdm
 
-    shown = sys.stderr.isatty() if progress is None else progress
-    with tqdm(calls, desc=what, unit="call", disable=not (shown and calls)) as bar:
+    with tqdm(calls, desc=what, unit="call", disable=not (_is_shown(progress) and calls)) as bar:
         for num_tokens in bar:
             bar.set_postfix(tokens=num_tokens)
             yield num_tokens
+
+
+def _is_shown(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
 
 
 @contextlib.contextmanager

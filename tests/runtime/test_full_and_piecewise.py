@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -186,6 +188,39 @@ def test_warm_up_captures_and_proves_both(device: str) -> None:
     assert full is not None and [bucket.tokens for bucket, _ in full.buckets] == [4, 2]
     assert [bucket.proofs and bucket.proofs.left for bucket, _ in full.buckets] == [0, 0]
     assert ppb.stats().captures == before.captures
+
+
+@on_devices
+@pytest.mark.parametrize("mode", ["piecewise", "full", "full_and_piecewise"])
+def test_bytes_of_graphs_are_shown_per_bucket_and_in_all(
+    mode: str, device: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    safe = {"row_wise_ops": "fulltest::*", "graph_safe_ops": "fulltest::*"}
+    pair = made(device, mode=mode, mark=False, capture="warmup", capture_sizes="2,4", max_tokens=8, **safe)
+    lengths = iter(range(1, 10**6))
+
+    def make_inputs(num_tokens: int) -> Any:
+        CONTEXT["lengths"].fill_(next(lengths))
+        return (rows(num_tokens, device),), {}
+
+    with caplog.at_level(logging.INFO, "pp_piecewise_backend"):
+        ppb.warmup(pair.compiled, make_inputs, progress=True)
+    in_all = ppb.stats().graph_bytes
+    assert in_all > 0
+    (line,) = [record.getMessage() for record in caplog.records if "warmed up" in record.getMessage()]
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    by_bucket = {int(tokens): int(num) for tokens, num in re.findall(r"(\d+): [\d.]+ s, (\d+) bytes", line)}
+    assert {2, 4, 8} <= by_bucket.keys() and line.endswith(f"; {in_all} bytes of graphs in all")
+    assert sum(by_bucket.values()) == in_all
+    programs = {program.name: program.explain() for program in ppb.programs()}
+    shown: dict[int, int] = defaultdict(int)
+    for explained in programs.values():
+        of_program = 0
+        for tokens, num_bytes in re.findall(r"captured +(\d+) tokens?: .* (\d+) bytes more", explained):
+            shown[int(tokens)] += int(num_bytes)  # of pieces, and of a full graph
+            of_program += int(num_bytes)
+        assert re.search(rf"^  in all +{of_program} bytes of graphs$", explained, re.MULTILINE), explained
+    assert shown == by_bucket, programs
 
 
 def test_little_memory_keeps_the_smallest_sizes_of_both() -> None:
