@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -135,7 +136,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 request = {**vars(options), "engine": engine, "caches": caches, "output": ""}
                 try:
                     run = run_child(Path(__file__), request, variables, options.timeout_s)
-                except (RuntimeError, TimeoutError) as error:
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
                     run = {"status": "failed", "error": str(error)[-4000:]}
                 yield {"engine": engine, "caches": caches, **run}
 

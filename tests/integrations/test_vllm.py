@@ -6,11 +6,16 @@ its own, on emulated graphs.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -20,6 +25,7 @@ from typing import Any
 import pytest
 
 from checkout import TESTS
+from vllm_engine import NEW_TOKENS, SETTINGS, prompts
 
 pytestmark = [
     pytest.mark.nightly,
@@ -38,7 +44,16 @@ TIGHT = {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_siz
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random models with the shapes of a Llama, a Qwen3 and a Qwen3-MoE, as Hugging Face writes them."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     folder = tmp_path_factory.mktemp("models")
     shapes: dict[str, Any] = {
@@ -60,6 +75,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         config = kind(**shapes, **(experts if name == "qwen3_moe" else {}))
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+    vocabulary = {f"t{number}": number for number in range(126)} | {"<eos>": 126, "<unk>": 127}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        folder / "llama"
+    )
     return folder
 
 
@@ -136,6 +157,64 @@ def test_dumps_have_the_ranks_of_the_workers(models: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in dumps.iterdir()) == ["rank_0", "rank_1"]
     inputs = (dumps / "rank_1" / "LlamaModel_0" / "explain.txt").read_text()
     assert "stage-input" in inputs
+
+
+@contextmanager
+def served(model: Path, folder: Path, *flags: str) -> Iterator[int]:
+    """The HTTP server with this model; its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--served-model-name", "model", "--max-model-len", "256", "--max-num-batched-tokens", "256"]
+    command += ["--dtype", "float32", "--kv-cache-memory-bytes", str(2**26), "--no-enable-prefix-caching", *flags]
+    variables = {**os.environ, **SETTINGS, "PP_PIECEWISE_GRAPHS": "emulate", "PP_PIECEWISE_COMPILER": "eager"}
+    log = folder / "server.log"
+    with log.open("w") as written:
+        server = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 600
+            while not _is_ready(port):
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-8000:]
+                time.sleep(1)
+            yield port
+            assert server.poll() is None, log.read_text()[-8000:]
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _is_ready(port: int) -> bool:
+    with suppress(OSError):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    return False
+
+
+def ask(port: int, prompt: Sequence[int], **more: Any) -> http.client.HTTPResponse:
+    """One client: what the server begins to answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    asked = {"model": "model", "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    body = json.dumps({**asked, "return_token_ids": True, **more})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+def test_eight_clients_at_once_and_one_that_hangs_up(models: Path, tmp_path: Path) -> None:
+    expected = eager(models / "llama")
+    asked = prompts(len(expected))
+
+    def answer(number: int) -> list[int]:
+        return json.loads(ask(port, asked[number]).read())["choices"][0]["token_ids"]
+
+    with served(models / "llama", tmp_path, "--pipeline-parallel-size", "2", "-cc.backend=pp_piecewise") as port:
+        leaving = ask(port, asked[0], max_tokens=200, stream=True)
+        leaving.read(1)
+        with ThreadPoolExecutor(8) as clients:
+            first = clients.map(answer, range(len(asked)))
+            leaving.close()
+            assert list(first) == expected
 
 
 def test_vllm_finds_the_backend() -> None:

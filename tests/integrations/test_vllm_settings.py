@@ -144,7 +144,7 @@ def test_another_version_of_vllm_gives_one_warning_that_names_those_tested(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.1.0+cpu")
-    with pytest.warns(errors.PPPiecewiseWarning, match=r"tested with vLLM 0.26.0, 0.32.0, not with 0.1.0") as caught:
+    with pytest.warns(errors.PPPiecewiseWarning, match=r"made for vLLM 0.26.0, 0.32.0, not for 0.1.0") as caught:
         asked(platform, config())
     assert len(caught) == 1
     with warnings.catch_warnings():

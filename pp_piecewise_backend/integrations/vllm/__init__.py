@@ -24,7 +24,7 @@ NAME = "pp_piecewise"
 BACKEND = f"{__name__}.backend"
 """What vLLM looks up by name, so that this process' options reach the backend."""
 TESTED_VERSIONS = ("0.26.0", "0.32.0")
-"""Releases of vLLM in which this was run."""
+"""Releases of vLLM that this is written for."""
 
 _worker_options: dict[str, Any] = {}
 """Options that the worker of this process knows."""

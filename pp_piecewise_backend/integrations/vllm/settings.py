@@ -75,4 +75,4 @@ def _refused(vllm_config: Any) -> str | None:
 
 def _untested_version(version: str) -> str:
     tested = ", ".join(TESTED_VERSIONS)
-    return f"pp_piecewise was tested with vLLM {tested}, not with {version}: it may fail to start or copy proxies."
+    return f"pp_piecewise is made for vLLM {tested}, not for {version}: it may fail to start or copy proxies."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized, lock_workspace
 
 from ...backend import explain, programs, warmup
 from ...debug.describe import describe_graphs
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         def init_device(self) -> None: ...
         def load_model(self, *args: Any, **kwargs: Any) -> None: ...
         def determine_available_memory(self) -> int: ...
+        def compile_or_warm_up_model(self) -> Any: ...
 
 else:
     Worker = object
@@ -48,6 +50,8 @@ class PiecewiseWorker(Worker):
     """Where proxies arrive, on stages that receive any."""
     _when_warm: Mapping[str, Any] | None = None
     """Counters after warm-up."""
+    _captured_with: tuple[int, ...] = ()
+    """Addresses of vLLM's workspaces when the graphs were captured."""
 
     def init_device(self) -> None:
         super().init_device()
@@ -80,6 +84,18 @@ class PiecewiseWorker(Worker):
         _LOG.info("Graphs of %s take %.2f GiB, which the KV cache does not get.", _PACKAGE, taken / 2**30)
         return max(0, available - taken)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's own, which may run what needs larger workspaces; graphs must not read those that it freed."""
+        times = super().compile_or_warm_up_model()
+        if self._captured_with != _workspaces():
+            _LOG.info("Workspaces have grown since graphs were captured; they are captured again.")
+            for program in programs():
+                program.release()
+            self._capture()
+        if self._captured_with:
+            lock_workspace()  # as vLLM does after captures of its own: to grow one is an error from now on
+        return times
+
     def _capture(self) -> None:
         """Capture all buckets, in runs of vLLM's own in which attention does nothing."""
         compiled = [program for program in programs() if program.graphs is not None]
@@ -89,6 +105,7 @@ class PiecewiseWorker(Worker):
         for line in _what_is_captured():
             _LOG.info("%s", line)
         self._when_warm = stats()
+        self._captured_with = _workspaces()
 
     def _free_bytes(self) -> int:
         if self.device.type == "cpu":
@@ -116,6 +133,14 @@ class PiecewiseWorker(Worker):
 
 def _only_tokens(num_tokens: int) -> tuple[tuple[int], dict[str, Any]]:
     return (num_tokens,), {}
+
+
+def _workspaces() -> tuple[int, ...]:
+    """Where the scratch memory of experts and attention lies, which ops find for themselves; nowhere on the CPU."""
+    if not is_workspace_manager_initialized():
+        return ()
+    tensors = current_workspace_manager()._current_workspaces
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 def _held_bytes() -> int:
