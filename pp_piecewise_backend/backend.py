@@ -35,7 +35,7 @@ from .runtime.program import Program, UnsplitProgram
 from .runtime.stage import Proxy, Stage
 from .runtime.warmup import MakeInputs, warm_up
 from .utils import torch_compat
-from .utils.counters import TOTALS
+from .utils.counters import TOTALS, Stats
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class PiecewiseBackend:
         if not config.enabled:
             return torch_compat.stock_backend("inductor")(graph_module, list(example_inputs))
         if self._sealed:
-            return self._refuse_after_seal(graph_module, config)
+            return self._refuse_after_seal(graph_module, config, _stats_of(stage))
         if capture_is_under_way():
             frame = torch_compat.frame_being_compiled()
             what = "a graph" if frame is None else frame[0].co_name
@@ -101,7 +101,7 @@ class PiecewiseBackend:
     def _program(
         self, graph_module: GraphModule, example_inputs: Sequence[Any], config: Config, stage: Stage | None
     ) -> AnyProgram:
-        name, number = self._count_graph()
+        name, number = self._count_graph(_stats_of(stage))
         events = self.dumps.start(name, config)
         events.traced(graph_module, example_inputs)
         matcher = SplitOpMatcher.from_config(config.split_ops, config.graph_safe_ops)
@@ -261,8 +261,8 @@ class PiecewiseBackend:
                 stage = self._stages[key] = Stage(proxies, max_tokens, device)
         return stage
 
-    def _refuse_after_seal(self, graph_module: GraphModule, config: Config) -> Callable[..., Any]:
-        TOTALS.add("recompiles_after_seal")
+    def _refuse_after_seal(self, graph_module: GraphModule, config: Config, stats: Stats) -> Callable[..., Any]:
+        stats.add("recompiles_after_seal")
         frame = torch_compat.frame_being_compiled()
         code = None if frame is None else frame[0]
         name = "a graph" if code is None else code.co_name
@@ -270,7 +270,7 @@ class PiecewiseBackend:
         _warn(errors.RecompileAfterSeal(sentence), config.strict)
         return graph_module.forward
 
-    def _count_graph(self) -> tuple[str, int]:
+    def _count_graph(self, stats: Stats) -> tuple[str, int]:
         """Count a graph of the frame that Dynamo is compiling; the frame's name and the graph's number come back."""
         frame = torch_compat.frame_being_compiled()
         if frame is None:
@@ -282,7 +282,7 @@ class PiecewiseBackend:
             number = self._graphs_of_code.get(code, 0)
             self._graphs_of_code[code] = number + 1
         if number:
-            TOTALS.add("recompiles")
+            stats.add("recompiles")
         return f"{name}#{number}", number
 
 
@@ -374,12 +374,16 @@ def _unsplit(
     return program
 
 
+def _stats_of(stage: Stage | None) -> Stats:
+    return TOTALS if stage is None else stage.stats
+
+
 def _report_unmatched(
     config: Config, stage: Stage | None, matcher: SplitOpMatcher, table: InputTable, split: Split
 ) -> None:
     unmatched = [pattern for pattern in matcher.required if pattern not in split.cuts.matches]
     if unmatched:
-        TOTALS.add("unmatched_split_ops", len(unmatched))
+        _stats_of(stage).add("unmatched_split_ops", len(unmatched))
         _warn(errors.UnmatchedName(errors.unmatched_split_ops(unmatched, split.cuts.attention_like)), config.strict)
     unmatched_inputs = table.unmatched_stage_inputs
     if stage is not None:  # between graph breaks each graph has some of them
@@ -426,13 +430,18 @@ backend = PiecewiseBackend()
 programs, explain, seal, unseal = backend.programs, backend.explain, backend.seal, backend.unseal
 
 
-def release_stage(stage: Stage, code: CodeType) -> None:
-    """Release what the programs of a stage hold; ``code`` is that of the frame that they were compiled for."""
+def captured_tokens(stage: Stage) -> set[int]:
+    """The buckets that the programs of a stage have captured."""
+    own = [program.graphs for program in backend.programs() if program.stage is stage]
+    return {bucket.tokens for graphs in own if graphs is not None for bucket, _ in graphs.buckets}
+
+
+def release_stage(stage: Stage) -> None:
+    """Release what the programs of a stage hold, and the stage."""
     for program in backend.programs():
         if program.stage is stage:
             program.release()
     stage.release()
-    torch_compat.forget_compiled(code)
 
 
 def reset() -> None:

@@ -19,6 +19,10 @@ from .transports.base import Pending
 Finish = Callable[[Any, bytes], Mapping[str, torch.Tensor]]
 
 
+WAITED_SECONDS = 50e-6
+"""What a wait for a send takes on the host if it has left already stays below this."""
+
+
 class Sent(NamedTuple):
     """Results on their way to the next stage."""
 

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .. import errors
-from ..backend import programs, release_stage, warmup
+from ..backend import captured_tokens, release_stage, warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
 from ..runtime.stage import Stage
@@ -43,14 +43,11 @@ from .inbox import Inbox, Views
 from .plan import Schema, StagePlan
 from .positions import Step
 from .report import PipelineReport, StepClock, WaitKind
-from .results import Answers, Finish, Sent, chosen, lies_in
+from .results import WAITED_SECONDS, Answers, Finish, Sent, chosen, lies_in
 from .transports.base import Patience, Transport
 from .watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
-
-WAITED_SECONDS = 50e-6
-"""What a wait for a send takes on the host if it has left already stays below this."""
 
 _ONE_MICRO_BATCH = Amounts({"microbatches": 1})
 
@@ -120,7 +117,8 @@ class StageRunner:
         device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
         self._stage = Stage(inputs or {}, max_tokens, device)
         self._stage.listener = self
-        capture_sizes = Config.resolve(options).capture_sizes
+        config = Config.resolve(options)
+        self._is_enabled = config.enabled
         way, siblings = pick_transport(transport, group, mesh, self._stage, setup_timeout_s)
         self.stage, self.stage_count, self._exchange = way.stage, way.stage_count, way.exchange
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stage_count - 1
@@ -130,12 +128,12 @@ class StageRunner:
         plan = StagePlan(
             package_version=versions().get("pp_piecewise_backend", "not installed"),
             stage_count=self.stage_count,
-            ladder=Ladder.from_ranges(capture_sizes, max_tokens),
+            ladder=Ladder.from_ranges(config.capture_sizes, max_tokens),
             inputs=None if self.is_first else Schema(self._stage.inputs),
             outputs=None if self.is_last else Schema(dict(outputs or {})),
             feedback=None if feedback is None else Schema(dict(feedback)),
         )
-        self._stats = Stats(parent=TOTALS)
+        self._stats = self._stage.stats = Stats(parent=TOTALS)
         self._clock = StepClock(self._stage.device)
         self._patience = patience
         self.timeline: Timeline | None = None
@@ -199,16 +197,16 @@ class StageRunner:
         """
         with self._turn, self._failing(), self._links.busy(), self._memory_at_rest(), _serving():
             self._clock.begins(Step.WARMING_UP)
-            self._compile(whole=True)
-            try:
-                warmup(self._compiled, self._warmup_inputs, progress=progress)
-            except torch_compat.GRAPH_BREAK_ERRORS as error:
-                _LOG.warning("%s", errors.graph_breaks_in_stage(self.stage, str(error).strip().partition("\n")[0]))
-                self._compile(whole=False)
-                warmup(self._compiled, self._warmup_inputs, progress=progress)
-            own = [p.graphs for p in programs() if p.stage is self._stage and p.graphs is not None]
-            captured = {bucket.tokens for graphs in own for bucket, _ in graphs.buckets}
-            self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured)
+            self._compile(whole=self._is_enabled)
+            if self._is_enabled:  # what plain Inductor runs writes state that nobody could restore
+                try:
+                    warmup(self._compiled, self._warmup_inputs, progress=progress)
+                except torch_compat.GRAPH_BREAK_ERRORS as error:
+                    first_line = str(error).strip().partition("\n")[0]
+                    _LOG.warning("%s", errors.graph_breaks_in_stage(self.stage, first_line))
+                    self._compile(whole=False)
+                    warmup(self._compiled, self._warmup_inputs, progress=progress)
+                self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured_tokens(self._stage))
             self._clock.begins(Step.CALLER)
 
     @contextlib.contextmanager
@@ -377,7 +375,8 @@ class StageRunner:
         self._in_forward = self._is_whole_graph
         self._clock.forward_begins()
         try:
-            output = self._compiled(**arguments)
+            with contextlib.nullcontext() if self._is_enabled else self._links.busy():  # it compiles when it likes
+                output = self._compiled(**arguments)
         finally:
             self._in_forward = False
         self._clock.forward_ends()
@@ -595,7 +594,7 @@ class StageRunner:
         for inbox in (self._inbox, self._feedback):
             if inbox is not None:
                 inbox.close()
-        release_stage(self._stage, type(self._module).forward.__code__)
+        release_stage(self._stage)
         self._options.clear()  # Dynamo keeps each backend that it was given, with its options
         for name in ("_inbox", "_feedback", "_answers", "_sent"):
             setattr(self, name, None)

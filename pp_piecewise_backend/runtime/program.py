@@ -76,7 +76,7 @@ class Program:
         self.config = config
         self.compiled = tuple(compiled)
         self.stage = stage
-        self.stats = Stats(parent=TOTALS)
+        self.stats = Stats(parent=TOTALS if stage is None else stage.stats)
         self.events = events
         """Who writes down what happens, if anybody does."""
         self.graphs_off_reason = graphs_off_reason
@@ -405,7 +405,7 @@ class UnsplitProgram:
         self.config = config
         self.stage = stage
         self.reason = reason
-        self.stats = Stats(parent=TOTALS)
+        self.stats = Stats(parent=TOTALS if stage is None else stage.stats)
         self._call = call
         self._amounts = {"calls": 1} if counter is None else {"calls": 1, counter: 1}
 

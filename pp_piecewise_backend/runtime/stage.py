@@ -25,7 +25,7 @@ import torch
 from .. import errors
 from ..compilation.specs import TensorSpec
 from ..utils.addresses import MemoryMap, Span, span
-from ..utils.counters import Stats
+from ..utils.counters import TOTALS, Stats
 from ..utils.reasons import Reason
 from .cudagraphs.device import Pool
 from .cudagraphs.memory import StaticMemory, allocate, spoil, tensor_in
@@ -186,6 +186,8 @@ class Stage:
         same order on each, once all have brought theirs. Set likewise; see Note [ranks decide alike]."""
         self.links: Sequence[str] = ()
         """How proxies and results travel, where that was found by trial; for who reads about the stage."""
+        self.stats = TOTALS
+        """Where programs of the stage count, besides their own; set likewise."""
         self.programs_share_memory = True
         """Whether the results of one program may be overwritten by another one."""
 
@@ -221,7 +223,7 @@ class Stage:
         """Forget the landing memory and the listener; nothing is called for this stage any more. Views stay valid."""
         self._landing.clear()
         self._views.clear()
-        self.listener = None
+        self.listener = self.exchange = None
 
     def landing(self, name: str) -> torch.Tensor:
         """The flat uint8 memory in which the proxy ``name`` lands."""

@@ -19,7 +19,6 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
-from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import Unsupported, UserError
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
@@ -339,11 +338,6 @@ def guards_of(code: CodeType, transformed: CodeType) -> str | None:
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
     return next((str(e.guard_manager) for e in _debug_get_cache_entry_list(code) if e.code is transformed), None)
-
-
-def forget_compiled(code: CodeType) -> None:
-    """Drop all that Dynamo has compiled for a frame, which nothing else does while anybody has its code."""
-    remove_from_cache(code)
 
 
 def stock_backend(name: str) -> Callable[..., Any]:

@@ -235,6 +235,35 @@ def test_a_module_that_returns_something_else_is_told(change: Callable[[Any], An
     assert isinstance(last, errors.PeerLost)
 
 
+@pytest.mark.parametrize("make_module", slow_but([OneLayer], [OneLayer, Breaking]))
+def test_what_runners_count_is_all_that_the_process_counts(make_module: Callable[[int, int], Any]) -> None:
+    """Exact sizes only, so that some micro-batches miss their graphs; a name that matches nothing; many programs."""
+    before = ppb.stats()
+    options = {**OPTIONS, "padding": "never", "split_ops": f"{OPTIONS['split_ops']},nothing::of_that_name"}
+
+    def play(runner: ppb.StageRunner, stage: int) -> tuple[ppb.StageRunner, Any]:
+        return runner, play_all([3, 4, 5, 8, 1])(runner, stage)
+
+    with pytest.warns(errors.PPPiecewiseWarning, match="nothing::of_that_name"):
+        runners = [runner for runner, _ in all_well(in_threads(2, play, make_module=make_module, options=options))]
+    after = ppb.stats()
+    for name in after:
+        counted = [runner.stats[name] for runner in runners]
+        if name == "miss_reasons":
+            totals: dict[str, int] = {}
+            for reason, pieces in (pair for reasons in counted for pair in reasons.items()):
+                totals[reason] = totals.get(reason, 0) + pieces
+            assert totals == {
+                reason: pieces - before[name].get(reason, 0)
+                for reason, pieces in after[name].items()
+                if pieces > before[name].get(reason, 0)
+            }
+        else:
+            assert sum(counted) == pytest.approx(after[name] - before[name]), name
+    for name in ("graph_misses", "stage_inputs_in_place", "replays", "captures", "unmatched_split_ops", "bytes_sent"):
+        assert after[name] > before[name], f"{name}: a counter that stays 0 shows nothing"
+
+
 def test_results_with_other_strides_are_copied_and_counted() -> None:
     class Transposed(OneLayer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
