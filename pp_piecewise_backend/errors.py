@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .pipeline_sentences import *  # noqa: F403
+from .pipeline_sentences import cause
 
 
 class PPPiecewiseError(RuntimeError):
@@ -216,6 +217,10 @@ def bad_stage_inputs(inputs: object) -> str:
 
 def bad_stage_tokens(max_tokens: object) -> str:
     return f"Stage got max_tokens={max_tokens!r}: expected the largest number of tokens of a call, at least 1."
+
+
+def bad_stage_device(device: object, error: Exception) -> str:
+    return f"Stage got device={device!r}: expected a device that is here, such as 'cpu' or 'cuda:0'; {cause(error)}."
 
 
 def not_a_stage(value: object) -> str:

@@ -81,8 +81,8 @@ def wrong_turn(verb: str, got: int, expected: int) -> str:
 
 def ranks_missing_at_setup(rank: int, what: str, setup_seconds: float, error: object) -> str:
     return (
-        f"rank {rank} could not set up {what} within {setup_seconds:g} s: {error}. Look at the log of the rank that "
-        f"did not come; setup_timeout_s allows more time."
+        f"rank {rank} could not set up {what} within {setup_seconds:g} s: {cause(error)}. Look at the log of the rank "
+        f"that did not come; setup_timeout_s allows more time."
     )
 
 
@@ -91,7 +91,7 @@ def peer_silent(peer: int, silence_seconds: float) -> str:
 
 
 def peer_closed(peer: int, error: object) -> str:
-    return f"the connection to rank {peer} broke ({error})"
+    return f"the connection to rank {peer} broke ({cause(error)})"
 
 
 def peer_disagrees(peer: int, difference: str) -> str:
@@ -145,7 +145,38 @@ def lost_while(loss: str, doing: str, positions: str = "") -> str:
 
 
 def runner_argument(name: str, got: object, expected: str) -> str:
-    return f"StageRunner got {name}={got!r}: expected {expected}."
+    return f"StageRunner got {name}={_short(got)}: expected {expected}."
+
+
+def micro_batch_argument(name: str, got: object, expected: str) -> str:
+    return f"MicroBatch got {name}={_short(got)}: expected {expected}."
+
+
+def _short(value: object) -> str:
+    """What it is, in a line: modules and tensors say much of themselves."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}... of type {type(value).__name__}"
+
+
+def cause(error: object) -> str:
+    """What an error says; its type, where it says nothing."""
+    return str(error).strip() or type(error).__name__
+
+
+def not_a_micro_batch(got: object) -> str:
+    return f"run() got {_short(got)} among the micro-batches: expected MicroBatch, such as MicroBatch(num_tokens)."
+
+
+def bad_micro_batches(got: object) -> str:
+    return f"run() got {_short(got)} for micro-batches: expected an iterable of MicroBatch, such as a list."
+
+
+def inputs_not_a_mapping(whose: str, got: object) -> str:
+    """``whose``: who gave them, such as "make_inputs"."""
+    return (
+        f"{whose} gave {_short(got)} of type {type(got).__name__}: expected a dict of the module's own arguments by "
+        f"name, such as {{'positions': positions}}; {{}} where it has none."
+    )
 
 
 def ranks_share_no_memory(transport: str, ends: Sequence[tuple[int, str]]) -> str:

@@ -511,6 +511,31 @@ def opens_and_closes(rank: Rank) -> dict[str, Any]:
     return {"descriptors": descriptors, "threads": threads, "runners": alive}
 
 
+def groups_on_one_port(rank: Rank) -> int:
+    """Process groups with a runner each, one after the other on one port, as docs/pipeline.md says."""
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rank.arguments["port"]))
+    os.environ.update(RANK=str(rank.number), WORLD_SIZE=str(rank.count))
+    store, number, count = next(iter(dist.rendezvous("env://")))
+    proxies = {"h": ppb.Proxy((), torch.float32)}
+    passed = 0
+    for again in range(4):
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"group_{again}", store), rank=number, world_size=count)
+        with rank.runner(
+            Adds(),
+            make_inputs=lambda num_tokens, tag: {"x": torch.zeros(num_tokens)},
+            inputs=None if rank.is_first else proxies,
+            outputs=None if rank.is_last else proxies,
+            feedback=None,
+            options={"compiler": "eager", "graphs": "off"},
+        ) as stage:
+            passed += sum(1 for _ in stage.run([ppb.MicroBatch(3)] if rank.is_first else None))
+        dist.barrier()
+        if again < 3:  # the last one is destroyed by who calls this
+            dist.destroy_process_group()
+    return passed
+
+
 def autoregressive(rank: Rank) -> dict[str, Any]:
     """As many groups of requests as may be in flight; the next tokens of each come from the last stage."""
     groups, steps, started = rank.arguments["groups"], rank.arguments["steps"], 0
@@ -624,6 +649,7 @@ SCENARIOS = {
         leaves,
         warms_up_between,
         opens_and_closes,
+        groups_on_one_port,
         autoregressive,
         slowed,
     )

@@ -218,6 +218,20 @@ MESSAGES = {
         errors.runner_argument("receive", 1, "'early'"),
         ["StageRunner got receive=1: expected 'early'"],
     ),
+    "micro_batch_argument": (
+        errors.micro_batch_argument("tag", "x" * 200, "at most 24 bytes"),
+        ["MicroBatch got tag='xxx", "xxx... of type str: expected at most 24 bytes"],
+    ),
+    "not_a_micro_batch": (errors.not_a_micro_batch(3), ["run() got 3 among", "expected MicroBatch"]),
+    "bad_micro_batches": (errors.bad_micro_batches(3), ["run() got 3 for micro-batches", "expected an iterable"]),
+    "inputs_not_a_mapping": (
+        errors.inputs_not_a_mapping("make_inputs", [1]),
+        ["make_inputs gave [1] of type list", "expected a dict", "{'positions': positions}"],
+    ),
+    "bad_stage_device": (
+        errors.bad_stage_device("gpu", RuntimeError("no such device")),
+        ["Stage got device='gpu'", "such as 'cpu' or 'cuda:0'", "no such device"],
+    ),
     "ranks_share_no_memory": (
         errors.ranks_share_no_memory("cuda_ipc", [(1, "a"), (2, "")]),
         ["transport='cuda_ipc' links", "rank 1 on a and rank 2 on a machine that shares none", "transport='auto'"],
@@ -294,7 +308,7 @@ def test_every_message_is_tested() -> None:
         for name, value in vars(errors).items()
         if (inspect.isfunction(value) and value.__module__ in OWN and not name.startswith("_")) or name.isupper()
     }
-    assert messages - {"nearest"} == set(MESSAGES)
+    assert messages - {"nearest", "cause"} == set(MESSAGES)
 
 
 def test_messages_when_there_is_nothing_to_list() -> None:

@@ -3,29 +3,95 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
+
+from torch import nn
 
 from .. import errors
 from ..runtime.stage import Proxy
+from .header import MicroBatch
 
 Proxies = Mapping[str, Proxy]
 MakeInputs = Callable[[int, bytes], Mapping[str, Any]]
 
 
-def arguments(receive: str, max_in_flight: int | None, options: Mapping[str, Any]) -> None:
+def arguments(
+    module: object,
+    make_inputs: object,
+    max_tokens: object,
+    proxies: Mapping[str, object],
+    receive: object,
+    max_in_flight: object,
+    options: object,
+) -> None:
     """Check what is known before the ranks meet.
+
+    Args:
+        proxies: those given as ``inputs``, ``outputs`` and ``feedback``.
 
     Raises:
         ConfigError: an argument that cannot be used.
     """
-    if receive not in ("early", "step"):
-        raise errors.ConfigError(errors.runner_argument("receive", receive, "'early' or 'step'"))
-    if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
-        raise errors.ConfigError(errors.runner_argument("max_in_flight", max_in_flight, "None or at least 1"))
+    for name, got, fits, expected in (
+        ("module", module, isinstance(module, nn.Module), "a torch.nn.Module"),
+        ("make_inputs", make_inputs, callable(make_inputs), "a function (num_tokens, tag) -> dict of arguments"),
+        ("max_tokens", max_tokens, _is_count(max_tokens), "the rows of the largest micro-batch, at least 1"),
+        *((name, got, _are_proxies(got), "None, or a dict of Proxy by name") for name, got in proxies.items()),
+        ("receive", receive, receive in ("early", "step"), "'early' or 'step'"),
+        ("max_in_flight", max_in_flight, max_in_flight is None or _is_count(max_in_flight), "None or at least 1"),
+    ):
+        if not fits:
+            raise errors.ConfigError(errors.runner_argument(name, got, expected))
+    if options is not None and not isinstance(options, Mapping):
+        raise errors.ConfigError(errors.options_not_a_mapping(options))
     for name in ("stage", "static_outputs", "max_tokens"):
-        if name in options:
+        if name in (options or ()):
             raise errors.ConfigError(errors.runner_sets_option(name))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _are_proxies(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Mapping):
+        return False
+    return all(isinstance(name, str) and isinstance(proxy, Proxy) for name, proxy in value.items())
+
+
+def micro_batches(given: object) -> Iterator[MicroBatch]:
+    """Those given to ``run``, each checked when it is its turn.
+
+    Raises:
+        ConfigError: they are no iterable, or, later, one of them is something else.
+    """
+    if not isinstance(given, Iterable):
+        raise errors.ConfigError(errors.bad_micro_batches(given))
+    return _each_checked(given)
+
+
+def _each_checked(given: Iterable[object]) -> Iterator[MicroBatch]:
+    for one in given:
+        if not isinstance(one, MicroBatch):
+            raise errors.ConfigError(errors.not_a_micro_batch(one))
+        yield one
+
+
+def own_arguments(whose: str, given: object, proxies: Collection[str]) -> Mapping[str, Any]:
+    """The stage's own arguments that ``whose`` gave.
+
+    Raises:
+        ConfigError: they are no mapping.
+        ValueError: they have what the previous stage sends.
+    """
+    if not isinstance(given, Mapping):
+        raise errors.ConfigError(errors.inputs_not_a_mapping(whose, given))
+    if clash := given.keys() & proxies:
+        raise ValueError(errors.stage_inputs_clash(clash))
+    return given
 
 
 def ends(

@@ -33,7 +33,10 @@ def pick_transport(
         ConfigError: the ranks, or tensors on the device of the stage, cannot go that way.
     """
     device = stage.device
+    expected = "'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"
     if not isinstance(asked, str):
+        if not all(hasattr(asked, name) for name in ("name", "stage", "stage_count", "ranks", "exchange", "wire")):
+            raise errors.ConfigError(errors.runner_argument("transport", asked, expected))
         return asked, None
     from .transports.choosing import Auto
     from .transports.cuda_ipc import DeviceMemory
@@ -42,18 +45,21 @@ def pick_transport(
     from .transports.torch_distributed import P2P
 
     if asked not in ("auto", "p2p", "shared_memory", "cuda_ipc"):
-        expected = "'auto', 'p2p', 'shared_memory', 'cuda_ipc' or a transport"
         raise errors.ConfigError(errors.runner_argument("transport", asked, expected))
     if group is not None and mesh is not None:
         raise errors.ConfigError(errors.runner_argument("mesh", mesh, "either a group or a mesh"))
     if not P2P.is_possible():
         raise errors.ConfigError(errors.NO_TRANSPORT)
     if mesh is not None:
-        names = mesh.mesh_dim_names or ()
+        names = getattr(mesh, "mesh_dim_names", None) or ()
         if "pp" not in names:
             raise errors.ConfigError(errors.runner_argument("mesh", mesh, 'a mesh with a dimension named "pp"'))
         group = (mesh.get_group("pp"), mesh.get_group("tp")) if "tp" in names else mesh.get_group("pp")
-    pipeline, siblings = group if isinstance(group, tuple) else (group, None)
+    pipeline, siblings = group if isinstance(group, tuple) and len(group) == 2 else (group, None)
+    for one in (pipeline, siblings):
+        if one is not None and not P2P.has_this_rank(one):
+            expected = "a process group that has this rank, or two: of the pipeline, and of the ranks of this stage"
+            raise errors.ConfigError(errors.runner_argument("group", group, expected))
     p2p = P2P(device, pipeline, setup_seconds)
     kind: KindOfSharing | None = None
     if device.type == "cpu":

@@ -57,12 +57,15 @@ class MicroBatch:
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_tokens, int) or isinstance(self.num_tokens, bool) or self.num_tokens < 1:
-            raise errors.ConfigError(errors.runner_argument("num_tokens", self.num_tokens, "at least 1"))
-        if not isinstance(self.tag, bytes) or len(self.tag) > MAX_TAG_BYTES:
-            raise errors.ConfigError(errors.runner_argument("tag", self.tag, f"at most {MAX_TAG_BYTES} bytes"))
-        if not isinstance(self.feedback, bool):
-            raise errors.ConfigError(errors.runner_argument("feedback", self.feedback, "True or False"))
+        is_count = isinstance(self.num_tokens, int) and not isinstance(self.num_tokens, bool) and self.num_tokens >= 1
+        for name, fits, expected in (
+            ("num_tokens", is_count, "a whole number of at least 1"),
+            ("tag", isinstance(self.tag, bytes) and len(self.tag) <= MAX_TAG_BYTES, f"at most {MAX_TAG_BYTES} bytes"),
+            ("inputs", self.inputs is None or isinstance(self.inputs, Mapping), "None, or a dict of arguments by name"),
+            ("feedback", isinstance(self.feedback, bool), "True or False"),
+        ):
+            if not fits:
+                raise errors.ConfigError(errors.micro_batch_argument(name, getattr(self, name), expected))
 
 
 class Kind(IntEnum):

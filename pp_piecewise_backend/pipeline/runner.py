@@ -112,7 +112,8 @@ class StageRunner:
         setup_timeout_s: float = 1800,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        checks.arguments(receive, max_in_flight, options or {})
+        ends = {"inputs": inputs, "outputs": outputs, "feedback": feedback}
+        checks.arguments(module, make_inputs, max_tokens, ends, receive, max_in_flight, options)
         patience = Patience(timeout_s, setup_timeout_s, step_timeout_s)
         device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
         self._stage = Stage(inputs or {}, max_tokens, device)
@@ -232,9 +233,7 @@ class StageRunner:
         self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views
     ) -> dict[str, Any]:
         own = self._make_inputs(num_tokens, tag) if given is None else given
-        if clash := own.keys() & proxies.keys():
-            raise ValueError(errors.stage_inputs_clash(clash))
-        return {**own, **proxies}
+        return {**checks.own_arguments("make_inputs", own, proxies.keys()), **proxies}
 
     def _compile(self, whole: bool) -> None:
         self._is_whole_graph = whole
@@ -260,13 +259,14 @@ class StageRunner:
         if (microbatches is not None) != self.is_first:
             sentence = errors.NO_MICRO_BATCHES if self.is_first else errors.micro_batches_on_later_stage(self.stage)
             raise errors.PPPiecewiseError(sentence)
+        given = None if microbatches is None else checks.micro_batches(microbatches)
         if self._has_run:
             raise errors.PPPiecewiseError(errors.RAN_ALREADY)
         self._has_run = True
         if self._compiled is None:
             self.warmup()
         self._watchdog.start()
-        return self._run(microbatches)
+        return self._run(given)
 
     def _run(self, microbatches: Iterable[MicroBatch] | None) -> Iterator[Any]:
         with self._failing():
@@ -509,6 +509,8 @@ class StageRunner:
         self._turn.check_open()
         if self._has_run:
             raise errors.PPPiecewiseError(errors.TRACE_AFTER_RUN)
+        if not isinstance(path, str | Path):
+            raise errors.ConfigError(errors.runner_argument("path", path, "a file to trace into"))
         self._trace_path = Path(path)
         self.timeline = Timeline()
 

@@ -169,7 +169,10 @@ class Stage:
             raise errors.ConfigError(errors.bad_stage_tokens(max_tokens))
         self.inputs: Mapping[str, Proxy] = dict(inputs)
         self.max_tokens = max_tokens
-        self.device = torch.empty(0, device=_default_device() if device is None else device).device
+        try:
+            self.device = torch.empty(0, device=_default_device() if device is None else device).device
+        except (TypeError, RuntimeError, AssertionError) as error:  # no device, or none that is here
+            raise errors.ConfigError(errors.bad_stage_device(device, error)) from error
         self.memory = StageMemory()
         self._landing: dict[str, torch.Tensor] = {}
         """Made at first use, since the link that fills it may have memory for it: see ``land_in``."""
@@ -202,7 +205,7 @@ class Stage:
         """
         self.is_shown = True
         if num_tokens not in self._views:
-            if not 1 <= num_tokens <= self.max_tokens:
+            if not isinstance(num_tokens, int) or not 1 <= num_tokens <= self.max_tokens:
                 raise ValueError(errors.rows_out_of_range(num_tokens, self.max_tokens))
             if len(self._views) >= 4096:
                 self._views.clear()

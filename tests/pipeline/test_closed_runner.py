@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pp_piecewise_backend as ppb
 from models.small_pipeline import FEEDBACK, PipelineStage
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
-from runner_ranks import all_well, opens_and_closes, run
+from runner_ranks import all_well, groups_on_one_port, opens_and_closes, run
 from stages_in_threads import all_well as threads_well
 from stages_in_threads import in_threads, warm_up_alone
 from tiers import slow_but
@@ -226,3 +227,14 @@ def test_ranks_that_make_runners_again_and_again_hold_as_much_as_after_the_first
         first, *later = outcome.value["threads"]
         assert max(later) <= first, outcome.value
         assert outcome.value["runners"] == 0
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["auto", "p2p"])
+def test_groups_and_runners_one_after_the_other_on_one_port(transport: str, tmp_path: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    outcomes = all_well(run(groups_on_one_port, 2, tmp_path, transport=transport, port=port))
+    assert [outcome.value for outcome in outcomes] == [4, 4]

@@ -39,7 +39,8 @@ class Patience:
         if self.step_seconds is not None:
             given["step_seconds"] = self.step_seconds
         for name, seconds in given.items():
-            if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not (is_number and math.isfinite(seconds) and seconds > 0):
                 raise errors.ConfigError(errors.bad_patience(name, seconds))
 
 

@@ -67,6 +67,11 @@ class P2P:
         """Whether ``torch.distributed`` was initialised."""
         return dist.is_available() and dist.is_initialized()
 
+    @staticmethod
+    def has_this_rank(group: object) -> bool:
+        """Whether something is a process group, and this rank is in it."""
+        return isinstance(group, dist.ProcessGroup) and dist.get_rank() in dist.get_process_group_ranks(group)
+
     def exchange(self, text: str) -> list[str]:
         with self._meeting("the ranks of all pipelines"):
             if self._own is None:
