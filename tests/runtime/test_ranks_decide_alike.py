@@ -210,12 +210,12 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         for num_tokens, got in zip(sizes, runner.run([ppb.MicroBatch(n) for n in sizes]), strict=True):
             with torch.no_grad():
                 torch.testing.assert_close(got, module(torch.arange(num_tokens) % 50), rtol=1e-5, atol=1e-5)
-    (program,) = ppb.programs()
-    graphs = [g for g in (program.graphs, program.full and program.full.graphs) if g is not None]
-    report = {b.tokens: [sorted(b.graphs), sorted(b.obstacles)] for g in graphs for b, _ in g.buckets}
+        (program,) = ppb.programs()
+        graphs = [g for g in (program.graphs, program.full and program.full.graphs) if g is not None]
+        report = {b.tokens: [sorted(b.graphs), sorted(b.obstacles)] for g in graphs for b, _ in g.buckets}
+        dropped = {tokens: reason.code for g in graphs for tokens, reason in g.dropped.items()}
     stats = ppb.stats()
     counted = {name: stats[name] for name in ("replays", "graph_misses", "padded_tokens")}
-    dropped = {tokens: reason.code for g in graphs for tokens, reason in g.dropped.items()}
     (folder / f"rank_{rank}.json").write_text(json.dumps([report, counted, dropped]))
     dist.destroy_process_group()
     return 0
