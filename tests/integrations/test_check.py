@@ -18,7 +18,7 @@ from models.tiny_decoders import DECODERS, TINY, tiny_decoder
 from pp_piecewise_backend.__main__ import build_parser, main
 from pp_piecewise_backend.errors import RankFailed
 from pp_piecewise_backend.integrations.check import command
-from pp_piecewise_backend.integrations.check.compare import compare, error
+from pp_piecewise_backend.integrations.check.compare import compare, error, load_wide, logits_of
 from pp_piecewise_backend.integrations.check.job import edges, prompts_at
 
 SECONDS = 850
@@ -42,6 +42,15 @@ def test_as_far_from_right_as_eager_is_rounding() -> None:
     assert (found.tokens, found.same_tokens) == (4, 4)
     swapped = compare([eager[0].flip(1), eager[1]], eager, right)
     assert swapped.same_tokens == 2 and swapped.wrong_prompts == (0,)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_run_in_a_wider_dtype(name: str, tmp_path: Path) -> None:
+    model = tiny_decoder(name)
+    model.save_pretrained(tmp_path)
+    wide = load_wide(str(tmp_path), torch.float64)
+    (logits,), (right,) = (logits_of(one, [[5, 9, 33]]) for one in (model, wide))
+    assert right.dtype is torch.float64 and 0 < error(logits, right) < 1e-4
 
 
 def test_no_number_is_equal_only_to_no_number() -> None:
@@ -175,7 +184,6 @@ def test_a_rank_that_fails_and_calls_without_a_program_fail_the_check(
     assert "decoder, 2 ranks, float32: rank 1 of 2 failed: KeyError: 'x'\na traceback" in capsys.readouterr().err
 
     def run_eagerly(target: str, count: int, job: Any, hear: Any) -> None:
-        from pp_piecewise_backend.integrations.check.compare import logits_of
         from pp_piecewise_backend.integrations.model_folder import load_whole
 
         torch.save(logits_of(load_whole(folder, torch.float32), job["prompts"]), folder / "logits.pt")

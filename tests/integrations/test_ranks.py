@@ -42,6 +42,13 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def kill(pids: list[int]) -> None:
+    """Where the test fails, nothing stays behind either."""
+    for pid in filter(is_alive, pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def assert_all_end(pids: list[int]) -> None:
     assert pids
     wait_until(lambda: not any(map(is_alive, pids)))
@@ -83,9 +90,12 @@ def test_what_is_raised_while_listening_ends_all_ranks_and_what_they_started(err
         if len(pids) == 4:
             raise error
 
-    with pytest.raises(error):
-        run("sleep_with_a_child", 2, {}, hear)
-    assert_all_end(pids)
+    try:
+        with pytest.raises(error):
+            run("sleep_with_a_child", 2, {}, hear)
+        assert_all_end(pids)
+    finally:
+        kill(pids)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -98,15 +108,14 @@ def test_no_rank_outlives_the_process_that_started_it(signal_number: int, tmp_pa
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )
+    pids: list[int] = []
     try:
         assert process.stdout is not None
-        pids = [int(pid) for _ in range(2) for pid in process.stdout.readline().split()]
+        pids += [int(pid) for _ in range(2) for pid in process.stdout.readline().split()]
         assert len(pids) == 4 and all(map(is_alive, pids))
         process.send_signal(signal_number)
         assert process.wait(LONGEST_SECONDS) != 0
         assert_all_end(pids)
     finally:
         process.kill()
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(pids)

@@ -154,7 +154,8 @@ def check(job: CheckJob, outcome: Outcome) -> None:
     except RankFailed as error:
         outcome.problems.append(f"{error}\n{error.trace}".rstrip())
         return
-    model, wide = (load_whole(job.model_dir, getattr(torch, dtype)) for dtype in (job.dtype, WIDER[job.dtype]))
+    model = load_whole(job.model_dir, getattr(torch, job.dtype))
+    wide = compare.load_wide(job.model_dir, getattr(torch, WIDER[job.dtype]))
     found = compare.compare(logits, compare.logits_of(model, job.prompts), compare.logits_of(wide, job.prompts))
     outcome.agreement = found
     if found.wrong_prompts:

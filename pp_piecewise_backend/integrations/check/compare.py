@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..model_folder import load_whole
+
 ROUNDING_FACTOR = 8.0
 """How many times eager's own error is still taken for rounding."""
 
@@ -51,6 +53,14 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
     difference = (got.double() - right.double()).abs()
     both = got.isnan() & right.isnan()
     return float(difference.masked_fill(both, 0).nan_to_num(nan=float("inf")).max())
+
+
+def load_wide(model_dir: str, dtype: torch.dtype) -> Any:
+    """The whole decoder in a dtype that not all kernels of its own dtype know."""
+    model = load_whole(model_dir, dtype)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # matmuls of groups know no float64
+    return model
 
 
 @torch.no_grad()
