@@ -343,8 +343,10 @@ def _facts(summary: Summary) -> dict[str, object]:
     for what in ("not_split", "token_reason", "split_matches"):
         facts[what.replace("_", " ")] = getattr(summary, what)
     facts |= {f"input {i.source or i.name}": f"{i.kind} {i.type}: {i.reason}" for i in summary.inputs}
-    for what in ("graph_misses", "miss_reasons", "captures", "graph_bytes"):
+    for what in ("graph_misses", "miss_reasons", "captures"):
         facts[f"counter {what}"] = summary.counters.get(what)
+    # Not the gauge, which falls when a program dies.
+    facts["bytes in graphs"] = sum(bucket.bytes for bucket in summary.graphs.buckets)
     return facts
 
 

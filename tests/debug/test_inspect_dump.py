@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import pp_piecewise_backend as ppb
 from checkout import CHECKOUT, PACKAGE
-from dumping import Small, program_folders, run_small, run_toy_stage
+from dumping import Small, program_folders, run_small, run_toy_stage, summary_of
 from pp_piecewise_backend.__main__ import main
 from pp_piecewise_backend.config import FIELD_NAMES
 from pp_piecewise_backend.debug import inspect_dump
@@ -257,6 +258,21 @@ def test_two_programs_are_compared_whatever_their_names(tmp_path: Path, capsys: 
     assert lines[0] == "rank 0 ToyStage_0 -> rank 0 ToyStage_1:"
     assert any(line.startswith("  token reason: static 5") for line in lines)
     assert shown(capsys, first, first) == "rank 0 ToyStage_0: no difference\n"
+
+
+def test_graphs_of_a_program_that_died_are_compared_as_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_toy_stage(tmp_path / "one", sizes=(5, 5), graphs="emulate")
+    (folder,) = program_folders(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    counters = summary_of(folder).counters
+    assert counters["graph_bytes"] > 0
+    change_summary(folder, counters={**counters, "graph_bytes": 0})  # a gauge: nothing is held any more
+    assert shown(capsys, tmp_path / "one", tmp_path / "two") == "rank 0 ToyStage_0: no difference\n"
+    graphs = summary_of(folder).graphs.model_dump()
+    change_summary(folder, graphs={**graphs, "buckets": []})
+    assert f"  bytes in graphs: 0 -> {counters['graph_bytes']}" in shown(capsys, tmp_path / "one", tmp_path / "two")
 
 
 def test_equal_dumps_and_programs_of_one_dump_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
