@@ -94,6 +94,8 @@ class PiecewiseWorker(Worker):
             self._capture()
         if self._captured_with:
             lock_workspace()  # as vLLM does after captures of its own: to grow one is an error from now on
+        self._when_warm = stats()
+        self.landing.in_place = self.landing.elsewhere = 0
         return times
 
     def _capture(self) -> None:
@@ -104,7 +106,6 @@ class PiecewiseWorker(Worker):
             warmup(lambda num_tokens: self.model_runner._dummy_run(num_tokens, **how), _only_tokens, progress=False)
         for line in _what_is_captured():
             _LOG.info("%s", line)
-        self._when_warm = stats()
         self._captured_with = _workspaces()
 
     def _free_bytes(self) -> int:
@@ -117,7 +118,7 @@ class PiecewiseWorker(Worker):
     def pp_piecewise_report(self) -> dict[str, Any]:
         """What this worker replays, receives and copies, as plain data, for ``LLM.collective_rpc``.
 
-        ``since_warm_up`` holds the counters without those of the start-up.
+        All is counted since the end of the start-up.
         """
         now, before = stats(), self._when_warm or {}
         return {
