@@ -23,6 +23,8 @@ from .job import CheckJob, import_all
 
 TARGET = f"{__name__}:run_rank"
 _TAG = struct.Struct("<I")
+_NUMBERS_OF_ONE = re.compile(r"\d{5,}|(?<=[\[.])\d+(?=[\].])")
+"""Of a layer or of garbage: sentences that differ in no more count as one."""
 
 
 def run_rank(rank: int, count: int, folder: Path, job: Any, emit: Emit) -> None:
@@ -83,7 +85,7 @@ def _run(job: CheckJob, rank: int, device: torch.device, folder: Path, emit: Emi
             for output in runner.run(microbatches() if is_first else None)
             if output is not None
         ]
-    emit({"replayed": replayed()})
+        emit({"replayed": replayed()})  # before graphs, and what is known of them, are released
     if is_last:
         path = folder / "logits.pt"
         torch.save([torch.cat(logits[at : at + 2]) for at in range(0, len(logits), 2)], path)
@@ -109,7 +111,7 @@ def replayed() -> dict[str, Any]:
             why[f"{miss.reason}: {miss.sentence}"] += miss.pieces * miss.calls
     folded: Counter[str] = Counter()
     for sentence, times in why.items():
-        folded[re.sub(r"\d+", "*", sentence)] += times
+        folded[_NUMBERS_OF_ONE.sub("*", sentence)] += times
     return {
         "replays": stats.replays,
         "misses": stats.graph_misses,
