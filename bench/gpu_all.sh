@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is measured on a GPU, in parts that take some minutes each. Results go to the folder OUTPUT.
 #
-#     bash bench/gpu_all.sh tests|latency|startup|handoff|pipeline|sanitizer OUTPUT
+#     bash bench/gpu_all.sh tests|latency|startup|handoff|pipeline|vllm|sanitizer OUTPUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=$2
@@ -27,6 +27,12 @@ pipeline)
     for model in qwen2.5-0.5b qwen2.5-7b llama-3.1-8b; do # each within ten minutes
         python bench/gpu_pipeline.py --models "$model" --check --budget-s 520 --output "$output/$model"
     done
+    ;;
+vllm)
+    # Needs vLLM, and this package beside it: pip install --no-deps -e . (each of these lines within ten minutes)
+    python bench/gpu_vllm.py --engines default ours --output "$output"
+    python bench/gpu_vllm.py --engines eager ours_pieces --add --output "$output"
+    python bench/gpu_vllm.py --engines piecewise ours_native --add --output "$output"
     ;;
 sanitizer)
     if ! command -v compute-sanitizer >/dev/null; then
