@@ -169,7 +169,7 @@ class P2PWire:
     def __init__(self, control: Any, data: Any, peer: int, is_source: bool, longest: timedelta) -> None:
         self._control = control
         self._data = data
-        self.groups = control, data
+        self.groups: tuple[Any, ...] = (control, data)
         self._peer = peer
         self._is_source = is_source
         self._longest = longest
@@ -185,7 +185,7 @@ class P2PWire:
         """Connect both groups, which would else happen within the first micro-batch."""
         probe = torch.zeros(1, dtype=torch.uint8, device=device)
         move = dist.isend if self._is_source else dist.irecv
-        _wait(_posted(move(probe, self._peer, group=self._data)), self._longest)
+        _wait([_posted(move(probe, self._peer, group=self._data))], self._longest)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         self.tell(bytes(MESSAGE_BYTES))
@@ -195,9 +195,10 @@ class P2PWire:
     def tell(self, message: bytes) -> None:
         self.flush(self._longest.total_seconds())
         self._outgoing_bytes[:] = message
-        group = _open(self._control)
         with connection_errors():
-            self._leaving = _posted(dist.isend(self._outgoing, self._peer, group=group, tag=self._tell_tag))
+            self._leaving = [
+                _posted(dist.isend(self._outgoing, self._peer, group=_open(self._control), tag=self._tell_tag))
+            ]
 
     def flush(self, timeout_seconds: float) -> None:
         if self._leaving is not None:
@@ -205,10 +206,12 @@ class P2PWire:
             self._leaving = None
 
     def hear(self, timeout_seconds: float) -> bytes:
-        group = _open(self._control)
         with connection_errors():
-            work = _posted(dist.irecv(self._incoming, self._peer, group=group, tag=self._hear_tag))
-        _wait(work, timedelta(seconds=timeout_seconds))
+            work = [_posted(dist.irecv(self._incoming, self._peer, group=_open(self._control), tag=self._hear_tag))]
+        try:
+            _wait(work, timedelta(seconds=timeout_seconds))
+        finally:
+            work.clear()
         return bytes(self._incoming_bytes)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
@@ -221,14 +224,18 @@ class P2PWire:
         return self._move(dist.irecv, views)
 
     def _move(self, move: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Pending:
-        group = _open(self._data)
         with connection_errors():
-            # With its tensor, which gloo reads and writes until then.
-            moving = [(_posted(move(tensor, self._peer, group=group)), tensor) for tensor in tensors]
+            moving = [_posted(move(tensor, self._peer, group=_open(self._data))) for tensor in tensors]
+        kept = [*tensors]  # gloo reads and writes them until somebody has waited
 
         def wait() -> None:
-            for work, _ in moving:
-                _wait(work, self._longest_transfer)
+            try:
+                _wait(moving, self._longest_transfer)
+            except BaseException:
+                moving[:] = [_Broken()]
+                raise
+            finally:
+                kept.clear()
 
         return Pending(wait)
 
@@ -249,6 +256,7 @@ class P2PWire:
     def close(self) -> None:
         # The transport destroys the groups, when all links have stopped; what has no owner then closes its sockets.
         self._control = self._data = self._leaving = None
+        self.groups = ()
 
 
 def _open(group: Any) -> Any:
@@ -264,9 +272,18 @@ def _posted(work: Any) -> Any:
     return work
 
 
-def _wait(work: Any, timeout: timedelta | None) -> None:
+class _Broken:
+    """In the place of a transfer that failed, which whoever has its traceback would keep, and its group with it."""
+
+    def wait(self, *_: object) -> None:
+        raise RuntimeError("the transfer broke before")
+
+
+def _wait(works: Sequence[Any], timeout: timedelta | None) -> None:
+    """For all of a list, without a name for any: tracebacks would keep it, and its group with it."""
     with connection_errors():
-        work.wait() if timeout is None else work.wait(timeout)
+        for number in range(len(works)):
+            works[number].wait() if timeout is None else works[number].wait(timeout)
 
 
 def _is_gloo(group: Any) -> bool:
@@ -276,11 +293,14 @@ def _is_gloo(group: Any) -> bool:
 @contextlib.contextmanager
 def connection_errors() -> Iterator[None]:
     """``torch.distributed`` raises RuntimeError for all that goes wrong with a peer."""
+    problem: Exception | None = None
     try:
         yield
     except RuntimeError as error:
         kind = TimeoutError if "Timed out waiting" in str(error) else ConnectionError
-        raise kind(str(error)) from error
+        problem = kind(str(error))
+    if problem is not None:  # without a trace of the other, whose frames keep the group
+        raise problem
 
 
 def gather(whole: torch.Tensor, share: torch.Tensor, group: Any) -> None:
