@@ -9,8 +9,8 @@ Each run is an engine in a process of its own:
 - `default`: vLLM as it comes, full graphs for decode and piecewise graphs. `piecewise`: `cudagraph_mode=PIECEWISE`.
 - `eager`: `--enforce-eager`.
 - `ours`: `-cc.backend=pp_piecewise`. `ours_pieces`: the same with `cudagraph_mode=NONE`, so that decode replays pieces,
-  too. `ours_native`: `custom_ops=["none"]` and `--ir-op-priority` native, so that Inductor writes norms and activations,
-  as in `default`.
+  too. `ours_native`: `custom_ops=["none"]` and `--ir-op-priority` native, so that Inductor writes norms and
+  activations, as in `default`.
 
 Milliseconds per token: the difference between a long and a short answer of so many sequences, per step. With more
 sequences than one prefill step takes, steps of several groups are in flight and keep all stages busy. `ready` is the
