@@ -430,6 +430,13 @@ backend = PiecewiseBackend()
 programs, explain, seal, unseal = backend.programs, backend.explain, backend.seal, backend.unseal
 
 
+def graph_input_sources(graph: object) -> list[str] | None:
+    """Where each input of a program lies, as expressions in the frame that Dynamo compiled; None for what is none."""
+    if not any(program is graph for program in programs()):
+        return None
+    return [graph_input.source for graph_input in graph.inputs] if isinstance(graph, Program) else None
+
+
 def captured_tokens(stage: Stage) -> set[int]:
     """The buckets that the programs of a stage have captured."""
     own = [program.graphs for program in backend.programs() if program.stage is stage]

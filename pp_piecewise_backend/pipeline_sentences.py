@@ -324,6 +324,13 @@ def graph_breaks_in_stage(stage: int, reason: str) -> str:
     )
 
 
+def entered_through_dynamo(stage: int, num_tokens: int, reason: str) -> str:
+    return (
+        f"micro-batches of {num_tokens} tokens enter stage {stage} through Dynamo, which asks all its guards each "
+        f"time: {reason}."
+    )
+
+
 TRACE_AFTER_RUN = "trace() was called after run(): call it before, so that no micro-batch is missing."
 
 

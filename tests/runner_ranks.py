@@ -35,6 +35,7 @@ from one_program import for_every_size
 from pp_piecewise_backend.pipeline import runner
 from pp_piecewise_backend.runtime.cudagraphs import emulated
 from pp_piecewise_backend.runtime.program import Program
+from pp_piecewise_backend.utils.dynamo_entrance import Entrance
 from rank_processes import SETUP_SECONDS, Ended, run_ranks
 
 MAX_TOKENS = 8
@@ -170,7 +171,7 @@ def steady(rank: Rank) -> dict[str, Any]:
         before = ppb.stats()
         # Dynamo leaves compiled code alone under a dispatch mode, so only its entry is passed without.
         watched = Watched(Observer(stage._stage.views(MAX_TOKENS)), Copies(stage._stage, looking))
-        stage._compiled = without_modes(stage._compiled)
+        Entrance.__call__ = without_modes(Entrance.__call__)
         Program.__call__ = within(watched.copies, Program.__call__)
         with watched.pickles, watched.copies:
             for output in stage.run(microbatches() if rank.is_first else None):
@@ -183,9 +184,9 @@ def steady(rank: Rank) -> dict[str, Any]:
 
 
 def without_modes(call: Callable[..., Any]) -> Callable[..., Any]:
-    def called(**arguments: Any) -> Any:
+    def called(*args: Any) -> Any:
         with _disable_current_modes():
-            return call(**arguments)
+            return call(*args)
 
     return called
 

@@ -21,6 +21,9 @@ ORDER = (
     "utils.reasons",
     "utils.counters",
     "utils.torch_compat",
+    "utils.dynamo_guards",
+    "utils.dynamo_frames",
+    "utils.dynamo_entrance",
     "utils.versions",
     "utils.addresses",
     # FX graph -> GraphInput -> Piece -> CompiledPiece
@@ -133,7 +136,7 @@ DOORS = (
     Door(("torch.distributed",), ("pipeline.transports.torch_distributed", "utils.ranks")),
     Door(("depyf",), ("debug.dynamo_frame",)),
 )
-PRIVATE_TORCH_DOOR = "utils.torch_compat"
+PRIVATE_TORCH_DOORS = ("utils.torch_compat", "utils.dynamo_guards", "utils.dynamo_frames")
 SCRIPT = "debug.piece_harness"
 """Never imported: it is written into files that run with torch only, so it cannot use a door."""
 # Underscored by their authors, yet documented or used everywhere as public.
@@ -238,8 +241,8 @@ def violations_of_doors(module: str, tree: ast.AST) -> list[str]:
         if door is not None:
             if module not in door.modules:
                 found.append(f"{module} reaches {name}: only {' and '.join(door.modules)} may")
-        elif _is_private_torch(name) and module not in (PRIVATE_TORCH_DOOR, SCRIPT):
-            found.append(f"{module} reaches {name}: private torch API belongs into {PRIVATE_TORCH_DOOR}")
+        elif _is_private_torch(name) and module not in (*PRIVATE_TORCH_DOORS, SCRIPT):
+            found.append(f"{module} reaches {name}: private torch API belongs into {PRIVATE_TORCH_DOORS[0]}")
     return found
 
 

@@ -278,6 +278,10 @@ MESSAGES = {
     "NO_FEEDBACK_OUTSTANDING": (errors.NO_FEEDBACK_OUTSTANDING, ["none is under way", "feedback=False"]),
     "NO_MORE_FEEDBACK": (errors.NO_MORE_FEEDBACK, ["the last stage has stopped"]),
     "graph_breaks_in_stage": (errors.graph_breaks_in_stage(1, "print."), ["stage 1", "Dynamo says: print."]),
+    "entered_through_dynamo": (
+        errors.entered_through_dynamo(1, 8, "its graph was not split"),
+        ["of 8 tokens", "stage 1 through Dynamo", "each time: its graph was not split"],
+    ),
     "TRACE_AFTER_RUN": (errors.TRACE_AFTER_RUN, ["call it before"]),
     "lost_while": (errors.lost_while("why", "rank 2 was waiting"), ["broken: why. Meanwhile rank 2", "restart all"]),
 }

@@ -19,14 +19,13 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .. import errors
-from ..backend import captured_tokens, release_stage, warmup
+from ..backend import captured_tokens, graph_input_sources, release_stage, warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
 from ..runtime.stage import Stage
@@ -34,6 +33,7 @@ from ..runtime.tracing import Timeline, profiler_is_running, wrap, write_trace
 from ..runtime.warmup import BucketTime, time_buckets
 from ..utils import torch_compat
 from ..utils.counters import TOTALS, Amounts, Snapshot, Stats
+from ..utils.dynamo_entrance import Entrance, cloning
 from ..utils.versions import versions
 from . import checks
 from .checks import MakeInputs, Proxies
@@ -168,8 +168,9 @@ class StageRunner:
         self._output_names, self._feedback_names = tuple(outputs or ()), tuple(feedback or ())
         # Results of a last stage are the caller's; those of the others are sent from where pieces write them.
         self._options = {**(options or {}), "stage": self._stage, "static_outputs": not self.is_last}
-        self._module = _cloning(module, tuple(inputs or ()))
+        self._module = cloning(module, tuple(inputs or ()))
         self._compiled: Any = None
+        self._entrance: Entrance | None = None
         self._bucket_times: tuple[BucketTime, ...] = ()
         self._trace_path: Path | None = None
         self._sent: Sent | None = None
@@ -208,6 +209,7 @@ class StageRunner:
                     self._compile(whole=False)
                     warmup(self._compiled, self._warmup_inputs, progress=progress)
                 self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured_tokens(self._stage))
+                self._learn_entrance({1, 2, self._stage.max_tokens, *captured_tokens(self._stage)})
             self._clock.begins(Step.CALLER)
 
     @contextlib.contextmanager
@@ -217,6 +219,19 @@ class StageRunner:
         self._wait_for_send(in_step=False)
         with contextlib.nullcontext() if self._inbox is None else self._inbox.held():
             yield
+
+    def _learn_entrance(self, sizes: Iterable[int]) -> None:
+        """Let micro-batches of these and other sizes enter without Dynamo, see Note [no second entrance]."""
+        if not self._is_whole_graph:
+            return
+        self._entrance = Entrance(self._module, self._compiled, graph_input_sources, self._stats)
+        for num_tokens in sorted(sizes):
+            if num_tokens <= self._stage.max_tokens:
+                _, arguments = self._warmup_inputs(num_tokens)
+                if not self._entrance.knows(arguments):
+                    self._entrance.learn(arguments)
+                if self._entrance.why_not:
+                    _LOG.info("%s", errors.entered_through_dynamo(self.stage, num_tokens, self._entrance.why_not))
 
     def bucket_times(self) -> tuple[BucketTime, ...]:
         """How long this stage's forward takes per captured bucket, ``(tokens, forward_us)``, the smallest bucket first.
@@ -236,7 +251,7 @@ class StageRunner:
         return {**checks.own_arguments("make_inputs", own, proxies.keys()), **proxies}
 
     def _compile(self, whole: bool) -> None:
-        self._is_whole_graph = whole
+        self._is_whole_graph, self._entrance = whole, None
         # The results of the graphs between two breaks must outlive the captures of each other.
         self._stage.programs_share_memory = whole
         self._compiled = torch.compile(self._module, backend="pp_piecewise", options=self._options, fullgraph=whole)
@@ -376,7 +391,7 @@ class StageRunner:
         self._clock.forward_begins()
         try:
             with contextlib.nullcontext() if self._is_enabled else self._links.busy():  # it compiles when it likes
-                output = self._compiled(**arguments)
+                output = self._compiled(**arguments) if self._entrance is None else self._entrance(arguments)
         finally:
             self._in_forward = False
         self._clock.forward_ends()
@@ -598,7 +613,9 @@ class StageRunner:
                 inbox.close()
         release_stage(self._stage)
         self._options.clear()  # Dynamo keeps each backend that it was given, with its options
-        for name in ("_inbox", "_feedback", "_answers", "_sent"):
+        if self._entrance is not None:
+            self._entrance.forget()
+        for name in ("_inbox", "_feedback", "_answers", "_sent", "_entrance"):
             setattr(self, name, None)
         del self._stage, self._module, self._compiled, self._make_inputs, self._exchange
 
@@ -624,27 +641,3 @@ def _serving() -> contextlib.AbstractContextManager[object]:
 def _not_in_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-_stage_numbers = itertools.count()
-
-
-def _cloning(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """The module, given a clone of each proxy, in a frame of its own.
-
-    Dynamo keeps programs and their limits by code object, so each stage of a process needs one.
-    """
-
-    def forward(self: Any, **arguments: Any) -> Any:
-        # In a dict of their own: what is put into ``arguments``, Dynamo has the graph return.
-        clones = {name: arguments[name].clone() for name in names}
-        for name in names[1:]:
-            torch._check(arguments[name].size(0) == arguments[names[0]].size(0))
-        return self.module(**{**arguments, **clones})
-
-    name = f"{type(module).__name__}_{next(_stage_numbers)}"
-    own = FunctionType(forward.__code__.replace(co_name=name), forward.__globals__, name, None, forward.__closure__)
-    wrapper = type(name, (nn.Module,), {"forward": own})()
-    wrapper.module = module
-    wrapper.train(module.training)
-    return wrapper

@@ -54,6 +54,7 @@ COUNTERS: Mapping[str, Counter] = {
     "bytes_sent": Counter("bytes of tensors sent to another stage"),
     "bytes_received": Counter("bytes of tensors received from another stage"),
     "microbatches": Counter("micro-batches that a runner has run"),
+    "direct_entries": Counter("micro-batches that entered their stage without Dynamo"),
     "proxy_copies": Counter("copies of a proxy between its landing or result memory and the wire"),
     "recv_allocations": Counter("tensors allocated for receiving while micro-batches run"),
     "pickles": Counter("objects pickled while micro-batches run; the package has no code that does"),

@@ -65,6 +65,7 @@ def test_nothing_lies_between_the_wire_and_captured_memory(
         for name in ("proxy_copies", "recv_allocations", "pickles", "blocking_metadata", "graph_misses"):
             assert counted[name] == 0, (number, name, counted[name])
         assert counted["programs"] == counted["stage_input_copies"] == 0
+        assert counted["direct_entries"] == microbatches
         assert counted["microbatches"] == microbatches and counted["replays"] == (num_layers + 1) * microbatches
         assert counted["stage_inputs_in_place"] == (0 if is_first else 2 * microbatches)
 

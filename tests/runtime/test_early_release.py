@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from captured import HIDDEN, net
-from pp_piecewise_backend.pipeline.runner import _cloning
 from pp_piecewise_backend.runtime.ownership import Boundary, find_boundary
 from pp_piecewise_backend.runtime.tracing import Timeline
+from pp_piecewise_backend.utils.dynamo_entrance import cloning
 
 MAX_TOKENS = 8
 
@@ -157,7 +157,7 @@ def run(forward: Callable[..., Any], compiler: str, graphs: str, clones: bool) -
         "capture_sizes": "4,8",
     }  # fmt: skip
     compiled = torch.compile(
-        _cloning(module, tuple(proxies)) if clones else module,
+        cloning(module, tuple(proxies)) if clones else module,
         backend="pp_piecewise", options=options, fullgraph=True, dynamic=True,
     )  # fmt: skip
     with torch.no_grad():

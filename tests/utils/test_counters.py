@@ -17,7 +17,7 @@ ALL_COUNTERS = {
     "stage_input_copies", "stage_inputs_in_place", "padded_tokens", "foreign_captures",
     "grad_fallbacks", "unmatched_split_ops",
     "headers", "sends", "recvs", "bytes_sent", "bytes_received", "microbatches", "proxy_copies", "recv_allocations",
-    "pickles", "blocking_metadata", "early_releases", "send_waits",
+    "pickles", "blocking_metadata", "early_releases", "send_waits", "direct_entries",
 }  # fmt: skip
 
 

@@ -1,0 +1,438 @@
+"""What Dynamo's guards of a frame ask, and what of it need not be asked in every call.
+
+Tested on torch 2.11.0, 2.13.0 and 2.14.1. Whatever is not as expected here raises, and who asks goes through Dynamo.
+
+Note [what need not be asked again]
+Dynamo's guards of a stage are a tree over its module and its arguments, and nearly all of it is about the module. A
+guard need not be asked again while what it looks at is known to be the same: attributes of an object lie in its dict,
+and a dict whose version is the same is the same dict with the same values. So one version stands for all guards on what
+the dict holds, as far as these values cannot change themselves: numbers, texts, and objects of which the same is known.
+What is known of a tensor from its place is that it is the same object; dtype, sizes and the like are compared again.
+Any other guard, on a list of numbers, on an attribute that a class computes, on a global, is asked in every call by a
+copy of Dynamo's tree without the branches that versions answer for. When in doubt, a branch stays.
+
+Two things are not compared: marks of dynamic dimensions on tensors, which matter only to who compiles, and whether a
+class still has an attribute that its other objects had, which is asked of one object of the class.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch._C._dynamo import guards as native
+from torch._dynamo.guards import GuardManagerType
+
+Values = Mapping[str, Any]
+"""Local variables and closure of a call, by name."""
+
+_LEAVES = frozenset(
+    {"TYPE_MATCH", "ID_MATCH", "EQUALS_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH", "LENGTH_CHECK"}
+    | {"DICT_CONTAINS", "DICT_LENGTH", "DICT_VERSION"}
+)
+"""Guards that only depend on which object they look at and, for a dict, on what it holds."""
+
+_LEAVES_OF_TENSORS = frozenset({"TENSOR_MATCH", "NO_TENSOR_ALIASING", "DIMENSION_DYNAMIC_MARKING_GUARD"})
+"""Those of a tensor that are compared here, or that are marks of dynamic dimensions."""
+
+_UNCHANGING = (int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
+_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_KIND = GuardManagerType.GUARD_MANAGER
+
+
+class Unexpected(Exception):
+    """What Dynamo made is not of a kind that is known here."""
+
+
+class Guards:
+    """Guards of a frame in parts, which hold together exactly if all its guards hold.
+
+    Args:
+        manager: Dynamo's, of the frame.
+        values: those of a call that the guards admit.
+        known: local variables whose value is the same in every call.
+        call: the local variable that holds the dict of the call's arguments.
+
+    Raises:
+        Unexpected: the tree has parts that are not known here.
+    """
+
+    def __init__(self, manager: Any, values: Values, known: Sequence[str], call: str) -> None:
+        division = _Division(manager.root, values, known, call)
+        self.own_tensors, self.given_tensors = frozenset(division.own_tensors), frozenset(division.given_tensors)
+        """Where tensors lie that are the same ones while what ``hold`` compares is the same: expressions in the frame.
+        The first are in every call the same, the others belong to objects among the arguments."""
+        self.objects: tuple[str, ...] = tuple(division.objects)
+        """Names of the arguments that are such objects."""
+        self._others = division.others()
+        self._own = division.own.compared()
+        self._own_values = {_OWN: division.own.values}
+        self._own_ids = frozenset(map(id, division.own_tensors.values()))
+        self._given = division.given
+        for place, _ in self._given:
+            place.forget()
+
+    def of_objects(self, values: Values) -> Objects:
+        """What is compared of the objects among the arguments, which the guards must admit.
+
+        Raises:
+            Unexpected: they are not of the kind of those that the guards were divided for.
+        """
+        root = native.RootGuardManager()
+        found: dict[int, _There] = {}
+        ids: set[int] = set()
+        for place, comparison in self._given:
+            there = place.find(found, root, values)
+            if comparison is not None:
+                comparison(there.manager, there.value)
+            if comparison is _compare_tensor:
+                ids.add(id(there.value))
+        return Objects(root if self._given else None, self._own_ids | ids)
+
+    def hold(self, values: Values, objects: Objects) -> bool:
+        """Whether all guards of the frame hold for this call, with these objects among its arguments."""
+        given = objects.root
+        return bool(
+            self._others.check(values) and self._own.check(self._own_values) and (given is None or given.check(values))
+        )
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Objects among the arguments of a call; they are not kept alive."""
+
+    root: Any
+    """Compares them; None where there are none."""
+    tensor_ids: frozenset[int]
+    """Ids of all tensors that are the same ones while what is compared is the same; they live as long."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node of Dynamo's tree: what is asked of one value."""
+
+    source: str
+    leaves: tuple[tuple[str, Any], ...]
+    """Kind of each guard, and the guard."""
+    children: tuple[tuple[Any, _Node], ...]
+    """By their accessors."""
+    entries: Mapping[int, tuple[_Node | None, ...]]
+    """Position -> key and value, of a dict whose order is looked at."""
+    is_root_with_versions: bool
+
+    @staticmethod
+    def read(manager: Any) -> _Node:
+        pairs = manager.get_key_value_managers() if isinstance(manager, native.DictGuardManager) else {}
+        leaves = [(type(leaf).__name__, leaf) for leaf in manager.get_leaf_guards()]
+        if isinstance(manager, native.RootGuardManager):
+            leaves += [("LAMBDA_GUARD", leaf) for leaf in manager.get_epilogue_lambda_guards()]
+        children = zip(manager.get_accessors(), manager.get_child_managers(), strict=True)
+        return _Node(
+            manager.get_source(),
+            tuple(leaves),
+            tuple((accessor, _Node.read(child)) for accessor, child in children),
+            {at: tuple(None if one is None else _Node.read(one) for one in pair) for at, pair in pairs.items()},
+            bool(manager.is_tag_safe_root()),
+        )
+
+    @functools.cached_property
+    def below(self) -> tuple[_Node, ...]:
+        of_entries = (node for pair in self.entries.values() for node in pair if node is not None)
+        return (*(child for _, child in self.children), *of_entries)
+
+    @functools.cached_property
+    def all_sources(self) -> frozenset[str]:
+        """Those of the node and of all below."""
+        return frozenset({self.source}.union(*(node.all_sources for node in self.below)))
+
+    def guard_count(self, sources: Container[str] | None = None) -> int:
+        """Guards of the tree or, given sources, of the part of it that hangs together under them."""
+        counted = (node for node in self.below if sources is None or node.source in sources)
+        return len(self.leaves) + sum(node.guard_count(sources) for node in counted)
+
+    def mark_ancestors(self, sources: set[str]) -> bool:
+        """Add the sources of all nodes that have one with such a source below them."""
+        if any([node.mark_ancestors(sources) for node in self.below]):
+            sources.add(self.source)
+        return self.source in sources
+
+    def has_versions(self) -> bool:
+        return self.is_root_with_versions or any(node.has_versions() for node in self.below)
+
+
+class _Division:
+    """Divides the guards of a tree, see Note [what need not be asked again]."""
+
+    def __init__(self, root: Any, values: Values, known: Sequence[str], call: str) -> None:
+        self._root, self._tree = root, _Node.read(root)
+        self._asked = {self._tree.source}
+        """Sources of the nodes that are asked in every call."""
+        self._class_attributes: set[tuple[type, str]] = set()
+        self._compared: set[tuple[_Comparison | None, str]] = set()
+        self._tensors: dict[str, torch.Tensor] = {}
+        self.own = _Held()
+        self.given: list[tuple[_Place, _Comparison | None]] = []
+        """What to compare how among the arguments; a value that cannot change is only of the same type."""
+        self.objects: list[str] = []
+        arguments: list[tuple[_Node, _Place]] = []
+        for accessor, child in self._tree.children:
+            name = _local_name(accessor) or ""
+            if name in known:
+                self._visit(child, _Place(None, "framelocals_manager", name, values[name], is_own=True))
+            elif name == call:
+                arguments.append((child, _Place(None, "framelocals_manager", name, values[name], is_own=False)))
+            else:
+                self._ask_all(child)
+        self.own_tensors, self._tensors = self._tensors, {}
+        for child, place in arguments:
+            self._visit_arguments(child, place)
+        self.given_tensors = self._tensors
+        self._tree.mark_ancestors(self._asked)
+
+    def others(self) -> Any:
+        """Asks what is asked in every call."""
+        if self._tree.has_versions():
+            return self._root  # Dynamo has a fast way of its own, which a copy would not survive
+        copy = self._root.clone_manager(lambda node: node.get_source() in self._asked)
+        if copy is None or _Node.read(copy).guard_count() != self._tree.guard_count(self._asked):
+            raise Unexpected("a copy of Dynamo's guards is not complete")
+        return copy
+
+    def _visit_arguments(self, node: _Node, place: _Place) -> None:
+        """The dict of the arguments is another one in each call; objects in it can be the same."""
+        self._asked.add(node.source)
+        if node.entries:
+            self._ask_all(node)
+            return
+        for accessor, child in node.children:
+            name = _key(accessor)
+            value = place.value.get(name) if isinstance(name, str) else None
+            if _has_dict(value):
+                self.objects.append(name)
+                self._visit(child, place.below("dict_getitem_manager", name, value))
+            else:
+                self._ask_all(child)
+
+    def _visit(self, node: _Node, place: _Place) -> None:
+        value = place.value
+        if isinstance(value, torch.Tensor):
+            if type(value) in _TENSORS and not node.below and all(_is_about_a_tensor(*leaf) for leaf in node.leaves):
+                self._compare(place, _compare_tensor)
+                self._tensors[node.source] = value
+            else:
+                self._ask_all(node)
+        elif not all(kind in _LEAVES for kind, _ in node.leaves):
+            self._ask_all(node)
+        elif _is_unchanging(value):
+            self._compare(place, None)
+            if node.below:
+                self._ask_all(node)
+        elif type(value) is dict:
+            # Attributes are compared with the object that has them.
+            self._compare(place, None if place.is_attributes else _compare_version)
+            self._visit_items(node, place)
+        elif type(value) is list:
+            self._visit_list(node, place)
+        elif _has_dict(value):
+            self._visit_object(node, place)
+        else:
+            self._ask_all(node)
+
+    def _visit_items(self, node: _Node, place: _Place) -> None:
+        value = place.value
+        keys = list(value)
+        items = [(_key(accessor), child) for accessor, child in node.children]
+        items += [(keys[at], child) for at, (_, child) in node.entries.items() if child is not None]
+        for key, child in items:  # of keys nothing is asked, since they are as they were in the same version
+            if key is _UNKNOWN or key not in value:
+                self._ask_all(child)
+            else:
+                self._visit(child, place.below("dict_getitem_manager", key, value[key]))
+
+    def _visit_list(self, node: _Node, place: _Place) -> None:
+        # Its elements are known to be the same only if each shows it by a dict of its own.
+        value = place.value
+        children = [(_index(accessor), child) for accessor, child in node.children]
+        if any(at is None or not _has_dict(value[at]) for at, _ in children):
+            self._ask_all(node)
+            return
+        self._compare(place, _compare_length)
+        for at, child in children:
+            assert at is not None
+            self._visit(child, place.below("list_getitem_manager", at, value[at]))
+
+    def _visit_object(self, node: _Node, place: _Place) -> None:
+        value = place.value
+        attributes = place.below("get_generic_dict_manager", None, value.__dict__)
+        if type(attributes.value) is not dict:
+            self._ask_all(node)
+            return
+        self._compare(place, _compare_object)
+        for accessor, child in node.children:
+            name = accessor.get_attr_name() if isinstance(accessor, native.GetAttrGuardAccessor) else None
+            if isinstance(accessor, native.GetGenericDictGuardAccessor):
+                self._visit(child, attributes)
+            elif name is None:
+                self._ask_all(child)
+            elif _lies_in_dict(value, name):
+                self._visit(child, attributes.below("dict_getitem_manager", name, attributes.value[name]))
+            elif child.leaves or child.below or (type(value), name) not in self._class_attributes:
+                self._class_attributes.add((type(value), name))
+                self._ask_all(child)
+
+    def _compare(self, place: _Place, how: _Comparison | None) -> None:
+        if (how, place.path) in self._compared:
+            return
+        self._compared.add((how, place.path))
+        if not place.is_own:
+            self.given.append((place, how))
+        elif how is not None:
+            self.own.append((how, place.value))
+
+    def _ask_all(self, node: _Node) -> None:
+        self._asked |= node.all_sources
+
+
+_OWN = "own"
+_WHY = ["as it was"]
+_UNKNOWN = object()
+_NOTHING = object()
+
+_Comparison = Callable[[Any, Any], None]
+"""Adds, to the guards of a place, that the value there is as it is now."""
+
+
+def _compare_object(manager: Any, value: Any) -> None:
+    manager.add_type_match_guard(id(type(value)), _WHY, None)
+    attributes = manager.get_generic_dict_manager("", value.__dict__, _KIND)
+    attributes.add_dict_version_guard(value.__dict__, _WHY, None)
+
+
+def _compare_version(manager: Any, value: Any) -> None:
+    manager.add_dict_version_guard(value, _WHY, None)
+
+
+def _compare_length(manager: Any, value: Any) -> None:
+    manager.add_length_check_guard(len(value), _WHY, None)
+
+
+def _compare_tensor(manager: Any, value: Any) -> None:
+    sizes, strides, keys = list(value.shape), list(value.stride()), torch._C._dispatch_keys(value)
+    manager.add_tensor_match_guard(value, sizes, strides, "", _WHY, None, type(value), keys)
+
+
+_ORDER: dict[_Comparison, int] = {_compare_object: 0, _compare_version: 1, _compare_length: 2, _compare_tensor: 3}
+
+
+class _Held(list[tuple[_Comparison, Any]]):
+    """What to compare how, of values that may be held: each is reached at once, in half the time."""
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        return tuple(value for _, value in self)
+
+    def compared(self) -> Any:
+        """Guards on a tuple of the values. Sorted: to do like things in a row takes two thirds of the time."""
+        self.sort(key=lambda one: _ORDER.get(one[0], 0))
+        root = native.RootGuardManager()
+        manager = root.framelocals_manager((_OWN, 0), _OWN, self.values, _KIND)
+        for at, (how, value) in enumerate(self):
+            how(manager.tuple_getitem_manager(at, "", value, _KIND), value)
+        return root
+
+
+class _Place:
+    """Where a value lies in a frame, and how guards reach it."""
+
+    def __init__(self, parent: _Place | None, accessor: str, key: Any, value: Any, *, is_own: bool) -> None:
+        self.parent, self._accessor, self._key, self.value, self.is_own = parent, accessor, key, value, is_own
+        self._type = type(value)
+        self.path: str = f"{'' if parent is None else parent.path}.{accessor}[{key!r}]"
+
+    @property
+    def is_attributes(self) -> bool:
+        return self._accessor == "get_generic_dict_manager"
+
+    def below(self, accessor: str, key: Any, value: Any) -> _Place:
+        return _Place(self, accessor, key, value, is_own=self.is_own)
+
+    def forget(self) -> None:
+        """Keep nothing alive that belongs to a call."""
+        place: _Place | None = self
+        while place is not None:
+            place.value = None
+            place = place.parent
+
+    def find(self, found: dict[int, _There], root: Any, values: Values) -> _There:
+        """What lies here in another call, and the guards of it under ``root``; ``found`` has what was found before."""
+        there = found.get(id(self))
+        if there is None:
+            there = found[id(self)] = self._find(found, root, values)
+            if type(there.value) is not self._type:
+                raise Unexpected("an object among the arguments is not like one that was seen before")
+        return there
+
+    def _find(self, found: dict[int, _There], root: Any, values: Values) -> _There:
+        if self.parent is None:
+            value = values[self._key]
+            return _There(value, root.framelocals_manager((self._key, list(values).index(self._key)), "", value, _KIND))
+        above = self.parent.find(found, root, values)
+        if self.is_attributes:
+            value = getattr(above.value, "__dict__", None)
+            return _There(value, above.manager.get_generic_dict_manager("", value, _KIND))
+        try:
+            value = above.value[self._key]
+        except (LookupError, TypeError):
+            value = _NOTHING
+        return _There(value, getattr(above.manager, self._accessor)(self._key, "", value, _KIND))
+
+
+@dataclass(frozen=True)
+class _There:
+    value: Any
+    manager: Any
+
+
+def _local_name(accessor: Any) -> str | None:
+    found = re.match(r"FrameLocalsGuardAccessor\(key='(\w+)',", accessor.repr())
+    return None if found is None else found[1]
+
+
+def _key(accessor: Any) -> Any:
+    found = re.fullmatch(r"DictGetItemGuardAccessor\('([^'\\]*)'\)", accessor.repr())
+    return _UNKNOWN if found is None else found[1]
+
+
+def _index(accessor: Any) -> int | None:
+    found = re.fullmatch(r"ListGetItemGuardAccessor\((\d+)\)", accessor.repr())
+    return None if found is None else int(found[1])
+
+
+def _is_about_a_tensor(kind: str, leaf: Any) -> bool:
+    if kind in ("NO_HASATTR", "DYNAMIC_INDICES"):
+        return all("_dynamo_" in text for text in leaf.verbose_code_parts())
+    return kind in _LEAVES_OF_TENSORS
+
+
+def _is_unchanging(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_unchanging, value))
+    return type(value) in _UNCHANGING or type(value) is FunctionType
+
+
+def _has_dict(value: Any) -> bool:
+    return not isinstance(value, (torch.Tensor, type, FunctionType)) and hasattr(value, "__dict__")
+
+
+def _lies_in_dict(value: Any, name: str) -> bool:
+    """Whether the attribute is what the object's dict has under this name, whatever its class has."""
+    cls = type(value)
+    if cls.__getattribute__ is not object.__getattribute__ or name not in value.__dict__:
+        return False
+    of_class = next((base.__dict__[name] for base in cls.__mro__ if name in base.__dict__), None)
+    return not hasattr(type(of_class), "__set__") and not hasattr(type(of_class), "__delete__")
