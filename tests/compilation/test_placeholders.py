@@ -561,7 +561,7 @@ def test_default_names_that_match_nothing_are_only_explained() -> None:
 
 @pytest.mark.compat
 def test_given_names_that_match_nothing_warn() -> None:
-    with pytest.warns(ppb.errors.PPPiecewiseWarning, match="stage_inputs 'hidden' matched no input.*'x'"):
+    with pytest.warns(ppb.errors.PPPiecewiseWarning, match="stage inputs 'hidden' matched no input.*'x'"):
         compiled(forward_of_x, stage_inputs="x,hidden")(torch.randn(TOKENS, HIDDEN))
     (program,) = ppb.programs()
     assert kinds(program) == {"x": "stage-input"}
@@ -569,7 +569,7 @@ def test_given_names_that_match_nothing_warn() -> None:
 
 
 def test_given_names_that_match_nothing_are_an_error_under_strict() -> None:
-    with pytest.raises(Exception, match="stage_inputs 'hidden' matched no input") as caught:
+    with pytest.raises(Exception, match="stage inputs 'hidden' matched no input") as caught:
         compiled(forward_of_x, stage_inputs="hidden", strict=True)(torch.randn(TOKENS, HIDDEN))
     chain = [caught.value, caught.value.__cause__, caught.value.__context__]
     assert any(isinstance(error, ppb.errors.UnmatchedName) for error in chain)

@@ -101,7 +101,9 @@ def test_what_is_raised_while_listening_ends_all_ranks_and_what_they_started(err
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_rank_outlives_the_process_that_started_it(signal_number: int, tmp_path: Path) -> None:
     program = textwrap.dedent("""
+        import signal
         from pp_piecewise_backend.integrations.ranks import run_ranks
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
         run_ranks("started_ranks:sleep_with_a_child", 2, {}, lambda rank, pids: print(*pids, flush=True))
     """)  # without __main__: nothing imports the program again
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(TESTS)])}
