@@ -178,9 +178,10 @@ def steady(rank: Rank) -> dict[str, Any]:
                 if rank.is_last:
                     logits.append(output["logits"])
         after = ppb.stats()
+        seen = watched.seen(sends_proxies=not rank.is_last)  # closing releases landing memory
     torch.save(logits, rank.folder / f"logits_{rank.number}.pt")
     counted = {name: after[name] - before[name] for name in after if name not in ("miss_reasons", "capture_seconds")}
-    return {"counted": counted, "told": told, **watched.seen(sends_proxies=not rank.is_last)}
+    return {"counted": counted, "told": told, **seen}
 
 
 def without_modes(call: Callable[..., Any]) -> Callable[..., Any]:
