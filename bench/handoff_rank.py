@@ -26,13 +26,15 @@ from common import TEST_MODELS
 from delayed_link import DelayedTransport
 from pickled_messages import PickledMessages
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES
 from pp_piecewise_backend.pipeline.transports.one_machine import OneMachine
 from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory
 from pp_piecewise_backend.pipeline.transports.torch_distributed import P2P
+from pp_piecewise_backend.runtime.program import Program
+from pp_piecewise_backend.utils.dynamo_entrance import Entrance
 
 TOKENS, HIDDEN = 8, 64
 PROXIES = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
@@ -397,6 +399,7 @@ class Observer(TorchDispatchMode):
             self._count_calls(dist, name, "blocking_messages")
         self._see(dist, "irecv", self._see_receive)
         self._see(ctypes, "memmove", self._see_write)
+        self._look_behind_the_entrance()
         super().__enter__()
         return self
 
@@ -415,6 +418,32 @@ class Observer(TorchDispatchMode):
 
     def _count_calls(self, owner: Any, name: str, key: str) -> None:
         self._see(owner, name, lambda *args: self.counts.update({key: self.counts[key] + 1}))
+
+    def _look_behind_the_entrance(self) -> None:
+        """The runner enters its stage as without an observer, whose mode is for the program that is called then."""
+        enter, call = Entrance.__call__, Program.__call__
+        entered: list[bool] = []
+
+        def seen_enter(entrance: Entrance, arguments: Mapping[str, Any]) -> Any:
+            with _disable_current_modes(), torch.compiler.set_stance("default"):
+                entered.append(True)
+                try:
+                    return enter(entrance, arguments)
+                finally:
+                    entered.pop()
+
+        def seen_call(program: Program, *args: Any) -> Any:
+            if not entered:
+                return call(program, *args)
+            super(Observer, self).__enter__()
+            try:
+                return call(program, *args)
+            finally:
+                super(Observer, self).__exit__(None, None, None)
+
+        self._undo += [(Entrance, "__call__", enter), (Program, "__call__", call)]
+        Entrance.__call__ = seen_enter  # type: ignore[method-assign]
+        Program.__call__ = seen_call  # type: ignore[method-assign]
 
     def _see_receive(self, tensor: Tensor, *args: Any) -> None:
         if tensor.dtype != torch.uint8:  # those are headers
