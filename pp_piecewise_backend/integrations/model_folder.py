@@ -66,7 +66,7 @@ def layer_counts(model_dir: Path, config: Any, ranks: int, balance: str, device:
     import torch
     import transformers
 
-    from .huggingface import decoder_plan
+    from .decoder_stages import decoder_plan
 
     if balance == "time":
         model = load_whole(model_dir).to(device)

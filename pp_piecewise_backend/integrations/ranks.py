@@ -24,11 +24,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RankFailed
+
+if TYPE_CHECKING:
+    import torch
 
 Emit = Callable[[Any], None]
 Target = Callable[[int, int, Path, Any, Emit], None]
@@ -181,6 +184,27 @@ def _how_it_ended(code: int) -> str:
 
 
 # ---------------------------------------------------------------------------------- in the rank
+
+
+@contextlib.contextmanager
+def process_group(rank: int, count: int, folder: Path, device_type: str) -> Iterator[torch.device]:
+    """All ranks as one process group while the body runs; its value is the rank's own device.
+
+    When the body ends well, all ranks wait for one another.
+    """
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=count)
+    try:
+        yield device
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def _main(target: str, rank: str, count: str, folder: str) -> NoReturn:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..runtime.stage import Proxy
-from .huggingface import DecoderStage, stage_proxies
+from .decoder_stages import DecoderStage, stage_proxies
 
 RETURNS = ("tokens", "logits")
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}

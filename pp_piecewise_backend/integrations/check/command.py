@@ -121,7 +121,7 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[CheckJob, Outcome]]:
 
 
 def _dtypes(given: str | None, folder: Path) -> list[str]:
-    from ..huggingface import stored_dtype
+    from ..decoder_stages import stored_dtype
 
     dtypes = ["float32", stored_dtype(folder)] if given is None else [given]
     if unknown := [dtype for dtype in dtypes if dtype not in WIDER]:

@@ -9,7 +9,7 @@ import torch
 
 from ...backend import backend
 from ...runtime.program import Program
-from ..huggingface import cut_decoder
+from ..decoder_stages import cut_decoder
 from ..slots import DecoderRows
 from .compare import ROUNDING_FACTOR, error
 from .job import CheckJob

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import pp_piecewise_backend as ppb
 
 from ...debug.describe import describe
-from ..huggingface import load_stage
-from ..ranks import Emit
+from ..decoder_stages import load_stage
+from ..ranks import Emit, process_group
 from ..slots import DecoderRows
 from .job import CheckJob, import_all
 
@@ -35,16 +34,8 @@ def run_rank(rank: int, count: int, folder: Path, job: Any, emit: Emit) -> None:
     transformers.utils.logging.disable_progress_bar()
     given = CheckJob.model_validate(job)
     import_all(given.imports)
-    device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=count)
-    try:
+    with process_group(rank, count, folder, given.device) as device:
         _run(given, rank, device, folder, emit)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def _run(job: CheckJob, rank: int, device: torch.device, folder: Path, emit: Emit) -> None:

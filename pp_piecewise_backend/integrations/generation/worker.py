@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 import pp_piecewise_backend as ppb
 
-from ..huggingface import load_stage
-from ..ranks import Emit
+from ..decoder_stages import load_stage
+from ..ranks import Emit, process_group
 from ..slots import DecoderRows
 from . import sampling
 from .job import Job, RankReport
@@ -29,20 +29,8 @@ FEEDBACK = {"tokens": ppb.Proxy((), torch.int64)}
 def run_rank(rank: int, count: int, folder: Path, job: Any, emit: Emit) -> None:
     """All that one process does: a target of `ranks.run_ranks`, which says what it emits in `run_stage`."""
     given = Job.model_validate(job)
-    device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=(folder / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=count,
-    )
-    try:
+    with process_group(rank, count, folder, given.device) as device:
         run_stage(given, rank, device, folder, emit)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def run_stage(job: Job, rank: int, device: torch.device, folder: Path, emit: Emit) -> None:
