@@ -150,6 +150,16 @@ class Links:
         sentence = errors.own_failure(self.rank, reason, micro_batch, step_timeout_s)
         self._fault.record(Loss(self.rank, reason, sentence, micro_batch, step_timeout_s))
 
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """In the body is set up what uses the links; if it raises, other ranks are notified and the links closed."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(type(error).__name__)
+            self.close()
+            raise
+
     def close(self) -> None:
         """Say STOP on all links, wait until the neighbours said it and all close, and close the transport.
 
@@ -231,10 +241,15 @@ def make_links(
             else:
                 feedback_in = _started(Receiver, wire, own.feedback, transport, last, settings)
         siblings = [] if tensor_parallel is None else _siblings(tensor_parallel.transport, settings)
-    except BaseException:
-        fault.forget_ends()
-        for opened in transports:
-            opened.close()
+    except BaseException as error:
+        with contextlib.ExitStack() as stack:
+            for opened in transports:
+                stack.callback(opened.close)
+            for end in fault.ends:
+                stack.callback(end.close)
+            rank, reason = transport.ranks[transport.stage], type(error).__name__
+            fault.record(Loss(rank, reason, errors.own_failure(rank, reason, None, None)))
+            fault.forget_ends()
         raise
     return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, times, positions, fault, transports)
 

@@ -45,6 +45,9 @@ class Breakable(Protocol):
     def break_off(self) -> None:
         """End all transfers of tensors, and the wait for a header."""
 
+    def close(self) -> None:
+        """Release what the end holds."""
+
 
 class Fault:
     """The first failure that one rank learns of; it breaks all its links.
@@ -66,6 +69,11 @@ class Fault:
 
     def add(self, end: Breakable) -> None:
         self._ends.append(end)
+
+    @property
+    def ends(self) -> tuple[Breakable, ...]:
+        """Those that were added, and not forgotten."""
+        return tuple(self._ends)
 
     def forget_ends(self) -> None:
         """What fails after the links were closed concerns nobody."""

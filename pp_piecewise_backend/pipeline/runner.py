@@ -139,28 +139,29 @@ class StageRunner:
         self._patience = patience
         self.timeline: Timeline | None = None
         self._links = make_links(way, plan, patience, self._stats, siblings, self._clock.place)
-        self._stage.links = [str(link) for link in self._links.choices if link.times_us or link.failed]
-        self._watchdog = Watchdog(self._clock, self._links, patience.step_seconds)
-        self._inbox: Inbox | None = None
-        self._feedback: Inbox | None = None
-        if self._links.incoming is not None:
-            self._inbox = Inbox(
-                self._links.incoming,
-                self._stage,
-                self._stats,
-                hands_out=self.is_last,
-                early=receive == "early",
-                timeline=lambda: self.timeline,
-                on_header=self._clock.header_came,
-            )
-        if self._links.feedback_in is not None:
-            spare_count = max_in_flight or 2 * self.stage_count  # besides what is lent to the caller of ``feedback``
-            slot = Stage(feedback or {}, max_tokens, self._stage.device)
-            self._feedback = Inbox(self._links.feedback_in, slot, self._stats, spare_count=spare_count, hands_out=True)
-            self._feedback.release()  # nobody reads yet
-        self._answers: Answers | None = None
-        if (link := self._links.feedback_out) is not None:
-            self._answers = Answers(link, feedback or {}, self._stage, self.stage, finish, self._stats)
+        with self._links.closed_on_error():
+            self._stage.links = [str(link) for link in self._links.choices if link.times_us or link.failed]
+            self._inbox: Inbox | None = None
+            self._feedback: Inbox | None = None
+            if self._links.incoming is not None:
+                self._inbox = Inbox(
+                    self._links.incoming,
+                    self._stage,
+                    self._stats,
+                    hands_out=self.is_last,
+                    early=receive == "early",
+                    timeline=lambda: self.timeline,
+                    on_header=self._clock.header_came,
+                )
+            if self._links.feedback_in is not None:
+                spares = max_in_flight or 2 * self.stage_count  # besides what is lent to the caller of ``feedback``
+                slot = Stage(feedback or {}, max_tokens, self._stage.device)
+                self._feedback = Inbox(self._links.feedback_in, slot, self._stats, spare_count=spares, hands_out=True)
+                self._feedback.release()  # nobody reads yet
+            self._answers: Answers | None = None
+            if (link := self._links.feedback_out) is not None:
+                self._answers = Answers(link, feedback or {}, self._stage, self.stage, finish, self._stats)
+            self._watchdog = Watchdog(self._clock, self._links, patience.step_seconds)
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
         self._asked_feedback = self._read_feedback = 0
