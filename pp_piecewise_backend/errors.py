@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .pipeline_sentences import *  # noqa: F403
-from .pipeline_sentences import cause
+from .pipeline_sentences import _listed, cause
 
 
 class PPPiecewiseError(RuntimeError):
@@ -432,7 +432,3 @@ def unreadable_dump(path: object, detail: str) -> str:
         f"{path} cannot be read as a dump: {detail}. Expected a file that this version of pp_piecewise_backend wrote; "
         f"dump again, or inspect it with the version named in it."
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)
