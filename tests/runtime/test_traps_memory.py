@@ -532,8 +532,10 @@ def parameter_swapped_by_data(device: str) -> None:
 
     pair = Pair(net(forward, device), device)
     pair.run_sizes(lambda n: (rows(n, device),))
-    for model in (pair.function, pair.twin):
-        model.w.data = torch.full((HIDDEN, HIDDEN), 0.25, device=device)
+    # Both are made before a swap frees memory: in it, new weights would be what a stale address reads.
+    changed = [torch.full((HIDDEN, HIDDEN), 0.25, device=device) for _ in range(2)]
+    for model, weight in zip((pair.function, pair.twin), changed, strict=True):
+        model.w.data = weight
     for reasons in ({"address-moved": 2}, {}, {}):
         before = ppb.stats()
         pair(rows(5, device))
