@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -52,6 +52,8 @@ def main(model: str, out: str, keywords: str) -> None:
         "enable_prefix_caching": False,
         **json.loads(keywords),
     }
+    if given.get("node_rank"):
+        serve_another_machine(model, given)
     engine = LLM(model=model, **given)
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     asked, answers = prompts(sum(BATCHES)), []
@@ -65,6 +67,16 @@ def main(model: str, out: str, keywords: str) -> None:
     Path(out).write_text(json.dumps(written))
     engine.llm_engine.engine_core.shutdown()
     os._exit(0)  # threads of vLLM may be left
+
+
+def serve_another_machine(model: str, given: dict[str, Any]) -> NoReturn:
+    """The workers of another machine than the first, until the first one ends: what ``vllm serve --headless`` does."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    config = AsyncEngineArgs(model=model, **given).create_engine_config(headless=True)
+    MultiprocExecutor(config, monitor_workers=False).start_worker_monitor(inline=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

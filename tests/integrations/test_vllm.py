@@ -84,18 +84,32 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_engine(model: Path, keywords: Mapping[str, Any], out: Path, **environment: str) -> dict[str, Any]:
-    """What the engine answered and its workers report; its log if it failed."""
+@contextmanager
+def started(
+    model: Path, keywords: Mapping[str, Any], out: Path, *inside: str, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of an engine, whose log lies beside ``out``; ``inside`` are words before its command."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PP_PIECEWISE")}
     variables |= {"VLLM_CACHE_ROOT": str(out.parent / "cache"), "PP_PIECEWISE_GRAPHS": "emulate", **environment}
     if keywords.get("pipeline_parallel_size", 1) * keywords.get("tensor_parallel_size", 1) == 1:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command = [sys.executable, str(ENGINE), str(model), str(out), json.dumps(keywords)]
-    log = out.with_suffix(".log")
-    with log.open("w") as written:
-        ended = subprocess.run(command, env=variables, stdout=written, stderr=subprocess.STDOUT, timeout=600)
-    assert ended.returncode == 0, log.read_text()[-8000:]
-    return {**json.loads(out.read_text()), "log": log.read_text()}
+    command = [*inside, sys.executable, str(ENGINE), str(model), str(out), json.dumps(keywords)]
+    with out.with_suffix(".log").open("w") as written:
+        engine = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
+        try:
+            yield engine
+        finally:
+            engine.terminate()
+            engine.wait(60)
+
+
+def run_engine(model: Path, keywords: Mapping[str, Any], out: Path, *inside: str, **environment: str) -> dict[str, Any]:
+    """What the engine answered and its workers report; its log if it failed."""
+    with started(model, keywords, out, *inside, **environment) as engine:
+        exit_code = engine.wait(600)
+    log = out.with_suffix(".log").read_text()
+    assert exit_code == 0, log[-8000:]
+    return {**json.loads(out.read_text()), "log": log}
 
 
 @cache
@@ -148,6 +162,51 @@ def test_with_inductor_and_one_line_per_program(models: Path, tmp_path: Path) ->
     check(found, pipeline=2)
     lines = [line for line in found["log"].splitlines() if "LlamaModel#0: 3 of 3 pieces captured" in line]
     assert len(lines) == 2 and all("INFO" in line for line in lines), lines
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces that reach only one another: the name, the device and the address of each."""
+    machines = [(f"pp{os.getpid()}_{end}", f"pp{os.getpid() % 10**6}_{end}", f"10.77.0.{end}") for end in (1, 2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+
+    try:
+        try:
+            for machine, _, _ in machines:
+                ip("netns", "add", machine)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        (first, first_device, _), (second, second_device, _) = machines
+        ip("link", "add", first_device, "netns", first, "type", "veth", "peer", second_device, "netns", second)
+        for machine, device, address in machines:
+            ip("-n", machine, "address", "add", f"{address}/24", "dev", device)
+            for up in ("lo", device):
+                ip("-n", machine, "link", "set", up, "up")
+        yield machines
+    finally:
+        for machine, _, _ in machines:
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "delete", machine], capture_output=True, timeout=30)
+
+
+def test_each_stage_on_a_machine_of_its_own(
+    two_machines: list[tuple[str, str, str]], models: Path, tmp_path: Path
+) -> None:
+    keywords: dict[str, Any] = {**OURS, "pipeline_parallel_size": 2}
+    keywords |= {"nnodes": 2, "master_addr": two_machines[0][2], "distributed_executor_backend": "mp"}
+    there = [
+        (["ip", "netns", "exec", machine], {"GLOO_SOCKET_IFNAME": device, "VLLM_HOST_IP": address})
+        for machine, device, address in two_machines
+    ]
+    compiler = {"PP_PIECEWISE_COMPILER": "eager"}
+    (first, of_first), (second, of_second) = there
+    others = {**keywords, "node_rank": 1}
+    with started(models / "llama", others, tmp_path / "second.json", *second, **of_second, **compiler):
+        found = run_engine(models / "llama", keywords, tmp_path / "first.json", *first, **of_first, **compiler)
+    assert found["answers"] == eager(models / "llama")
+    check(found, pipeline=2)
 
 
 def test_dumps_have_the_ranks_of_the_workers(models: Path, tmp_path: Path) -> None:
