@@ -10,31 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
+from models.attention_layers import HIDDEN, Layers
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "fresh_backend")
 
 OPTIONS = {"compiler": "eager", "graphs": "emulate", "capture_sizes": "4,8", "max_tokens": 8}
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(hidden_states)[None]
-            hidden_states = hidden_states + nn.functional.scaled_dot_product_attention(x, x, x)[0]
-        return hidden_states
-
-
 class Embedded(Layers):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(8, 8)
+        self.embedding = nn.Embedding(8, HIDDEN)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(self.embedding(ids.long()).view_as(ids[:, None].expand(-1, 8)))
+        return super().forward(self.embedding(ids.long()).view_as(ids[:, None].expand(-1, HIDDEN)))
 
 
 def compiled_ahead(function: Any, *args: Tensor, **options: Any) -> Any:
@@ -44,7 +33,7 @@ def compiled_ahead(function: Any, *args: Tensor, **options: Any) -> Any:
 
 
 def sample(num_tokens: int) -> Tensor:
-    x = torch.randn(num_tokens, 8)
+    x = torch.randn(num_tokens, HIDDEN)
     torch._dynamo.mark_dynamic(x, 0)
     return x
 

@@ -8,29 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import pp_piecewise_backend as ppb
 from forked import run_program
+from models.attention_layers import HIDDEN, Layers
 
 PROGRAM = r"Layers#0: 3 compute pieces \(3 distinct\), 3 compiled in \d+\.\d\d s, 0 reused; "
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(hidden_states)[None]
-            hidden_states = hidden_states + nn.functional.scaled_dot_product_attention(x, x, x)[0]
-        return hidden_states
-
-
 def run(graphs: str) -> None:
     options = {"compiler": "eager", "graphs": graphs, "max_tokens": 4}
-    hidden_states = torch.ones(3, 8)
+    hidden_states = torch.ones(3, HIDDEN)
     torch._dynamo.mark_dynamic(hidden_states, 0)
     with torch.no_grad():
         torch.compile(Layers(), backend="pp_piecewise", options=options)(hidden_states=hidden_states)

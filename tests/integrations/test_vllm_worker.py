@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pp_piecewise_backend as ppb
+from models.attention_layers import HIDDEN, Layers
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
-HIDDEN, MOST = 8, 16
+MOST = 16
 
 
 class TensorMetadata(NamedTuple):
@@ -36,17 +37,7 @@ class Workspaces:
         self._current_workspaces[0] = torch.zeros(64)
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(hidden_states)[None]
-            hidden_states = hidden_states + nn.functional.scaled_dot_product_attention(x, x, x)[0]
-        return hidden_states
-
+class VllmLayers(Layers):
     def make_empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
         tensors = {"hidden_states": torch.empty(batch_size, HIDDEN, dtype=dtype, device=device)}
         return SimpleNamespace(tensors=tensors)
@@ -56,11 +47,11 @@ class Runner:
     """As vLLM's model runner: compiles at its first run, by the backend that vLLM looks up."""
 
     def __init__(self, calls: list[tuple[int, dict[str, Any]]]) -> None:
-        self.max_num_tokens, self.model, self.compiled = MOST, Layers(), None
+        self.max_num_tokens, self.model, self.compiled = MOST, VllmLayers(), None
         self.intermediate_tensors: Any = None
         self.calls = calls
 
-    def get_model(self) -> Layers:
+    def get_model(self) -> VllmLayers:
         return self.model
 
     def _dummy_run(self, num_tokens: int, **how: Any) -> None:
