@@ -12,9 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from . import errors
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ENVIRONMENT_PREFIX = "PP_PIECEWISE"
 
@@ -25,6 +39,7 @@ Padding = Literal["tested", "never"]
 Capture = Literal["lazy", "warmup"]
 Keep = Literal["all", "if_faster"]
 Source = Literal["option", "environment", "default"]
+Flag: TypeAlias = "bool | Literal[0, 1] | str"
 
 
 @dataclass(frozen=True)
@@ -242,6 +257,30 @@ class _Option(NamedTuple):
     help: str
 
 
+class GivenOptions(TypedDict, total=False):
+    """What type checkers let a `Config` be made of: the fields are more precise than what they are read from."""
+
+    enabled: Flag
+    mode: Mode
+    full_max_tokens: int | str
+    graphs: Graphs
+    compiler: Compiler
+    split_ops: SplitOps | str | Sequence[str] | None
+    capture_sizes: str | Sequence[int | SizeRange]
+    max_tokens: int | str
+    stage_inputs: str | Sequence[str]
+    row_wise_ops: str | Sequence[str]
+    graph_safe_ops: str | Sequence[str]
+    padding: Padding
+    capture: Capture
+    keep: Keep
+    graph_memory_bytes: int | str | None
+    strict: Flag
+    static_outputs: Flag
+    verify_every: int | str
+    dump_dir: str | os.PathLike[str] | None
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class Config:
     """All settings of one compiled model. Options beat the environment, which beats the defaults.
@@ -338,7 +377,8 @@ class Config:
     ] = None
     _sources: dict[str, Source] = field(init=False, compare=False)
 
-    def __init__(self, /, **options: object) -> None:
+    def __init__(self, /, **given_options: Unpack[GivenOptions]) -> None:
+        options: Mapping[str, object] = given_options
         for name in options:
             if name not in OPTIONS:
                 raise errors.ConfigError(errors.unknown_option(name, FIELD_NAMES))
@@ -363,7 +403,7 @@ class Config:
             raise errors.ConfigError("\n".join(bad_values))
 
     @classmethod
-    def resolve(cls, options: Mapping[str, object] | None = None) -> Config:
+    def resolve(cls, options: Mapping[str, Any] | None = None) -> Config:
         """Make the config for the ``options=`` of ``torch.compile``; the environment is read now.
 
         Raises:

@@ -4,14 +4,19 @@ import copy
 import inspect
 import pickle
 import pydoc
+import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pp_piecewise_backend.config import FIELD_NAMES, Config, SizeRange, SplitOps, rank_in_environment
+from checkout import CHECKOUT
+from pp_piecewise_backend.config import FIELD_NAMES, Config, GivenOptions, SizeRange, SplitOps, rank_in_environment
 from pp_piecewise_backend.errors import ConfigError
 
 DEFAULTS = {
@@ -97,6 +102,32 @@ def test_help_shows_every_option_with_its_default_and_its_sentence() -> None:
     shown = pydoc.plain(pydoc.render_doc(Config))
     assert all(f"{row.name}: {row.help}" in shown for row in Config().table())
     assert "TextForm(" not in shown and "function" not in str(signature)
+
+
+def test_type_checkers_know_every_option() -> None:
+    declared, held = get_type_hints(GivenOptions), get_type_hints(Config)
+    assert list(declared) == list(FIELD_NAMES)
+    literals = [name for name in FIELD_NAMES if get_origin(held[name]) is Literal]
+    assert len(literals) == 6 and all(declared[name] == held[name] for name in literals)
+
+
+WRONG = ("compler='eager'", "compiler='inducter'", "compiler=3", "max_tokens=2.5", "stage_inputs=3", "strict=None")
+
+
+@pytest.mark.slow  # mypy reads the whole package
+def test_type_checkers_take_text_and_python_values_and_refuse_others(tmp_path: Path) -> None:
+    right = [f"{name}={value!r}" for name, values in OTHER_VALUES.items() for value in values]
+    lines = ["from pathlib import PosixPath", "from pp_piecewise_backend.config import Config, SizeRange, SplitOps"]
+    lines += [f"Config({argument})" for argument in (*right, *WRONG)]
+    (tmp_path / "program.py").write_text("\n".join(lines))
+    settings = tmp_path / "mypy.ini"
+    settings.write_text("[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(settings), str(tmp_path / "program.py")]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=280)
+    refused = {int(number) for number in re.findall(r"program\.py:(\d+): error", done.stdout)}
+    assert [lines[number - 1] for number in sorted(refused)] == [f"Config({argument})" for argument in WRONG], (
+        done.stdout
+    )
 
 
 # ---------------------------------------------------------------------------------- precedence
