@@ -25,7 +25,7 @@ from .compilation.specs import SymbolSpec, TensorSpec, symbols_of
 from .compilation.split import Split, split_graph
 from .config import Config
 from .debug import dump
-from .debug.describe import describe, short_source
+from .debug.describe import describe
 from .debug.explain import explain as explanation
 from .debug.explain import explain_all
 from .runtime.capture_plan import GraphKind
@@ -179,7 +179,7 @@ class PiecewiseBackend:
         facts = collect_facts(graph_module, example_inputs)
         table = classify_inputs(facts, _tail_ranks(config, stage))
         if facts.needs_gradient:
-            sources = {i.name: short_source(i.source) or i.label for i in table.inputs}
+            sources = {i.name: i.readable or i.label for i in table.inputs}
             names = [sources[name] for name in facts.needs_gradient]
             raise errors.GradientFallback(errors.gradient_fallback(names, config.compiler))
         facts = facts.with_equal_symbols(table.equal_symbols)

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..utils import torch_compat
 from .analysis import GraphFacts
-from .sources import AccessPath, argument_path
+from .sources import AccessPath, argument_path, readable
 from .specs import Dim, ObjectSpec, SymbolSpec, TensorSpec, as_dim, symbols_of
 
 InputKind = Literal["token-count", "stage-input", "per-token", "parameter", "state", "other-tensor", "scalar"]
@@ -43,6 +43,8 @@ class GraphInput:
     """Symbol or value of an integer, or an object; None for tensors."""
     token_dim: int | None = None
     """The dimension that counts tokens, for stage inputs and per-token tensors."""
+    readable: str = ""
+    """The source for readers: ``self.layers.0.weight``."""
 
     @property
     def outlives_the_call(self) -> bool:
@@ -89,6 +91,7 @@ class InputTable:
 class _Candidate:
     node: Node
     source: str
+    readable: str
     path: AccessPath
     label: str
     spec: TensorSpec | None
@@ -137,7 +140,16 @@ def classify_inputs(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> 
 
 def _classify(facts: GraphFacts, candidate: _Candidate, token_count: Dim | None) -> GraphInput:
     def result(kind: InputKind, reason: str, **more: Any) -> GraphInput:
-        return GraphInput(candidate.node.name, candidate.source, candidate.label, kind, reason, candidate.spec, **more)
+        return GraphInput(
+            candidate.node.name,
+            candidate.source,
+            candidate.label,
+            kind,
+            reason,
+            candidate.spec,
+            readable=candidate.readable,
+            **more,
+        )
 
     spec = candidate.spec
     if spec is None:
@@ -334,14 +346,15 @@ def _candidates(facts: GraphFacts, tail_ranks: Mapping[str, int | None]) -> list
     modules.add(("self",))
     candidates = []
     for node, path in paths.items():
-        spec = facts.spec(node)
+        source, spec = sources[node], facts.spec(node)
         label = next((str(part) for part in reversed(path) if isinstance(part, str)), node.name)
         if path and isinstance(path[-1], int):
             label = f"{label}[{path[-1]}]"
         in_module = _is_parameter(node) or any(path[:i] in modules for i in range(1, len(path)))
         is_stage_input = spec is not None and label in tail_ranks and not in_module
         tail_rank = tail_ranks[label] if is_stage_input else None
-        candidates.append(_Candidate(node, sources[node], path, label, spec, in_module, is_stage_input, tail_rank))
+        text = readable(source, path, frame)
+        candidates.append(_Candidate(node, source, text, path, label, spec, in_module, is_stage_input, tail_rank))
     return candidates
 
 

@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 import torch
 
+from ..utils import torch_compat
+
 AccessPath: TypeAlias = tuple[str | int, ...]
 """The way to a value from the traced frame: names of variables and attributes, keys, positions."""
 Frame: TypeAlias = tuple[CodeType, Mapping[str, object]]
@@ -33,6 +35,26 @@ def argument_path(source: str, frame: Frame | None) -> AccessPath:
         for key, quoted, attribute, index in _COMPONENT.findall(source)
     )
     return path if frame is None or not path else _named(path, *frame)
+
+
+def readable(source: str, path: AccessPath, frame: Frame | None) -> str:
+    """What ``source`` means, as a reader knows it: ``self.layers.0.weight``, and ``hidden_states`` for an argument.
+
+    It reads as if the traced frame were the user's, also where a wrapper, of the user's or of Dynamo, was traced.
+
+    Args:
+        source: as ``argument_path`` takes it, and frame, too.
+        path: what that gave.
+    """
+    first = _COMPONENT.match(source, 1) if source[:1] in ("L", "G") else None
+    if first is not None:
+        name, end = first[1] or first[2], first.end()
+        if frame is not None and name == "fn" and torch_compat.module_in_wrapper(*frame) is not None:
+            name = "self"
+        elif (second := _COMPONENT.match(source, end)) is not None and path[0] != name:
+            name, end = str(path[0]), second.end()
+        source = f"{name}{source[end:]}"
+    return re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", source)
 
 
 def _named(path: AccessPath, code: CodeType, values: Mapping[str, object]) -> AccessPath:

@@ -6,7 +6,6 @@ It may be made while another thread runs the program; then counters and graphs m
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
@@ -145,12 +144,6 @@ def _describe_full(full: FullSide) -> FullGraphs:
     return FullGraphs(max_tokens=full.max_tokens, why_not=full.why_not, **captures)
 
 
-def short_source(source: str) -> str:
-    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` as ``self.layers.0.weight``."""
-    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", source)
-    return re.sub(r"^[LG]\['([^']+)'\]", r"\1", text)
-
-
 def told(reason: Reason) -> dict[str, str]:
     """A reason as the fields of an entry or event."""
     return {"reason": reason.code, "sentence": reason.sentence}
@@ -163,7 +156,7 @@ def now() -> str:
 def _describe_input(graph_input: GraphInput) -> InputEntry:
     spec = graph_input.spec
     described: dict[str, Any] = {
-        "source": short_source(graph_input.source),
+        "source": graph_input.readable,
         "type": str(graph_input.expression if spec is None else spec),
     }
     if spec is not None:

@@ -262,7 +262,7 @@ class Program:
         for at, number in self._fixed_numbers:
             if args[at] != number:
                 traced = f"{number} in the call that was traced"
-                return miss("rows-disagree", f"{self.inputs[at].source} is {args[at]}, and {traced}")
+                return miss("rows-disagree", f"{self.inputs[at].readable} is {args[at]}, and {traced}")
         return None
 
     def _inputs_overlap(self, args: Sequence[Any], addresses: tuple[Any, ...]) -> Reason | None:

@@ -17,6 +17,7 @@ import pp_piecewise_backend as ppb
 from models.hf import greedy_decode, make_model, make_prompts
 from models.toy_stage import NAMED_OPS, ToyStage
 from pp_piecewise_backend.compilation.placeholders import GraphInput
+from pp_piecewise_backend.compilation.sources import argument_path, readable
 from pp_piecewise_backend.runtime.program import Program
 
 TOKENS, HIDDEN = 5, 4
@@ -197,6 +198,41 @@ def test_a_wrapper_that_refers_to_itself() -> None:
 
     program = program_of(itself, torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN))
     assert kinds(program) == {"args[0]": "other-tensor"}
+
+
+# ------------------------------------------------------------------------------- names for readers
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("L['hidden_states']", "hidden_states"),
+        ("L['self']._modules['layers']._modules['0']._parameters['weight']", "self.layers.0.weight"),
+        ("L['self']._buffers['k_cache']", "self.k_cache"),
+        ("L['caches'][0].keys", "caches[0].keys"),
+        ("G['TABLE']", "TABLE"),
+        ("", ""),
+    ],
+)
+def test_sources_are_readable(source: str, text: str) -> None:
+    assert readable(source, argument_path(source, None), None) == text
+
+
+@pytest.mark.compat
+def test_a_sequential_has_the_names_of_its_user_and_not_of_the_wrapper_around_it() -> None:
+    program = program_of(nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU()), torch.randn(TOKENS, HIDDEN))
+    assert [graph_input.readable for graph_input in program.inputs] == ["self.0.weight", "self.0.bias", "input"]
+    assert all(f" {text} " in program.explain() for text in ("self.0.weight", "input"))
+
+
+def test_arguments_behind_a_wrapper_are_readable() -> None:
+    hidden_states, residual, positions = stage_arguments()
+    program = program_of(Around(Stage()), hidden_states, positions=positions, residual=residual)
+    named = {graph_input.label: graph_input.readable for graph_input in program.inputs}
+    assert {label: named[label] for label in ("hidden_states", "residual", "positions")} == {
+        label: label for label in ("hidden_states", "residual", "positions")
+    }
 
 
 class NamedProxies(NamedTuple):

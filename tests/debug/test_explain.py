@@ -63,8 +63,8 @@ def test_llama_of_any_depth_fits_a_screen_and_names_everything(num_layers: int) 
         assert "add_ writes graph input cumulative_length" in text
         # every input: its kind, how many, which, why
         layers = f"{{0..{num_layers - 1}}}"
-        assert f"state kwargs['past_key_values'].layers[{layers}].cumulative_length x{num_layers} int64[]" in text
-        assert re.search(r"per-token kwargs\['input_ids'\] int64\[1, \w+\]: dimension 1 is the token count", text)
+        assert f"state past_key_values.layers[{layers}].cumulative_length x{num_layers} int64[]" in text
+        assert re.search(r"per-token input_ids int64\[1, \w+\]: dimension 1 is the token count", text)
         assert f"parameter self.model.layers.{layers}.self_attn.q_proj.weight x{num_layers} float32[32, 32]" in text
         assert "parameter self.model.rotary_emb.inv_freq float32[4]: module buffer" in text
         if any(graph_input.label == "keys" for graph_input in program.inputs):
@@ -330,18 +330,3 @@ def test_ranges() -> None:
     assert ranges([0, 2, 4, 6]) == "0, 2..6"
     assert ranges([7]) == "7"
     assert ranges([0, 2]) == "0, 2"
-
-
-@pytest.mark.compat
-@pytest.mark.parametrize(
-    ("source", "short"),
-    [
-        ("L['hidden_states']", "hidden_states"),
-        ("L['self']._modules['layers']._modules['0']._parameters['weight']", "self.layers.0.weight"),
-        ("L['self']._buffers['k_cache']", "self.k_cache"),
-        ("G['TABLE']", "TABLE"),
-        ("", ""),
-    ],
-)
-def test_short_source(source: str, short: str) -> None:
-    assert describe.short_source(source) == short
