@@ -188,7 +188,7 @@ class PiecewiseBackend:
             return split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts)
 
         split = cut(config.mode == "full")
-        if config.mode == "full_and_piecewise":
+        if config.mode == "full_and_piecewise" and _graph_kind(config, table)[0] is not None:
             try:
                 split = replace(split, in_one=cut(True))
             except errors.SplitError as error:
@@ -214,6 +214,8 @@ class PiecewiseBackend:
         graph_kind, reason = _graph_kind(config, table)
         if graph_kind is not None:
             stage = self._stage_for(table, config.max_tokens) if stage is None else _checked(stage, table)
+        elif config.graphs == "cuda" and config.mode != "none":
+            warnings.warn(reason, errors.PPPiecewiseWarning, stacklevel=2)
         program = Program(
             name,
             split,
@@ -322,9 +324,7 @@ def _graph_kind(config: Config, table: InputTable) -> tuple[GraphKind | None, st
         return None, "graphs='auto' and no input is on a CUDA device"
     if kind == "cuda" and not on_cuda:
         where = ", ".join(sorted({str(device) for device in devices})) or "no device"
-        sentence = errors.graphs_on_other_device("cuda", where)
-        warnings.warn(sentence, errors.PPPiecewiseWarning, stacklevel=2)
-        return None, sentence
+        return None, errors.graphs_on_other_device("cuda", where)
     return kind, ""
 
 

@@ -140,8 +140,11 @@ def _describe_captures(graphs: Captured) -> dict[str, Any]:
 
 
 def _describe_full(full: FullSide) -> FullGraphs:
-    captures = {} if full.graphs is None else _describe_captures(full.graphs)
-    return FullGraphs(max_tokens=full.max_tokens, why_not=full.why_not, **captures)
+    if full.graphs is None:
+        return FullGraphs(max_tokens=full.max_tokens, why_not=full.why_not)
+    (step,) = full.graphs.plan.capturable
+    padding, captures = full.graphs.padding_of(step), _describe_captures(full.graphs)
+    return FullGraphs(max_tokens=full.max_tokens, padding=padding, **captures)
 
 
 def told(reason: Reason) -> dict[str, str]:

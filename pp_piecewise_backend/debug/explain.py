@@ -137,6 +137,7 @@ def _full_lines(full: FullGraphs) -> list[str]:
         f"up to {counted(full.max_tokens, 'token')}; it starts once the results of the last call have left, and the "
         f"landing memory is free at its end, since nothing inside of a graph can notify the host",
     )
+    lines += entry("    padding", full.padding)
     for tokens, buckets in grouped(full.buckets, lambda bucket: bucket.tokens).items():
         seconds, num_bytes = sum(b.seconds for b in buckets), sum(b.bytes for b in buckets)
         saving = _saving(buckets[0])

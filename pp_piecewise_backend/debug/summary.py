@@ -123,6 +123,7 @@ class FullGraphs(_Entry):
 
     max_tokens: int = Field(description="Larger calls replay the pieces.")
     why_not: str = Field(default="", description="Why there is none at any size, if so.")
+    padding: str = Field(default="", description="'safe' if one may run on padded rows, or why not.")
     buckets: list[BucketEntry] = []
     dropped: list[DroppedEntry] = Field(default=[], description="Sizes that are captured no more.")
     misses: list[MissEntry] = Field(default=[], description="Calls that went on to the pieces.")

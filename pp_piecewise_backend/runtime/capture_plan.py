@@ -92,6 +92,8 @@ class GraphPlan:
         """Compute steps that no graph can hold, with the reason; whatever the bucket."""
         self.capturable = tuple(at for at in self.compute_steps if at not in self.obstacles)
         """The other compute steps."""
+        self.may_pad = self.pads and any(steps[at].piece.padding_reason is None for at in self.capturable)
+        """Whether any of them may be padded, as far as rules tell."""
         self.specs = _specs(inputs, steps)
         """Geometry of every register that holds one tensor."""
         self.captured_readers, scalar_sources = _what_is_read(steps, self.capturable, symbol)
@@ -149,9 +151,16 @@ class GraphPlan:
             size = num_tokens if is_one else None
         else:
             size = self.ladder.bucket(num_tokens)
-        if self.is_beside_pieces and size is not None and size > self.config.full_max_tokens:
-            return None
+        if self.is_beside_pieces and size is not None:
+            is_for_pieces = size > self.proven_tokens or (num_tokens < size and not self.may_pad)
+            return None if is_for_pieces else size
         return size
+
+    @property
+    def proven_tokens(self) -> int:
+        """The largest bucket that is proven before it serves alone, see Note [proof of a full graph]; 0: none is."""
+        largest = self.config.full_max_tokens if self.is_beside_pieces else self.ladder.max_tokens
+        return largest if self.is_full else 0
 
     def exchanged(self, own: Any) -> list[Any]:
         """See ``Stage.exchanged``."""

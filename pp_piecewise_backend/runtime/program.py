@@ -141,7 +141,7 @@ class Program:
                 return self._run_inside_a_capture(args, session)
             if session is None:
                 return self._run(args, None)
-            session.note(self.name, self.config, self.stage, None if self.graphs is None else self.graphs.plan)
+            session.note(self.name, self.config, self.stage, [graphs.plan for graphs in self._all_graphs])
             if self.full is not None and session.captures:  # next to the pieces, for calls that it cannot serve
                 with session.leaving_no_trace(self.inputs, args, self.stage):
                     self.full.run(args, session)
@@ -155,9 +155,14 @@ class Program:
 
     def release(self) -> None:
         """Release graphs and static memory; a later call takes them again. Raises inside a call of the program."""
-        for graphs in (self.graphs, None if self.full is None else self.full.graphs):
-            if graphs is not None:
-                graphs.release()
+        for graphs in self._all_graphs:
+            graphs.release()
+
+    @property
+    def _all_graphs(self) -> list[Graphs]:
+        """Those of pieces and, after them, the full ones, as far as it has any."""
+        found = (self.graphs, None if self.full is None else self.full.graphs)
+        return [graphs for graphs in found if graphs is not None]
 
     @property
     def all_buckets(self) -> list[tuple[Bucket, ParameterSet]]:
@@ -196,8 +201,8 @@ class Program:
             return
         sides: list[tuple[Graphs, int]] = []
         alternatives: list[Callable[[], object]] = [lambda: self._run_uncaptured(args, None)]
-        for graphs in (self.graphs, None if self.full is None else self.full.graphs):
-            if graphs is not None and (size := graphs.size_to_weigh(args)) is not None:
+        for graphs in self._all_graphs:
+            if (size := graphs.size_to_weigh(args)) is not None:
                 run = partial(graphs.run, args, graphs.parameter_addresses(args), session)
                 if run() is not None:
                     sides.append((graphs, size))
@@ -414,7 +419,7 @@ class UnsplitProgram:
         if session is None:
             self.stats.add_many(self._amounts)
         else:
-            session.note(self.name, self.config, self.stage, None)
+            session.note(self.name, self.config, self.stage, ())
         return self._call(*args)
 
     def release(self) -> None:

@@ -161,8 +161,8 @@ class Session:
     """The largest call that a program is meant for."""
     captures: bool = False
     """Whether calls capture at once; before that they only bring programs into being."""
-    proves: bool = False
-    """Whether captures are to be compared with what was captured; see Note [proof of a full graph]."""
+    proven_tokens: int = 0
+    """The largest bucket of full graphs, which are to be compared; see Note [proof of a full graph]."""
     captured: list[object] = field(default_factory=list)
     """The buckets that it captured."""
     timed_us: float | None = None
@@ -176,19 +176,18 @@ class Session:
     release_all: dict[int, Callable[[], None]] = field(default_factory=dict)
     """By memory, where captures were found too slow: releases all in it, since pools shrink only as a whole."""
 
-    def note(self, name: str, config: Config, stage: Stage | None, plan: GraphPlan | None) -> None:
+    def note(self, name: str, config: Config, stage: Stage | None, plans: Sequence[GraphPlan]) -> None:
         """Learn from a program that is called how large its calls are, and which buckets it has, if any."""
         self.calls += 1
         self.max_tokens = max(self.max_tokens, config.max_tokens if stage is None else stage.max_tokens)
-        if plan is None:
-            return
-        self.weighs |= plan.config.keep == "if_faster"
-        self.proves |= plan.config.mode in ("full", "full_and_piecewise")
-        if plan.token_symbol is None:
-            self.has_static_programs = True
-        else:
-            self.ladders[name] = plan.ladder.sizes_tokens
-            self.smallest[name] = plan.smallest_tokens
+        for plan in plans:
+            self.weighs |= plan.config.keep == "if_faster"
+            self.proven_tokens = max(self.proven_tokens, plan.proven_tokens)
+            if plan.token_symbol is None:
+                self.has_static_programs = True
+            else:
+                self.ladders.setdefault(name, plan.ladder.sizes_tokens)
+                self.smallest.setdefault(name, plan.smallest_tokens)
 
     @contextlib.contextmanager
     def timing(self, device: torch.device | None) -> Iterator[None]:
@@ -340,7 +339,8 @@ def _calls(buckets: Sequence[int], session: Session, sizes: Sequence[int] | None
         wanted = [inside, bucket] if inside != bucket else [bucket]
         if sizes is not None:
             wanted = sorted({size for size in sizes if below < size <= bucket}, reverse=True)
-        wanted += wanted[-1:] * ((PROOFS - 1) * session.proves)
+        if bucket <= session.proven_tokens:
+            wanted += wanted[-1:] * (PROOFS - 1)
         if wanted and inside != bucket:
             padded.append(len(groups))
         groups.append(wanted)

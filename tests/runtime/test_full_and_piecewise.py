@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, Pair, Wrong, misses_between, net, rows
+from pp_piecewise_backend import backend
 from pp_piecewise_backend.debug.describe import describe, describe_graphs
 from pp_piecewise_backend.debug.report import report_page
 from pp_piecewise_backend.runtime import dispatch
@@ -92,7 +93,8 @@ def test_small_calls_replay_one_graph_and_others_the_pieces(device: str, row_wis
     assert "full graphs up to 4 tokens" in text and "landing memory is free at its end" in text
     html = report_page(describe(pair.program), defaultdict(str))
     assert "<h3>Full graphs</h3>" in html and "for calls of up to 4 tokens" in html
-    assert ("padding-unsafe: 2 calls of 3 tokens" in text) is not row_wise
+    assert (graphs.full.padding == "safe") is row_wise and f" padding {graphs.full.padding} " in text
+    assert not {3, 6} & {missed.tokens for missed in graphs.full.misses}, "these calls are for the pieces"
     assert ppb.stats().graph_bytes == sum(b.bytes for b in [*graphs.full.buckets, *graphs.buckets])
 
 
@@ -188,6 +190,31 @@ def test_warm_up_captures_and_proves_both(device: str) -> None:
     assert full is not None and [bucket.tokens for bucket, _ in full.buckets] == [4, 2]
     assert [bucket.proofs and bucket.proofs.left for bucket, _ in full.buckets] == [0, 0]
     assert ppb.stats().captures == before.captures
+
+
+@pytest.mark.parametrize("graph_safe", ["fulltest::*", "none"])
+def test_only_sizes_of_full_graphs_are_called_again_to_be_proven(graph_safe: str) -> None:
+    called: dict[str, list[int]] = {}
+
+    def make_inputs(num_tokens: int) -> Any:
+        called[mode].append(num_tokens)
+        return (rows(num_tokens, "cpu"),), {}
+
+    for mode in ("piecewise", "full_and_piecewise"):
+        called[mode] = []
+        pair = made("cpu", mode=mode, mark=False, graph_safe_ops=graph_safe)
+        ppb.warmup(pair.compiled, make_inputs, progress=False)
+    more = Counter(called["full_and_piecewise"]) - Counter(called["piecewise"])
+    assert more == ({4: 2, 2: 2, 1: 2} if graph_safe != "none" else {})
+
+
+@pytest.mark.parametrize("graphs", ["emulate", "off"])
+def test_a_graph_is_cut_once_where_there_are_no_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[bool] = []
+    split_graph = backend.split_graph
+    monkeypatch.setattr(backend, "split_graph", lambda *given: cut.append(given[3]) or split_graph(*given))
+    made("cpu", graphs=graphs)(rows(4, "cpu"))
+    assert cut == ([False, True] if graphs == "emulate" else [False])
 
 
 @on_devices

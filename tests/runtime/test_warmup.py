@@ -419,6 +419,11 @@ def test_calls_inside_of_each_bucket_and_filling_it(buckets: list[int], smallest
     assert _calls(buckets, session, [3, 99, 3]) == [99, 3]
 
 
+def test_buckets_of_full_graphs_are_called_again_to_be_proven() -> None:
+    session = Session(smallest={"a": 1}, proven_tokens=4)
+    assert _calls([8, 4, 1], session, None) == [7, 8, 3, 4, 4, 4, 1, 1, 1]
+
+
 def test_sizes_asked_for_come_in_the_same_order() -> None:
     session = Session(smallest={"a": 1})
     assert _calls([16, 8, 4, 2, 1], session, [1, 2, 4, 8, 9, 16]) == [16, 9, 4, 8, 2, 1]
