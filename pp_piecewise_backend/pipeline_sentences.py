@@ -86,6 +86,14 @@ def ranks_missing_at_setup(rank: int, what: str, setup_seconds: float, error: ob
     )
 
 
+def pipeline_of(ranks: Sequence[int]) -> str:
+    return f"its pipeline of {_ranks(ranks)}"
+
+
+def did_not_come(ranks: Sequence[int]) -> str:
+    return f"{_ranks(ranks)} did not come"
+
+
 def peer_silent(peer: int, silence_seconds: float) -> str:
     return f"rank {peer} has sent nothing for {silence_seconds:g} s, not even a keep-alive"
 

@@ -205,6 +205,8 @@ MESSAGES = {
         errors.ranks_missing_at_setup(1, "proxies", 2.0, "none"),
         ["rank 1", "set up proxies within 2 s: none", "setup_timeout_s"],
     ),
+    "pipeline_of": (errors.pipeline_of([3, 5]), ["its pipeline of ranks 3, 5"]),
+    "did_not_come": (errors.did_not_come([5]), ["rank 5 did not come"]),
     "peer_silent": (errors.peer_silent(1, 2.0), ["rank 1 has sent nothing for 2 s"]),
     "peer_closed": (errors.peer_closed(1, "reset"), ["connection to rank 1 broke (reset)"]),
     "peer_disagrees": (errors.peer_disagrees(1, "why"), ["rank 1 does not keep to the plan: why"]),
@@ -294,6 +296,7 @@ CLAUSES = {
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",
     "peer_failed", "own_failure", "on_rank", "place_differs", "link_choice", "LANDED_DIFFERS", "trial_takes_too_long",
+    "pipeline_of", "did_not_come",
 }  # fmt: skip
 """Reasons that explain() and other sentences quote, so they have no full stop."""
 

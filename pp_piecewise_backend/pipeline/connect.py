@@ -137,7 +137,7 @@ class Links:
 
     def check(self) -> None:
         """Raises `PeerLost` if the pipeline is broken."""
-        self._fault.check(errors.on_rank(self.stage, "closing its links"))
+        self._fault.check(errors.on_rank(self.rank, "closing its links"))
 
     def fail(self, reason: str, micro_batch: int | None = None, step_timeout_s: float | None = None) -> None:
         """Tell all ranks that this one cannot go on, and at which micro-batch; they raise `PeerLost` at once.
@@ -207,7 +207,7 @@ def make_links(
         own: what this rank was set up with.
         patience: how long ranks wait for one another.
         stats: counts headers, tensors and bytes.
-        tensor_parallel: the ranks that hold this stage together with this one; then all ranks of the world take part.
+        tensor_parallel: the ranks that hold this stage together with this one; then all ranks of all stages take part.
         look: says where this rank is, from any thread, for the errors of the others.
 
     Raises:

@@ -69,8 +69,8 @@ class StageRunner:
             exactly the names in ``feedback``. It runs eagerly after the module, without gradients, on the thread and
             stream of ``run``, for each micro-batch that has feedback; not at warm-up. ``run`` gives the module's
             output all the same.
-        group: process group of the pipeline's ranks in stage order; all ranks by default. Where several ranks hold one
-            stage together (tensor parallel), a pair: that group, and the group of the ranks of this stage.
+        group: process group of the pipeline's ranks in stage order, which alone take part; all ranks by default. Where
+            several hold one stage together (tensor parallel), a pair: that group, and that of the ranks of this stage.
         mesh: ``DeviceMesh`` instead of ``group``, with a dimension "pp" and, for tensor parallel stages, one "tp".
         transport: "p2p" (``torch.distributed``: gloo for tensors on the CPU, NCCL on GPUs); "shared_memory" for ranks
             of one Linux machine whose tensors lie on the CPU, "cuda_ipc" for those whose tensors lie on one GPU or on

@@ -4,8 +4,7 @@ Note [one decision for both ends]
 Whether a way works, and how fast it is, each end finds for itself, and two ends may find different things. So what
 they find is exchanged, the sending end decides, and its decision travels to all ranks of the pipeline: no end acts on
 what it found alone. A trial of shared memory has a link of its own, since it leaves memory behind that nobody needs.
-Groups of ``torch.distributed`` are too slow to make twice, and are those of the link if it is chosen. Every rank of the
-world takes part in making groups, so all pipelines make them if one needs them.
+Groups of ``torch.distributed`` are too slow to make twice, and are those of the link if it is chosen.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Auto:
         is_timed = self._one_machine.has_rival(source, target)
         sizes_bytes = [max(1, num_bytes) for num_bytes in sizes_bytes or (1,)]
         found = {self._kind.name: self._try_sharing(source, target, sizes_bytes, is_timed)}
-        failed_somewhere = any(self._p2p.texts_of_all_ranks(found[self._kind.name][0]))
+        failed_somewhere = any(self.exchange(found[self._kind.name][0]))
         p2p_wire: P2PWire | None = None
         if is_timed or failed_somewhere:
             p2p_wire, found[self._p2p.name] = self._try_p2p(source, target, name, sizes_bytes, is_timed)

@@ -74,8 +74,9 @@ class LocalTransport:
             texts[self.stage].append(text)
             self._hub.changed.notify_all()
             if not self._hub.changed.wait_for(lambda: all(len(own) > at for own in texts), seconds):
-                what = f"the plans of ranks {[rank for rank, own in enumerate(texts) if len(own) <= at]}"
-                raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, "none came"))
+                what, missing = errors.pipeline_of(self.ranks), [n for n, own in enumerate(texts) if len(own) <= at]
+                cause = errors.did_not_come(missing)
+                raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, cause))
             return [own[at] for own in texts]
 
     def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> OneMachineWire | None:

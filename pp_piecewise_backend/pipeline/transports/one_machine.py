@@ -136,20 +136,20 @@ class OneMachine:
         self._p2p = p2p
         self._kind = kind
         self._places: list[str] | None = None
-        """Rank -> where its memory is, once all have met."""
+        """Stage -> where its memory is, once all have met."""
 
     def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> OneMachineWire | None:
+        ends = self.ranks[source], self.ranks[target]
         if not self.can_share(source, target):
-            places = self._places_of_all()
-            found = [(rank, places[rank]) for rank in (self.ranks[source], self.ranks[target])]
+            found = [*zip(ends, self._places_of(source, target), strict=True)]
             raise errors.ConfigError(errors.ranks_share_no_memory(self.name, found))
         seconds = self._p2p.setup_seconds
         with self.meeting(source, target) as connect:
             try:
                 return connect and connect(seconds)
             except OSError as error:
-                what = f"{name} from stage {source} to stage {target}"
-                raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
+                what, own = f"{name} from rank {ends[0]} to rank {ends[1]}", self.ranks[self.stage]
+                raise errors.PeerLost(errors.ranks_missing_at_setup(own, what, seconds, error)) from error
 
     @contextlib.contextmanager
     def meeting(self, source: int, target: int) -> Iterator[Connect | None]:
@@ -174,22 +174,18 @@ class OneMachine:
             raise
 
     def can_share(self, source: int, target: int) -> bool:
-        """Whether both ends of a link can share memory, in all pipelines; every rank calls it."""
-        # In all alike: every rank of the world takes part when one of them has a link over torch.distributed.
-        return all(one != "" != other and self._kind.joins(one, other) for one, other in self._pairs(source, target))
+        """Whether both ends of a link can share memory; every rank calls it."""
+        one, other = self._places_of(source, target)
+        return one != "" != other and self._kind.joins(one, other)
 
     def has_rival(self, source: int, target: int) -> bool:
-        """Whether another way may be faster in some pipeline, where memory can be shared."""
-        return any(self._kind.has_rival(one, other) for one, other in self._pairs(source, target))
+        """Whether another way may be faster, where memory can be shared."""
+        return self._kind.has_rival(*self._places_of(source, target))
 
-    def _pairs(self, source: int, target: int) -> list[tuple[str, str]]:
-        places = self._places_of_all()
-        return [(places[ranks[source]], places[ranks[target]]) for ranks in self._p2p.pipelines]
-
-    def _places_of_all(self) -> list[str]:
+    def _places_of(self, source: int, target: int) -> tuple[str, str]:
         if self._places is None:
-            self._places = self._p2p.texts_of_all_ranks(self._kind.place())
-        return self._places
+            self._places = self.exchange(self._kind.place())
+        return self._places[source], self._places[target]
 
     def close(self) -> None:
         self._p2p.close()

@@ -10,6 +10,13 @@ Note [NCCL waits]
 ``wait()`` of NCCL lets the current stream wait. Given a time it blocks the host too, looking every 10 ms [read], so
 tensors on a GPU are waited for without one; aborting the group ends what the stream waits for.
 
+Note [groups of links]
+Only the ranks of a pipeline, or of a link, take part in making its groups: ``new_group`` would ask every rank of the
+world to, or name groups by what each rank has made before. So they are made directly, over the store of the user's
+group, and ``torch.distributed`` knows nothing of them: it counts and destroys its own as if they were not there. Nor is
+a communicator of NCCL split off that of the world, for which NCCL would need all of its ranks. They number ranks by
+stage, and those of a link number its source 0 and its target 1.
+
 ``isend``, ``irecv`` and the gathering are looked up in ``torch.distributed`` at each call, so that an observer can
 count them.
 """
@@ -17,7 +24,6 @@ count them.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -48,17 +54,16 @@ class P2P:
     def __init__(
         self, device: torch.device | str, group: dist.ProcessGroup | None = None, setup_seconds: float = 1800.0
     ) -> None:
+        self._meets_in: Any = group or dist.group.WORLD
         self.device = torch.device(device)
-        self.ranks: list[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.ranks: list[int] = dist.get_process_group_ranks(self._meets_in)
         self.stage = self.ranks.index(dist.get_rank())
         self.stage_count = len(self.ranks)
-        self.pipelines: list[list[int]] = []
-        """The ranks of this pipeline and of those beside it, each in stage order, once they have met."""
         self.setup_seconds = setup_seconds
         self._setup = timedelta(seconds=setup_seconds)
+        self._store: Any = None
+        """What the ranks of this pipeline alone share, once they have met."""
         self._groups: list[Any] = []
-        self._world: Any = None
-        """The group of all ranks, once they have met."""
         self._own: Any = None
         """The group of all ranks of this pipeline, likewise."""
 
@@ -73,48 +78,42 @@ class P2P:
         return isinstance(group, dist.ProcessGroup) and dist.get_rank() in dist.get_process_group_ranks(group)
 
     def exchange(self, text: str) -> list[str]:
-        with self._meeting("the ranks of all pipelines"):
+        with self._meeting(errors.pipeline_of(self.ranks)):
             if self._own is None:
-                self._own = self._meet()
-            # all_gather orders by rank in the group, which new_group sorts
-            by_rank = dict(zip(sorted(self.ranks), _gather_bytes(text.encode(), self._own), strict=True))
-        return [by_rank[rank].decode() for rank in self.ranks]
+                self._meet()
+            return [came.decode() for came in _gather_bytes(text.encode(), self._own)]
 
-    def _meet(self) -> Any:
-        """Learn of all pipelines; the group of this one."""
-        self._world = self._new_group(range(dist.get_world_size()), "gloo")
-        dist.monitored_barrier(self._world, self._setup, wait_all_ranks=True)
-        shown = self.texts_of_all_ranks(json.dumps(self.ranks))
-        self.pipelines = sorted({pipeline: json.loads(pipeline) for pipeline in shown}.values())
-        return [self._new_group(ranks, "gloo") for ranks in self.pipelines][self.pipelines.index(self.ranks)]
-
-    def texts_of_all_ranks(self, text: str) -> list[str]:
-        """Rank -> its text; every rank of the world calls it equally often, once all have met.
-
-        Raises:
-            PeerLost: a rank did not bring its text in time.
-        """
-        with self._meeting("all ranks"):
-            return [shown.decode() for shown in _gather_bytes(text.encode(), self._world)]
+    def _meet(self) -> None:
+        """Return once all ranks of this pipeline are here, as a group."""
+        store = self._meets_in.get_group_store()
+        # Each rank counts its meetings in the store itself, which may outlive a process group.
+        meeting = store.add(f"pp_piecewise meetings of {self.stage}", 1)
+        self._store = dist.PrefixStore(f"pp_piecewise meeting {meeting}", store)
+        self._store.set(str(self.stage), "is here")
+        try:
+            self._store.wait([str(stage) for stage in range(self.stage_count)], self._setup)
+        except RuntimeError:
+            here = [self._store.check([str(stage)]) for stage in range(self.stage_count)]
+            missing = [rank for rank, is_here in zip(self.ranks, here, strict=True) if not is_here]
+            if missing:
+                raise TimeoutError(errors.did_not_come(missing)) from None
+        self._own = self._new_group("all", self.stage, self.stage_count, "cpu")
 
     def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> P2PWire | None:
-        wire = None
-        with self._meeting(f"{name} from stage {source} to stage {target}"):
-            for ranks in self.pipelines:
-                ends = [ranks[source], ranks[target]]
-                control = self._new_group(ends, "gloo")
-                data = self._new_group(ends, "gloo" if self.device.type == "cpu" else "nccl")
-                if ranks == self.ranks and self.stage in (source, target):
-                    is_source = self.stage == source
-                    peer = ends[1] if is_source else ends[0]
-                    wire = P2PWire(control, data, peer, is_source, self._setup)
-            if wire is not None:
-                try:
-                    wire.warm_up(self.device)
-                except BaseException:  # the other end must not wait for this one
-                    wire.break_data()
-                    wire.break_control()
-                    raise
+        if self.stage not in (source, target):
+            return None
+        is_source = self.stage == source
+        with self._meeting(f"{name} from rank {self.ranks[source]} to rank {self.ranks[target]}"):
+            link, number = f"{name} {source} {target}", 0 if is_source else 1
+            control = self._new_group(f"messages of {link}", number, 2, "cpu")
+            data = self._new_group(f"tensors of {link}", number, 2, self.device.type)
+            wire = P2PWire(control, data, is_source, self._setup)
+            try:
+                wire.warm_up(self.device)
+            except BaseException:  # the other end must not wait for this one
+                wire.break_data()
+                wire.break_control()
+                raise
         return wire
 
     def break_off(self) -> None:
@@ -126,21 +125,20 @@ class P2P:
         """Release a wire that is not used; both ends do so."""
         for group in wire.groups:
             self._groups.remove(group)
-            dist.destroy_process_group(group)
+            group.shutdown()
 
     def close(self) -> None:
         for group in self._groups:
-            with contextlib.suppress(RuntimeError, ValueError):  # broken, or destroyed with the whole world
-                dist.destroy_process_group(group)
+            with contextlib.suppress(RuntimeError):  # broken
+                group.shutdown()
         self._groups.clear()
-        self._world = self._own = None
+        self._own = self._store = None
 
-    def _new_group(self, ranks: Sequence[int], backend: str) -> Any:
-        # Every rank of the world makes every group: torch.distributed counts them to name them, and what
-        # use_local_synchronization names instead depends on how many groups each rank has [ran].
-        group = dist.new_group(sorted(ranks), backend=backend, timeout=self._setup)
-        if dist.get_rank() in ranks:
-            self._groups.append(group)
+    def _new_group(self, name: str, rank: int, size: int, device_type: str) -> Any:
+        """This rank's part of a group, see Note [groups of links]; ``name`` is new, and the same on all its ranks."""
+        kind: Any = dist.ProcessGroupGloo if device_type == "cpu" else dist.ProcessGroupNCCL
+        group = kind(dist.PrefixStore(name, self._store), rank, size, self._setup)
+        self._groups.append(group)
         return group
 
     @contextlib.contextmanager
@@ -148,13 +146,13 @@ class P2P:
         try:
             yield
         except (RuntimeError, ConnectionError, TimeoutError) as error:
-            seconds = self._setup.total_seconds()
-            raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, error)) from error
+            own, seconds = self.ranks[self.stage], self.setup_seconds
+            raise errors.PeerLost(errors.ranks_missing_at_setup(own, what, seconds, error)) from error
 
 
 def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
     """What each rank of the group brought."""
-    lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(dist.get_world_size(group))]
+    lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(group.size())]
     dist.all_gather(lengths, torch.tensor([len(own)], device="cpu"), group=group)
     padded = torch.zeros(1 + int(max(lengths)), dtype=torch.uint8, device="cpu")  # no tensor without elements
     padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8, device="cpu")
@@ -166,11 +164,11 @@ def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
 class P2PWire:
     """One end of a link, with a group for its messages and one for its tensors."""
 
-    def __init__(self, control: Any, data: Any, peer: int, is_source: bool, longest: timedelta) -> None:
+    def __init__(self, control: Any, data: Any, is_source: bool, longest: timedelta) -> None:
         self._control = control
         self._data = data
         self.groups: tuple[Any, ...] = (control, data)
-        self._peer = peer
+        self._peer = int(is_source)
         self._is_source = is_source
         self._longest = longest
         self._longest_transfer = longest if _is_gloo(data) else None
@@ -184,8 +182,8 @@ class P2PWire:
     def warm_up(self, device: torch.device) -> None:
         """Connect both groups, which would else happen within the first micro-batch."""
         probe = torch.zeros(1, dtype=torch.uint8, device=device)
-        move = dist.isend if self._is_source else dist.irecv
-        _wait([_posted(move(probe, self._peer, group=self._data))], self._longest)
+        start = self._isend if self._is_source else self._irecv
+        _wait([start(probe, self._data)], self._longest)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         self.tell(bytes(MESSAGE_BYTES))
@@ -196,9 +194,7 @@ class P2PWire:
         self.flush(self._longest.total_seconds())
         self._outgoing_bytes[:] = message
         with connection_errors():
-            self._leaving = [
-                _posted(dist.isend(self._outgoing, self._peer, group=_open(self._control), tag=self._tell_tag))
-            ]
+            self._leaving = [self._isend(self._outgoing, self._control, self._tell_tag)]
 
     def flush(self, timeout_seconds: float) -> None:
         if self._leaving is not None:
@@ -207,7 +203,7 @@ class P2PWire:
 
     def hear(self, timeout_seconds: float) -> bytes:
         with connection_errors():
-            work = [_posted(dist.irecv(self._incoming, self._peer, group=_open(self._control), tag=self._hear_tag))]
+            work = [self._irecv(self._incoming, self._control, self._hear_tag)]
         try:
             _wait(work, timedelta(seconds=timeout_seconds))
         finally:
@@ -215,17 +211,23 @@ class P2PWire:
         return bytes(self._incoming_bytes)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
-        return self._move(dist.isend, tensors)
+        return self._move(self._isend, tensors)
 
     def offer(self, views: Sequence[torch.Tensor]) -> bool:
         return False  # a receive must know how much comes
 
     def receive(self, views: Sequence[torch.Tensor]) -> Pending:
-        return self._move(dist.irecv, views)
+        return self._move(self._irecv, views)
 
-    def _move(self, move: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Pending:
+    def _isend(self, tensor: torch.Tensor, group: Any, tag: int = 0) -> Any:
+        return dist.isend(tensor, group_dst=self._peer, group=_open(group), tag=tag)
+
+    def _irecv(self, tensor: torch.Tensor, group: Any, tag: int = 0) -> Any:
+        return dist.irecv(tensor, group_src=self._peer, group=_open(group), tag=tag)
+
+    def _move(self, start: Callable[[torch.Tensor, Any], Any], tensors: Sequence[torch.Tensor]) -> Pending:
         with connection_errors():
-            moving = [_posted(move(tensor, self._peer, group=_open(self._data))) for tensor in tensors]
+            moving = [start(tensor, self._data) for tensor in tensors]
         kept = [*tensors]  # gloo reads and writes them until somebody has waited
 
         def wait() -> None:
@@ -266,12 +268,6 @@ def _open(group: Any) -> Any:
     return group
 
 
-def _posted(work: Any) -> Any:
-    if work is None:  # what torch.distributed returns, with a warning, to a rank outside of the group
-        raise ConnectionError("this rank is not in the group of the link")
-    return work
-
-
 class _Broken:
     """In the place of a transfer that failed, which whoever has its traceback would keep, and its group with it."""
 
@@ -287,7 +283,7 @@ def _wait(works: Sequence[Any], timeout: timedelta | None) -> None:
 
 
 def _is_gloo(group: Any) -> bool:
-    return dist.get_backend(group) == "gloo"
+    return bool(group.name() == "gloo")
 
 
 @contextlib.contextmanager
@@ -315,17 +311,21 @@ def gather(whole: torch.Tensor, share: torch.Tensor, group: Any) -> None:
 
 def break_group(group: Any) -> None:
     """End everything that this rank waits for within a group, from any thread."""
-    for peer in dist.get_process_group_ranks(group):
-        if peer != dist.get_rank():
+    for peer in range(group.size()):
+        if peer != group.rank():
             break_pair(group, peer)
 
 
 def break_pair(group: Any, peer: int) -> None:
-    """End everything that this rank and ``peer`` wait for within a group, from any thread; see Note [gloo waits]."""
+    """End everything that this rank and that ``peer`` of a group wait for, from any thread; see Note [gloo waits].
+
+    Args:
+        peer: its rank in the group.
+    """
     if _is_gloo(group):
         nothing = torch.zeros(1, dtype=torch.uint8, device="cpu")
-        with contextlib.suppress(RuntimeError, ConnectionError):  # it runs out of time, or the pair was broken before
-            _posted(dist.irecv(nothing, peer, group=group, tag=_BREAK)).wait(timedelta(milliseconds=1))
+        with contextlib.suppress(RuntimeError, OSError):  # it runs out of time, or the pair was broken before
+            _wait([dist.irecv(nothing, group_src=peer, group=group, tag=_BREAK)], timedelta(milliseconds=1))
     else:
         with contextlib.suppress(RuntimeError):
             group.abort()

@@ -243,16 +243,13 @@ class TwoMachines:
     name = "p2p"
     stage, stage_count, setup_seconds = 0, 3, SECONDS
     ranks = (0, 1, 2)
-    pipelines = ((0, 1, 2),)
 
-    def __init__(self, machines: list[str]) -> None:
-        self.machines = machines
-
-    def texts_of_all_ranks(self, text: str) -> list[str]:
-        return self.machines
+    def __init__(self, *texts: list[str]) -> None:
+        """``texts``: what the ranks bring to each exchange; to the first one their machines."""
+        self._texts = iter(texts)
 
     def exchange(self, text: str) -> list[str]:
-        return [text] * 3
+        return next(self._texts)
 
     def wire(self, source: int, target: int, name: str) -> str:
         return f"torch.distributed from {source} to {target}"
@@ -273,9 +270,6 @@ def test_hops_between_machines_are_refused_where_memory_must_be_shared() -> None
 
 
 def test_nobody_at_the_door_is_a_lost_rank() -> None:
-    class Gone(TwoMachines):
-        def exchange(self, text: str) -> list[str]:
-            return ["", json.dumps(["\0pp_piecewise nobody", "00"]), ""]
-
-    with pytest.raises(errors.PeerLost, match="could not set up proxies from stage 0 to stage 1"):
-        OneMachine(Gone(["a", "a", "a"]), HostMemory()).wire(0, 1, "proxies")  # type: ignore[arg-type]
+    p2p = TwoMachines(["a", "a", "a"], ["", json.dumps(["\0pp_piecewise nobody", "00"]), ""])
+    with pytest.raises(errors.PeerLost, match="rank 0 could not set up proxies from rank 0 to rank 1"):
+        OneMachine(p2p, HostMemory()).wire(0, 1, "proxies")  # type: ignore[arg-type]
