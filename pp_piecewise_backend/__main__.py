@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         name = options.command or name
         exit_code = int(options.run(options) or 0)
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where there is no output, as after >&-
         return exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -422,7 +422,7 @@ def no_such_call(call: int, known: int) -> str:
 
 def wrong_number_of_dumps(count: int) -> str:
     return (
-        f"got {count} folders: expected one dump to show, or two to compare; one with --call or --tokens; none with "
+        f"folders given: {count}. Expected one dump to show, or two to compare; one with --call or --tokens; none with "
         f"--schema, which goes with nothing else."
     )
 

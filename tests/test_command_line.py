@@ -58,6 +58,11 @@ BAD_ARGUMENTS = [
 ]
 
 
+def test_it_runs_without_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
+    assert main(["env"]) == 0
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_end_with_code_2_and_say_why(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -208,6 +213,7 @@ def test_one_prompt_has_no_known_answer() -> None:
 
 def test_another_decoder_needs_a_prompt_of_its_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers.LlamaConfig(vocab_size=50, num_hidden_layers=6, eos_token_id=[2, 3]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # not read
     assert main(["demo", "--model", str(tmp_path)]) == 2
     assert "give a --prompt" in capsys.readouterr().err
     for bad in ["hello", "1,50", "-1", ""]:
@@ -228,6 +234,7 @@ def test_an_architecture_without_a_plan_is_refused(tmp_path: Path, capsys: pytes
 def test_a_tokenizer_in_the_folder_is_used(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="transformers' own dependency")
     transformers.LlamaConfig(vocab_size=3, num_hidden_layers=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # not read
     model = tokenizers.models.WordLevel({"one": 0, "two": 1, "[UNK]": 2}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

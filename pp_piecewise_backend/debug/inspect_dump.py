@@ -389,4 +389,4 @@ def _change(old: PieceEntry | None, new: PieceEntry | None) -> tuple[str, ...]:
 
 
 def _described(piece: PieceEntry) -> str:
-    return f"{piece.kind}, {len(piece.ops)} ops"
+    return f"{piece.kind}, {counted(len(piece.ops), 'op')}"

@@ -25,6 +25,7 @@ from ..compilation.placeholders import InputTable
 from ..compilation.specs import ObjectSpec, SymbolSpec, TensorSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
 from ..utils import torch_compat
+from ..utils.counters import counted
 
 _SIZE_WITHOUT_HINT = 7
 """A size at which no dimension degenerates, for symbols that had none in the traced call."""
@@ -179,7 +180,7 @@ class _Needs:
 def _title(piece: Piece, program_name: str) -> str:
     title = (
         f"{program_name} piece[{piece.index}], as pp_piecewise_backend compiled it with torch {torch.__version__}.\n\n"
-        f"{len(piece.ops)} ops, key {piece.key}. Needs torch only:"
+        f"{counted(len(piece.ops), 'op')}, key {piece.key}. Needs torch only:"
     )
     return title.replace("\\", "\\\\").replace('"""', "'''")
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from .balance import balanced_layer_counts, layer_counts_by
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
 
 def read_config(model_dir: Path) -> Any:
     """Raises `ValueError` that says what was got and what is expected, where the decoder cannot be cut."""
@@ -17,12 +19,17 @@ def read_config(model_dir: Path) -> Any:
         import transformers
     except ImportError:
         raise ValueError("this needs transformers: pip install 'pp_piecewise_backend[demo]'") from None
-    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_dir}: its config.json cannot be used: {str(error).splitlines()[0]}") from None
     if not config.base_model_pp_plan:
         raise ValueError(
             f"{model_dir}: the architecture {config.model_type!r} has no pp_plan that "
             "says where to cut; one with a plan is expected, such as Llama, Qwen2, Gemma2, Phi-3 or Mixtral."
         )
+    if not any((model_dir / name).is_file() for name in WEIGHTS):
+        raise ValueError(f"{model_dir}: no weights there; {' or '.join(WEIGHTS)} is expected.")
     return config
 
 
@@ -44,8 +51,11 @@ def end_tokens(model_dir: Path, config: Any) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def choose_device(wanted: str, ranks: int) -> str:
-    """``"cpu"`` or ``"cuda"``, for ``"auto"`` the latter where each rank has a GPU of its own. Raises `ValueError`."""
+def choose_device(wanted: str, ranks: int, graphs: str | None = None) -> str:
+    """``"cpu"`` or ``"cuda"``, for ``"auto"`` the latter where each rank has a GPU of its own.
+
+    Raises `ValueError` where it is not there, or has not the ``graphs`` that the backend was asked for.
+    """
     import torch
 
     gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -54,9 +64,10 @@ def choose_device(wanted: str, ranks: int) -> str:
             f"device cuda: {ranks} ranks need {ranks} GPUs (NCCL wants one for each), there "
             f"are {gpu_count}; use fewer ranks or the device cpu."
         )
-    if wanted == "auto":
-        return "cuda" if gpu_count >= ranks else "cpu"
-    return wanted
+    device = ("cuda" if gpu_count >= ranks else "cpu") if wanted == "auto" else wanted
+    if graphs == "cuda" and device == "cpu":
+        raise ValueError("graphs cuda needs the device cuda: on the CPU, emulate or off is possible.")
+    return device
 
 
 def layer_counts(model_dir: Path, config: Any, ranks: int, balance: str, device: str) -> list[int]:

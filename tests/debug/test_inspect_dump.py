@@ -294,10 +294,10 @@ def test_equal_dumps_and_programs_of_one_dump_only(tmp_path: Path, capsys: pytes
 def test_what_is_no_dump(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no dump" in refused(capsys, tmp_path)
     assert "nowhere does not exist: expected a folder" in refused(capsys, tmp_path / "nowhere")
-    assert "got 0 folders" in refused(capsys)
-    assert "got 3 folders" in refused(capsys, "a", "b", "c")
-    assert "got 2 folders" in refused(capsys, "a", "b", "--call", 1)
-    assert "got 1 folders: expected" in refused(capsys, "a", "--schema")
+    assert "folders given: 0" in refused(capsys)
+    assert "folders given: 3" in refused(capsys, "a", "b", "c")
+    assert "folders given: 2" in refused(capsys, "a", "b", "--call", 1)
+    assert "folders given: 1. Expected" in refused(capsys, "a", "--schema")
     assert "--schema, which goes with nothing else" in refused(capsys, "--tokens", 1, "--schema")
 
 

@@ -59,6 +59,11 @@ def test_no_number_is_equal_only_to_no_number() -> None:
     assert compare([none[None]], [one[None]], [one[None]]).wrong_prompts == (0,)
 
 
+def test_reasons_that_differ_in_numbers_only_are_one() -> None:
+    counts = [{"index 7 of 16": 1, "padding off at 3": 2}, {"index * of 8": 4, "padding off at 3": 1}]
+    assert command.reason_lines(counts) == ["  5 x index * of *", "  3 x padding off at 3"]
+
+
 # The command
 
 
@@ -158,6 +163,10 @@ def test_layers_that_depend_on_their_number_fail_and_the_stage_is_named(tmp_path
         (["nowhere", "--capture-sizes", "4,2"], "capture_sizes"),
         (["nowhere", "--import", "no_such_module"], "check: No module named 'no_such_module'"),
         (["DIR", "--ranks", "3"], "check: --ranks 3: the decoder has 2 layers, so 1 to 2 is possible."),
+        (
+            ["DIR", "--graphs", "cuda", "--device", "cpu"],
+            "check: graphs cuda needs the device cuda: on the CPU, emulate",
+        ),
         (["DIR", "--dtype", "float64"], "check: dtype float64: float16, bfloat16, float32 can be checked."),
     ],
 )

@@ -18,6 +18,7 @@ import started_in_tests
 from checkout import CHECKOUT, TESTS
 from models.tiny_decoders import TINY, tiny_decoder
 from pp_piecewise_backend.__main__ import main
+from pp_piecewise_backend.demo import questions
 from pp_piecewise_backend.integrations import model_folder
 from pp_piecewise_backend.integrations.balance import BALANCES, layer_counts_by
 from pp_piecewise_backend.integrations.generation import call
@@ -26,6 +27,7 @@ from pp_piecewise_backend.integrations.huggingface import NewToken, decoder_plan
 OPTIONS = {"compiler": "eager"}
 PROMPTS = [[number + 3 * at + 3 for at in range(1 + number % 6)] for number in range(16)]
 SECONDS = 250
+NOT_TEXT = questions.OWN_MODEL_DIR / "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,7 @@ def test_drawn_tokens_do_not_depend_on_how_sequences_share_micro_batches(folder:
         ({"ranks": 3}, "ranks 3: the decoder has 2 layers, so 1 to 2 is possible."),
         ({"max_new_tokens": 0}, "max_new_tokens 0: at least 1 is needed."),
         ({"temperature": -1.0}, "temperature -1.0: 0 (the likeliest token) or more is expected."),
+        ({"temperature": float("nan")}, "temperature nan: 0 (the likeliest token) or more is expected."),
         ({"top_p": 0.0}, "top_p 0.0: more than 0 and at most 1 is expected."),
         ({"dtype": "int8"}, "dtype 'int8': a floating torch dtype such as float32 or bfloat16 is expected."),
         ({"prompts": [[1], []]}, "prompt 1 ([]) has no tokens; at least one is needed."),
@@ -111,6 +114,7 @@ def test_drawn_tokens_do_not_depend_on_how_sequences_share_micro_batches(folder:
         ({"prompts": ["hello"]}, "has no tokenizer, so a prompt must be comma-separated token ids in 0..60"),
         ({"chat": True}, "it has no tokenizer, so there is no chat template; leave chat out."),
         ({"sequences_per_micro_batch": 93}, "sequences_per_micro_batch 93: at most 92 fit."),
+        ({"device": "cpu", "options": {"graphs": "cuda"}}, "graphs cuda needs the device cuda: on the CPU, emulate"),
         ({"device": "cuda"}, "2 ranks need 2 GPUs (NCCL wants one for each), there are 0"),
         ({"model_dir": Path("nowhere")}, "nowhere: no config.json there; a local folder in Hugging Face format"),
     ],
@@ -123,6 +127,33 @@ def test_bad_arguments_are_refused_before_ranks_start(
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         generate(**{"model_dir": folder, "prompts": [[1]], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("config.json", "{oops", "its config.json cannot be used: It looks like the config file at"),
+        (
+            "config.json",
+            '{"model_type": "no such"}',
+            "its config.json cannot be used: The checkpoint you are trying to",
+        ),
+        ("config.json", "{}", "its config.json cannot be used: Unrecognized model in"),
+        ("model.safetensors", None, "no weights there; model.safetensors or model.safetensors.index.json is expected."),
+    ],
+)
+def test_folders_that_cannot_be_used_are_refused_in_one_line(
+    file: str, content: str | None, sentence: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    assert main(["generate", str(tmp_path), "--prompt", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"generate: {tmp_path}: {sentence}")
 
 
 def test_no_prompts_have_no_answers(folder: Path) -> None:
@@ -198,7 +229,8 @@ def test_the_command_with_ranks_of_its_own_and_a_rank_that_fails(folder: Path, t
     [
         (["nowhere", "--prompt", "1"], "generate: nowhere: no config.json there"),
         (["nowhere"], "generate: there is no prompt: give --prompt TEXT or --prompts FILE."),
-        (["nowhere", "--prompts", "no_file"], "No such file"),
+        (["nowhere", "--prompts", "no_file"], "generate: --prompts no_file: No such file or directory."),
+        (["nowhere", "--prompts", str(NOT_TEXT)], "codec can't decode byte"),
     ],
 )
 def test_bad_arguments_of_the_command(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

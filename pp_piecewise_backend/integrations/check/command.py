@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, PPPiecewiseWarning, RankFailed
+from ...utils.counters import counted
 from .. import smollm2
 from ..generation.command import add_pipeline_arguments, backend_options
 from ..model_folder import check_rank_count, choose_device, layer_counts, load_whole, read_config
@@ -62,6 +64,10 @@ class Outcome:
     """Why pieces did not replay, how often."""
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {counted(self.ranks, 'rank')}, {self.dtype}"
+
 
 def run(options: argparse.Namespace) -> int:
     """0; 1 if something is wrong; 2 for bad arguments."""
@@ -72,17 +78,15 @@ def run(options: argparse.Namespace) -> int:
         return 2
     outcomes = []
     for job, outcome in jobs:
-        print(f"{outcome.name}: {outcome.ranks} ranks, {outcome.dtype} ...", file=sys.stderr, flush=True)
+        print(f"{outcome.title} ...", file=sys.stderr, flush=True)
         check(job, outcome)
         outcomes.append(outcome)
     print(table(outcomes))
-    reasons = {sentence: sum(one.why[sentence] for one in outcomes) for one in outcomes for sentence in one.why}
-    if reasons:
-        print("\nnot replayed, by how many pieces and calls:")
-        print("\n".join(f"  {times} x {sentence}" for sentence, times in reasons.items()))
+    if reasons := reason_lines([one.why for one in outcomes]):
+        print("\nnot replayed, by how many pieces and calls:", *reasons, sep="\n")
     for outcome in outcomes:
         for problem in outcome.problems:
-            print(f"check: {outcome.name}, {outcome.ranks} ranks, {outcome.dtype}: {problem}", file=sys.stderr)
+            print(f"check: {outcome.title}: {problem}", file=sys.stderr)
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 
@@ -104,7 +108,7 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[CheckJob, Outcome]]:
         config = read_config(folder)
         for ranks in rank_counts:
             check_rank_count(ranks, config, "--ranks")
-            device = choose_device(options.device, ranks)
+            device = choose_device(options.device, ranks, options.graphs)
             counts = layer_counts(folder, config, ranks, options.balance, device)
             for dtype in _dtypes(options.dtype, folder):
                 job = CheckJob(
@@ -167,6 +171,17 @@ def check(job: CheckJob, outcome: Outcome) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PPPiecewiseWarning)  # of stages that are compiled in between
             outcome.problems += pieces.find(model, wide, job, job.prompts[found.wrong_prompts[-1]][:-1])
+
+
+def reason_lines(counts: Iterable[Mapping[str, int]]) -> list[str]:
+    """One line for sentences that differ in numbers only, with ``*`` for these, and how often each kind occurred."""
+    alike: dict[str, Counter[str]] = {}
+    for sentence, times in ((sentence, times) for why in counts for sentence, times in why.items()):
+        alike.setdefault(re.sub(r"\d+", "*", sentence), Counter())[sentence] += times
+    return [
+        f"  {sum(times.values())} x {pattern if len(times) > 1 else next(iter(times))}"
+        for pattern, times in alike.items()
+    ]
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import warnings
 from collections import Counter
@@ -22,8 +21,6 @@ from .job import CheckJob, import_all
 
 TARGET = f"{__name__}:run_rank"
 _TAG = struct.Struct("<I")
-_NUMBERS_OF_ONE = re.compile(r"\d{5,}|(?<=[\[.])\d+(?=[\].])")
-"""Of a layer or of garbage: sentences that differ in no more count as one."""
 
 
 def run_rank(rank: int, count: int, folder: Path, job: Any, emit: Emit) -> None:
@@ -100,13 +97,10 @@ def replayed() -> dict[str, Any]:
         why.update(f"bucket dropped, {bucket.reason}: {bucket.sentence}" for bucket in graphs.dropped)
         for miss in graphs.misses:
             why[f"{miss.reason}: {miss.sentence}"] += miss.pieces * miss.calls
-    folded: Counter[str] = Counter()
-    for sentence, times in why.items():
-        folded[_NUMBERS_OF_ONE.sub("*", sentence)] += times
     return {
         "replays": stats.replays,
         "misses": stats.graph_misses,
         "calls": stats.calls,
         "micro_batches": stats.microbatches,
-        "why": dict(folded),
+        "why": dict(why),
     }

@@ -156,7 +156,7 @@ def plan(
     config = read_config(folder)
     check_rank_count(ranks, config)
     _check_dtype(dtype)
-    device = choose_device(device, ranks)
+    device = choose_device(device, ranks, (options or {}).get("graphs"))
     vocabulary = vocabulary_of(folder, config, chat=chat)
     tokens = [_tokens_of(number, prompt, vocabulary, config.vocab_size) for number, prompt in enumerate(prompts)]
     sequences, max_rows = Job.rows(tokens, ranks, sequences_per_micro_batch, max_tokens)
@@ -197,7 +197,7 @@ def _check_numbers(
             raise ValueError(f"{name} {value}: at least 1 is needed.")
     if sequences_per_micro_batch > MAX_SEQUENCES:
         raise ValueError(f"sequences_per_micro_batch {sequences_per_micro_batch}: at most {MAX_SEQUENCES} fit.")
-    if temperature < 0:
+    if not temperature >= 0:  # which holds for what is no number, too
         raise ValueError(f"temperature {temperature}: 0 (the likeliest token) or more is expected.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p}: more than 0 and at most 1 is expected.")

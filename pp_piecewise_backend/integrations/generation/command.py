@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         prompts = _prompts(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
     texts = [""] * len(prompts)
@@ -132,7 +132,10 @@ def run(options: argparse.Namespace) -> int:
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts is not None:
-        text = sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text()
+        try:
+            text = sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {options.prompts}: {getattr(error, 'strerror', error)}.") from None
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError("there is no prompt: give --prompt TEXT or --prompts FILE.")
