@@ -80,8 +80,10 @@ def show_options(options: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 0)).columns)
     for row, meaning in zip(rows, ["", *(row.help for row in table)], strict=True):
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-        indent = " " * 4
+        *cells, value = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        line, indent, value = "  ".join(cells), " " * 4, value.rstrip()
+        # A value stays whole, to be copied.
+        print(f"{line}  {value}" if len(f"{line}  {value}") <= columns else f"{line.rstrip()}\n{indent}{value}")
         for line in textwrap.wrap(meaning, columns, initial_indent=indent, subsequent_indent=indent):
             print(line)
     return 0

