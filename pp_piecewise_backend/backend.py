@@ -437,10 +437,11 @@ def graph_input_sources(graph: object) -> list[str] | None:
     return [graph_input.source for graph_input in graph.inputs] if isinstance(graph, Program) else None
 
 
-def captured_tokens(stage: Stage) -> set[int]:
-    """The buckets that the programs of a stage have captured."""
+def warmed_up_tokens(stage: Stage) -> set[int]:
+    """The buckets that the programs of a stage have captured, or dropped."""
     own = [program.graphs for program in backend.programs() if program.stage is stage]
-    return {bucket.tokens for graphs in own if graphs is not None for bucket, _ in graphs.buckets}
+    found = [({bucket.tokens for bucket, _ in graphs.buckets}, graphs.dropped) for graphs in own if graphs is not None]
+    return {tokens for captured, dropped in found for tokens in (*captured, *dropped)}
 
 
 def release_stage(stage: Stage) -> None:

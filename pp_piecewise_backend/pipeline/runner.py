@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .. import errors
-from ..backend import captured_tokens, graph_input_sources, release_stage, warmup
+from ..backend import graph_input_sources, release_stage, warmed_up_tokens, warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
 from ..runtime.stage import Stage
@@ -209,8 +209,9 @@ class StageRunner:
                     _LOG.warning("%s", errors.graph_breaks_in_stage(self.stage, first_line))
                     self._compile(whole=False)
                     warmup(self._compiled, self._warmup_inputs, progress=progress)
-                self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, captured_tokens(self._stage))
-                self._learn_entrance({1, 2, self._stage.max_tokens, *captured_tokens(self._stage)})
+                buckets = warmed_up_tokens(self._stage)
+                self._bucket_times = time_buckets(self._compiled, self._warmup_inputs, buckets)
+                self._learn_entrance({1, 2, self._stage.max_tokens, *buckets})
             self._clock.begins(Step.CALLER)
 
     @contextlib.contextmanager
@@ -235,9 +236,10 @@ class StageRunner:
                     _LOG.info("%s", errors.entered_through_dynamo(self.stage, num_tokens, self._entrance.why_not))
 
     def bucket_times(self) -> tuple[BucketTime, ...]:
-        """How long this stage's forward takes per captured bucket, ``(tokens, forward_us)``, the smallest bucket first.
+        """How long this stage's forward takes per bucket, ``(tokens, forward_us)``, the smallest bucket first.
 
-        The warm-up measures it, with the inputs of the warm-up; empty before it, and where nothing is captured.
+        The warm-up measures it, with the inputs of the warm-up: with the bucket's graphs or, where it was dropped,
+        without. Empty before it, and where there are no graphs.
         """
         return self._bucket_times
 

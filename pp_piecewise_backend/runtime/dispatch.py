@@ -438,6 +438,10 @@ class Graphs:
         for parameters in self._sets.values():
             parameters.release()
 
+    def retry_dropped(self) -> None:
+        """See ``Captures``."""
+        self.dropped = {tokens: reason for tokens, reason in self.dropped.items() if reason.code != "graph-memory"}
+
     def _moved(self, bucket: Bucket, here: Place, is_full: bool) -> dict[int, Reason]:
         moved: dict[int, Reason] = {}
         for step in bucket.graphs:

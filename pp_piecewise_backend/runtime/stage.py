@@ -76,6 +76,9 @@ class Captures(Protocol):
     def release_buckets(self) -> None:
         """Release all graphs; the next call of a bucket captures it again."""
 
+    def retry_dropped(self) -> None:
+        """Capture again, too, what was dropped for want of memory."""
+
     def drop(self, tokens: int, held_bytes: int, limit_bytes: int) -> None:
         """Release all buckets, and capture the one of ``tokens`` tokens no more: too much graph memory is held."""
 
@@ -123,9 +126,10 @@ class StageMemory:
         self.pools.clear()
 
     def release_captures(self) -> None:
-        """Release what all programs have captured, with the memory that it took."""
+        """Release what all programs have captured, with the memory that it took: there is room for other buckets."""
         for user in list(self._users):
             user.release_buckets()
+            user.retry_dropped()
         self.pools.clear()
         self.blocks.release()
 

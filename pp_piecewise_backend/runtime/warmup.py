@@ -10,7 +10,8 @@ need no test. Static programs have no ladder, so the sizes of the first two call
 
 Where only what is faster is kept (``keep``), the same numbers of tokens are then called again, the largest first, to
 time what replays against what runs without graphs. If some buckets are dropped, all others are captured again: pools of
-graph memory shrink only as a whole.
+graph memory shrink only as a whole. Then there may be room for buckets that ``graph_memory_bytes`` had no room for,
+which are weighed in their turn.
 
 Note [proof of a full graph] (rule R9)
 A full graph holds attention, too, and froze whatever that reads besides its inputs. So a bucket of full graphs is
@@ -260,15 +261,17 @@ def warm_up(
         _call(compiled, make_inputs, 1 if sizes is None else min(sizes))
         _call(compiled, make_inputs, session.max_tokens if sizes is None else max(sizes))
         called = _capture_all(compiled, make_inputs, session, sizes, progress)
-        if session.weighs:
+        while session.weighs:
             session.captures, session.stopwatch = False, Stopwatch()
             for num_tokens in _with_progress(sorted(set(called), reverse=True), progress, "weighing"):
                 _call(compiled, make_inputs, num_tokens)
             session.stopwatch = None
-            for release_all in session.release_all.values():
+            found_too_slow, session.release_all = session.release_all, {}
+            for release_all in found_too_slow.values():
                 release_all()
-            if session.release_all:
-                _capture_all(compiled, make_inputs, session, sizes, progress)
+            if not found_too_slow:
+                break
+            _capture_all(compiled, make_inputs, session, sizes, progress)
     if not session.calls:
         raise errors.PPPiecewiseError(errors.NO_PROGRAM_IN_WARMUP)
     found = captured()
@@ -303,7 +306,7 @@ def _capture_all(
 def time_buckets(
     compiled: Callable[..., Any], make_inputs: MakeInputs, buckets: Iterable[int]
 ) -> tuple[BucketTime, ...]:
-    """How long calls take that fill these buckets, which are captured; smallest first. No trace of them stays.
+    """How long calls take that fill these buckets; smallest first. They capture nothing, and no trace of them stays.
 
     Args:
         compiled: what ``warm_up`` got; all its work belongs to programs.

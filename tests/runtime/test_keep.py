@@ -16,6 +16,7 @@ from captured import DEVICES, HIDDEN, Pair, misses_between, net, rows
 from one_program import for_every_size
 from pp_piecewise_backend.debug.describe import describe_graphs
 from pp_piecewise_backend.runtime import warmup
+from pp_piecewise_backend.runtime.stage import StageMemory
 from pp_piecewise_backend.runtime.warmup import REPETITIONS, Stopwatch
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients", "one_program")
@@ -93,6 +94,25 @@ def test_buckets_that_save_no_time_are_dropped_with_their_memory(device: str, mo
     alone = warmed_up(device, keep="all", capture_sizes="2", max_tokens=2)
     assert (ppb.stats().graph_bytes, ppb.stats().static_bytes) == held, "memory of what was dropped is still held"
     assert buckets_of(alone) == [2]
+
+
+@pytest.mark.parametrize(("largest_us", "kept"), [((700, 300), [8, 2]), ((700, 900), [2])])
+def test_memory_of_what_was_dropped_goes_to_buckets_that_had_no_room(
+    largest_us: tuple[float, float], kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bytes_of_buckets(memory: StageMemory) -> int:  # which share none, as in the memory of a CUDA driver
+        return sum(bucket.tokens for user in memory._users for bucket, _ in user.buckets)
+
+    monkeypatch.setattr(StageMemory, "graph_bytes", property(bytes_of_buckets))
+    left = takes(monkeypatch, (500, 600), (300, 200), largest_us)
+    pair = warmed_up("cpu", graph_memory_bytes=8 + 2)
+    assert not left and buckets_of(pair) == kept
+    graphs = describe_graphs(pair.program)
+    assert {dropped.tokens: dropped.reason for dropped in graphs.dropped} == dict.fromkeys(
+        {8, 4}.difference(kept), "not-faster"
+    )
+    assert [bucket.replay_us for bucket in graphs.buckets] == [300, 200][-len(kept) :]
+    assert calls_are_right(pair, 8, 2) == ({} if 8 in kept else {"not-faster": 3})
 
 
 def test_nothing_is_held_if_nothing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
