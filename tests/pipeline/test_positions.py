@@ -96,14 +96,19 @@ def test_a_neighbour_is_where_it_announced_a_micro_batch_until_it_says_so_itself
 
 @pytest.mark.parametrize("is_busy", [True, False])
 @pytest.mark.parametrize("step", Step)
-def test_a_saying_fits_into_a_tag_and_ages_on_its_way(step: Step, is_busy: bool) -> None:
-    now_ns = time.perf_counter_ns()
-    said = Saying(Place(step, 3, now_ns - 2 * 10**9), 6, now_ns - 10**9)
+def test_a_saying_fits_into_a_tag_and_is_as_old_by_the_clock_of_who_hears_it(
+    step: Step, is_busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has a clock of its own, which says nothing to the others."""
+    there_ns, here_ns = 50 * 10**9, 7 * 10**9
+    said = Saying(Place(step, 3, there_ns - 2 * 10**9), 6, there_ns - 10**9)
+    monkeypatch.setattr(module.time, "perf_counter_ns", lambda: there_ns)
     packed = said.to_bytes(is_busy)
     assert len(packed) <= 24
+    monkeypatch.setattr(module.time, "perf_counter_ns", lambda: here_ns)
     heard, was_busy = Saying.from_bytes(packed, 3)
     assert (heard.place.step, heard.place.micro_batch, heard.number, was_busy) == (step, 3, 6, is_busy)
-    assert abs(heard.as_of_ns - said.as_of_ns) < 10**8 and abs(heard.place.since_ns - said.place.since_ns) < 10**8
+    assert (heard.place.since_ns, heard.as_of_ns) == (here_ns - 2 * 10**9, here_ns - 10**9)
     assert bool(said.place.phrase()) is (step is not Step.UNKNOWN)
 
 
@@ -175,15 +180,18 @@ def test_keep_alives_alone_say_where_ranks_are_and_who_says_nothing_is_not_known
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_FRESH_POSITIONS_SECONDS", 0.0)
+    are_known = threading.Event()
 
     def play(rank: int, links: Links) -> Any:
         if rank != 0:
-            time.sleep(2.0)
+            are_known.wait(SECONDS)
             return None
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline and len(links.positions.known_ranks()) < 3:
             time.sleep(0.01)
-        return links.positions.collect(lost_rank=0)
+        found = links.positions.collect(lost_rank=0)
+        are_known.set()
+        return found
 
     found = linked(4, play, 1.0, silent=[1])[0]
     assert [p.micro_batch for p in found] == [100, None, 102, 103]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pp_piecewise_backend as ppb
 from models.small_pipeline import own_inputs
 from plain_stage import Plain
 from pp_piecewise_backend import errors
+from pp_piecewise_backend.pipeline import report
 from pp_piecewise_backend.pipeline.positions import Step
 from pp_piecewise_backend.pipeline.report import LateStep, StepClock
 from pp_piecewise_backend.pipeline.transports.base import Patience
@@ -75,18 +77,21 @@ def a_lock_that_nobody_releases(lock: threading.Event) -> None:
     lock.wait(60)
 
 
-def test_waits_for_other_ranks_do_not_make_a_step_late() -> None:
+def test_waits_for_other_ranks_do_not_make_a_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_ns = [0]
+    readings = itertools.count(10**9)  # no two are alike
+    monkeypatch.setattr(report.time, "perf_counter_ns", lambda: next(readings) + waited_ns[0])
     clock = StepClock(torch.device("cpu"))
     assert clock.late_step(0) is None
     clock.step_begins(3)
     assert clock.late_step(0) == LateStep(3, "make_inputs", threading.get_ident())
     clock.forward_begins()
     begin_ns = clock.wait_begins("send")
-    time.sleep(0.4)
+    waited_ns[0] += 4 * 10**8
     assert clock.late_step(0.3) is None
     clock.waited("send", begin_ns)
     assert clock.late_step(0.3) is None
-    time.sleep(0.4)
+    waited_ns[0] += 4 * 10**8
     assert clock.late_step(0.3) == LateStep(3, "forward", threading.get_ident())
     clock.forward_ends()
     assert clock.late_step(0.3) == LateStep(3, "results", threading.get_ident())
