@@ -568,7 +568,7 @@ def autoregressive(rank: Rank) -> dict[str, Any]:
         for _ in stage.run(microbatches() if rank.is_first else None):
             started += 1
         after = ppb.stats()
-    names = ("recv_allocations", "proxy_copies", "graph_misses", "blocking_metadata")
+    names = ("recv_allocations", "proxy_copies", "graph_misses")
     return {"started": started, "tokens": tokens, "counted": {name: after[name] - before[name] for name in names}}
 
 

@@ -357,12 +357,9 @@ class StageRunner:
         if self.timeline is not None:
             self.timeline.micro_batch = sequence
         header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
-        announced_at = time.perf_counter()
         with _serving():
-            output, began_at = self._forward(num_tokens, tag, given, proxies)
+            output = self._forward(num_tokens, tag, given, proxies)
         if outgoing is not None and header is not None:
-            if announced_at > began_at:
-                self._stats.add("blocking_metadata")
             self._send(header, output)
         elif self._answers is not None and answer is not Answer.NOTHING:
             if self._answers.are_finished_here:
@@ -382,11 +379,7 @@ class StageRunner:
             with self._waiting("receive", "confirm"):
                 self._inbox.confirm()
 
-    def _forward(
-        self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views
-    ) -> tuple[Any, float]:
-        """The module's output, and when the work for it began."""
-        began_at = time.perf_counter()
+    def _forward(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views) -> Any:
         arguments = self._arguments(num_tokens, tag, given, proxies)
         if not self._is_whole_graph:
             self._wait_for_send()
@@ -400,7 +393,7 @@ class StageRunner:
         self._clock.forward_ends()
         if self._uses_landing_memory and not lies_in(self._stage.landing_spans, output):
             self._release()
-        return output, began_at
+        return output
 
     def landing_was_read(self) -> None:
         """For programs, see ``StageListener``: nothing reads landing memory any more in the call under way."""

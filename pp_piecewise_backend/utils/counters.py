@@ -58,7 +58,9 @@ COUNTERS: Mapping[str, Counter] = {
     "proxy_copies": Counter("copies of a proxy between its landing or result memory and the wire"),
     "recv_allocations": Counter("tensors allocated for receiving while micro-batches run"),
     "pickles": Counter("objects pickled while micro-batches run; the package has no code that does"),
-    "blocking_metadata": Counter("headers that left only when the work of their step had begun"),
+    "blocking_metadata": Counter(
+        "headers of proxies that left only when their step had begun; a runner announces first"
+    ),
     "early_releases": Counter("micro-batches whose landing memory was freed before the last step of the forward"),
     "send_waits": Counter("times a step that writes results really waited for a send"),
     "unmatched_split_ops": Counter("names in split_ops that matched nothing"),

