@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def passes_through(runner: ppb.StageRunner, stage: int) -> list[float]:
     return came
 
 
-def in_a_group(rank: int, job: Mapping[str, Any]) -> Any:
+def in_a_group(rank: int, job: Mapping[str, Any], all_are_up: Callable[[], None]) -> Any:
     """Two runners on ranks 1 and 2, one after the other; all ranks make groups before, meanwhile and after."""
     before = dist.new_group([0, 1, 2])
     pipeline = dist.new_group([1, 2])
@@ -75,17 +75,19 @@ def in_a_group(rank: int, job: Mapping[str, Any]) -> Any:
     return {"came": came, "sums": sums}
 
 
-def never_looked_after(rank: int, job: Mapping[str, Any]) -> Any:
-    """Rank 0 has ended before the others make a runner."""
+def never_looked_after(rank: int, job: Mapping[str, Any], all_are_up: Callable[[], None]) -> Any:
+    """Rank 0 ends when all have the group."""
     pipeline = dist.new_group([1, 2])
+    all_are_up()
     if rank == 0:
         return None
     return passes_through(runner_in(pipeline, rank - 1, transport=job["transport"]), rank - 1)
 
 
-def tensor_parallel(rank: int, job: Mapping[str, Any]) -> Any:
+def tensor_parallel(rank: int, job: Mapping[str, Any], all_are_up: Callable[[], None]) -> Any:
     """Two pipelines side by side on ranks 1 to 4, whose second ends have each other's shares."""
     groups = {ranks: dist.new_group(ranks) for ranks in ((1, 3), (2, 4), (1, 2), (3, 4))}
+    all_are_up()
     if rank == 0:
         return None
     pair = tuple(groups[ranks] for ranks in groups if rank in ranks)
@@ -93,8 +95,9 @@ def tensor_parallel(rank: int, job: Mapping[str, Any]) -> Any:
     return passes_through(runner_in(pair, stage, layout="scattered", transport=job["transport"]), stage)
 
 
-def does_not_come(rank: int, job: Mapping[str, Any]) -> Any:
+def does_not_come(rank: int, job: Mapping[str, Any], all_are_up: Callable[[], None]) -> Any:
     pipeline = dist.new_group([1, 2])
+    all_are_up()
     if rank != 1:
         return None
     try:
@@ -103,8 +106,9 @@ def does_not_come(rank: int, job: Mapping[str, Any]) -> Any:
         return str(error)
 
 
-def fails(rank: int, job: Mapping[str, Any]) -> Any:
+def fails(rank: int, job: Mapping[str, Any], all_are_up: Callable[[], None]) -> Any:
     pipeline = dist.new_group([1, 2])
+    all_are_up()
     if rank == 0:
         return None
     try:
@@ -124,6 +128,13 @@ SCENARIOS = {
 def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
-    value = SCENARIOS[job["scenario"]](rank, job)
+    store = dist.FileStore(f"{folder}/up", count)
+
+    def all_are_up() -> None:
+        """A rank that ends while others still connect to it would break their process groups."""
+        store.set(str(rank), "is up")
+        store.wait([str(other) for other in range(count)])
+
+    value = SCENARIOS[job["scenario"]](rank, job, all_are_up)
     (folder / f"value_{rank}.json").write_text(json.dumps(value))
     return 0
