@@ -30,9 +30,9 @@ from pp_piecewise_backend.pipeline.connect import Links, make_links
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.link import Receiver, Sender
 from pp_piecewise_backend.pipeline.plan import Schema, StagePlan
-from pp_piecewise_backend.pipeline.tensor_parallel import TensorParallel
 from pp_piecewise_backend.pipeline.transports.base import MESSAGE_BYTES, Patience, Transport
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
+from pp_piecewise_backend.pipeline.transports.tensor_parallel import TensorParallel
 from pp_piecewise_backend.runtime.cudagraphs.ladder import Ladder
 from pp_piecewise_backend.runtime.stage import Proxy
 from pp_piecewise_backend.utils.counters import Stats

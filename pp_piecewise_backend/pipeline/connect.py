@@ -16,8 +16,8 @@ from .link import End, LinkSettings, Receiver, Sender, Sibling
 from .plan import Plan, Schema, StagePlan, agree
 from .positions import Place, Positions
 from .report import TimesOfRanks
-from .tensor_parallel import TensorParallel
 from .transports.base import LinkChoice, Patience, Transport, Wire
+from .transports.tensor_parallel import TensorParallel
 
 AnyEnd = TypeVar("AnyEnd", bound=End)
 
@@ -82,7 +82,8 @@ def pick_transport(
 class Links:
     """All that one rank holds of the hand-off."""
 
-    stage: int
+    rank: int
+    """How messages name this rank."""
     incoming: Receiver | None
     """From the previous stage; None on the first."""
     outgoing: Sender | None
@@ -125,11 +126,6 @@ class Links:
     def choices(self) -> Sequence[LinkChoice]:
         """How the links of the pipeline came to their transport, where there was a choice."""
         return tuple(getattr(self._transports[0], "choices", ()))
-
-    @property
-    def rank(self) -> int:
-        """How messages name this rank."""
-        return self._transports[0].ranks[self.stage]
 
     @property
     def is_broken(self) -> bool:
@@ -214,7 +210,8 @@ def make_links(
         PlanMismatch: on every rank, with every difference.
         PeerLost: a rank did not come within ``setup_seconds``.
     """
-    positions, times = Positions(transport.ranks[transport.stage], look), TimesOfRanks(transport.ranks, transport.stage)
+    rank = transport.ranks[transport.stage]
+    positions, times = Positions(rank, look), TimesOfRanks(transport.ranks, transport.stage)
     fault = Fault(positions)
     transports: list[Transport] = [transport]
     if tensor_parallel is not None:
@@ -247,11 +244,11 @@ def make_links(
                 stack.callback(opened.close)
             for end in fault.ends:
                 stack.callback(end.close)
-            rank, reason = transport.ranks[transport.stage], type(error).__name__
+            reason = type(error).__name__
             fault.record(Loss(rank, reason, errors.own_failure(rank, reason, None, None)))
             fault.forget_ends()
         raise
-    return Links(stage, incoming, outgoing, feedback_in, feedback_out, siblings, times, positions, fault, transports)
+    return Links(rank, incoming, outgoing, feedback_in, feedback_out, siblings, times, positions, fault, transports)
 
 
 def _agreed(transport: Transport, own: StagePlan, tensor_parallel: TensorParallel | None) -> Plan:

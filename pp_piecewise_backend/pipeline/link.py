@@ -44,8 +44,8 @@ from .header import MAX_TAG_BYTES, Answer, Header, Kind
 from .plan import Plan, Schema
 from .positions import Place, Positions, Saying, Step
 from .report import RankTimes, TimesOfRanks
-from .tensor_parallel import TensorParallel
 from .transports.base import Patience, Pending, Wire
+from .transports.tensor_parallel import TensorParallel
 
 Result = TypeVar("Result")
 

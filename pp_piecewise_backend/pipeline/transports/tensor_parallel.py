@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .transports.torch_distributed import P2P, break_group, gather
+from .torch_distributed import P2P, break_group, gather
 
 
 class TensorParallel:
