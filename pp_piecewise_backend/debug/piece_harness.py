@@ -221,8 +221,8 @@ def main() -> int:
             return 1
         outputs = sum(name.startswith("output") for name in eager)
         print(
-            f"{PIECE}: equal: {outputs} outputs and {len(tensors)} inputs afterwards, {len(UNINITIALISED)} "
-            f"uninitialised outputs left out; largest relative difference {largest:.2g}"
+            f"{PIECE}: equal: outputs {outputs}, inputs afterwards {len(tensors)}, uninitialised and left out "
+            f"{len(UNINITIALISED)}; largest relative difference {largest:.2g}"
         )
         print(
             f"  eager {microseconds(call, piece, tensors, sizes)}, {options.backend} "
