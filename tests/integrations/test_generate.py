@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -207,6 +208,35 @@ def test_the_command_streams_one_answer_and_numbers_several(
     assert printed.err == ""  # the bar is for terminals
     assert main(["generate", str(folder), "--device", "cpu", "--prompt", "5,6"]) == 0
     assert capsys.readouterr().out == "0,1\n"
+
+
+def test_no_bar_runs_through_answers_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(target: str, count: int, job: Any, on_event: Any) -> None:
+        for prompt in range(len(job["prompts"])):
+            on_event(0, {"tokens": [[prompt, 7, False], [prompt, 8, True]]})
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def shown(*prompts: str) -> str:
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main(["generate", str(folder), "--device", "cpu", *(f"--prompt={prompt}" for prompt in prompts)]) == 0
+        return terminal.getvalue()
+
+    monkeypatch.setattr(call, "run_ranks", answer)
+    assert shown("5,6") == "7,8\n"
+    several = shown("5,6", "7")
+    assert "pipeline: " in several and len(re.findall(r"\r *\r\[[01]\] 7,8\n", several)) == 2
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    generate(folder, [[5]], device="cpu", on_token=lambda token: None)
+    assert terminal.getvalue() == ""
+    generate(folder, [[5]], device="cpu")
+    assert "pipeline: " in terminal.getvalue()
 
 
 @pytest.mark.slow

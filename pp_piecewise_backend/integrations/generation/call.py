@@ -91,7 +91,7 @@ def generate(
         max_tokens: rows of a micro-batch, at most; longer prompts run in parts.
         options: of the backend.
         on_token: called here with each new token, as it comes.
-        progress: whether to show a bar; by default on a terminal only.
+        progress: whether to show a bar; by default on a terminal only, and not where ``on_token`` may print there.
 
     Raises:
         ValueError: an argument or the folder cannot be used.
@@ -117,6 +117,8 @@ def generate(
         max_tokens=max_tokens,
         options=options,
     )
+    if progress is None and on_token is not None:
+        progress = False
     with showing_progress(len(prompts), progress) as count_token:
 
         def hear(token: NewToken) -> None:

@@ -85,6 +85,8 @@ def backend_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> int:
     """0; 1 if a rank failed; 2 for bad arguments."""
+    from tqdm import tqdm
+
     from .call import NewToken, generate
 
     try:
@@ -100,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
             return
         texts[token.prompt] += token.text
         if token.is_last:
-            print(f"[{token.prompt}] {texts[token.prompt]}", flush=True)
+            with tqdm.external_write_mode():  # the bar makes room
+                print(f"[{token.prompt}] {texts[token.prompt]}", flush=True)
 
     try:
         generate(
@@ -119,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
             max_tokens=options.max_tokens,
             options=backend_options(options),
             on_token=show,
+            progress=len(prompts) > 1 and sys.stderr.isatty(),  # no bar runs through an answer that streams
         )
     except ValueError as error:
         print(f"generate: {error}", file=sys.stderr)
