@@ -21,6 +21,7 @@ ORDER = (
     "utils.reasons",
     "utils.counters",
     "utils.torch_compat",
+    "utils.dynamo_sources",
     "utils.dynamo_guards",
     "utils.dynamo_frames",
     "utils.dynamo_entrance",

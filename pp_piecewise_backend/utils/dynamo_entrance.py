@@ -20,6 +20,7 @@ import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -29,7 +30,8 @@ from torch import nn
 from . import dynamo_frames
 from .counters import Amounts, Stats
 from .dynamo_frames import Frame
-from .dynamo_guards import Objects, Unexpected, Values
+from .dynamo_guards import Objects
+from .dynamo_sources import Unexpected, Values, reader
 
 _LOG = logging.getLogger(__name__)
 
@@ -177,14 +179,17 @@ class _Way:
         sources = inputs_of(self._graph)
         if sources is None:
             raise Unexpected("its graph was not split")
-        self._guards = guards = frame.guards(values, known=("self",), call="arguments")
+        self._guards = guards = frame.guards(
+            values, forward.__globals__, known=("self",), call="arguments", taken=sources
+        )
         self._objects: OrderedDict[tuple[int, ...], Objects] = OrderedDict()
         """By the ids of those among the arguments of a call."""
         module, arguments = values["self"], values["arguments"]
         taken = dynamo_frames.graph_arguments(whole, module, **arguments)
-        constants = {at: taken[at] for at, source in enumerate(sources) if source in guards.own_tensors}
-        self._read = dynamo_frames.reader(sources, constants)
-        same = guards.own_tensors | guards.given_tensors
+        self._read = reader(sources, forward.__globals__, guards.own_tensors)
+        self._given = _picker([sources.index(source) for source in guards.taken])
+        """Takes, from the graph's arguments, the tensors of objects that are among them."""
+        same = guards.own_tensors.keys() | guards.given_tensors
         self._fresh = [at for at, source in enumerate(sources) if source not in same]
         """Positions of the graph's arguments that may be any tensor, as long as it is none of the others."""
         self._taken: Sequence[Any] = ()
@@ -218,7 +223,9 @@ class _Way:
         if objects is None or not self.frame.is_in_use or not self._guards.hold(values, objects):
             return False
         self._taken = taken = self._read(values)
-        return _are_others(objects.tensor_ids, [id(taken[at]) for at in self._fresh])
+        return objects.check_taken(*self._given(taken)) and _are_others(
+            objects.tensor_ids, [id(taken[at]) for at in self._fresh]
+        )
 
     def go(self, arguments: Arguments) -> Any:
         """What the module returns."""
@@ -227,6 +234,12 @@ class _Way:
     def _run_graph(self) -> Any:
         taken, self._taken = self._taken, ()
         return self._graph(*taken)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: [values[at] for at in positions]
 
 
 _are_others = frozenset.isdisjoint

@@ -5,8 +5,7 @@ Tested on torch 2.11.0, 2.13.0 and 2.14.1. Whatever is not as expected here rais
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from torch._dynamo.bytecode_transformation import create_call_function, create_load_const, transform_code_object
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from .dynamo_guards import Guards, Unexpected, Values
+from .dynamo_guards import Guards
+from .dynamo_sources import Unexpected, Values
 
 _eval_frame = torch._dynamo.eval_frame
 _has_any_global_hook = torch.nn.modules.module._has_any_global_hook
@@ -36,9 +36,11 @@ class Frame:
         """Whether all guards hold."""
         return bool(self._manager.check(values))
 
-    def guards(self, values: Values, known: Sequence[str], call: str) -> Guards:
+    def guards(
+        self, values: Values, scope: dict[str, Any], known: Sequence[str], call: str, taken: Sequence[str]
+    ) -> Guards:
         """Its guards in parts; the arguments and what is raised are those of `Guards`."""
-        return Guards(self._manager, values, known, call)
+        return Guards(self._manager, values, scope, known, call, taken)
 
 
 def frames_of(code: CodeType) -> list[Frame]:
@@ -166,46 +168,3 @@ def _only_loads(instructions: Sequence[Any]) -> bool:
         elif one.opname.startswith("LOAD_FAST") and one.argval in held:
             used += 1
     return set(names) <= _LOADS and used == sum(name in _CALLS for name in names)
-
-
-def reader(sources: Sequence[str], constants: Mapping[int, Any]) -> Callable[[Values], list[Any]]:
-    """A function from a frame's values to what lies at these places in it, but for those that are constant.
-
-    Raises:
-        Unexpected: a place is not one of attributes, items and sizes of the frame's values.
-    """
-    lines: list[str] = []
-    names: dict[str, str] = {"L": "L"}
-
-    def read(node: ast.expr) -> str:
-        text = ast.unparse(node)
-        if text not in names:
-            if isinstance(node, ast.Attribute):
-                expression = f"{read(node.value)}.{node.attr}"
-            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-                expression = f"{read(node.value)}[{node.slice.value!r}]"
-            elif isinstance(node, ast.Call) and not node.args and not node.keywords and _is_size(node.func):
-                expression = f"{read(node.func.value)}.{node.func.attr}()"  # type: ignore[attr-defined]
-            else:
-                raise Unexpected(f"a graph input comes from {text}")
-            names[text] = f"v{len(names)}"
-            lines.append(f"    {names[text]} = {expression}")
-        return names[text]
-
-    for at, source in enumerate(sources):
-        if at not in constants:
-            try:
-                node = ast.parse(source, mode="eval").body
-            except SyntaxError:
-                raise Unexpected(f"a graph input comes from {source}") from None
-            lines.append(f"    found[{at}] = {read(node)}")
-    template = [constants.get(at) for at in range(len(sources))]
-    text = "\n".join(["def read(L):", "    found = template.copy()", *lines, "    return found"])
-    scope: dict[str, Any] = {"template": template}
-    exec(compile(text, "<graph arguments>", "exec"), scope)
-    found: Callable[[Values], list[Any]] = scope["read"]
-    return found
-
-
-def _is_size(node: ast.expr) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr in ("size", "stride", "storage_offset")

@@ -8,8 +8,13 @@ guard need not be asked again while what it looks at is known to be the same: at
 and a dict whose version is the same is the same dict with the same values. So one version stands for all guards on what
 the dict holds, as far as these values cannot change themselves: numbers, texts, and objects of which the same is known.
 What is known of a tensor from its place is that it is the same object; dtype, sizes and the like are compared again.
-Any other guard, on a list of numbers, on an attribute that a class computes, on a global, is asked in every call by a
-copy of Dynamo's tree without the branches that versions answer for. When in doubt, a branch stays.
+Any other guard is asked in every call. Many only ask whether a global, or an attribute of a class, is the same object,
+or one of the same class: what lies there is read in every call by a function that has all these expressions, and
+compared. The rest, such as those on the sizes of arguments, is asked by a copy of Dynamo's tree without the branches
+that are answered otherwise. When in doubt, a branch stays.
+
+How much memory is looked at decides what all this costs, since the work between two calls empties the processor's
+caches: what a function reads, and one guard of many tensors, lies in a row; a node of Dynamo's tree in several places.
 
 Two things are not compared: marks of dynamic dimensions on tensors, which matter only to who compiles, and whether a
 class still has an attribute that its other objects had, which is asked of one object of the class.
@@ -19,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -28,8 +33,7 @@ import torch
 from torch._C._dynamo import guards as native
 from torch._dynamo.guards import GuardManagerType
 
-Values = Mapping[str, Any]
-"""Local variables and closure of a call, by name."""
+from .dynamo_sources import Unexpected, Values, are_the_same, is_readable, reader
 
 _LEAVES = frozenset(
     {"TYPE_MATCH", "ID_MATCH", "EQUALS_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH", "LENGTH_CHECK"}
@@ -45,34 +49,44 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _KIND = GuardManagerType.GUARD_MANAGER
 
 
-class Unexpected(Exception):
-    """What Dynamo made is not of a kind that is known here."""
-
-
 class Guards:
     """Guards of a frame in parts, which hold together exactly if all its guards hold.
 
     Args:
         manager: Dynamo's, of the frame.
         values: those of a call that the guards admit.
+        scope: the frame's globals.
         known: local variables whose value is the same in every call.
         call: the local variable that holds the dict of the call's arguments.
+        taken: where the graph's arguments lie, which whoever asks reads in each call.
 
     Raises:
         Unexpected: the tree has parts that are not known here.
     """
 
-    def __init__(self, manager: Any, values: Values, known: Sequence[str], call: str) -> None:
-        division = _Division(manager.root, values, known, call)
-        self.own_tensors, self.given_tensors = frozenset(division.own_tensors), frozenset(division.given_tensors)
-        """Where tensors lie that are the same ones while what ``hold`` compares is the same: expressions in the frame.
-        The first are in every call the same, the others belong to objects among the arguments."""
+    def __init__(
+        self,
+        manager: Any,
+        values: Values,
+        scope: dict[str, Any],
+        known: Sequence[str],
+        call: str,
+        taken: Container[str],
+    ) -> None:
+        division = _Division(manager.root, values, scope, known, call, taken)
+        self.own_tensors: Mapping[str, torch.Tensor] = division.own_tensors
+        """Expressions in the frame -> tensors that lie there as long as what ``hold`` compares is the same."""
+        self.given_tensors = frozenset(division.given_tensors)
+        """Where such tensors lie that belong to objects among the arguments."""
         self.objects: tuple[str, ...] = tuple(division.objects)
         """Names of the arguments that are such objects."""
-        self._others = division.others()
+        self.taken: tuple[str, ...] = tuple(division.taken)
+        """Where tensors of such objects lie that `Objects` compares among the graph's arguments."""
+        self._others, self._are_same = division.others(), division.same
         self._own = division.own.compared()
         self._own_values = {_OWN: division.own.values}
-        self._own_ids = frozenset(map(id, division.own_tensors.values()))
+        self._own_tensors = tuple({id(tensor): tensor for tensor in division.own_tensors.values()}.values())
+        self._check_own_tensors = _check_of(self._own_tensors)
         self._given = division.given
         for place, _ in self._given:
             place.forget()
@@ -86,20 +100,42 @@ class Guards:
         root = native.RootGuardManager()
         found: dict[int, _There] = {}
         ids: set[int] = set()
+        taken: list[torch.Tensor] = []
         for place, comparison in self._given:
-            there = place.find(found, root, values)
-            if comparison is not None:
-                comparison(there.manager, there.value)
-            if comparison is _compare_tensor:
-                ids.add(id(there.value))
-        return Objects(root if self._given else None, self._own_ids | ids)
+            value = place.value_in(found, root, values)
+            if comparison is _compare_taken:
+                taken.append(value)
+            elif comparison is not None:
+                comparison(place.find(found, root, values).manager, value)
+            if isinstance(value, torch.Tensor):
+                ids.add(id(value))
+        ids.update(map(id, self._own_tensors))
+        return Objects(root if self._given else None, frozenset(ids), _check_of(taken))
 
     def hold(self, values: Values, objects: Objects) -> bool:
-        """Whether all guards of the frame hold for this call, with these objects among its arguments."""
+        """Whether all guards of the frame hold for this call, with these objects among its arguments.
+
+        What ``objects`` says of the graph's arguments comes on top.
+        """
         given = objects.root
         return bool(
-            self._others.check(values) and self._own.check(self._own_values) and (given is None or given.check(values))
+            self._others.check(values)
+            and self._are_same(values)
+            and self._own.check(self._own_values)
+            and self._check_own_tensors(*self._own_tensors)
+            and (given is None or given.check(values))
         )
+
+
+def _check_of(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Whether other tensors are to guards as these, which are all different, are now."""
+    if not tensors:
+        return lambda: True
+    sizes: list[Any] = [list(tensor.size()) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    guards = native.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = guards.check
+    return check
 
 
 @dataclass(frozen=True)
@@ -110,6 +146,8 @@ class Objects:
     """Compares them; None where there are none."""
     tensor_ids: frozenset[int]
     """Ids of all tensors that are the same ones while what is compared is the same; they live as long."""
+    check_taken: Callable[..., bool]
+    """Whether those of them that are among the graph's arguments, at ``Guards.taken``, are as they were."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +183,11 @@ class _Node:
         of_entries = (node for pair in self.entries.values() for node in pair if node is not None)
         return (*(child for _, child in self.children), *of_entries)
 
+    def all_below(self) -> Iterator[_Node]:
+        for node in self.below:
+            yield node
+            yield from node.all_below()
+
     @functools.cached_property
     def all_sources(self) -> frozenset[str]:
         """Those of the node and of all below."""
@@ -168,17 +211,21 @@ class _Node:
 class _Division:
     """Divides the guards of a tree, see Note [what need not be asked again]."""
 
-    def __init__(self, root: Any, values: Values, known: Sequence[str], call: str) -> None:
-        self._root, self._tree = root, _Node.read(root)
+    def __init__(
+        self, root: Any, values: Values, scope: dict[str, Any], known: Sequence[str], call: str, taken: Container[str]
+    ) -> None:
+        self._root, self._tree, self._graph_arguments = root, _Node.read(root), taken
         self._asked = {self._tree.source}
         """Sources of the nodes that are asked in every call."""
         self._class_attributes: set[tuple[type, str]] = set()
         self._compared: set[tuple[_Comparison | None, str]] = set()
         self._tensors: dict[str, torch.Tensor] = {}
+        self._own_objects: dict[str, Any] = {}
         self.own = _Held()
         self.given: list[tuple[_Place, _Comparison | None]] = []
         """What to compare how among the arguments; a value that cannot change is only of the same type."""
         self.objects: list[str] = []
+        self.taken: list[str] = []
         arguments: list[tuple[_Node, _Place]] = []
         for accessor, child in self._tree.children:
             name = _local_name(accessor) or ""
@@ -192,6 +239,7 @@ class _Division:
         for child, place in arguments:
             self._visit_arguments(child, place)
         self.given_tensors = self._tensors
+        self.same = self._same(values, scope, frozenset().union(*(child.all_sources for child, _ in arguments)))
         self._tree.mark_ancestors(self._asked)
 
     def others(self) -> Any:
@@ -202,6 +250,23 @@ class _Division:
         if copy is None or _Node.read(copy).guard_count() != self._tree.guard_count(self._asked):
             raise Unexpected("a copy of Dynamo's guards is not complete")
         return copy
+
+    def _same(self, values: Values, scope: dict[str, Any], given: Container[str]) -> Callable[[Values], bool]:
+        """Asks what only depends on which object lies at a place, or on its class, and need not be asked otherwise."""
+        known = {**self._own_objects, **self.own_tensors}
+        nodes = [node for node in self._tree.all_below() if node.source in self._asked]
+        # What has neither guards nor an end of its own is there if what is below it is.
+        self._asked -= {node.source for node in nodes if node.below and not node.leaves}
+        kinds: dict[str, set[str]] = {}
+        for node in nodes:
+            if node.leaves or not node.below:
+                kinds.setdefault(node.source, set()).update(kind for kind, _ in node.leaves)
+                kinds[node.source] |= set() if node.leaves else {"that it is there"}
+        readable = [source for source in kinds if is_readable(source)]
+        there = dict(zip(readable, reader(readable, scope, known)(values), strict=True))
+        questions = {source: _question(source, kinds[source], there[source], source in given) for source in there}
+        self._asked -= {source for source, question in questions.items() if question}
+        return are_the_same([question for question in questions.values() if question], scope, known, values)
 
     def _visit_arguments(self, node: _Node, place: _Place) -> None:
         """The dict of the arguments is another one in each call; objects in it can be the same."""
@@ -222,8 +287,9 @@ class _Division:
         value = place.value
         if isinstance(value, torch.Tensor):
             if type(value) in _TENSORS and not node.below and all(_is_about_a_tensor(*leaf) for leaf in node.leaves):
-                self._compare(place, _compare_tensor)
                 self._tensors[node.source] = value
+                if not place.is_own:
+                    self._visit_given_tensor(node.source, place)
             else:
                 self._ask_all(node)
         elif not all(kind in _LEAVES for kind, _ in node.leaves):
@@ -242,6 +308,13 @@ class _Division:
             self._visit_object(node, place)
         else:
             self._ask_all(node)
+
+    def _visit_given_tensor(self, source: str, place: _Place) -> None:
+        if source in self._graph_arguments:
+            self._compare(place, _compare_taken)
+            self.taken.append(source)
+        else:
+            self._compare(place, _compare_tensor)
 
     def _visit_items(self, node: _Node, place: _Place) -> None:
         value = place.value
@@ -273,6 +346,8 @@ class _Division:
             self._ask_all(node)
             return
         self._compare(place, _compare_object)
+        if place.is_own:
+            self._own_objects[node.source] = value
         for accessor, child in node.children:
             name = accessor.get_attr_name() if isinstance(accessor, native.GetAttrGuardAccessor) else None
             if isinstance(accessor, native.GetGenericDictGuardAccessor):
@@ -298,6 +373,20 @@ class _Division:
         self._asked |= node.all_sources
 
 
+_BY_IDENTITY = frozenset({"ID_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH"})
+"""Guards that ask whether an object is a certain one."""
+
+
+def _question(source: str, kinds: Set[str], value: Any, is_given: bool) -> str:
+    """The expression whose value is the same object only while guards of these kinds hold; empty without one."""
+    if kinds <= _BY_IDENTITY:
+        return source
+    if kinds == {"TYPE_MATCH"}:
+        return f"type({source})"
+    # What comes with a call may well be equal and another object.
+    return source if kinds <= _LEAVES and _is_unchanging(value) and (not is_given or kinds & _BY_IDENTITY) else ""
+
+
 _OWN = "own"
 _WHY = ["as it was"]
 _UNKNOWN = object()
@@ -321,12 +410,16 @@ def _compare_length(manager: Any, value: Any) -> None:
     manager.add_length_check_guard(len(value), _WHY, None)
 
 
+def _compare_taken(manager: Any, value: Any) -> None:
+    """Stands for the comparison of a tensor among the graph's arguments, with all others at once."""
+
+
 def _compare_tensor(manager: Any, value: Any) -> None:
     sizes, strides, keys = list(value.shape), list(value.stride()), torch._C._dispatch_keys(value)
     manager.add_tensor_match_guard(value, sizes, strides, "", _WHY, None, type(value), keys)
 
 
-_ORDER: dict[_Comparison, int] = {_compare_object: 0, _compare_version: 1, _compare_length: 2, _compare_tensor: 3}
+_ORDER: dict[_Comparison, int] = {_compare_object: 0, _compare_version: 1, _compare_length: 2}
 
 
 class _Held(list[tuple[_Comparison, Any]]):
@@ -373,9 +466,26 @@ class _Place:
         there = found.get(id(self))
         if there is None:
             there = found[id(self)] = self._find(found, root, values)
-            if type(there.value) is not self._type:
-                raise Unexpected("an object among the arguments is not like one that was seen before")
+            self._check_type(there.value)
         return there
+
+    def value_in(self, found: dict[int, _There], root: Any, values: Values) -> Any:
+        """What lies here in another call; there need be no guards of it."""
+        if self.parent is None or self.is_attributes:
+            return self.find(found, root, values).value
+        value = self._item(self.parent.find(found, root, values).value)
+        self._check_type(value)
+        return value
+
+    def _check_type(self, value: Any) -> None:
+        if type(value) is not self._type:
+            raise Unexpected("an object among the arguments is not like one that was seen before")
+
+    def _item(self, above: Any) -> Any:
+        try:
+            return above[self._key]
+        except (LookupError, TypeError):
+            return _NOTHING
 
     def _find(self, found: dict[int, _There], root: Any, values: Values) -> _There:
         if self.parent is None:
@@ -385,10 +495,7 @@ class _Place:
         if self.is_attributes:
             value = getattr(above.value, "__dict__", None)
             return _There(value, above.manager.get_generic_dict_manager("", value, _KIND))
-        try:
-            value = above.value[self._key]
-        except (LookupError, TypeError):
-            value = _NOTHING
+        value = self._item(above.value)
         return _There(value, getattr(above.manager, self._accessor)(self._key, "", value, _KIND))
 
 

@@ -23,10 +23,10 @@ from pp_piecewise_backend.backend import graph_input_sources
 from pp_piecewise_backend.integrations import huggingface
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
 from pp_piecewise_backend.utils import dynamo_entrance as entrance
-from pp_piecewise_backend.utils import dynamo_frames, dynamo_guards
+from pp_piecewise_backend.utils import dynamo_frames, dynamo_guards, dynamo_sources
 from pp_piecewise_backend.utils.counters import Stats
 from pp_piecewise_backend.utils.dynamo_entrance import Entrance, cloning
-from pp_piecewise_backend.utils.dynamo_guards import Unexpected
+from pp_piecewise_backend.utils.dynamo_sources import Unexpected
 from tiers import slow_but
 
 pytestmark = [pytest.mark.usefixtures("fresh_backend", "no_gradients")]
@@ -198,7 +198,8 @@ def _only_type(manager: Any, value: Any) -> None:
 
 
 def _without_others(self: Any, values: Any, objects: Any) -> bool:
-    return self._own.check(self._own_values) and objects.root.check(values)
+    own, tensors = self._own.check(self._own_values), self._check_own_tensors(*self._own_tensors)
+    return own and tensors and self._are_same(values) and objects.root.check(values)
 
 
 _has_dict = dynamo_guards._has_dict
@@ -213,7 +214,8 @@ AWAY: dict[str, Patches] = {
     "attributes": [(dynamo_guards, "_compare_object", _only_type)],
     "type": [(dynamo_guards, "_compare_object", _only_version)],
     "dicts": [(dynamo_guards, "_compare_version", _nothing)],
-    "tensors": [(dynamo_guards, "_compare_tensor", _nothing)],
+    "tensors": [(dynamo_guards, "_check_of", lambda tensors: lambda *others: True)],
+    "same": [(dynamo_guards, "are_the_same", lambda *_: lambda values: True)],
     "elements": [(dynamo_guards, "_has_dict", _has_dict_or_is_float)],
     "length": [(dynamo_guards, "_compare_length", _nothing)],
     "others": [(dynamo_guards.Guards, "hold", _without_others)],
@@ -335,16 +337,16 @@ CASES: dict[str, Case] = {
     "a parameter that requires grad": Case("tensors", change=lambda bench: bench.net.layers[0].requires_grad_()),
     "an element of a list": Case("elements", change=lambda bench: bench.net.shifts.__setitem__(0, 9.0)),
     "length of a list": Case("elements,length", change=lambda bench: bench.net.shifts.append(9.0)),
-    "settings": Case("attributes,others", change=lambda bench: setattr(bench.net.settings, "power", 3)),
+    "settings": Case("attributes,same", change=lambda bench: setattr(bench.net.settings, "power", 3)),
     "an object among the arguments": Case("attributes", change=lambda bench: setattr(bench.memory, "length", 6)),
     "one in a list of an object": Case(
         "attributes", change=lambda bench: bench.memory.slots.__setitem__(1, Slot(4.0))
     ),
-    "global": Case("others", around=lambda: replaced(_globals(), "FACTOR", 3.0)),
-    "an item of a global": Case("others", around=lambda: replaced_item(TABLE, "offset", 4.0)),
-    "global function": Case("others", around=lambda: replaced(_globals(), "enlarged", lambda x: x - 1)),
-    "code of a function": Case("others", around=lambda: replaced(enlarged, "__code__", (lambda x: x - 1).__code__)),
-    "attribute of a class": Case("others", around=lambda: replaced(Net, "step", 4.0)),
+    "global": Case("same", around=lambda: replaced(_globals(), "FACTOR", 3.0)),
+    "an item of a global": Case("same", around=lambda: replaced_item(TABLE, "offset", 4.0)),
+    "global function": Case("same", around=lambda: replaced(_globals(), "enlarged", lambda x: x - 1)),
+    "code of a function": Case("same", around=lambda: replaced(enlarged, "__code__", (lambda x: x - 1).__code__)),
+    "attribute of a class": Case("same", around=lambda: replaced(Net, "step", 4.0)),
     "reset": Case("in use", change=lambda bench: torch._dynamo.reset()),
 }  # fmt: skip
 
@@ -572,17 +574,33 @@ def test_another_number_of_arguments_and_another_number_of_graphs_are_refused() 
         dynamo_frames.compiled_name(with_graph.__code__)
 
 
-def test_only_attributes_items_and_sizes_are_read() -> None:
+def test_attributes_items_sizes_and_types_are_read_and_nothing_else() -> None:
     values = {"a": SimpleNamespace(items=[torch.ones(2, 3)]), "b": {"c": 4}}
-    sources = ["L['a'].items[0]", "L['a'].items[0].size()[1]", "L['b']['c']", "anything at all"]
-    assert dynamo_frames.reader(sources, {3: "constant"})(values) == [values["a"].items[0], 3, 4, "constant"]
-    for source in ("G['x']", "L['a'].pop()", "L['a'][L['b']]", "L['a'] +", "f(L['a'])"):
+    read = ["L['a'].items[0]", "L['a'].items[0].size()[1]", "L['b']['c']", "G['n'].x", "type(L['a'])"]
+    read += ["dict(type(G['n']).__dict__)['step']", "anything at all", "L['gone'].scale"]
+    scope = {"n": Shadowed()}
+    known = {"anything at all": "constant", "L['gone']": Layer()}
+    found = dynamo_sources.reader(read, scope, known)(values)
+    assert found == [values["a"].items[0], 3, 4, 1, SimpleNamespace, Shadowed.step, "constant", 2]
+    for source in ("L['a'].pop()", "L['a'][L['b']]", "L['a'] +", "f(L['a'])", "dict(L['a'])", "x", "type(L, G)"):
+        assert not dynamo_sources.is_readable(source)
         with pytest.raises(Unexpected):
-            dynamo_frames.reader([source], {})
+            dynamo_sources.reader([source], {}, {})
+
+
+def test_objects_are_the_same_only_where_they_are_all_there_and_no_others() -> None:
+    values = {"a": SimpleNamespace(x=1.5, y=[]), "b": 2}
+    are_same = dynamo_sources.are_the_same(["L['a'].x", "L['a'].y", "type(L['b'])"], {}, {}, values)
+    assert are_same(values) and are_same({**values, "b": 3})
+    for x, y, b in ((float("1.5"), values["a"].y, 2), (values["a"].x, [], 2), (values["a"].x, values["a"].y, True)):
+        assert not are_same({"a": SimpleNamespace(x=x, y=y), "b": b})
+    assert not are_same({"a": SimpleNamespace(x=values["a"].x), "b": 2}) and not are_same({})
 
 
 class Shadowed:
     of_class = 1
+    step = 2
+    x = 1
 
     def __init__(self) -> None:
         self.__dict__.update(plain=1, computed=1, of_class=2)
