@@ -6,6 +6,11 @@ by then, ahead of its notice and to the neighbour from which it heard of the los
 of the keep-alives, or with the notice, so nobody waits for it but who is about to raise the error, for
 ``_FRESH_POSITIONS_SECONDS`` at most. A rank beyond a dead one is known by its last keep-alive: each position says as of
 when it holds. Clocks of two machines differ, so what travels are ages, and the number of the saying to find the latest.
+
+Note [a device that hangs]
+The host runs ahead of a GPU: it may have ended many steps, and wait for other ranks, while the GPU never ends the work
+of one. So each forward is enqueued between two events, as is each part of it between waits for other ranks, which the
+stream waits for, too. Work whose first event has come and whose last one does not come for too long hangs in itself.
 """
 
 from __future__ import annotations
@@ -13,7 +18,9 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -234,3 +241,71 @@ def last_positions(positions: Sequence[Position], at: float) -> str:
 def _seconds(all_seconds: Sequence[float]) -> str:
     spans = sorted({f"{max(0.0, seconds):.1f}" for seconds in all_seconds}, key=float)
     return " to ".join(dict.fromkeys((spans[0], spans[-1]))) + " s"
+
+
+# ------------------------------------------------------------------------------- the device of a rank
+
+
+class Event(Protocol):
+    """A point in the current stream, such as ``torch.Event``."""
+
+    def record(self) -> object: ...
+
+    def query(self) -> bool:
+        """Whether the device has come there."""
+
+
+@dataclass
+class _Span:
+    """Work in which the device waits for no other rank."""
+
+    micro_batch: int
+    begin: Event
+    end: Event
+    is_closed: bool = False
+    """Whether all its work is enqueued."""
+    seen_ns: int = 0
+    """When it was first seen to be under way."""
+
+
+class DeviceWork:
+    """The spans of a stream between its waits for other ranks, see Note [a device that hangs].
+
+    One thread enqueues, another one looks.
+
+    Args:
+        make_event: for the device of the stream that is the current one where work is enqueued.
+    """
+
+    def __init__(self, make_event: Callable[[], Event]) -> None:
+        self._make_event = make_event
+        self._spans: deque[_Span] = deque()
+        self._free: list[Event] = []
+
+    def begins(self, micro_batch: int) -> None:
+        """What is enqueued from now on waits for nobody; all waits before it are enqueued."""
+        while self._spans and self._spans[0].is_closed and self._spans[0].end.query():
+            over = self._spans.popleft()
+            self._free += [over.begin, over.end]
+        begin, end = (self._free.pop() if self._free else self._make_event() for _ in range(2))
+        begin.record()
+        self._spans.append(_Span(micro_batch, begin, end))
+
+    def ends(self) -> None:
+        """No more of it is enqueued; a wait for another rank may follow."""
+        span = self._spans[-1]
+        span.end.record()
+        span.is_closed = True
+
+    def late(self, longest_seconds: float) -> int | None:
+        """The micro-batch whose work is under way, and was for longer by now; for any thread."""
+        for span in list(self._spans):
+            if not span.is_closed:
+                return None  # the host has not ended it
+            if not span.end.query():
+                if not span.begin.query():
+                    return None  # another rank is waited for
+                now_ns = time.perf_counter_ns()
+                span.seen_ns = span.seen_ns or now_ns
+                return span.micro_batch if now_ns - span.seen_ns > 1e9 * longest_seconds else None
+        return None

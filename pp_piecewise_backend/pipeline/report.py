@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from .positions import Place, Step
+from .positions import DeviceWork, Event, Place, Step
 from .transports.base import LinkChoice
 
 WaitKind = Literal["receive", "send", "feedback"]
@@ -128,6 +128,10 @@ _WAITS = {"receive": Step.TENSORS, "send": Step.LEAVING, "feedback": Step.FEEDBA
 _OWN_CODE = {Step.INPUTS: "make_inputs", Step.FORWARD: "forward", Step.FINISH: "finish", Step.SENDING: "results"}
 
 
+def _new_event(device: torch.device) -> Event:
+    return torch.Event(device)
+
+
 class LateStep(NamedTuple):
     """A step that takes too long, and goes on."""
 
@@ -143,11 +147,17 @@ class StepClock:
 
     What is noted counts once the step that follows it has ended, so that neither the time in which the pipeline fills
     nor what happens after the last micro-batch is in it.
+
+    Args:
+        device: of the stage.
+        watches_device: whether ``late_step`` is to find work of the device, too, which costs two events in each step.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, watches_device: bool = False) -> None:
         self._device = device
         self._is_async = device.type != "cpu"
+        self._work = DeviceWork(lambda: _new_event(device)) if watches_device and self._is_async else None
+        self._in_forward = False
         self._steps = 0
         self._begin_ns = self._end_ns = 0
         self._taken_ns = {"receive": 0, "send": 0, "feedback": 0, "forward": 0}
@@ -194,6 +204,8 @@ class StepClock:
         now_ns = time.perf_counter_ns()
         if self._thread is None or threading.get_ident() == self._thread:
             self._wait_kind, self._wait_ns = kind, now_ns
+            if self._in_forward and self._work is not None:
+                self._work.ends()
         return now_ns
 
     def header_came(self, micro_batch: int) -> None:
@@ -209,6 +221,7 @@ class StepClock:
             self._taken_ns[kind] += taken_ns
             self._waited_ns += taken_ns
             self._wait_ns = 0
+            self._device_begins()
 
     def step_begins(self, micro_batch: int) -> None:
         begin_ns = time.perf_counter_ns()
@@ -227,7 +240,13 @@ class StepClock:
         self._counted_ns = self._taken_ns.copy()
 
     def late_step(self, longest_seconds: float) -> LateStep | None:
-        """The step under way, if it has taken longer by now, waits for other ranks not counted; for any thread."""
+        """The step under way, if it has taken longer by now, waits for other ranks not counted; for any thread.
+
+        Or an earlier one, whose forward the device does not end.
+        """
+        if self._work is not None and (late := self._work.late(longest_seconds)) is not None:
+            assert self._thread is not None
+            return LateStep(late, "GPU forward", self._thread)
         step_ns, wait_ns, waited_ns = self._step_ns, self._wait_ns, self._waited_ns - self._waited_before_step_ns
         until_ns = wait_ns or time.perf_counter_ns()
         if not step_ns or until_ns - step_ns - waited_ns <= 1e9 * longest_seconds or step_ns != self._step_ns:
@@ -242,9 +261,18 @@ class StepClock:
             self._events[0].record(self._stream)
         self._waited_before_ns, self._forward_begin_ns = self._waited_ns, time.perf_counter_ns()
         self._place = Place(Step.FORWARD, self.micro_batch, self._forward_begin_ns)
+        self._in_forward = True
+        self._device_begins()
+
+    def _device_begins(self) -> None:
+        if self._in_forward and self._work is not None and self.micro_batch is not None:
+            self._work.begins(self.micro_batch)
 
     def forward_ends(self) -> None:
         """The forward took what has passed, but for the waits in it."""
+        if self._work is not None:
+            self._work.ends()
+        self._in_forward = False
         now_ns = time.perf_counter_ns()
         self._place = Place(Step.SENDING, self.micro_batch, now_ns)
         waits_ns = self._waited_ns - self._waited_before_ns

@@ -81,8 +81,8 @@ class StageRunner:
             the stages hold by default. Give it on all ranks alike.
         timeout_s: seconds without a sign of life after which a neighbour is lost. Idle ranks give signs of life.
         step_timeout_s: seconds that one step of this rank may take in its own code: ``make_inputs``, the forward,
-            ``finish``, but no waits for other ranks. A longer one raises `PeerLost` on all others, which names this
-            rank and the micro-batch, and its Python stack goes to its log. None: as long as it takes.
+            also on the device, ``finish``, but no waits for other ranks. A longer one raises `PeerLost` on all others,
+            which names this rank and the micro-batch, and its Python stack goes to its log. None: as long as it takes.
         setup_timeout_s: seconds that ranks wait for one another at set-up, and for data of a rank that lives.
         options: of the backend, but for ``stage``, ``static_outputs`` and ``max_tokens``.
 
@@ -135,7 +135,7 @@ class StageRunner:
             feedback=None if feedback is None else Schema(dict(feedback)),
         )
         self._stats = self._stage.stats = Stats(parent=TOTALS)
-        self._clock = StepClock(self._stage.device)
+        self._clock = StepClock(self._stage.device, watches_device=step_timeout_s is not None)
         self._patience = patience
         self.timeline: Timeline | None = None
         self._links = make_links(way, plan, patience, self._stats, siblings, self._clock.place)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import pp_piecewise_backend as ppb
+from emulated_streams import Stream
 from models.small_pipeline import own_inputs
 from plain_stage import Plain
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline import report
-from pp_piecewise_backend.pipeline.positions import Step
+from pp_piecewise_backend.pipeline.positions import DeviceWork, Step
 from pp_piecewise_backend.pipeline.report import LateStep, StepClock
 from pp_piecewise_backend.pipeline.transports.base import Patience
 from stages_in_threads import in_threads, warm_up_alone
@@ -144,3 +145,112 @@ def test_a_clock_says_where_its_rank_is() -> None:
     assert phrase() == "in its caller's code after micro-batch 0"
     clock.wait_begins("receive")
     assert phrase() == "waiting for the header of micro-batch 1"
+
+
+# ------------------------------------------------------------------------------ a device that hangs
+
+
+class StreamEvent:
+    """An event of the emulated stream that is the current one."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._has_come = threading.Event()
+
+    def record(self) -> None:
+        self._has_come = has_come = threading.Event()
+        self._stream.enqueue(has_come.set)
+
+    def query(self) -> bool:
+        return self._has_come.is_set()
+
+
+def enqueued_and_blocked(stream: Stream) -> threading.Event:
+    """What the stream waits for from now on."""
+    block = threading.Event()
+    stream.enqueue(lambda: block.wait(60))
+    return block
+
+
+def test_work_that_a_device_began_and_does_not_end_is_late_and_what_waits_is_not() -> None:
+    stream = Stream()
+    work = DeviceWork(lambda: StreamEvent(stream))
+    data = enqueued_and_blocked(stream)  # of another rank
+    work.begins(3)
+    kernel = enqueued_and_blocked(stream)
+    assert work.late(0) is None, "the host is at it"
+    work.ends()
+    last_send = enqueued_and_blocked(stream)
+    work.begins(3)
+    work.ends()
+    assert work.late(0) is None and work.late(0) is None, "the stream waits for another rank"
+    data.set()
+    while work.late(0) is None:  # until the stream has come to the kernel
+        time.sleep(1e-3)
+    assert work.late(0) == 3 and work.late(60) is None
+    kernel.set()
+    while work.late(0) is not None:
+        time.sleep(1e-3)
+    assert work.late(0) is None, "the stream waits until the last results have left"
+    last_send.set()
+    stream.synchronize()
+    assert work.late(0) is None
+
+
+def test_events_of_ended_work_are_used_again() -> None:
+    stream, made = Stream(), []
+
+    def make() -> StreamEvent:
+        made.append(StreamEvent(stream))
+        return made[-1]
+
+    work = DeviceWork(make)
+    for number in range(5):
+        work.begins(number)
+        work.ends()
+        stream.synchronize()
+    assert len(made) == 2 and work.late(0) is None
+
+
+@pytest.mark.usefixtures("fresh_backend", "one_program")
+def test_a_device_that_hangs_while_its_host_runs_ahead_is_named_to_all(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 has enqueued a kernel that never ends, and its host goes on, as do the others."""
+    hanging_at, stream = 5, Stream()
+    blocks: list[threading.Event] = []
+    begins = StepClock.forward_begins
+
+    def begins_and_hangs(clock: StepClock) -> None:
+        begins(clock)
+        if clock._work is not None and clock.micro_batch == hanging_at:
+            blocks.append(enqueued_and_blocked(stream))
+
+    monkeypatch.setattr(StepClock, "forward_begins", begins_and_hangs)
+
+    def play(runner: ppb.StageRunner, stage: int) -> None:
+        warm_up_alone(runner)
+        if stage == 1:  # as on a GPU
+            runner._clock._work = DeviceWork(lambda: StreamEvent(stream))
+
+        def batches() -> Iterator[ppb.MicroBatch]:
+            for number in range(5000):  # far more than pass until it is noticed
+                yield ppb.MicroBatch(2)
+                if number > 1:
+                    runner.feedback()
+
+        for _ in runner.run(batches() if stage == 0 else None):
+            pass
+
+    options = {"compiler": "eager", "graphs": "off"}
+    try:
+        outcomes = in_threads(3, play, make_module=Plain, options=options, step_timeout_s=STEP_TIMEOUT_S)
+    finally:
+        for block in blocks:
+            block.set()
+    for stage, outcome in enumerate(outcomes):
+        assert isinstance(outcome, errors.PeerLost), outcome
+        whose = "rank 1 itself failed" if stage == 1 else "rank 1 failed"
+        assert f"{whose} (hangs in its GPU forward) at micro-batch {hanging_at}" in str(outcome), outcome
+    (record,) = [record for record in caplog.records if "hangs" in record.getMessage()]
+    assert f"rank 1 hangs at micro-batch {hanging_at}, in its GPU forward" in record.getMessage()

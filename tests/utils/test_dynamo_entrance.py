@@ -337,7 +337,7 @@ CASES: dict[str, Case] = {
     "a parameter that requires grad": Case("tensors", change=lambda bench: bench.net.layers[0].requires_grad_()),
     "an element of a list": Case("elements", change=lambda bench: bench.net.shifts.__setitem__(0, 9.0)),
     "length of a list": Case("elements,length", change=lambda bench: bench.net.shifts.append(9.0)),
-    "settings": Case("attributes,same", change=lambda bench: setattr(bench.net.settings, "power", 3)),
+    "settings": Case("attributes,same,others", change=lambda bench: setattr(bench.net.settings, "power", 3)),
     "an object among the arguments": Case("attributes", change=lambda bench: setattr(bench.memory, "length", 6)),
     "one in a list of an object": Case(
         "attributes", change=lambda bench: bench.memory.slots.__setitem__(1, Slot(4.0))
