@@ -49,6 +49,7 @@ def describe(
     """
     described: dict[str, Any] = {"counters": program.stats.as_dict(), "graphs": describe_graphs(program)}
     described["links"] = [] if program.stage is None else list(program.stage.links)
+    described["entrance"] = "" if program.stage is None else program.stage.entrance()
     if isinstance(program, UnsplitProgram):
         described |= {"progress": "not split", "not_split": program.reason}
     else:

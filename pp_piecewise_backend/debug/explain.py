@@ -32,6 +32,8 @@ def explain(summary: Summary) -> str:
         *entry("  tokens", summary.token_reason),
         *entry("  split at", _matches(summary)),
     ]
+    if summary.entrance:
+        lines += entry("  entered", summary.entrance)
     for link in summary.links:
         lines += entry("  hand-off", link)
     lines.append(f"  inputs ({len(summary.inputs)})")

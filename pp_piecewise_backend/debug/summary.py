@@ -177,6 +177,9 @@ class Summary(_Entry):
     results_written_from: int | None = Field(
         default=None, description="Step that waits, under StageRunner, until the results of the last call have left."
     )
+    entrance: str = Field(
+        default="", description="How micro-batches entered the stage of a runner, and the cost of it."
+    )
     links: list[str] = Field(default=[], description="How proxies and results travel, where that was found by trial.")
     inputs: list[InputEntry] = []
     pieces: list[PieceEntry] = []

@@ -227,6 +227,7 @@ class StageRunner:
         if not self._is_whole_graph:
             return
         self._entrance = Entrance(self._module, self._compiled, graph_input_sources, self._stats)
+        self._stage.entrance = self._entrance.summary
         for num_tokens in sorted(sizes):
             if num_tokens <= self._stage.max_tokens:
                 _, arguments = self._warmup_inputs(num_tokens)
@@ -257,6 +258,7 @@ class StageRunner:
         self._is_whole_graph, self._entrance = whole, None
         # The results of the graphs between two breaks must outlive the captures of each other.
         self._stage.programs_share_memory = whole
+        self._stage.entrance = str if whole else lambda: "through Dynamo, since the graph breaks"
         self._compiled = torch.compile(self._module, backend="pp_piecewise", options=self._options, fullgraph=whole)
 
     # --------------------------------------------------------------------------------- run

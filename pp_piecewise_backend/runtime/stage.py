@@ -193,6 +193,8 @@ class Stage:
         same order on each, once all have brought theirs. Set likewise; see Note [ranks decide alike]."""
         self.links: Sequence[str] = ()
         """How proxies and results travel, where that was found by trial; for who reads about the stage."""
+        self.entrance: Callable[[], str] = str
+        """How its calls enter it, in one line; likewise, and empty where nobody says."""
         self.stats = TOTALS
         """Where programs of the stage count, besides their own; set likewise."""
         self.programs_share_memory = True
@@ -231,6 +233,7 @@ class Stage:
         self._landing.clear()
         self._views.clear()
         self.listener = self.exchange = None
+        self.entrance = str
 
     def landing(self, name: str) -> torch.Tensor:
         """The flat uint8 memory in which the proxy ``name`` lands."""

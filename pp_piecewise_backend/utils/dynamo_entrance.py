@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from . import dynamo_frames
-from .counters import Amounts, Stats
+from .counters import Amounts, Stats, counted
 from .dynamo_frames import Frame
 from .dynamo_guards import Objects
 from .dynamo_sources import Unexpected, Values, reader
@@ -46,6 +47,9 @@ LEARNED_ON_CREDIT = 8
 
 MAX_WAIT_CALLS = 1024
 """Calls through Dynamo for which learning waits at most."""
+
+TIMED_CHECKS = 5
+"""Times that the checks of a new way are timed, of which the shortest counts."""
 
 _ONE_ENTRY = Amounts({"direct_entries": 1})
 
@@ -105,6 +109,8 @@ class Entrance:
         """Direct entries since a call was learned from, such times that did not pay, and calls that waited since."""
         self.why_not = "no call was learned from yet"
         """Why the last call that was to be learned from goes through Dynamo; empty where it was learned."""
+        self._check_us = 0.0
+        """What the checks of a direct entry take, measured when a way was learned."""
 
     def __call__(self, arguments: Arguments) -> Any:
         if dynamo_frames.runs_compiled_code_freely():
@@ -147,13 +153,22 @@ class Entrance:
             way = next((way for way in self._ways if way.frame.code is frame.code), None)
             if way is None or not way.meets(values):
                 self._ways = [other for other in self._ways if other is not way]
-                self._ways.append(_Way(frame, self._forward, self._inputs_of, values))
+                self._ways.append(way := _Way(frame, self._forward, self._inputs_of, values))
+                self._check_us = min(_seconds(way.admits, values) for _ in range(TIMED_CHECKS)) * 1e6
         except Exception as error:
             # Whatever it is: Dynamo's entrance is right.
             self.why_not = str(error) if isinstance(error, Unexpected) else f"{type(error).__name__}: {error}"
             _LOG.debug("a stage is entered through Dynamo: %s", self.why_not, exc_info=True)
         else:
             self.why_not = ""
+
+    def summary(self) -> str:
+        """How calls entered, what that costs, and why others go through Dynamo; in one line."""
+        stats = self._stats.snapshot()
+        text = f"{stats.direct_entries} of {counted(stats.microbatches, 'micro-batch', 'micro-batches')} without Dynamo"
+        if self._ways:
+            text += f", after checks that take {self._check_us:.0f} us"
+        return f"{text}; the last that was learned from goes through Dynamo: {self.why_not}" if self.why_not else text
 
     def forget(self) -> None:
         """Keep neither the module nor what is known of it; it is not called any more."""
@@ -240,6 +255,12 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]
     if len(positions) > 1:
         return itemgetter(*positions)
     return lambda values: [values[at] for at in positions]
+
+
+def _seconds(call: Callable[[Values], object], values: Values) -> float:
+    begin = time.perf_counter()
+    call(values)
+    return time.perf_counter() - begin
 
 
 _are_others = frozenset.isdisjoint

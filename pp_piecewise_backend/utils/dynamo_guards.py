@@ -263,7 +263,11 @@ class _Division:
                 kinds.setdefault(node.source, set()).update(kind for kind, _ in node.leaves)
                 kinds[node.source] |= set() if node.leaves else {"that it is there"}
         readable = [source for source in kinds if is_readable(source)]
-        there = dict(zip(readable, reader(readable, scope, known)(values), strict=True))
+        read = reader(readable, scope, known)
+        # What is made when it is asked for, such as the names of a function's variables, is never the same.
+        there = {
+            s: value for s, value, again in zip(readable, read(values), read(values), strict=True) if value is again
+        }
         questions = {source: _question(source, kinds[source], there[source], source in given) for source in there}
         self._asked -= {source for source, question in questions.items() if question}
         return are_the_same([question for question in questions.values() if question], scope, known, values)

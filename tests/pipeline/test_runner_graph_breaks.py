@@ -87,6 +87,7 @@ def test_a_stage_in_which_numbers_of_tensors_decide(
     with runner(1) as last:
         warm_up_alone(last)
         results = [output.tolist() for output in last.run()]
+        assert "entered through Dynamo, since the graph breaks" in " ".join(ppb.explain().split())
     thread.join(LONGEST_SECONDS)
     assert not thread.is_alive() and not failures, failures
     assert results == [kind(torch.full((rows,), value) + 1).tolist() for rows, value in chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -597,6 +598,24 @@ def test_objects_are_the_same_only_where_they_are_all_there_and_no_others() -> N
     assert not are_same({"a": SimpleNamespace(x=values["a"].x), "b": 2}) and not are_same({})
 
 
+def test_a_value_that_is_made_when_it_is_asked_for_stays_with_dynamo() -> None:
+    def one(a: int, b: int) -> None: ...
+
+    def other(a: int) -> None: ...
+
+    scope = {"one": one}
+    root, kind = dynamo_guards.native.RootGuardManager(), dynamo_guards._KIND
+    node = root.globals_dict_manager(scope, "G", scope, kind).dict_getitem_manager("one", "G['one']", one, kind)
+    node = node.code_manager("G['one'].__code__", one.__code__, kind)
+    node = node.getattr_manager("co_varnames", "G['one'].__code__.co_varnames", one.__code__.co_varnames, kind)
+    node.add_length_check_guard(2, ["two variables"], None)
+    guards = dynamo_guards.Guards(SimpleNamespace(root=root), {}, scope, (), "arguments", ())
+    objects = guards.of_objects({})
+    assert guards.hold({}, objects)
+    one.__code__ = other.__code__
+    assert not guards.hold({}, objects)
+
+
 class Shadowed:
     of_class = 1
     step = 2
@@ -616,6 +635,25 @@ def test_an_attribute_lies_in_the_dict_unless_its_class_computes_it() -> None:
     assert not dynamo_guards._lies_in_dict(Settings(), "power")
 
 
+def entered_lines() -> set[str]:
+    """What ``explain()`` says of entrances, by all programs."""
+    paragraphs = re.split(r"\n(?=  \S)", ppb.explain())
+    return {" ".join(text.split()) for text in paragraphs if text.startswith("  entered")}
+
+
+def test_explain_says_what_an_entrance_costs() -> None:
+    with ppb.StageRunner(
+        Noting(is_global=True), make_inputs=lambda n, tag: {"x": torch.ones(n, WIDTH)}, max_tokens=4,
+        transport=LocalHub(1).transport(0), options={"graphs": "emulate", "compiler": "eager", "capture_sizes": "4"},
+    ) as runner:  # fmt: skip
+        runner.warmup()
+        assert len(list(runner.run(map(ppb.MicroBatch, (1, 2, 4))))) == 3
+        (line,) = entered_lines()
+        found = re.fullmatch(r"entered 3 of 3 micro-batches without Dynamo, after checks that take (\d+) us", line)
+        assert found is not None and int(found[1]) > 0, line
+    assert not entered_lines(), "nobody enters any more"
+
+
 def test_the_log_says_why_a_stage_is_entered_through_dynamo(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -627,6 +665,10 @@ def test_the_log_says_why_a_stage_is_entered_through_dynamo(
         runner.warmup()
         assert len(list(runner.run(map(ppb.MicroBatch, (1, 2, 4))))) == 3
         assert runner.stats.direct_entries == 0
+        assert entered_lines() == {
+            "entered 0 of 3 micro-batches without Dynamo; the last that was learned from goes through Dynamo: "
+            "KeyError: 'missing'"
+        }
     said = [record.getMessage() for record in caplog.records if "through Dynamo" in record.getMessage()]
     assert len(said) == 3 and all("KeyError: 'missing'" in text for text in said)
 
