@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import RankFailed
+from ..errors import ConfigError, RankFailed
 from ..integrations import smollm2
 from ..integrations.generation.command import add_pipeline_arguments, backend_options
 from ..integrations.model_folder import Vocabulary, read_config
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     """The exit code: 0 all is equal; 1 a token differs, a rank failed or accuracy is low; 2 bad arguments."""
     try:
         task = plan(options)
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return execute(task)

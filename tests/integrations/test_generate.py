@@ -20,6 +20,7 @@ from checkout import CHECKOUT, TESTS
 from models.tiny_decoders import TINY, tiny_decoder
 from pp_piecewise_backend.__main__ import main
 from pp_piecewise_backend.demo import questions
+from pp_piecewise_backend.errors import ConfigError
 from pp_piecewise_backend.integrations import model_folder
 from pp_piecewise_backend.integrations.balance import BALANCES, layer_counts_by
 from pp_piecewise_backend.integrations.generation import call
@@ -111,6 +112,8 @@ def test_drawn_tokens_do_not_depend_on_how_sequences_share_micro_batches(folder:
         ({"top_p": 0.0}, "top_p 0.0: more than 0 and at most 1 is expected."),
         ({"dtype": "int8"}, "dtype 'int8': a floating torch dtype such as float32 or bfloat16 is expected."),
         ({"prompts": [[1], []]}, "prompt 1 ([]) has no tokens; at least one is needed."),
+        ({"prompts": "Hello"}, "prompts 'Hello': a list is expected, also of one prompt."),
+        ({"prompts": [1, 15, 7]}, "prompt 0 (1): a text or a list of tokens is expected."),
         ({"prompts": [[61]]}, "prompt 0 has the token 61; 0 to 60 is possible."),
         ({"prompts": ["hello"]}, "has no tokenizer, so a prompt must be comma-separated token ids in 0..60"),
         ({"chat": True}, "it has no tokenizer, so there is no chat template; leave chat out."),
@@ -128,6 +131,19 @@ def test_bad_arguments_are_refused_before_ranks_start(
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         generate(**{"model_dir": folder, "prompts": [[1]], **arguments})
+
+
+def test_options_of_the_backend_are_refused_before_ranks_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(call, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(ConfigError, match="unknown option 'compler'"):
+        generate(folder, [[1]], device="cpu", options={"compler": "eager"})
+    monkeypatch.setenv("PP_PIECEWISE_PADDING", "sometimes")
+    for command in (["generate", str(folder), "--prompt", "1"], ["demo"], ["check", str(folder)]):
+        assert main([*command, "--device", "cpu"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{command[0]}: environment variable PP_PIECEWISE_PADDING has the value 'sometimes'")
 
 
 @pytest.mark.parametrize(

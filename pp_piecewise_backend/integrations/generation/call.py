@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...config import Config
 from ..model_folder import (
     Vocabulary,
     check_rank_count,
@@ -95,6 +96,7 @@ def generate(
 
     Raises:
         ValueError: an argument or the folder cannot be used.
+        ConfigError: one of ``options``, or of the environment, cannot.
         RankFailed: a rank raised or died, named in the message; no process is left.
     """
     if not prompts:
@@ -152,8 +154,9 @@ def plan(
     max_tokens: int = 128,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Job, Vocabulary]:
-    """What `generate` runs. Raises `ValueError` for what cannot be used."""
+    """What `generate` runs. Raises `ValueError` or `ConfigError` for what cannot be used."""
     folder = Path(model_dir)
+    _check_prompts(prompts)
     _check_numbers(max_new_tokens, temperature, top_p, sequences_per_micro_batch, max_tokens)
     config = read_config(folder)
     check_rank_count(ranks, config)
@@ -164,6 +167,8 @@ def plan(
     sequences, max_rows = Job.rows(tokens, ranks, sequences_per_micro_batch, max_tokens)
     if 2 * ranks > MAX_GROUPS:
         raise ValueError(f"ranks {ranks}: at most {MAX_GROUPS // 2} are possible.")
+    given = options or {}
+    Config.resolve(given)  # or ranks would be the first to refuse it
     job = Job(
         model_dir=str(folder.resolve()),
         ranks=ranks,
@@ -172,7 +177,7 @@ def plan(
         options={
             "graphs": "cuda" if device == "cuda" else "emulate",
             "capture_sizes": ",".join(str(2**power) for power in range(max_rows.bit_length())),
-            **(options or {}),
+            **given,
         },
         prompts=tokens,
         max_new_tokens=max_new_tokens,
@@ -211,6 +216,15 @@ def _check_dtype(dtype: str | None) -> None:
     kind = torch.float32 if dtype is None else getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype {dtype!r}: a floating torch dtype such as float32 or bfloat16 is expected.")
+
+
+def _check_prompts(prompts: Any) -> None:
+    """A text is a sequence of texts, too, and a list of tokens is none of prompts."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts {prompts!r}: a list is expected, also of one prompt.")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"prompt {number} ({prompt!r}): a text or a list of tokens is expected.")
 
 
 def _tokens_of(number: int, prompt: str | Sequence[int], vocabulary: Vocabulary, vocabulary_size: int) -> list[int]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...errors import RankFailed
+from ...errors import ConfigError, RankFailed
 from .. import smollm2
 from ..balance import BALANCES
 
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
             on_token=show,
             progress=len(prompts) > 1 and sys.stderr.isatty(),  # no bar runs through an answer that streams
         )
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
     except RankFailed as error:
