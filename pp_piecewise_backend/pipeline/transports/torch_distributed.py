@@ -87,7 +87,8 @@ class P2P:
         """Return once all ranks of this pipeline are here, as a group."""
         store = self._meets_in.get_group_store()
         # Each rank counts its meetings in the store itself, which may outlive a process group.
-        meeting = store.add(f"pp_piecewise meetings of {self.stage}", 1)
+        own_count = f"pp_piecewise meetings of {self.stage}"
+        meeting = store.add(own_count, 1)
         self._store = dist.PrefixStore(f"pp_piecewise meeting {meeting}", store)
         self._store.set(str(self.stage), "is here")
         try:
@@ -96,6 +97,9 @@ class P2P:
             here = [self._store.check([str(stage)]) for stage in range(self.stage_count)]
             missing = [rank for rank, is_here in zip(self.ranks, here, strict=True) if not is_here]
             if missing:
+                with contextlib.suppress(RuntimeError):  # it was no meeting: who tries again meets them in this one
+                    self._store.delete_key(str(self.stage))
+                    store.add(own_count, -1)
                 raise TimeoutError(errors.did_not_come(missing)) from None
         self._own = self._new_group("all", self.stage, self.stage_count, "cpu")
 
