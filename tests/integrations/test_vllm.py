@@ -13,9 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -85,22 +85,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
+def process(command: Sequence[str], variables: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """It ends with the block, if not before."""
+    with log.open("w") as written:
+        running = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
+        try:
+            yield running
+        finally:
+            running.terminate()
+            running.wait(60)
+
+
 def started(
     model: Path, keywords: Mapping[str, Any], out: Path, *inside: str, **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """The process of an engine, whose log lies beside ``out``; ``inside`` are words before its command."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PP_PIECEWISE")}
     variables |= {"VLLM_CACHE_ROOT": str(out.parent / "cache"), "PP_PIECEWISE_GRAPHS": "emulate", **environment}
     if keywords.get("pipeline_parallel_size", 1) * keywords.get("tensor_parallel_size", 1) == 1:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [*inside, sys.executable, str(ENGINE), str(model), str(out), json.dumps(keywords)]
-    with out.with_suffix(".log").open("w") as written:
-        engine = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
-        try:
-            yield engine
-        finally:
-            engine.terminate()
-            engine.wait(60)
+    return process(command, variables, out.with_suffix(".log"))
 
 
 def run_engine(model: Path, keywords: Mapping[str, Any], out: Path, *inside: str, **environment: str) -> dict[str, Any]:
@@ -165,46 +170,45 @@ def test_with_inductor_and_one_line_per_program(models: Path, tmp_path: Path) ->
 
 
 @pytest.fixture
-def two_machines() -> Iterator[list[tuple[str, str, str]]]:
-    """Two network namespaces that reach only one another: the name, the device and the address of each."""
-    machines = [(f"pp{os.getpid()}_{end}", f"pp{os.getpid() % 10**6}_{end}", f"10.77.0.{end}") for end in (1, 2)]
+def two_machines() -> Iterator[dict[str, str]]:
+    """Two network namespaces that reach only one another: name, also of the device in it, and address of each."""
+    machines = {f"pp{os.getpid()}_{end}": f"10.77.0.{end}" for end in (1, 2)}
+    first, second = machines
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
 
     try:
         try:
-            for machine, _, _ in machines:
+            for machine in machines:
                 ip("netns", "add", machine)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"network namespaces cannot be made here: {error}")
-        (first, first_device, _), (second, second_device, _) = machines
-        ip("link", "add", first_device, "netns", first, "type", "veth", "peer", second_device, "netns", second)
-        for machine, device, address in machines:
-            ip("-n", machine, "address", "add", f"{address}/24", "dev", device)
-            for up in ("lo", device):
+        ip("link", "add", first, "netns", first, "type", "veth", "peer", second, "netns", second)
+        for machine, address in machines.items():
+            ip("-n", machine, "address", "add", f"{address}/24", "dev", machine)
+            for up in ("lo", machine):
                 ip("-n", machine, "link", "set", up, "up")
         yield machines
     finally:
-        for machine, _, _ in machines:
+        for machine in machines:
             with suppress(OSError):
                 subprocess.run(["ip", "netns", "delete", machine], capture_output=True, timeout=30)
 
 
-def test_each_stage_on_a_machine_of_its_own(
-    two_machines: list[tuple[str, str, str]], models: Path, tmp_path: Path
-) -> None:
+def test_each_stage_on_a_machine_of_its_own(two_machines: dict[str, str], models: Path, tmp_path: Path) -> None:
+    first, second = two_machines
     keywords: dict[str, Any] = {**OURS, "pipeline_parallel_size": 2}
-    keywords |= {"nnodes": 2, "master_addr": two_machines[0][2], "distributed_executor_backend": "mp"}
-    there = [
-        (["ip", "netns", "exec", machine], {"GLOO_SOCKET_IFNAME": device, "VLLM_HOST_IP": address})
-        for machine, device, address in two_machines
-    ]
-    compiler = {"PP_PIECEWISE_COMPILER": "eager"}
-    (first, of_first), (second, of_second) = there
-    others = {**keywords, "node_rank": 1}
-    with started(models / "llama", others, tmp_path / "second.json", *second, **of_second, **compiler):
-        found = run_engine(models / "llama", keywords, tmp_path / "first.json", *first, **of_first, **compiler)
+    keywords |= {"nnodes": 2, "master_addr": two_machines[first], "distributed_executor_backend": "mp"}
+
+    def on(machine: str, node_rank: int, start: Callable[..., Any]) -> Any:
+        out, inside = tmp_path / f"{machine}.json", ("ip", "netns", "exec", machine)
+        variables = {"GLOO_SOCKET_IFNAME": machine, "VLLM_HOST_IP": two_machines[machine]}
+        own = {**keywords, "node_rank": node_rank}
+        return start(models / "llama", own, out, *inside, PP_PIECEWISE_COMPILER="eager", **variables)
+
+    with on(second, 1, started):
+        found = on(first, 0, run_engine)
     assert found["answers"] == eager(models / "llama")
     check(found, pipeline=2)
 
@@ -229,18 +233,13 @@ def served(model: Path, folder: Path, *flags: str) -> Iterator[int]:
     command += ["--dtype", "float32", "--kv-cache-memory-bytes", str(2**26), "--no-enable-prefix-caching", *flags]
     variables = {**os.environ, **SETTINGS, "PP_PIECEWISE_GRAPHS": "emulate", "PP_PIECEWISE_COMPILER": "eager"}
     log = folder / "server.log"
-    with log.open("w") as written:
-        server = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 600
-            while not _is_ready(port):
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-8000:]
-                time.sleep(1)
-            yield port
-            assert server.poll() is None, log.read_text()[-8000:]
-        finally:
-            server.terminate()
-            server.wait(60)
+    with process(command, variables, log) as server:
+        deadline = time.monotonic() + 600
+        while not _is_ready(port):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-8000:]
+            time.sleep(1)
+        yield port
+        assert server.poll() is None, log.read_text()[-8000:]
 
 
 def _is_ready(port: int) -> bool:

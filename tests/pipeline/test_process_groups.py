@@ -50,7 +50,7 @@ def test_a_rank_that_does_not_come_is_named_as_the_user_does_and_may_come_later(
     assert came == came_late == WHAT_COMES
 
 
-def test_and_so_is_one_that_fails(tmp_path: Path) -> None:
+def test_a_rank_that_fails_is_named_as_the_user_does(tmp_path: Path) -> None:
     _, lost, failed = run(group_ranks.fails, 3, tmp_path)
     assert lost.startswith("PeerLost: the pipeline is broken: rank 2 failed (ArithmeticError)"), lost
     assert "rank 1 was " in lost and "rank 0" not in lost, lost
