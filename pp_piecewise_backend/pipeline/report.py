@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from .positions import DeviceWork, Event, Place, Step
+from .positions import DeviceWork, Place, Step
 from .transports.base import LinkChoice
 
 WaitKind = Literal["receive", "send", "feedback"]
@@ -128,10 +128,6 @@ _WAITS = {"receive": Step.TENSORS, "send": Step.LEAVING, "feedback": Step.FEEDBA
 _OWN_CODE = {Step.INPUTS: "make_inputs", Step.FORWARD: "forward", Step.FINISH: "finish", Step.SENDING: "results"}
 
 
-def _new_event(device: torch.device) -> Event:
-    return torch.Event(device)
-
-
 class LateStep(NamedTuple):
     """A step that takes too long, and goes on."""
 
@@ -156,7 +152,7 @@ class StepClock:
     def __init__(self, device: torch.device, watches_device: bool = False) -> None:
         self._device = device
         self._is_async = device.type != "cpu"
-        self._work = DeviceWork(lambda: _new_event(device)) if watches_device and self._is_async else None
+        self._work = DeviceWork(lambda: torch.Event(device)) if watches_device and self._is_async else None
         self._in_forward = False
         self._steps = 0
         self._begin_ns = self._end_ns = 0

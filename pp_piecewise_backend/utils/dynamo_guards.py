@@ -260,8 +260,8 @@ class _Division:
         kinds: dict[str, set[str]] = {}
         for node in nodes:
             if node.leaves or not node.below:
-                kinds.setdefault(node.source, set()).update(kind for kind, _ in node.leaves)
-                kinds[node.source] |= set() if node.leaves else {"that it is there"}
+                asks = {kind for kind, _ in node.leaves} or {"that it is there"}
+                kinds.setdefault(node.source, set()).update(asks)
         readable = [source for source in kinds if is_readable(source)]
         read = reader(readable, scope, known)
         # What is made when it is asked for, such as the names of a function's variables, is never the same.

@@ -161,13 +161,13 @@ def plan(
     config = read_config(folder)
     check_rank_count(ranks, config)
     _check_dtype(dtype)
-    device = choose_device(device, ranks, (options or {}).get("graphs"))
+    given = options or {}
+    device = choose_device(device, ranks, given.get("graphs"))
     vocabulary = vocabulary_of(folder, config, chat=chat)
     tokens = [_tokens_of(number, prompt, vocabulary, config.vocab_size) for number, prompt in enumerate(prompts)]
     sequences, max_rows = Job.rows(tokens, ranks, sequences_per_micro_batch, max_tokens)
     if 2 * ranks > MAX_GROUPS:
         raise ValueError(f"ranks {ranks}: at most {MAX_GROUPS // 2} are possible.")
-    given = options or {}
     Config.resolve(given)  # or ranks would be the first to refuse it
     job = Job(
         model_dir=str(folder.resolve()),
