@@ -224,6 +224,7 @@ class Ours:
             inputs=None if setting.is_first else proxies,
             outputs=None if setting.is_last else proxies,
             feedback={"tokens": ppb.Proxy((), torch.int64)} if at_an_end else None,
+            feedback_rows="tokens",
             transport=transport,  # type: ignore[arg-type]
             mesh=setting.mesh,
             max_in_flight=setting.schedule.in_flight,

@@ -290,6 +290,13 @@ def feedback_differs(whose: str, name: str, got: str, expected: str, most_rows: 
     )
 
 
+def feedback_has_other_rows(whose: str, rows: int, announced_rows: int) -> str:
+    return (
+        f"{whose} returned feedback with {rows} rows for a micro-batch of {announced_rows} tokens: expected as many, "
+        "since feedback_rows='tokens'. Return a row for each token, or leave feedback_rows out."
+    )
+
+
 def stage_inputs_clash(names: Iterable[str]) -> str:
     return f"make_inputs gave {_listed(sorted(names))}, which the previous stage sends. Leave proxies out."
 

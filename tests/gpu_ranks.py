@@ -41,6 +41,7 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         inputs=None if is_first else PROXIES,
         outputs=None if is_last else PROXIES,
         feedback=FEEDBACK if is_first or is_last else None,
+        feedback_rows=job["feedback_rows"],
         transport=job["transport"],
         timeout_s=job["timeout_seconds"],
         setup_timeout_s=SETUP_SECONDS,

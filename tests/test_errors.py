@@ -271,6 +271,10 @@ MESSAGES = {
         errors.feedback_differs("finish", "t", "torch.int64[0]", "torch.int64[rows]", 8),
         ["'t' as torch.int64[0]", "1 to 8 rows", "change the Proxy"],
     ),
+    "feedback_has_other_rows": (
+        errors.feedback_has_other_rows("finish", 1, 2),
+        ["finish returned feedback with 1 rows", "of 2 tokens", "leave feedback_rows out"],
+    ),
     "stage_inputs_clash": (errors.stage_inputs_clash({"h"}), ["make_inputs gave 'h'", "Leave proxies out"]),
     "micro_batches_on_later_stage": (errors.micro_batches_on_later_stage(1), ["stage 1", "only the first stage"]),
     "NO_MICRO_BATCHES": (errors.NO_MICRO_BATCHES, ["no micro-batches on the first stage", "iterable of MicroBatch"]),

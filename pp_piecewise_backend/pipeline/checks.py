@@ -21,6 +21,7 @@ def arguments(
     make_inputs: object,
     max_tokens: object,
     proxies: Mapping[str, object],
+    feedback_rows: object,
     receive: object,
     max_in_flight: object,
     options: object,
@@ -38,6 +39,7 @@ def arguments(
         ("make_inputs", make_inputs, callable(make_inputs), "a function (num_tokens, tag) -> dict of arguments"),
         ("max_tokens", max_tokens, _is_count(max_tokens), "the rows of the largest micro-batch, at least 1"),
         *((name, got, _are_proxies(got), "None, or a dict of Proxy by name") for name, got in proxies.items()),
+        ("feedback_rows", feedback_rows, feedback_rows in ("any", "tokens"), "'any' or 'tokens'"),
         ("receive", receive, receive in ("early", "step"), "'early' or 'step'"),
         ("max_in_flight", max_in_flight, max_in_flight is None or _is_count(max_in_flight), "None or at least 1"),
     ):

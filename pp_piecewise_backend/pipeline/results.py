@@ -12,7 +12,7 @@ from .. import errors
 from ..runtime.stage import Proxy, Stage
 from ..utils.addresses import Span, overlap, span
 from ..utils.counters import Stats
-from .header import Answer
+from .header import Answer, Header
 from .link import Sender
 from .transports.base import Pending
 
@@ -69,6 +69,8 @@ class Answers:
         stage: whose rows and device feedback must fit.
         number: of the stage, for errors.
         finish: ``(output of the module, tag)`` -> feedback; None: feedback is among the module's output.
+        rows_are_tokens: whether feedback has as many rows as its micro-batch has tokens, so that it can be announced
+            before the forward.
         stats: counts ``proxy_copies``.
     """
 
@@ -79,6 +81,7 @@ class Answers:
         stage: Stage,
         number: int,
         finish: Finish | None,
+        rows_are_tokens: bool,
         stats: Stats,
     ) -> None:
         self._link = link
@@ -87,14 +90,26 @@ class Answers:
         self._stage = stage
         self._finish = finish
         self._whose = f"the module of stage {number}" if finish is None else f"finish on stage {number}"
+        self._rows_are_tokens = rows_are_tokens
         self._stats = stats
+        self._announced: Header | None = None
+        """Of the feedback that is to be sent next, if the first stage knows of it already."""
         self._sent: Pending | None = None
+
+    def announce(self, num_tokens: int, tag: bytes) -> None:
+        """Let the first stage's host go on before this one has enqueued the forward, where that is possible.
+
+        Raises:
+            PeerLost: the pipeline broke.
+        """
+        if self._rows_are_tokens:
+            self._announced = self._link.announce(num_tokens, tag)
 
     def send(self, answer: Answer, tag: bytes, output: Any) -> None:
         """Answer to a micro-batch whose forward gave ``output``; not called where nothing is to be answered.
 
         Raises:
-            ValueError: feedback is not what was declared.
+            ValueError: feedback is not what was declared, or has other rows than were announced.
             PeerLost: the pipeline broke.
             Whatever ``finish`` raises.
         """
@@ -104,7 +119,12 @@ class Answers:
         tensors = self._feedback(output, tag)
         self.wait()
         rows = tensors[self._names[0]].shape[0]
-        self._sent = self._link.send(self._link.announce(rows, tag), tensors)
+        header, self._announced = self._announced, None
+        if header is None:
+            header = self._link.announce(rows, tag)
+        elif rows != header.num_tokens:
+            raise ValueError(errors.feedback_has_other_rows(self._whose, rows, header.num_tokens))
+        self._sent = self._link.send(header, tensors)
 
     @property
     def are_finished_here(self) -> bool:

@@ -65,6 +65,8 @@ class StageRunner:
         outputs: those that go to the next one; None on the last stage.
         feedback: tensors that the last stage sends to the first; given on these two only. Each is ``[rows, *shape]``
             with 1 to ``max_tokens`` rows, which may be fewer than those of the micro-batch.
+        feedback_rows: "tokens": all feedback has as many rows as its micro-batch. It is announced before the forward
+            then, so that with ``feedback(confirmed=False)`` the hosts of the first and last stage work at once.
         finish: on the last stage only: ``(output of the module, tag)`` -> the feedback, such as sampled tokens, with
             exactly the names in ``feedback``. It runs eagerly after the module, without gradients, on the thread and
             stream of ``run``, for each micro-batch that has feedback; not at warm-up. ``run`` gives the module's
@@ -101,6 +103,7 @@ class StageRunner:
         inputs: Proxies | None = None,
         outputs: Proxies | None = None,
         feedback: Proxies | None = None,
+        feedback_rows: Literal["any", "tokens"] = "any",
         finish: Finish | None = None,
         group: Any = None,
         mesh: Any = None,
@@ -113,7 +116,7 @@ class StageRunner:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         ends = {"inputs": inputs, "outputs": outputs, "feedback": feedback}
-        checks.arguments(module, make_inputs, max_tokens, ends, receive, max_in_flight, options)
+        checks.arguments(module, make_inputs, max_tokens, ends, feedback_rows, receive, max_in_flight, options)
         patience = Patience(timeout_s, setup_timeout_s, step_timeout_s)
         device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
         self._stage = Stage(inputs or {}, max_tokens, device)
@@ -160,7 +163,8 @@ class StageRunner:
                 self._feedback.release()  # nobody reads yet
             self._answers: Answers | None = None
             if (link := self._links.feedback_out) is not None:
-                self._answers = Answers(link, feedback or {}, self._stage, self.stage, finish, self._stats)
+                as_tokens = feedback_rows == "tokens"
+                self._answers = Answers(link, feedback or {}, self._stage, self.stage, finish, as_tokens, self._stats)
             self._watchdog = Watchdog(self._clock, self._links, patience.step_seconds)
         self._make_inputs = make_inputs
         self._max_in_flight = max_in_flight
@@ -359,6 +363,8 @@ class StageRunner:
         if self.timeline is not None:
             self.timeline.micro_batch = sequence
         header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
+        if self._answers is not None and answer is Answer.FEEDBACK:
+            self._answers.announce(num_tokens, tag)
         with _serving():
             output = self._forward(num_tokens, tag, given, proxies)
         if outgoing is not None and header is not None:

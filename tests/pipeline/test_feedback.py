@@ -146,6 +146,56 @@ def test_without_feedback_the_last_stage_sends_nothing() -> None:
     assert headers == {0: 4, 1: 4}, "those of the proxies"
 
 
+@pytest.mark.parametrize(("rows", "is_early"), [("tokens", True), ("any", False)])
+def test_feedback_whose_rows_are_known_is_announced_before_the_forward(rows: str, is_early: bool) -> None:
+    """So the first stage need not wait for what the last one's host does: with one in flight it starts the next one."""
+    hub, starts_the_second, came = LocalHub(2, LONGEST_SECONDS), threading.Event(), []
+
+    def inputs_of_the_first(num_tokens: int, tag: bytes) -> dict[str, torch.Tensor]:
+        if tag == b"1":
+            starts_the_second.set()
+        return {"input_ids": torch.zeros(num_tokens, dtype=torch.int64)}
+
+    def inputs_of_the_last(num_tokens: int, tag: bytes) -> dict[str, torch.Tensor]:
+        if tag == b"0":
+            came.append(starts_the_second.wait(LONGEST_SECONDS if is_early else 0.5))
+        return {}
+
+    def play(stage: int) -> None:
+        make_inputs = inputs_of_the_last if stage else inputs_of_the_first
+        with runner(hub, stage, 1, make_inputs=make_inputs, feedback_rows=rows) as own:
+            warm_up_alone(own)
+            batches = [ppb.MicroBatch(2, tag) for tag in (b"0", b"1")]
+            for _ in own.run(batches if stage == 0 else None):
+                pass
+            if stage == 0:
+                told.extend(own.feedback()[1]["tokens"].tolist() for _ in batches)
+
+    told: list[list[int]] = []
+    in_threads_of_their_own(play, 2)
+    assert came == [is_early] and told == [[4, 4], [4, 4]]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_feedback_with_other_rows_than_were_promised_is_an_error(rows: int) -> None:
+    hub, raised = LocalHub(2, LONGEST_SECONDS), {}
+
+    def play(stage: int) -> None:
+        finish = (lambda output, tag: {"tokens": torch.zeros(rows, dtype=torch.int64)}) if stage else None
+        with pytest.raises((ValueError, errors.PeerLost)) as caught, runner(
+            hub, stage, 1, finish=finish, feedback_rows="tokens"
+        ) as own:  # fmt: skip
+            warm_up_alone(own)
+            for _ in own.run([ppb.MicroBatch(2)] if stage == 0 else None):
+                pass
+            own.feedback()
+        raised[stage] = caught.value
+
+    in_threads_of_their_own(play, 2)
+    assert type(raised[1]) is ValueError and type(raised[0]) is errors.PeerLost
+    assert f"finish on stage 1 returned feedback with {rows} rows for a micro-batch of 2 tokens" in str(raised[1])
+
+
 def in_threads_of_their_own(play: Callable[[int], None], count: int) -> None:
     failures: list[BaseException] = []
 
@@ -217,7 +267,7 @@ def test_finish_makes_the_feedback_from_what_the_module_returned() -> None:
     ],
 )
 def test_what_finish_returns_is_checked(made: Callable[[], Any], words: str) -> None:
-    answers = Answers(None, TOKENS, ppb.Stage({}, 4, "cpu"), 1, lambda output, tag: made(), Stats())  # type: ignore[arg-type]
+    answers = Answers(None, TOKENS, ppb.Stage({}, 4, "cpu"), 1, lambda output, tag: made(), False, Stats())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=words):
         answers.send(Answer.FEEDBACK, b"", None)
 
@@ -225,7 +275,7 @@ def test_what_finish_returns_is_checked(made: Callable[[], Any], words: str) -> 
 def test_feedback_of_several_tensors_has_equally_many_rows() -> None:
     made = {"tokens": torch.zeros(2).long(), "scores": torch.zeros(3)}
     proxies = {**TOKENS, "scores": ppb.Proxy((), torch.float32)}
-    answers = Answers(None, proxies, ppb.Stage({}, 4, "cpu"), 1, None, Stats())  # type: ignore[arg-type]
+    answers = Answers(None, proxies, ppb.Stage({}, 4, "cpu"), 1, None, False, Stats())  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"the module of stage 1 returned 'scores' as torch.float32\[3\].*\[2\] on cpu"
     ):

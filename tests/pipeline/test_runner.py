@@ -71,8 +71,9 @@ def test_inputs_of_the_caller_replace_those_that_are_made() -> None:
 # ------------------------------------------------------------------------------- feedback, early ends
 
 
+@pytest.mark.parametrize("feedback_rows", ["any", "tokens"])
 @pytest.mark.parametrize("max_in_flight", slow_but([None], [None, 1, 3]))
-def test_the_first_stage_goes_on_from_what_the_last_one_tells(max_in_flight: int | None) -> None:
+def test_the_first_stage_goes_on_from_what_the_last_one_tells(max_in_flight: int | None, feedback_rows: str) -> None:
     rounds = 12
 
     def play(runner: ppb.StageRunner, stage: int) -> Any:
@@ -91,7 +92,8 @@ def test_the_first_stage_goes_on_from_what_the_last_one_tells(max_in_flight: int
             pass
         return seen, runner.stats.recv_allocations
 
-    (seen, allocations), *_ = all_well(in_threads(2, play, max_in_flight=max_in_flight))
+    outcomes = in_threads(2, play, max_in_flight=max_in_flight, feedback_rows=feedback_rows)
+    (seen, allocations), *_ = all_well(outcomes)
     assert len(seen) == rounds and allocations == 0
     with torch.no_grad():
         first, last = one_layer(0, 2), one_layer(1, 2)

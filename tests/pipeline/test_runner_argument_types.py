@@ -40,6 +40,7 @@ WRONG: Mapping[str, list[Any]] = {
     "inputs": [["h"], {"h": torch.float32}, {1: PROXIES["h"]}, 0],
     "outputs": ["h", {"h": (4,)}],
     "feedback": [{"tokens": torch.int64}, "tokens"],
+    "feedback_rows": [None, 1, "rows"],
     "finish": [5, "sample"],
     "transport": [5, None, ["p2p"]],
     "receive": [None, ["early"], True],

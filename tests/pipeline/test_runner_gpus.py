@@ -34,6 +34,7 @@ def run(folder: Path, transport: str, count: int, **job: object) -> list[Ended]:
     job = {
         "transport": transport,
         "default_group": "gloo",
+        "feedback_rows": "any",
         "timeout_seconds": TIMEOUT_SECONDS,
         "microbatches": MICRO_BATCHES,
         **job,
@@ -43,9 +44,14 @@ def run(folder: Path, transport: str, count: int, **job: object) -> list[Ended]:
 
 
 @over_both
-@pytest.mark.parametrize(("count", "default_group"), [(2, "gloo"), (2, "nccl"), (4, "gloo")])
-def test_results_and_counters_in_steady_state(transport: str, count: int, default_group: str, tmp_path: Path) -> None:
-    for ended in run(tmp_path, transport, count, default_group=default_group):
+@pytest.mark.parametrize(
+    ("count", "default_group", "feedback_rows"),
+    [(2, "gloo", "any"), (2, "gloo", "tokens"), (2, "nccl", "any"), (4, "gloo", "any")],
+)
+def test_results_and_counters_in_steady_state(
+    transport: str, count: int, default_group: str, feedback_rows: str, tmp_path: Path
+) -> None:
+    for ended in run(tmp_path, transport, count, default_group=default_group, feedback_rows=feedback_rows):
         assert ended.exit_code == 0, ended.log
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(count)]
     for rank, stats in enumerate(one["counted"] for one in found):
