@@ -430,6 +430,11 @@ def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
         return alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def current_raw_stream(index: int) -> int:
+    """The handle of this thread's stream on a GPU, without an object for it. Tested on 2.11."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
 def shared_cuda_memory(tensor: torch.Tensor) -> list[int | str | bool]:
     """What another process needs to open the memory of a CUDA tensor, ready for JSON. Tested on 2.11.
 

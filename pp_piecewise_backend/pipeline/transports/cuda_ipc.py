@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import struct
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -106,13 +106,21 @@ class CudaStreams:
     """
 
     def __init__(self, device: torch.device) -> None:
+        from ...utils import torch_compat  # see DeviceSharing
+
         self._device = device
+        self._raw_stream = torch_compat.current_raw_stream
+        self._last: tuple[int, torch.cuda.Stream] | None = None
+        """The handle of the current stream when it was asked for last, and the stream: to make one takes long."""
 
     def new(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._device)
 
     def current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device)
+        raw, last = self._raw_stream(self._device.index), self._last
+        if last is None or last[0] != raw:
+            self._last = last = raw, torch.cuda.current_stream(self._device)
+        return last[1]
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         return stream.record_event()
@@ -142,31 +150,39 @@ class CudaStreams:
 
     def _call(self, name: str, *arguments: int) -> None:
         """An operation on a stream that PyTorch has no call for."""
+        functions, context = self._functions, self._context
+        # This thread may have no context, or that of another GPU.
+        if code := functions["cuCtxPushCurrent_v2"](context):
+            self._fail("cuCtxPushCurrent_v2", code)
+        code = functions[name](*arguments)
+        functions["cuCtxPopCurrent_v2"](_POPPED)
+        if code:
+            self._fail(name, code)
+
+    @functools.cached_property
+    def _functions(self) -> dict[str, Any]:
         driver = _driver()
         assert driver is not None, "place() says that nothing can be shared"
-        # This thread may have no context, or that of another GPU.
-        self._check(driver, "cuCtxPushCurrent_v2", driver.cuCtxPushCurrent_v2(self._context))
-        code = getattr(driver, name)(*arguments)
-        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-        self._check(driver, name, code)
+        return {name: getattr(driver, name) for name in _FUNCTIONS}
 
     @functools.cached_property
     def _context(self) -> ctypes.c_void_p:
         """The one that PyTorch uses, too."""
-        driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-        assert driver is not None
-        self._check(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), self._device.index))
-        retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-        self._check(driver, "cuDevicePrimaryCtxRetain", retained)
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if code := self._functions["cuDeviceGet"](ctypes.byref(device), self._device.index):
+            self._fail("cuDeviceGet", code)
+        if code := self._functions["cuDevicePrimaryCtxRetain"](ctypes.byref(context), device):
+            self._fail("cuDevicePrimaryCtxRetain", code)
         return context
 
-    def _check(self, driver: ctypes.CDLL, name: str, code: int) -> None:
-        if code:
-            text = ctypes.c_char_p()
-            driver.cuGetErrorName(code, ctypes.byref(text))
-            raise RuntimeError(errors.driver_failed(name, str(self._device), code, (text.value or b"unknown").decode()))
+    def _fail(self, name: str, code: int) -> NoReturn:
+        text = ctypes.c_char_p()
+        self._functions["cuGetErrorName"](code, ctypes.byref(text))
+        raise RuntimeError(errors.driver_failed(name, str(self._device), code, (text.value or b"unknown").decode()))
 
 
+_POPPED = ctypes.byref(ctypes.c_void_p())
+"""Where a context that is taken off goes, of which nothing is read."""
 _WORD = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamWriteValue32_v2": _WORD,
