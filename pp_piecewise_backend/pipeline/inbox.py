@@ -83,6 +83,8 @@ class Inbox:
         self._posted: deque[_Posted] = deque()
         self._heard_count = 0
         self._has_ended = False
+        self._landing_soon: _Posted | None = None
+        """What was taken and is to land yet."""
         self._arrived: torch.Event | None = None
         """On an accelerator: when what was taken last has landed."""
         self._error: BaseException | None = None
@@ -94,12 +96,15 @@ class Inbox:
         """Whether the caller has memory to release."""
         return self._lent is not None
 
-    def take(self) -> tuple[Header, Views] | None:
+    def take(self, lands: bool = True) -> tuple[Header, Views] | None:
         """The next micro-batch, for streams once it has landed; None when the sender has stopped.
 
         Its memory is lent to the caller, for what is enqueued on the current stream: see ``confirm``.
 
         Never one of which no tensors follow: ``wait_for`` alone is notified of these.
+
+        Args:
+            lands: whether to return once it has landed. Without, the caller does something else before ``land``.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -117,18 +122,30 @@ class Inbox:
                 raise self._error
             self._receiver.check(lambda: "waiting for the next micro-batch")
             return None
-        header, self._lent, views, transfer, posted_ns = posted
+        self._landing_soon, self._lent = posted, posted.memory
         if timeline is not None:
-            timeline.add("steps", "wait for a header", begin_ns, micro_batch=header.sequence)
-        begin_ns = time.time_ns()
-        self._on_header(header.sequence)
-        transfer.wait()
+            timeline.add("steps", "wait for a header", begin_ns, micro_batch=posted.header.sequence)
+        self._on_header(posted.header.sequence)
+        if lands:
+            self.land()
+        return posted.header, posted.views
+
+    def land(self) -> None:
+        """Return once what was taken last has landed, for streams; a second call does nothing.
+
+        Raises:
+            PeerLost: the pipeline broke.
+        """
+        posted, self._landing_soon = self._landing_soon, None
+        if posted is None:
+            return
+        timeline, begin_ns = self._timeline(), time.time_ns()
+        posted.transfer.wait()
         if self._hands_out and self._stream is not None:
             self._arrived = self._reached()
         if timeline is not None:
-            timeline.add("steps", "wait for proxies", begin_ns, micro_batch=header.sequence)
-            timeline.add("receive", "receive", posted_ns, micro_batch=header.sequence)
-        return header, views
+            timeline.add("steps", "wait for proxies", begin_ns, micro_batch=posted.header.sequence)
+            timeline.add("receive", "receive", posted.posted_ns, micro_batch=posted.header.sequence)
 
     def confirm(self) -> None:
         """Return once what was taken last has really landed: ``take`` may return when only streams wait for it.

@@ -1,12 +1,13 @@
 """One rank of a pipeline: receive, run the compiled stage, send, with the next receive and the last send overlapping.
 
 Note [order of one micro-batch]
-    1. take: the proxies have landed in the memory that captured pieces read.
+    1. take: the header has come.
     2. announce: the next stage learns what comes before the work for it begins.
-    3. forward. After the last step that reads the proxies the landing memory is free, and the next receive is posted
+    3. ``make_inputs``, of which nothing waits for proxies; then land: they are in the memory that captured pieces read.
+    4. forward. After the last step that reads the proxies the landing memory is free, and the next receive is posted
        (``landing_was_read``). Before the first step that writes results, the previous send must have left
        (``results_are_written``); steps before it overlap with that send.
-    4. send the results from where the last pieces wrote them.
+    5. send the results from where the last pieces wrote them.
 The module is compiled with ``static_outputs`` and inside a wrapper that clones each proxy in the graph, so that landing
 memory is only read, by the first step as a rule, and no result lies in it.
 """
@@ -202,7 +203,7 @@ class StageRunner:
         Raises:
             PPPiecewiseError: called while a micro-batch is under way, or from within a warm-up.
         """
-        with self._turn, self._failing(), self._links.busy(), self._memory_at_rest(), _serving():
+        with self._turn, self._failing(), self._links.busy(), self._memory_at_rest(), torch_compat.serving():
             self._clock.begins(Step.WARMING_UP)
             self._compile(whole=self._is_enabled)
             if self._is_enabled:  # what plain Inductor runs writes state that nobody could restore
@@ -342,11 +343,18 @@ class StageRunner:
     def _take(self) -> tuple[Header, Views] | None:
         assert self._inbox is not None
         self._enqueue_sends()
-        take = wrap(self._inbox.take, "ppb.handoff.recv") if profiler_is_running() else self._inbox.take
         begin_ns = self._clock.wait_begins("receive")
-        taken = take()
+        taken = self._inbox.take(lands=False)
         self._clock.waited("receive", begin_ns)
         return taken
+
+    def _land(self) -> None:
+        """The proxies of the micro-batch that was taken are there."""
+        if self._inbox is not None:
+            land = wrap(self._inbox.land, "ppb.handoff.recv") if profiler_is_running() else self._inbox.land
+            begin_ns = self._clock.wait_begins("receive")
+            land()
+            self._clock.waited("receive", begin_ns)
 
     def _step(
         self,
@@ -357,7 +365,7 @@ class StageRunner:
         given: Mapping[str, Any] | None,
         proxies: Views,
     ) -> Any:
-        """One micro-batch, whose proxies have landed; see Note [order of one micro-batch]."""
+        """One micro-batch, whose header has come; see Note [order of one micro-batch]."""
         outgoing = self._links.outgoing
         self._clock.step_begins(sequence)
         if self.timeline is not None:
@@ -365,16 +373,16 @@ class StageRunner:
         header = None if outgoing is None else outgoing.announce(num_tokens, tag, answer)
         if self._answers is not None and answer is Answer.FEEDBACK:
             self._answers.announce(num_tokens, tag)
-        with _serving():
+        with torch_compat.serving():
             output = self._forward(num_tokens, tag, given, proxies)
-        if outgoing is not None and header is not None:
-            self._send(header, output)
-        elif self._answers is not None and answer is not Answer.NOTHING:
-            if self._answers.are_finished_here:
-                self._confirm()
-                self._clock.begins(Step.FINISH)
-            with _serving(), self._spanning("steps", "answer"):
-                self._answers.send(answer, tag, output)
+            if outgoing is not None and header is not None:
+                self._send(header, output)
+            elif self._answers is not None and answer is not Answer.NOTHING:
+                if self._answers.are_finished_here:
+                    self._confirm()
+                    self._clock.begins(Step.FINISH)
+                with self._spanning("steps", "answer"):
+                    self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
         if self.is_last:
             self._confirm()
@@ -389,6 +397,7 @@ class StageRunner:
 
     def _forward(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views) -> Any:
         arguments = self._arguments(num_tokens, tag, given, proxies)
+        self._land()
         if not self._is_whole_graph:
             self._wait_for_send()
         self._in_forward = self._is_whole_graph
@@ -634,14 +643,3 @@ class StageRunner:
         except errors.PeerLost:
             if error is None:
                 raise
-
-
-def _serving() -> contextlib.AbstractContextManager[object]:
-    """The mode of every call of the module: Dynamo would compile again for tensors of another one."""
-    return _not_in_inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
-
-
-@contextlib.contextmanager
-def _not_in_inference_mode() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield

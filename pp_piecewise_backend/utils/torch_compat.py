@@ -452,3 +452,14 @@ def opened_cuda_memory(values: Sequence[int | str | bool], device: torch.device)
     storage = torch.UntypedStorage._new_shared_cuda(device.index, *decoded)
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def serving() -> contextlib.AbstractContextManager[object]:
+    """The mode of every call of a stage: Dynamo would compile again for tensors of another one."""
+    return _not_in_inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
+
+
+@contextlib.contextmanager
+def _not_in_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield

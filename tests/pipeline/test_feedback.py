@@ -176,6 +176,33 @@ def test_feedback_whose_rows_are_known_is_announced_before_the_forward(rows: str
     assert came == [is_early] and told == [[4, 4], [4, 4]]
 
 
+def test_a_stage_prepares_its_inputs_while_its_proxies_are_computed() -> None:
+    """The first stage computes nothing before the last one's ``make_inputs`` was called for the same micro-batch."""
+    hub, asked, came = LocalHub(2, LONGEST_SECONDS), threading.Event(), []
+
+    def inputs_of_the_first(num_tokens: int, tag: bytes) -> dict[str, torch.Tensor]:
+        if tag:
+            came.append(asked.wait(LONGEST_SECONDS))
+        return {"input_ids": torch.zeros(num_tokens, dtype=torch.int64)}
+
+    def inputs_of_the_last(num_tokens: int, tag: bytes) -> dict[str, torch.Tensor]:
+        if tag:
+            asked.set()
+        return {}
+
+    def play(stage: int) -> None:
+        with runner(hub, stage, None, make_inputs=inputs_of_the_last if stage else inputs_of_the_first) as own:
+            warm_up_alone(own)
+            for _ in own.run([ppb.MicroBatch(2, b"tag")] if stage == 0 else None):
+                pass
+            if stage == 0:
+                told.append(own.feedback()[1]["tokens"].tolist())
+
+    told: list[list[int]] = []
+    in_threads_of_their_own(play, 2)
+    assert came == [True] and told == [[4, 4]]
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_feedback_with_other_rows_than_were_promised_is_an_error(rows: int) -> None:
     hub, raised = LocalHub(2, LONGEST_SECONDS), {}
