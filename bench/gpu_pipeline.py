@@ -41,6 +41,8 @@ the same model in float32 shows. The file says how many choices differ, and by h
 With `--tp T`, T ranks hold each stage together: they share heads, MLP and vocabulary, and graphs hold the all-reduces.
 The engine-style hand-off and ours go from each rank to the one of its number. transformers' pipeline is left out then.
 
+`--trace-variants` writes, for each, what the devices did with one micro-batch in flight; `pipeline_hops.py` reads it.
+
 `--one-gpu` puts all ranks on one GPU, for rightness and for the host's part: NCCL is left out, and engine-style methods
 go through the host. `--device cpu` runs the same code with emulated graphs and the clock of the host.
 """
@@ -48,6 +50,7 @@ go through the host. `--device cpu` runs the same code with emulated graphs and 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
 import time
@@ -56,6 +59,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, plotted, run_ranks, write_result
+from pipeline_hops import hops
 
 NAME = "gpu_pipeline"
 BASELINES = ("eager", "reduce_overhead", "transformers")
@@ -106,6 +110,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compiler", default=None, help="of ours; inductor on GPUs, eager on the CPU")
     parser.add_argument("--no-profile", action="store_true", help="do not measure how long the devices work")
     parser.add_argument("--trace-folder", default="", help="write the profiles there")
+    parser.add_argument("--trace-variants", nargs="*", default=[], help="write what their devices did, one in flight")
+    parser.add_argument("--trace-tokens", type=int, default=8)
     parser.add_argument("--budget-s", type=float, default=3600, help="begin nothing new after that many seconds")
     parser.add_argument("--grace-s", type=float, default=GRACE_SECONDS, help="for what has begun by then")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -163,10 +169,26 @@ class Collected:
         elif what == "over":
             self.body["over"] = found["sentence"]
             print(found["sentence"])
+        elif what == "trace":
+            self._write_trace(found)
         else:
             self.body[f"{what}s"].append(found)
             print(f"{time.perf_counter() - self._began:5.0f} s  {shown(what, found)}", flush=True)
         self.body["ratios"] = ratios(self.body["cells"])
+
+    def _write_trace(self, found: dict[str, Any]) -> None:
+        """What the devices did, for Perfetto, in a file of its own; and what the steps in it consist of."""
+        name = f"{NAME}_trace_{found['model']}_{found['variant']}.json.gz"
+        events = found.pop("events")
+        if events:
+            with gzip.open(self._output / name, "wt") as file:
+                json.dump({"traceEvents": events}, file)
+            try:
+                found |= {"file": name, **hops(events)._asdict()}
+            except ValueError as error:
+                found["error"] = str(error)
+        self.body.setdefault("traces", []).append(found)
+        print(f"trace of {found}")
 
     def write(self) -> None:
         self.path = write_result(self._output, NAME, self.parameters, self.body)

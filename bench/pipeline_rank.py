@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from common import spread
 from decoder import ALONE, MODELS, DecoderStage, Shares
+from pipeline_hops import kernels_of
 from pipeline_methods import Method, Setting, Skipped, Wires, make_method, most_in_flight
 from slot_attention import MAX_SEQUENCES, StepTensors, rows_with_choice
 from step_schedule import Call, Schedule, usual_kind
@@ -33,6 +34,7 @@ from pp_piecewise_backend.config import Mode
 
 WARM_MICRO_BATCHES = 8
 PROFILED_MICRO_BATCHES = 8
+TRACED_MICRO_BATCHES = 14
 CHECKED_STEPS = 6
 LARGEST_REGRET = 1e-3
 """By how many standard deviations of a row's logits the chosen token's may lie below the largest one, in float32."""
@@ -255,6 +257,26 @@ class Rank:
         spans = [(e.time_range.start, e.time_range.end) for e in work if "nccl" not in e.name and "ppb." not in e.name]
         return {"busy_us": covered(spans) / total, "kernels": len(spans) / total}
 
+    def do_trace(self, variant: str, tokens: int) -> dict[str, Any]:
+        """What ran on this rank's device while one micro-batch was in flight."""
+        from torch.profiler import ProfilerActivity, profile
+
+        if self.device.type != "cuda":
+            return {"events": []}
+        method = self.methods[variant]
+        method.begin(tokens)
+        self.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            if self.leads:
+                self._lead(method, tokens, 1, TRACED_MICRO_BATCHES, [usual_kind(tokens)], Marks(self.device), ())
+            else:
+                for _ in range(TRACED_MICRO_BATCHES):
+                    method.follow()
+            self.synchronize()
+        path = self.folder / f"trace_{self.rank}.json"
+        profiler.export_chrome_trace(str(path))
+        return {"events": kernels_of(json.loads(path.read_text()), self.rank)}
+
     def do_check(self, variant: str, tokens: int, in_flight: int) -> dict[str, Any]:
         """Tokens next to those of the whole model in one process."""
         assert self.setting is not None
@@ -443,6 +465,11 @@ class Plan:
                 busy: dict[str, list[dict[str, Any]]] = {}
                 for in_flight in sorted(self.request["in_flight"], reverse=True):
                     self._cell(model, tokens, in_flight, ready, busy)
+        for variant in ready:
+            if variant in self.request["trace_variants"] and not self.is_over:
+                reports = self.rank.say("trace", variant=variant, tokens=self.request["trace_tokens"])
+                events = [event for report in reports for event in report.get("events", [])]
+                self.note("trace", model=model, variant=variant, error=first_error(reports), events=events)
         for variant in ready:
             self.rank.say("close", variant=variant)
 

@@ -16,6 +16,7 @@ from checkout import BENCH
 sys.path.insert(0, str(BENCH))
 import gpu_pipeline
 from decoder import MODELS, DecoderStage
+from pipeline_hops import hops, kernels_of
 from pipeline_rank import Record, compared, covered, figures
 from slot_attention import StepTensors
 from step_schedule import Call, Schedule
@@ -142,3 +143,31 @@ def test_a_step_at_other_lengths_is_found(dtype: torch.dtype) -> None:
     assert right["ok"] and right["different"] == 0 and right["choices"] == 24
     assert not wrong["ok"] and wrong["different"] >= 4
     assert wrong["largest_regret"] > 2 * wrong["allowed_regret"] > 0
+
+
+def events_of(rank: int, *passes_us: float, kernels: int = 5) -> list[dict[str, Any]]:
+    """Kernels of 10 us with pauses of 2 us between them, from each of these times on."""
+    kernel = {"ph": "X", "cat": "kernel", "name": "gemm", "pid": rank, "tid": 7, "dur": 10.0}
+    return [{**kernel, "ts": begin_us + 12.0 * at} for begin_us in passes_us for at in range(kernels)]
+
+
+def test_a_step_consists_of_stages_and_hops() -> None:
+    first, last = events_of(0, 0, 200, 400, 600, 800), events_of(1, 88, 290, 488, 688, 890)
+    copies = [{**event, "cat": "gpu_memcpy"} for event in events_of(1, 60, 265, kernels=1)]
+    early, waiting = events_of(0, 120, 320, 525, kernels=1), events_of(1, 0, 200, kernels=9)
+    found = hops([*first, *last, *copies, *early, *({**event, "name": "ncclDevKernel"} for event in waiting)])
+    assert found.steps == 3 and found.step_us == 200 and found.stage_us == (58, 58)
+    assert found.hop_us == (30, 54)
+    assert sum(found.stage_us) + sum(found.hop_us) == found.step_us
+
+
+def test_ranks_that_do_not_take_turns_have_no_hops() -> None:
+    with pytest.raises(ValueError, match=r"ran in the order 001100101.*expected turns"):
+        hops([*events_of(0, 0, 150, 600, 750, 1100), *events_of(1, 300, 450, 900, 1200)])
+
+
+def test_traces_of_ranks_are_put_on_one_clock() -> None:
+    event = {"ph": "X", "cat": "kernel", "name": "k" * 99, "ts": 5.0, "dur": 1.0, "tid": 1, "args": {"stream": 1}}
+    trace = {"baseTimeNanoseconds": 2000, "traceEvents": [event, {**event, "cat": "cpu_op"}, {"ph": "M"}]}
+    (found,) = kernels_of(trace, 1)
+    assert found == {"ph": "X", "cat": "kernel", "name": "k" * 60, "ts": 7.0, "dur": 1.0, "tid": 1, "pid": 1}
