@@ -25,7 +25,8 @@ handoff)
     ;;
 pipeline)
     for model in qwen2.5-0.5b qwen2.5-7b llama-3.1-8b; do # each within ten minutes
-        python bench/gpu_pipeline.py --models "$model" --check --budget-s 520 --output "$output/$model"
+        python bench/gpu_pipeline.py --models "$model" --check --budget-s 520 --trace-variants ours_auto_auto \
+            --output "$output/$model"
     done
     ;;
 vllm)
@@ -42,6 +43,11 @@ sanitizer)
     compute-sanitizer --tool memcheck --error-exitcode 1 \
         python bench/gpu_latency.py --stages tiny --tokens 8 --methods ours --repeats 3 --output "$output/sanitized" \
         2>&1 | tee "$output/sanitizer.txt"
+    # Two stages, over CUDA IPC and over NCCL.
+    compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+        python bench/gpu_pipeline.py --models tiny --tokens 8 --in-flight 2 --quick --rounds 1 --count 4 --no-profile \
+        --variants ours_full_and_piecewise --budget-s 280 --output "$output/sanitized" \
+        2>&1 | tee "$output/sanitizer_pipeline.txt"
     ;;
 *)
     echo "no such part: $1" >&2
