@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,10 @@ class Outcome:
     error: str | None = None
     """Name of the exception's class."""
     message: str = ""
+    raised_at: float = 0.0
+    """When the stage had the error, or its value, in seconds since the epoch."""
     ended_at: float = 0.0
-    """In seconds since the epoch."""
+    """When its process had ended, likewise; that of a thread ends at once."""
     exit_code: int = 0
     waited_seconds: float = 0.0
     """How long it waited for a processor after the fault; of threads, all of them together, from their start."""
@@ -525,7 +527,7 @@ def fault(stage: Stage) -> None:
     landing = landing_memory(links.incoming)
     tokens = landing_memory(links.feedback_in) if links.feedback_in is not None else memory(FEEDBACK)
     telling = None
-    try:
+    with closing(links, closes=stage.is_process):
         for sequence in range(10**6):
             if stage.rank == victim and sequence == 5:
                 _break_now(kind, stage, links)
@@ -546,11 +548,20 @@ def fault(stage: Stage) -> None:
             if links.feedback_in is not None and sequence >= 1:
                 _feedback(links.feedback_in, tokens)
             time.sleep(0.005)
-    except ArithmeticError as error:
-        links.fail(type(error).__name__)
+
+
+@contextlib.contextmanager
+def closing(links: Links, closes: bool = True) -> Iterator[None]:
+    """Closes the links when the body ends. What that takes is not counted before what the body raises, see ``play``."""
+    try:
+        yield
+    except BaseException as error:
+        error.raised_at = time.time()  # type: ignore[attr-defined]
+        if isinstance(error, ArithmeticError):  # of the stage's own code
+            links.fail(type(error).__name__)
         raise
     finally:
-        if stage.is_process:
+        if closes:
             links.close()
 
 
@@ -600,13 +611,11 @@ def sends_while_idle_receiver_dies(stage: Stage) -> None:
     if stage.is_last:
         _now("fault")
         os._exit(3)
-    try:
+    with closing(links):
         while True:
             time.sleep(0.01)
             if links._fault.loss is not None:
                 links.outgoing.announce(1)
-    finally:
-        links.close()
 
 
 SCENARIOS = {
@@ -663,10 +672,11 @@ def play(
     stage = Stage(number, count, rank, connect_stage, transport, patience, stats, is_process, arguments)
     try:
         scenario = SCENARIOS.get(name) or getattr(importlib.import_module("stream_scenarios"), name)
-        return Outcome(value=scenario(stage), ended_at=time.time())
+        return Outcome(value=scenario(stage), raised_at=time.time())
     except BaseException as error:
         traceback.print_exc()
-        return Outcome(error=type(error).__name__, message=str(error), ended_at=time.time(), exit_code=1)
+        raised_at = getattr(error, "raised_at", time.time())
+        return Outcome(error=type(error).__name__, message=str(error), raised_at=raised_at, exit_code=1)
 
 
 def delayed_link() -> Any:
@@ -723,14 +733,14 @@ def all_well(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def survivors_lose_their_peer(outcomes: list[Outcome], victim: int, silence_seconds: float) -> list[Outcome]:
-    """Those, who all raised ``PeerLost`` in time after the fault."""
+    """Those, who all raised ``PeerLost`` in time after the fault, and then ended by themselves."""
     begin = fault_time(outcomes)
     survivors = [outcome for number, outcome in enumerate(outcomes) if number != victim]
     waited = sum(outcome.waited_seconds for outcome in survivors)
     for outcome in survivors:
-        assert outcome.error == "PeerLost" and outcome.exit_code != 0, f"{outcome}\n{outcome.log}"
-        assert outcome.ended_at - begin < silence_seconds + MARGIN_SECONDS + waited, outcome
-    slowest = max(outcome.ended_at - begin for outcome in survivors)
+        assert outcome.error == "PeerLost" and outcome.exit_code == 1, f"{outcome}\n{outcome.log}"
+        assert outcome.raised_at - begin < silence_seconds + MARGIN_SECONDS + waited, outcome
+    slowest = max(outcome.raised_at - begin for outcome in survivors)
     print(f"slowest rank raised {slowest:.2f} s after the fault, at {silence_seconds} s of silence")
     return survivors
 

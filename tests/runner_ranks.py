@@ -6,6 +6,7 @@ an exception ends it with exit code 1 and its traceback in the log.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -281,6 +282,19 @@ def endless() -> Iterator[ppb.MicroBatch]:
         yield ppb.MicroBatch(step % MAX_TOKENS + 1, tag=str(step).encode())
 
 
+_RAISED = "raised at "
+
+
+@contextlib.contextmanager
+def noting_when_it_raises() -> Iterator[None]:
+    """In the log: what it takes to close, or the process to end, is not part of it."""
+    try:
+        yield
+    except BaseException:
+        print(f"{_RAISED}{time.time()}", flush=True)
+        raise
+
+
 def fault(rank: Rank) -> None:
     """Micro-batches without end, until the victim breaks in the way that ``kind`` names, and tells when."""
     kind = rank.arguments["kind"]
@@ -296,7 +310,7 @@ def fault(rank: Rank) -> None:
             _break_now(kind)
         return rank.make_inputs(num_tokens, tag)
 
-    with rank.runner(make_inputs=make_inputs, feedback=None, **changes) as stage:
+    with rank.runner(make_inputs=make_inputs, feedback=None, **changes) as stage, noting_when_it_raises():
         for _ in stage.run(endless() if rank.is_first else None):
             pass
 
@@ -337,7 +351,8 @@ def hangs(rank: Rank) -> None:
             yield batch
 
     step_timeout_s = rank.arguments["step_timeout_s"] if rank.is_victim else None
-    with rank.runner(make_inputs=make_inputs, feedback=None, step_timeout_s=step_timeout_s) as stage:
+    made = rank.runner(make_inputs=make_inputs, feedback=None, step_timeout_s=step_timeout_s)
+    with made as stage, noting_when_it_raises():
         try:
             for _ in stage.run(unhurried() if rank.is_first else None):
                 pass
@@ -677,6 +692,11 @@ class Outcome(Ended):
         """The last line of the traceback; empty without one."""
         lines = self.log.strip().splitlines()
         return lines[-1] if "Traceback (most recent call last)" in self.log else ""
+
+    @property
+    def raised_at(self) -> float:
+        """When ``run`` raised, see ``noting_when_it_raises``; else when the rank had ended."""
+        return next((float(line.split()[-1]) for line in self.log.splitlines() if line.startswith(_RAISED)), self.at)
 
 
 def run(

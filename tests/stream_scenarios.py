@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 import pp_piecewise_backend as ppb
-from handoff_ranks import MAX_TOKENS, PROXIES, Stage, _now, memory, rows, steady, values
+from handoff_ranks import MAX_TOKENS, PROXIES, Stage, _now, closing, memory, rows, steady, values
 from pp_piecewise_backend.pipeline.connect import Links
 from pp_piecewise_backend.pipeline.fault import Loss
 from pp_piecewise_backend.pipeline.inbox import Inbox
@@ -137,6 +137,16 @@ def loses(stage: Stage) -> None:
     links = stage.connect(feedback=None)
     landed = None if stage.is_first else inbox_of(links)
     try:
+        _lose(stage, links, landed)
+    finally:
+        began_at = time.monotonic()
+        torch.cuda.synchronize()
+        assert time.monotonic() - began_at < 3.0, "streams were not let go"
+        assert torch.ones(3).sum().item() == 3.0
+
+
+def _lose(stage: Stage, links: Links, landed: Inbox | None) -> None:
+    with closing(links):
         if stage.is_first:
             outgoing = values(0, 5)
             send(links, outgoing, 5)
@@ -154,12 +164,6 @@ def loses(stage: Stage) -> None:
                 landed.confirm()
                 assert sequence == 0, "what never landed was handed out"
         landed.take()
-    finally:
-        links.close()
-        began_at = time.monotonic()
-        torch.cuda.synchronize()
-        assert time.monotonic() - began_at < 3.0, "streams were not let go"
-        assert torch.ones(3).sum().item() == 3.0
 
 
 def _fail_at(at: str, links: Links, tensors: dict[str, torch.Tensor]) -> None:

@@ -39,7 +39,7 @@ def test_a_hang_ends_all_ranks_in_time_and_says_where_they_were(kind: str, count
             continue
         assert outcome.exit_code == 1 and "errors.PeerLost: " in outcome.error, outcome.log
         waited = sum(one.waited_seconds for one in outcomes)
-        assert outcome.at - begin < longest_seconds + MARGIN_SECONDS + waited, outcome
+        assert outcome.raised_at - begin < longest_seconds + MARGIN_SECONDS + waited, outcome
         positions = [Position(*fields) for fields in json.loads((tmp_path / f"positions_{number}.json").read_text())]
         assert [position.rank for position in positions] == [*range(count)]
         hanging = positions[victim]
@@ -47,7 +47,7 @@ def test_a_hang_ends_all_ranks_in_time_and_says_where_they_were(kind: str, count
             is_next = abs(number - victim) == 1
             heard = f"has sent nothing for {TIMEOUT_SECONDS:g} s" if is_next else "failed (silent), as rank "
             assert f"rank {victim} {heard}" in outcome.error
-            assert outcome.at - hanging.as_of > 0.9 * TIMEOUT_SECONDS and ", as of " in outcome.error
+            assert outcome.raised_at - hanging.as_of > 0.9 * TIMEOUT_SECONDS and ", as of " in outcome.error
         else:
             reason = rf"rank {victim} failed \(hangs in its {part}\) at micro-batch {HANGING_STEP}"
             assert re.search(reason, outcome.error) and "(step_timeout_s=1.5)" in outcome.error

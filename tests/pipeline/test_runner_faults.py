@@ -36,9 +36,9 @@ def survivors_lose_their_peer(
     for number, outcome in survivors.items():
         assert outcome.exit_code == 1 and "errors.PeerLost: " in outcome.error, f"rank {number}\n{outcome.log}"
         assert f"rank {victim}" in outcome.error
-        assert outcome.at - begin < timeout_seconds + MARGIN_SECONDS + waited, outcome
-    slowest = max(outcome.at - begin for outcome in survivors.values())
-    print(f"slowest rank ended {slowest:.2f} s after the fault, at {timeout_seconds} s of silence")
+        assert outcome.raised_at - begin < timeout_seconds + MARGIN_SECONDS + waited, outcome
+    slowest = max(outcome.raised_at - begin for outcome in survivors.values())
+    print(f"slowest rank raised {slowest:.2f} s after the fault, at {timeout_seconds} s of silence")
 
 
 @pytest.mark.parametrize(
