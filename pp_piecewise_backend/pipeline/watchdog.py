@@ -17,6 +17,7 @@ _LOG = logging.getLogger(__name__)
 
 _LOOKS_PER_TIMEOUT = 10
 _LONGEST_LOOK_SECONDS = 1.0
+_CLOSING_SECONDS = 5.0
 
 
 class Watchdog:
@@ -65,5 +66,5 @@ class Watchdog:
         """End the thread."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSING_SECONDS)  # it may hang in a look at a device that hangs
             faulthandler.cancel_dump_traceback_later()

@@ -16,7 +16,7 @@ from emulated_streams import Stream
 from models.small_pipeline import own_inputs
 from plain_stage import Plain
 from pp_piecewise_backend import errors
-from pp_piecewise_backend.pipeline import report
+from pp_piecewise_backend.pipeline import report, watchdog
 from pp_piecewise_backend.pipeline.positions import DeviceWork, Step
 from pp_piecewise_backend.pipeline.report import LateStep, StepClock
 from pp_piecewise_backend.pipeline.transports.base import Patience
@@ -72,6 +72,29 @@ def test_a_rank_that_hangs_is_named_to_all_and_shows_its_stack(caplog: pytest.Lo
     assert "rank 1 hangs at micro-batch 5, in its make_inputs" in record.getMessage()
     assert "in a_lock_that_nobody_releases" in record.getMessage()
     assert not [thread for thread in threading.enumerate() if "watchdog" in thread.name]
+
+
+def test_a_look_at_a_device_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_CLOSING_SECONDS", 0.2)
+    looks, ends = threading.Event(), threading.Event()
+
+    class Clock:
+        def late_step(self, longest_seconds: float) -> None:
+            looks.set()
+            ends.wait()
+
+    class Links:
+        rank = 0
+
+    looking = watchdog.Watchdog(Clock(), Links(), 60.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(watchdog, "_LONGEST_LOOK_SECONDS", 0.01)
+    looking.start()
+    looks.wait()
+    closing = threading.Thread(target=looking.close, daemon=True)
+    closing.start()
+    closing.join(5.0)
+    assert not closing.is_alive()
+    ends.set()
 
 
 def a_lock_that_nobody_releases(lock: threading.Event) -> None:
