@@ -252,6 +252,13 @@ NO_TRANSPORT = (
 )
 
 
+def left_to_the_end_of_the_process(what: str, seconds: float) -> str:
+    return (
+        f"{what}: not released within {seconds:g} s, as where a GPU waits for a rank that has stopped. What is left "
+        f"stays until this process ends: end it, and start it again."
+    )
+
+
 def proxies_at_wrong_end(name: str, got: Sequence[str], stage: int, stage_count: int) -> str:
     where = "the first" if stage == 0 else "the last" if stage == stage_count - 1 else "a middle"
     rule = {"inputs": "all stages but the first have", "outputs": "all stages but the last have"}

@@ -764,6 +764,8 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     import torch.distributed as dist
 
     from emulated_streams import EmulatedMemory, OnTrial, fails
+    from like_nccl import GlooGroup, P2PLikeNccl
+    from pp_piecewise_backend.pipeline.transports import torch_distributed
     from pp_piecewise_backend.pipeline.transports.choosing import Auto
     from pp_piecewise_backend.pipeline.transports.cuda_ipc import DeviceMemory
     from pp_piecewise_backend.pipeline.transports.one_machine import KindOfSharing, OneMachine
@@ -790,6 +792,10 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         torch.set_default_device(device)
         _wake_gpus()
     p2p = P2P(device, pipeline, setup_seconds=SETUP_SECONDS)
+    if asked == "like nccl":
+        GlooGroup.releases = not job["arguments"].get("never_ends", False)
+        torch_distributed._CLOSING_SECONDS = job["arguments"].get("closing_seconds", torch_distributed._CLOSING_SECONDS)
+        p2p = P2PLikeNccl(device, pipeline, setup_seconds=SETUP_SECONDS)
     transport: Transport = p2p
     kinds: dict[str, Callable[[], KindOfSharing]] = {
         "shared_memory": HostMemory,

@@ -73,6 +73,7 @@ ORDER = (
     "debug.inspect_dump",
     "backend",
     "pipeline.transports.base",
+    "pipeline.transports.ending",
     "pipeline.transports.torch_distributed",
     "pipeline.transports.tensor_parallel",
     "pipeline.transports.sockets",

@@ -244,6 +244,10 @@ MESSAGES = {
     ),
     "no_transport_works": (errors.no_transport_works("why"), ["cannot be set up: why", "transport="]),
     "LANDED_DIFFERS": (errors.LANDED_DIFFERS, ["not what was sent"]),
+    "left_to_the_end_of_the_process": (
+        errors.left_to_the_end_of_the_process("communicators of NCCL", 10.0),
+        ["communicators of NCCL", "within 10 s", "until this process ends"],
+    ),
     "trial_takes_too_long": (errors.trial_takes_too_long(2.0), ["longer than 2 s"]),
     "not_in_landing_memory": (
         errors.not_in_landing_memory((3, 4)),

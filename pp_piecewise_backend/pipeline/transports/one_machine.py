@@ -35,6 +35,7 @@ import torch
 
 from ... import errors
 from .base import MESSAGE_BYTES, Pending
+from .ending import Ending, wait_for
 from .sockets import Line, Listener, connected
 from .torch_distributed import P2P
 
@@ -43,6 +44,7 @@ _PLACE = struct.Struct("<QQQ")
 _LANDED = b"\x01"
 _SOCKETS_PER_LINK = 3
 _CLOSING_SECONDS = 1.0
+_RELEASING_SECONDS = 5.0
 
 
 class Sharing(ABC):
@@ -372,6 +374,9 @@ class OneMachineWire:
         self._messages.close()
         self._data.close()
         self._sharing.close()
+        if self._sharing.streams_wait:
+            # Letting go of what another process shares waits for a stream.
+            wait_for([Ending("memory of another process", self._blocks)], _RELEASING_SECONDS)
         self._blocks.clear()
         self._waiting.clear()
 

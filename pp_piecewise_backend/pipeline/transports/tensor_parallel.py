@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .torch_distributed import P2P, break_group, gather
+from .torch_distributed import P2P, Use, break_group, gather
 
 
 class TensorParallel:
@@ -33,6 +33,7 @@ class TensorParallel:
         """Between the ranks of the stage, for their plans and their failures."""
         self.rank = self.transport.stage
         self.size = self.transport.stage_count
+        self._use = Use()
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a contiguous tensor, flat and in the memory of the tensor."""
@@ -46,9 +47,10 @@ class TensorParallel:
             ConnectionError, TimeoutError: a rank of the stage was lost.
         """
         whole = tensor.view(-1).view(torch.uint8)  # for the dtypes that a backend has no name for
-        gather(whole, self.share(whole), self.group)
+        gather(whole, self.share(whole), self.group, self._use)
 
     def break_off(self) -> None:
         """End all collectives of the group, and what waits for plans and decisions, from any thread."""
+        self._use.end()
         break_group(self.group)
         self.transport.break_off()

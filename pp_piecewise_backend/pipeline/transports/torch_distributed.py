@@ -10,6 +10,20 @@ Note [NCCL waits]
 ``wait()`` of NCCL lets the current stream wait. Given a time it blocks the host too, looking every 10 ms [read], so
 tensors on a GPU are waited for without one; aborting the group ends what the stream waits for.
 
+Note [ends of NCCL groups]
+``shutdown()`` waits until all that was enqueued on a communicator has run. Then it joins a thread that runs until each
+transfer has ended, as the destructor does. ``abort()`` tells kernels to end, and waits for the streams of its
+communicator: where a send is queued behind the receive of another link, the one cannot be aborted before the other. The
+time that is given as its limit is none. What is enqueued on a communicator while that is aborted may run for ever
+[all read]. So
+
+- who enqueues and who aborts take turns, see ``Use``, and nothing is enqueued on a group that was aborted;
+- a group is aborted in a thread of its own, which is waited for no longer than ``_BREAKING_SECONDS``: by then its
+  kernels were notified, and what it still waits for may be those of the group that is aborted next;
+- the last transfers are waited for while links still listen, in ``finish``: a peer that stops then is lost as ever;
+- after a loss all groups are aborted before any is shut down;
+- ``close`` waits no longer than ``_CLOSING_SECONDS``, see Note [left to the end of the process].
+
 Note [groups of links]
 Only the ranks of a pipeline, or of a link, take part in making its groups: ``new_group`` would ask every rank of the
 world to, or name groups by what each rank has made before. So they are made directly, over the store of the user's
@@ -24,6 +38,8 @@ count them.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -33,11 +49,17 @@ import torch.distributed as dist
 
 from ... import errors
 from .base import MESSAGE_BYTES, Pending
+from .ending import Ending, wait_for
 
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """Its name in this torch."""
 _DOWN, _UP, _BREAK = 0, 1, 2
 """Tags of messages with the data, against it, and of the receive that nobody answers."""
+_BREAKING_SECONDS = 0.5
+"""How long the breaking of one group holds up that of the next one."""
+_CLOSING_SECONDS = 10.0
+_POLL_SECONDS = 1e-3
+_COMMUNICATORS = "communicators of NCCL"
 
 
 class P2P:
@@ -64,6 +86,7 @@ class P2P:
         self._store: Any = None
         """What the ranks of this pipeline alone share, once they have met."""
         self._groups: list[Any] = []
+        self._wires: list[P2PWire] = []
         self._own: Any = None
         """The group of all ranks of this pipeline, likewise."""
 
@@ -112,6 +135,8 @@ class P2P:
             control = self._new_group(f"messages of {link}", number, 2, "cpu")
             data = self._new_group(f"tensors of {link}", number, 2, self.device.type)
             wire = P2PWire(control, data, is_source, self._setup)
+            del control, data
+            self._wires.append(wire)
             try:
                 wire.warm_up(self.device)
             except BaseException:  # the other end must not wait for this one
@@ -127,23 +152,23 @@ class P2P:
 
     def discard(self, wire: P2PWire) -> None:
         """Release a wire that is not used; both ends do so."""
-        for group in wire.groups:
-            self._groups.remove(group)
-            group.shutdown()
+        self._wires.remove(wire)
+        groups = [self._groups.pop(self._groups.index(group)) for group in wire.groups]
+        wire.close()
+        _end(groups, wire.is_broken)
 
     def close(self) -> None:
-        for group in self._groups:
-            with contextlib.suppress(RuntimeError):  # broken
-                group.shutdown()
-        self._groups.clear()
+        is_broken = any(wire.is_broken for wire in self._wires)
+        while self._wires:
+            self._wires.pop().close()
         self._own = self._store = None
+        _end(self._groups, is_broken)
 
     def _new_group(self, name: str, rank: int, size: int, device_type: str) -> Any:
         """This rank's part of a group, see Note [groups of links]; ``name`` is new, and the same on all its ranks."""
         kind: Any = dist.ProcessGroupGloo if device_type == "cpu" else dist.ProcessGroupNCCL
-        group = kind(dist.PrefixStore(name, self._store), rank, size, self._setup)
-        self._groups.append(group)
-        return group
+        self._groups.append(kind(dist.PrefixStore(name, self._store), rank, size, self._setup))
+        return self._groups[-1]
 
     @contextlib.contextmanager
     def _meeting(self, what: str) -> Iterator[None]:
@@ -165,6 +190,33 @@ def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
     return [bytes(whole[: int(length)].tolist()) for whole, length in zip(gathered, lengths, strict=True)]
 
 
+class Use:
+    """Of a group, in turns: entered to enqueue something on it; see Note [ends of NCCL groups].
+
+    Raises:
+        ConnectionError: when it is entered after the group was broken.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._turn = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._turn.acquire()
+        if self.is_over:
+            self._turn.release()
+            raise ConnectionError("the link was closed")
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.release()
+
+    def end(self) -> None:
+        """Before the group is broken, from any thread; does not wait long for who hangs while it enqueues."""
+        self.is_over = True
+        if self._turn.acquire(timeout=_BREAKING_SECONDS):
+            self._turn.release()
+
+
 class P2PWire:
     """One end of a link, with a group for its messages and one for its tensors."""
 
@@ -176,12 +228,20 @@ class P2PWire:
         self._is_source = is_source
         self._longest = longest
         self._longest_transfer = longest if _is_gloo(data) else None
+        self._use = Use()
+        self._last_transfer: Sequence[Any] = ()
+        """Over NCCL, where those of one link end in order."""
         self._tell_tag, self._hear_tag = (_DOWN, _UP) if is_source else (_UP, _DOWN)
         self._outgoing_bytes = bytearray(MESSAGE_BYTES)
         self._outgoing = torch.frombuffer(self._outgoing_bytes, dtype=torch.uint8)
         self._incoming_bytes = bytearray(MESSAGE_BYTES)
         self._incoming = torch.frombuffer(self._incoming_bytes, dtype=torch.uint8)
         self._leaving: Any = None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether ``break_data`` was called."""
+        return self._use.is_over
 
     def warm_up(self, device: torch.device) -> None:
         """Connect both groups, which would else happen within the first micro-batch."""
@@ -230,8 +290,10 @@ class P2PWire:
         return dist.irecv(tensor, group_src=self._peer, group=_open(group), tag=tag)
 
     def _move(self, start: Callable[[torch.Tensor, Any], Any], tensors: Sequence[torch.Tensor]) -> Pending:
-        with connection_errors():
+        with connection_errors(), self._use:
             moving = [start(tensor, self._data) for tensor in tensors]
+        if self._longest_transfer is None:
+            self._last_transfer = moving[-1:] or self._last_transfer
         kept = [*tensors]  # gloo reads and writes them until somebody has waited
 
         def wait() -> None:
@@ -249,11 +311,20 @@ class P2PWire:
         return None  # gloo and NCCL receive anywhere
 
     def finish(self) -> None:
-        pass  # waited for when the group is destroyed, for all its links at once
+        # Those of gloo have been waited for, and cannot be asked: see Note [gloo waits].
+        deadline = time.monotonic() + self._longest.total_seconds()
+        with connection_errors():
+            while not all(transfer.is_completed() for transfer in self._last_transfer):
+                if self.is_broken:
+                    raise ConnectionError("the link was closed, and what was under way is lost")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(_POLL_SECONDS)
 
     def break_data(self) -> None:
-        if self._data is not None:
-            break_pair(self._data, self._peer)
+        self._use.end()
+        if (data := self._data) is not None:
+            break_pair(data, self._peer)
 
     def break_control(self) -> None:
         if self._control is not None:
@@ -262,6 +333,7 @@ class P2PWire:
     def close(self) -> None:
         # The transport destroys the groups, when all links have stopped; what has no owner then closes its sockets.
         self._control = self._data = self._leaving = None
+        self._last_transfer = ()
         self.groups = ()
 
 
@@ -303,25 +375,31 @@ def connection_errors() -> Iterator[None]:
         raise problem
 
 
-def gather(whole: torch.Tensor, share: torch.Tensor, group: Any) -> None:
+def gather(whole: torch.Tensor, share: torch.Tensor, group: Any, use: Use | None = None) -> None:
     """Fill a flat tensor with the shares of all ranks of a group, in their order.
+
+    Args:
+        use: of the group, where this rank may break it.
 
     Raises:
         ConnectionError, TimeoutError: a rank was lost.
     """
-    with connection_errors():
+    # gloo would wait in its turn.
+    with connection_errors(), contextlib.nullcontext() if use is None or _is_gloo(group) else use:
         getattr(dist, _ALL_GATHER)(whole, share, group=group)
 
 
 def break_group(group: Any) -> None:
     """End everything that this rank waits for within a group, from any thread."""
-    for peer in range(group.size()):
-        if peer != group.rank():
-            break_pair(group, peer)
+    peers = [peer for peer in range(group.size()) if peer != group.rank()]
+    for peer in peers if _is_gloo(group) else peers[:1]:
+        break_pair(group, peer)
 
 
 def break_pair(group: Any, peer: int) -> None:
     """End everything that this rank and that ``peer`` of a group wait for, from any thread; see Note [gloo waits].
+
+    Of NCCL, what any two ranks of the group wait for.
 
     Args:
         peer: its rank in the group.
@@ -331,5 +409,34 @@ def break_pair(group: Any, peer: int) -> None:
         with contextlib.suppress(RuntimeError, OSError):  # it runs out of time, or the pair was broken before
             _wait([dist.irecv(nothing, group_src=peer, group=group, tag=_BREAK)], timedelta(milliseconds=1))
     else:
-        with contextlib.suppress(RuntimeError):
-            group.abort()
+        Ending(_COMMUNICATORS, [group], _abort).is_over(_BREAKING_SECONDS)
+
+
+def _abort(group: Any) -> None:
+    group.abort()
+
+
+def _shut_down(group: Any) -> None:
+    group.shutdown()
+
+
+def _abort_and_shut_down(group: Any) -> None:
+    with contextlib.suppress(RuntimeError):
+        group.abort()
+    group.shutdown()
+
+
+def _end(groups: list[Any], is_broken: bool) -> None:
+    """Release groups that nobody else has, and empty the list; see Note [ends of NCCL groups]."""
+    on_gpus = [group for group in groups if not _is_gloo(group)]
+    for group in groups:
+        if _is_gloo(group):
+            with contextlib.suppress(RuntimeError):  # broken
+                group.shutdown()
+    group = None
+    groups.clear()
+    if is_broken:
+        endings = [Ending(_COMMUNICATORS, [on_gpus.pop()], _abort_and_shut_down) for _ in range(len(on_gpus))]
+    else:
+        endings = [Ending(_COMMUNICATORS, on_gpus, _shut_down)] if on_gpus else []
+    wait_for(endings, _CLOSING_SECONDS)
