@@ -40,7 +40,7 @@ def arguments(
         ("max_tokens", max_tokens, _is_count(max_tokens), "the rows of the largest micro-batch, at least 1"),
         *((name, got, _are_proxies(got), "None, or a dict of Proxy by name") for name, got in proxies.items()),
         ("feedback_rows", feedback_rows, feedback_rows in ("any", "tokens"), "'any' or 'tokens'"),
-        ("receive", receive, receive in ("early", "step"), "'early' or 'step'"),
+        ("receive", receive, receive in ("auto", "early", "step"), "'auto', 'early' or 'step'"),
         ("max_in_flight", max_in_flight, max_in_flight is None or _is_count(max_in_flight), "None or at least 1"),
     ):
         if not fits:

@@ -272,8 +272,8 @@ class Inbox:
     @contextlib.contextmanager
     def _after(self, read: torch.Event | None) -> Iterator[None]:
         """What is enqueued in the body comes after that event."""
-        if self._stream is None or read is None:
-            yield
+        if self._stream is None or read is None or not self._early:
+            yield  # in the step, this thread's stream comes after all that was enqueued before
             return
         with self._stream:
             self._stream.wait_event(read)

@@ -476,6 +476,11 @@ class Receiver(End):
         """Called, in the listener's thread, when ``next_header`` has something to return or raise."""
 
     @property
+    def takes_the_device(self) -> bool:
+        """Whether a receive computes on the device while it waits for its sender."""
+        return self._wire.receives_take_the_device
+
+    @property
     def headers_waiting(self) -> int:
         """Headers that ``next_header`` would return without waiting."""
         return self._headers.qsize()

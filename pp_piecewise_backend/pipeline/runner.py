@@ -79,7 +79,9 @@ class StageRunner:
             of one Linux machine whose tensors lie on the CPU, "cuda_ipc" for those whose tensors lie on one GPU or on
             peers: each writes into the landing memory of the next one itself; "auto": link by link what works, and the
             faster of two; or a transport of ``pipeline.transports``.
-        receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step.
+        receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step,
+            on the device after the forward before; "auto" is "step" where it goes over NCCL, whose kernels compute
+            while they wait, and "early" elsewhere.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
         timeout_s: seconds without a sign of life after which a neighbour is lost. Idle ranks give signs of life.
@@ -109,7 +111,7 @@ class StageRunner:
         group: Any = None,
         mesh: Any = None,
         transport: Transport | Literal["auto", "p2p", "shared_memory", "cuda_ipc"] = "auto",
-        receive: Literal["early", "step"] = "early",
+        receive: Literal["auto", "early", "step"] = "auto",
         max_in_flight: int | None = None,
         timeout_s: float = 60,
         step_timeout_s: float | None = None,
@@ -153,7 +155,7 @@ class StageRunner:
                     self._stage,
                     self._stats,
                     hands_out=self.is_last,
-                    early=receive == "early",
+                    early=receive == "early" or (receive == "auto" and not self._links.incoming.takes_the_device),
                     timeline=lambda: self.timeline,
                     on_header=self._clock.header_came,
                 )

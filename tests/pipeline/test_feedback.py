@@ -15,6 +15,7 @@ from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.header import Answer
 from pp_piecewise_backend.pipeline.results import Answers
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
+from pp_piecewise_backend.pipeline.transports.one_machine import OneMachineWire
 from pp_piecewise_backend.utils.counters import Stats
 from stages_in_threads import warm_up_alone
 
@@ -201,6 +202,31 @@ def test_a_stage_prepares_its_inputs_while_its_proxies_are_computed() -> None:
     told: list[list[int]] = []
     in_threads_of_their_own(play, 2)
     assert came == [True] and told == [[4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("receive", "takes_the_device", "is_early"),
+    [("auto", False, True), ("auto", True, False), ("early", True, True), ("step", False, False)],
+)
+def test_when_a_receive_is_posted(
+    receive: str, takes_the_device: bool, is_early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before this rank asks for it, unless the device would compute for as long as it waits, as over NCCL."""
+    monkeypatch.setattr(OneMachineWire, "receives_take_the_device", takes_the_device)
+    hub, posted = LocalHub(2, LONGEST_SECONDS), []
+
+    def play(stage: int) -> None:
+        with runner(hub, stage, None, receive=receive) as own:
+            warm_up_alone(own)
+            for number, _ in enumerate(own.run([ppb.MicroBatch(2), ppb.MicroBatch(2)] if stage == 0 else None)):
+                if stage == 1 and number == 0:
+                    deadline = time.monotonic() + (LONGEST_SECONDS if is_early else 0.5)
+                    while own.stats.recvs < 2 and time.monotonic() < deadline:
+                        time.sleep(0.001)
+                    posted.append(own.stats.recvs)
+
+    in_threads_of_their_own(play, 2)
+    assert posted == [2 if is_early else 1]
 
 
 @pytest.mark.parametrize("rows", [1, 3])

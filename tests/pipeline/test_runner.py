@@ -284,7 +284,7 @@ def test_results_with_other_strides_are_copied_and_counted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"receive": "late"}, "receive='late': expected 'early' or 'step'"),
+        ({"receive": "late"}, "receive='late': expected 'auto', 'early' or 'step'"),
         ({"max_in_flight": 0}, "max_in_flight=0: expected None or at least 1"),
         ({"timeout_s": -1}, "timeout_s=-1"),
         ({"options": {"stage": None}}, "option 'stage' is set by StageRunner itself"),

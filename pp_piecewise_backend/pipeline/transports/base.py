@@ -80,6 +80,9 @@ class LinkChoice:
 class Wire(Protocol):
     """One end of a link. Operations of different kinds may run in different threads at once."""
 
+    receives_take_the_device: bool
+    """Whether a receive computes on the device while it waits for its sender, as a kernel of NCCL does."""
+
     def tell(self, message: bytes) -> None:
         """Send a control message once the one before has left; messages arrive in order."""
 

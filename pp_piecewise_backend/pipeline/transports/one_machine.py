@@ -213,6 +213,8 @@ class OneMachineWire:
         longest_seconds: how long the other end may take for anything but a message.
     """
 
+    receives_take_the_device = False
+
     def __init__(self, messages: socket.socket, data: socket.socket, sharing: Sharing, longest_seconds: float) -> None:
         self._messages = Line(messages, longest_seconds)
         self._data = Line(data, longest_seconds)

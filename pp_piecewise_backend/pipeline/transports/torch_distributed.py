@@ -228,6 +228,7 @@ class P2PWire:
         self._is_source = is_source
         self._longest = longest
         self._longest_transfer = longest if _is_gloo(data) else None
+        self.receives_take_the_device = not _is_gloo(data)
         self._use = Use()
         self._last_transfer: Sequence[Any] = ()
         """Over NCCL, where those of one link end in order."""
