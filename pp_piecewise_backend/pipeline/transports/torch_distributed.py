@@ -147,8 +147,8 @@ class P2P:
 
     def break_off(self) -> None:
         """End every ``exchange``, from any thread."""
-        if self._own is not None:
-            break_group(self._own)
+        if (own := self._own) is not None:
+            break_group(own)
 
     def discard(self, wire: P2PWire) -> None:
         """Release a wire that is not used; both ends do so."""
@@ -315,9 +315,11 @@ class P2PWire:
         # Those of gloo have been waited for, and cannot be asked: see Note [gloo waits].
         deadline = time.monotonic() + self._longest.total_seconds()
         with connection_errors():
-            while not all(transfer.is_completed() for transfer in self._last_transfer):
-                if self.is_broken:
+            while True:
+                if self.is_broken:  # first: what is being aborted may not answer
                     raise ConnectionError("the link was closed, and what was under way is lost")
+                if all(transfer.is_completed() for transfer in self._last_transfer):
+                    return
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 time.sleep(_POLL_SECONDS)
