@@ -181,12 +181,13 @@ class P2P:
 
 def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
     """What each rank of the group brought."""
+    # Not by dist.all_gather: where that fails, it asks the world what the group is, which does not know it.
     lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(group.size())]
-    dist.all_gather(lengths, torch.tensor([len(own)], device="cpu"), group=group)
+    group.allgather([lengths], [torch.tensor([len(own)], device="cpu")]).wait()
     padded = torch.zeros(1 + int(max(lengths)), dtype=torch.uint8, device="cpu")  # no tensor without elements
     padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8, device="cpu")
     gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded, group=group)
+    group.allgather([gathered], [padded]).wait()
     return [bytes(whole[: int(length)].tolist()) for whole, length in zip(gathered, lengths, strict=True)]
 
 
