@@ -22,6 +22,7 @@ ORDER = (
     "utils.counters",
     "utils.torch_compat",
     "utils.dynamo_sources",
+    "utils.dynamo_places",
     "utils.dynamo_guards",
     "utils.dynamo_frames",
     "utils.dynamo_entrance",
@@ -138,7 +139,7 @@ DOORS = (
     Door(("torch.distributed",), ("pipeline.transports.torch_distributed", "utils.ranks")),
     Door(("depyf",), ("debug.dynamo_frame",)),
 )
-PRIVATE_TORCH_DOORS = ("utils.torch_compat", "utils.dynamo_guards", "utils.dynamo_frames")
+PRIVATE_TORCH_DOORS = ("utils.torch_compat", "utils.dynamo_places", "utils.dynamo_guards", "utils.dynamo_frames")
 SCRIPT = "debug.piece_harness"
 """Never imported: it is written into files that run with torch only, so it cannot use a door."""
 # Underscored by their authors, yet documented or used everywhere as public.

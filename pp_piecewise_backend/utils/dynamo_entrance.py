@@ -5,9 +5,10 @@ Dynamo's own entrance asks every guard of the stage in every call and loads ever
 microseconds for tens of layers, far more than the program itself takes on the host. A call of a kind that was seen
 before goes a way that was learned from Dynamo's own guards and bytecode, see Note [what need not be asked again]:
 
-- Dynamo's guards are asked but for those that the versions of the module's dicts answer for.
-- Parameters and buffers are bound. They are the same objects while the versions are the same; what the program must
-  know of their memory it checks itself. What comes with the call is read where Dynamo would read it.
+- Dynamo's guards are asked but for those that the versions of the module's dicts answer for, or that the same objects
+  lie in them, see Note [what changes in every call].
+- Parameters and buffers are bound. They are the same objects while these answers hold; what the program must know of
+  their memory it checks itself. What comes with the call is read where Dynamo would read it.
 - What Dynamo does with the graph's results, side effects included, is its own bytecode.
 
 Whatever else a call may be, it takes Dynamo's entrance as before, and is then learned from. So nothing is decided here
@@ -16,6 +17,7 @@ that Dynamo would not decide alike.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -31,7 +33,7 @@ from torch import nn
 from . import dynamo_frames
 from .counters import Amounts, Stats, counted
 from .dynamo_frames import Frame
-from .dynamo_guards import Objects
+from .dynamo_guards import Changes, Objects
 from .dynamo_sources import Unexpected, Values, reader
 
 _LOG = logging.getLogger(__name__)
@@ -107,6 +109,10 @@ class Entrance:
         """One for each frame of Dynamo's; that of the last call first."""
         self._entries = self._in_vain = self._waited = 0
         """Direct entries since a call was learned from, such times that did not pay, and calls that waited since."""
+        self._has_paid = False
+        """Whether it had paid to learn from a call when the next one was learned from."""
+        self._changes = Changes()
+        """What was found to change between calls, of all ways."""
         self.why_not = "no call was learned from yet"
         """Why the last call that was to be learned from goes through Dynamo; empty where it was learned."""
         self._check_us = 0.0
@@ -133,12 +139,14 @@ class Entrance:
 
     def _is_to_learn(self) -> bool:
         self._waited += 1
-        if self._entries >= CALLS_THAT_PAY:
+        has_paid = self._entries >= CALLS_THAT_PAY
+        if has_paid:
             self._in_vain = 0
         if self._waited < min(2 ** max(0, self._in_vain - LEARNED_ON_CREDIT), MAX_WAIT_CALLS):
             return False
         self._in_vain += 1
         self._entries = self._waited = 0
+        self._has_paid = has_paid
         return True
 
     def learn(self, arguments: Arguments) -> None:
@@ -151,9 +159,9 @@ class Entrance:
             if frame is None:
                 raise Unexpected("Dynamo would compile for another call like it")
             way = next((way for way in self._ways if way.frame.code is frame.code), None)
-            if way is None or not way.meets(values):
+            if way is None or self._finds_changes(way, values) or not way.meets(values):
                 self._ways = [other for other in self._ways if other is not way]
-                self._ways.append(way := _Way(frame, self._forward, self._inputs_of, values))
+                self._ways.append(way := _Way(frame, self._forward, self._inputs_of, values, self._changes))
                 self._check_us = min(_seconds(way.admits, values) for _ in range(TIMED_CHECKS)) * 1e6
         except Exception as error:
             # Whatever it is: Dynamo's entrance is right.
@@ -161,6 +169,19 @@ class Entrance:
             _LOG.debug("a stage is entered through Dynamo: %s", self.why_not, exc_info=True)
         else:
             self.why_not = ""
+
+    def _finds_changes(self, way: _Way, values: Values) -> bool:
+        """Whether this call shows what changes between calls of the way and was not known to."""
+        found = way.changes(values)
+        if self._has_paid:  # what is another object now and then is learned again, and cheap in between
+            found = dataclasses.replace(found, places=frozenset())
+        if found == Changes() and way.has_objects and self._in_vain > LEARNED_ON_CREDIT:
+            found = Changes(objects=True)
+        if found | self._changes == self._changes:
+            return False
+        self._changes |= found
+        self._in_vain = 0
+        return True
 
     def summary(self) -> str:
         """How calls entered, what that costs, and why others go through Dynamo; in one line."""
@@ -186,7 +207,12 @@ class _Way:
     """How calls that one frame of Dynamo's admits are made without it, learned from one of them."""
 
     def __init__(
-        self, frame: Frame, forward: Any, inputs_of: Callable[[Any], Sequence[str] | None], values: Values
+        self,
+        frame: Frame,
+        forward: Any,
+        inputs_of: Callable[[Any], Sequence[str] | None],
+        values: Values,
+        changes: Changes,
     ) -> None:
         self.frame = frame
         whole = FunctionType(frame.code, forward.__globals__, forward.__name__, None, forward.__closure__)
@@ -195,7 +221,7 @@ class _Way:
         if sources is None:
             raise Unexpected("its graph was not split")
         self._guards = guards = frame.guards(
-            values, forward.__globals__, known=("self",), call="arguments", taken=sources
+            values, forward.__globals__, known=("self",), call="arguments", taken=sources, changes=changes
         )
         self._objects: OrderedDict[tuple[int, ...], Objects] = OrderedDict()
         """By the ids of those among the arguments of a call."""
@@ -228,6 +254,15 @@ class _Way:
         if len(self._objects) > MAX_OBJECTS:
             self._objects.popitem(last=False)
         return self.admits(values) and self.frame.admits(values)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether it remembers objects among the arguments."""
+        return bool(self._guards.objects)
+
+    def changes(self, values: Values) -> Changes:
+        """What of the module is another one in a call that the frame admits than when the way was learned."""
+        return self._guards.changes(values)
 
     def _key(self, arguments: Arguments) -> tuple[int, ...]:
         return tuple([id(arguments.get(name)) for name in self._guards.objects])

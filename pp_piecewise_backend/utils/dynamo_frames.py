@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.bytecode_transformation import create_call_function, create_load_const, transform_code_object
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from .dynamo_guards import Guards
+from .dynamo_guards import Changes, Guards
 from .dynamo_sources import Unexpected, Values
 
 _eval_frame = torch._dynamo.eval_frame
@@ -37,10 +37,16 @@ class Frame:
         return bool(self._manager.check(values))
 
     def guards(
-        self, values: Values, scope: dict[str, Any], known: Sequence[str], call: str, taken: Sequence[str]
+        self,
+        values: Values,
+        scope: dict[str, Any],
+        known: Sequence[str],
+        call: str,
+        taken: Sequence[str],
+        changes: Changes,
     ) -> Guards:
         """Its guards in parts; the arguments and what is raised are those of `Guards`."""
-        return Guards(self._manager, values, scope, known, call, taken)
+        return Guards(self._manager, values, scope, known, call, taken, changes)
 
 
 def frames_of(code: CodeType) -> list[Frame]:

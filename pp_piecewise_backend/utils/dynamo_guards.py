@@ -18,6 +18,14 @@ caches: what a function reads, and one guard of many tensors, lies in a row; a n
 
 Two things are not compared: marks of dynamic dimensions on tensors, which matter only to who compiles, and whether a
 class still has an attribute that its other objects had, which is asked of one object of the class.
+
+Note [what changes in every call]
+Objects of a stage count, or keep what is current, while nothing that Dynamo guards is another. So a dict whose version
+is another one although the guards hold is compared by its version no more. Of whatever guards look at in it, each call
+asks whether the same object lies there, from which follows the same as from a version, and of the keys that guards name
+whether the dict has them. A list has no version: what lies in it is always asked for. Where another object lies in call
+after call, Dynamo's own guards are asked, of it and of all below; likewise of objects among the arguments if, in call
+after call, these are others. So after two or three calls is known what changes, and then it costs little.
 """
 
 from __future__ import annotations
@@ -31,9 +39,21 @@ from typing import Any
 
 import torch
 from torch._C._dynamo import guards as native
-from torch._dynamo.guards import GuardManagerType
 
-from .dynamo_sources import Unexpected, Values, are_the_same, is_readable, reader
+from .dynamo_places import (
+    OWN,
+    Comparison,
+    Held,
+    Place,
+    There,
+    compare_class,
+    compare_length,
+    compare_object,
+    compare_taken,
+    compare_tensor,
+    compare_version,
+)
+from .dynamo_sources import Same, Unexpected, Values, is_readable, reader
 
 _LEAVES = frozenset(
     {"TYPE_MATCH", "ID_MATCH", "EQUALS_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH", "LENGTH_CHECK"}
@@ -46,7 +66,21 @@ _LEAVES_OF_TENSORS = frozenset({"TENSOR_MATCH", "NO_TENSOR_ALIASING", "DIMENSION
 
 _UNCHANGING = (int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_KIND = GuardManagerType.GUARD_MANAGER
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is another one from call to call although Dynamo's guards hold, see Note [what changes in every call]."""
+
+    dicts: frozenset[str] = frozenset()
+    """Paths of dicts of the module in which something else lies."""
+    places: frozenset[str] = frozenset()
+    """Expressions in the frame, at which another object lies."""
+    objects: bool = False
+    """Whether objects among the arguments are others, or change."""
+
+    def __or__(self, other: Changes) -> Changes:
+        return Changes(self.dicts | other.dicts, self.places | other.places, self.objects or other.objects)
 
 
 class Guards:
@@ -59,6 +93,7 @@ class Guards:
         known: local variables whose value is the same in every call.
         call: the local variable that holds the dict of the call's arguments.
         taken: where the graph's arguments lie, which whoever asks reads in each call.
+        changes: what is known not to stay as it is.
 
     Raises:
         Unexpected: the tree has parts that are not known here.
@@ -72,8 +107,9 @@ class Guards:
         known: Sequence[str],
         call: str,
         taken: Container[str],
+        changes: Changes = Changes(),
     ) -> None:
-        division = _Division(manager.root, values, scope, known, call, taken)
+        division = _Division(manager.root, values, scope, known, call, taken, changes)
         self.own_tensors: Mapping[str, torch.Tensor] = division.own_tensors
         """Expressions in the frame -> tensors that lie there as long as what ``hold`` compares is the same."""
         self.given_tensors = frozenset(division.given_tensors)
@@ -82,9 +118,10 @@ class Guards:
         """Names of the arguments that are such objects."""
         self.taken: tuple[str, ...] = tuple(division.taken)
         """Where tensors of such objects lie that `Objects` compares among the graph's arguments."""
-        self._others, self._are_same = division.others(), division.same
+        self._others, self._same = division.others(), division.same
+        self._sources, self._versions = division.questions, division.versions
         self._own = division.own.compared()
-        self._own_values = {_OWN: division.own.values}
+        self._own_values = {OWN: division.own.values}
         self._own_tensors = tuple({id(tensor): tensor for tensor in division.own_tensors.values()}.values())
         self._check_own_tensors = _check_of(self._own_tensors)
         self._given = division.given
@@ -98,12 +135,12 @@ class Guards:
             Unexpected: they are not of the kind of those that the guards were divided for.
         """
         root = native.RootGuardManager()
-        found: dict[int, _There] = {}
+        found: dict[int, There] = {}
         ids: set[int] = set()
         taken: list[torch.Tensor] = []
         for place, comparison in self._given:
             value = place.value_in(found, root, values)
-            if comparison is _compare_taken:
+            if comparison is compare_taken:
                 taken.append(value)
             elif comparison is not None:
                 comparison(place.find(found, root, values).manager, value)
@@ -120,11 +157,17 @@ class Guards:
         given = objects.root
         return bool(
             self._others.check(values)
-            and self._are_same(values)
+            and self._same.are_there(values)
             and self._own.check(self._own_values)
             and self._check_own_tensors(*self._own_tensors)
             and (given is None or given.check(values))
         )
+
+    def changes(self, values: Values) -> Changes:
+        """What of the module is another one in this call, which Dynamo's guards admit, than when they were divided."""
+        dicts = frozenset(path for path, held, version in self._versions if native.dict_version(held) != version)
+        others = (self._sources[question] for question in self._same.others(values))
+        return Changes(dicts, frozenset().union(*others))
 
 
 def _check_of(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
@@ -161,11 +204,14 @@ class _Node:
     """By their accessors."""
     entries: Mapping[int, tuple[_Node | None, ...]]
     """Position -> key and value, of a dict whose order is looked at."""
+    is_ordered: bool
+    """Whether it also asks how many entries a dict has."""
     is_root_with_versions: bool
 
     @staticmethod
     def read(manager: Any) -> _Node:
-        pairs = manager.get_key_value_managers() if isinstance(manager, native.DictGuardManager) else {}
+        is_ordered = isinstance(manager, native.DictGuardManager)
+        pairs = manager.get_key_value_managers() if is_ordered else {}
         leaves = [(type(leaf).__name__, leaf) for leaf in manager.get_leaf_guards()]
         if isinstance(manager, native.RootGuardManager):
             leaves += [("LAMBDA_GUARD", leaf) for leaf in manager.get_epilogue_lambda_guards()]
@@ -175,6 +221,7 @@ class _Node:
             tuple(leaves),
             tuple((accessor, _Node.read(child)) for accessor, child in children),
             {at: tuple(None if one is None else _Node.read(one) for one in pair) for at, pair in pairs.items()},
+            is_ordered,
             bool(manager.is_tag_safe_root()),
         )
 
@@ -187,6 +234,14 @@ class _Node:
         for node in self.below:
             yield node
             yield from node.all_below()
+
+    @functools.cached_property
+    def asks(self) -> frozenset[str]:
+        """Kinds of what it asks itself; nothing if it is enough to ask what is below."""
+        kinds = {kind for kind, _ in self.leaves}
+        if self.is_ordered:
+            kinds.add("how many entries it has")
+        return frozenset(kinds) if kinds or self.below else frozenset({"that it is there"})
 
     @functools.cached_property
     def all_sources(self) -> frozenset[str]:
@@ -212,27 +267,41 @@ class _Division:
     """Divides the guards of a tree, see Note [what need not be asked again]."""
 
     def __init__(
-        self, root: Any, values: Values, scope: dict[str, Any], known: Sequence[str], call: str, taken: Container[str]
+        self,
+        root: Any,
+        values: Values,
+        scope: dict[str, Any],
+        known: Sequence[str],
+        call: str,
+        taken: Container[str],
+        changes: Changes,
     ) -> None:
-        self._root, self._tree, self._graph_arguments = root, _Node.read(root), taken
+        self._root, self._tree, self._graph_arguments, self._changes = root, _Node.read(root), taken, changes
         self._asked = {self._tree.source}
         """Sources of the nodes that are asked in every call."""
         self._class_attributes: set[tuple[type, str]] = set()
-        self._compared: set[tuple[_Comparison | None, str]] = set()
+        self._compared: set[tuple[Comparison | None, str | int]] = set()
+        self._holders: dict[str, Any] = {}
+        """Expressions -> dicts, lists and objects of which more is looked at in every call than a version."""
+        self._names_of_holders: dict[int, str] = {}
+        self.questions: dict[str, set[str]] = {}
+        """Expressions whose value must be the same object in every call -> sources of nodes that this answers."""
+        self.versions: list[tuple[str, dict[Any, Any], int]] = []
+        """Paths of dicts that are compared by version, and their versions."""
         self._tensors: dict[str, torch.Tensor] = {}
         self._own_objects: dict[str, Any] = {}
-        self.own = _Held()
-        self.given: list[tuple[_Place, _Comparison | None]] = []
+        self.own = Held()
+        self.given: list[tuple[Place, Comparison | None]] = []
         """What to compare how among the arguments; a value that cannot change is only of the same type."""
         self.objects: list[str] = []
         self.taken: list[str] = []
-        arguments: list[tuple[_Node, _Place]] = []
+        arguments: list[tuple[_Node, Place]] = []
         for accessor, child in self._tree.children:
             name = _local_name(accessor) or ""
             if name in known:
-                self._visit(child, _Place(None, "framelocals_manager", name, values[name], is_own=True))
+                self._visit(child, Place(None, "framelocals_manager", name, values[name], is_own=True))
             elif name == call:
-                arguments.append((child, _Place(None, "framelocals_manager", name, values[name], is_own=False)))
+                arguments.append((child, Place(None, "framelocals_manager", name, values[name], is_own=False)))
             else:
                 self._ask_all(child)
         self.own_tensors, self._tensors = self._tensors, {}
@@ -251,28 +320,27 @@ class _Division:
             raise Unexpected("a copy of Dynamo's guards is not complete")
         return copy
 
-    def _same(self, values: Values, scope: dict[str, Any], given: Container[str]) -> Callable[[Values], bool]:
+    def _same(self, values: Values, scope: dict[str, Any], given: Container[str]) -> Same:
         """Asks what only depends on which object lies at a place, or on its class, and need not be asked otherwise."""
-        known = {**self._own_objects, **self.own_tensors}
-        nodes = [node for node in self._tree.all_below() if node.source in self._asked]
-        # What has neither guards nor an end of its own is there if what is below it is.
-        self._asked -= {node.source for node in nodes if node.below and not node.leaves}
+        known = {**self._own_objects, **self.own_tensors, **self._holders}
         kinds: dict[str, set[str]] = {}
-        for node in nodes:
-            if node.leaves or not node.below:
-                asks = {kind for kind, _ in node.leaves} or {"that it is there"}
-                kinds.setdefault(node.source, set()).update(asks)
-        readable = [source for source in kinds if is_readable(source)]
+        for node in self._tree.all_below():
+            if node.source in self._asked and node.asks:
+                kinds.setdefault(node.source, set()).update(node.asks)
+        self._asked &= kinds.keys() | {self._tree.source}
+        readable = [source for source in kinds if source not in self._changes.places and is_readable(source)]
         read = reader(readable, scope, known)
         # What is made when it is asked for, such as the names of a function's variables, is never the same.
         there = {
             s: value for s, value, again in zip(readable, read(values), read(values), strict=True) if value is again
         }
-        questions = {source: _question(source, kinds[source], there[source], source in given) for source in there}
-        self._asked -= {source for source, question in questions.items() if question}
-        return are_the_same([question for question in questions.values() if question], scope, known, values)
+        for source, value in there.items():
+            if question := _question(source, kinds[source], value, source in given):
+                self.questions.setdefault(question, set()).add(source)
+                self._asked.discard(source)
+        return Same(tuple(self.questions), scope, known, values)
 
-    def _visit_arguments(self, node: _Node, place: _Place) -> None:
+    def _visit_arguments(self, node: _Node, place: Place) -> None:
         """The dict of the arguments is another one in each call; objects in it can be the same."""
         self._asked.add(node.source)
         if node.entries:
@@ -281,13 +349,13 @@ class _Division:
         for accessor, child in node.children:
             name = _key(accessor)
             value = place.value.get(name) if isinstance(name, str) else None
-            if _has_dict(value):
+            if _has_dict(value) and not self._changes.objects:
                 self.objects.append(name)
                 self._visit(child, place.below("dict_getitem_manager", name, value))
             else:
                 self._ask_all(child)
 
-    def _visit(self, node: _Node, place: _Place) -> None:
+    def _visit(self, node: _Node, place: Place) -> None:
         value = place.value
         if isinstance(value, torch.Tensor):
             if type(value) in _TENSORS and not node.below and all(_is_about_a_tensor(*leaf) for leaf in node.leaves):
@@ -303,8 +371,11 @@ class _Division:
             if node.below:
                 self._ask_all(node)
         elif type(value) is dict:
-            # Attributes are compared with the object that has them.
-            self._compare(place, None if place.is_attributes else _compare_version)
+            if self._changes_in_every_call(place):
+                self._ask_of_dict(node, place)
+            else:  # attributes are compared with the object that has them
+                self._compare(place, None if place.is_attributes else compare_version)
+                self._remember_version(place)
             self._visit_items(node, place)
         elif type(value) is list:
             self._visit_list(node, place)
@@ -313,45 +384,92 @@ class _Division:
         else:
             self._ask_all(node)
 
-    def _visit_given_tensor(self, source: str, place: _Place) -> None:
+    def _visit_given_tensor(self, source: str, place: Place) -> None:
         if source in self._graph_arguments:
-            self._compare(place, _compare_taken)
+            self._compare(place, compare_taken)
             self.taken.append(source)
         else:
-            self._compare(place, _compare_tensor)
+            self._compare(place, compare_tensor)
 
-    def _visit_items(self, node: _Node, place: _Place) -> None:
+    def _visit_items(self, node: _Node, place: Place) -> None:
         value = place.value
         keys = list(value)
         items = [(_key(accessor), child) for accessor, child in node.children]
         items += [(keys[at], child) for at, (_, child) in node.entries.items() if child is not None]
-        for key, child in items:  # of keys nothing is asked, since they are as they were in the same version
+        for key, child in items:
             if key is _UNKNOWN or key not in value:
                 self._ask_all(child)
             else:
-                self._visit(child, place.below("dict_getitem_manager", key, value[key]))
+                self._visit_item(child, place.below("dict_getitem_manager", key, value[key]))
 
-    def _visit_list(self, node: _Node, place: _Place) -> None:
-        # Its elements are known to be the same only if each shows it by a dict of its own.
+    def _visit_item(self, node: _Node, place: Place) -> None:
+        """Something that lies in a dict or a list."""
+        if self._changes_in_every_call(place.parent) and (
+            node.source in self._changes.places or not self._ask_whether_same(node.source, place)
+        ):
+            self._ask_all(node)
+        else:
+            self._visit(node, place)
+
+    def _changes_in_every_call(self, place: Place | None) -> bool:
+        """Whether nothing that is compared says that the same things lie in a dict or a list of the module."""
+        return place is not None and place.is_own and (type(place.value) is list or place.path in self._changes.dicts)
+
+    def _ask_whether_same(self, source: str, place: Place) -> bool:
+        """Ask in every call whether the same object lies at the place; False if that cannot be asked."""
+        holder, key = place.parent, place.key
+        if holder is None or type(key) not in (str, int):
+            return False
+        self.questions.setdefault(f"{self._holder(holder)}[{key!r}]", set()).add(source)
+        return True
+
+    def _holder(self, place: Place) -> str:
+        """An expression for a dict or a list whose object, or itself, is the same in every call."""
+        held, suffix = (place.parent, ".__dict__") if place.is_attributes and place.parent else (place, "")
+        name = self._names_of_holders.setdefault(id(held.value), f"H[{len(self._names_of_holders)}]")
+        self._holders[name] = held.value
+        return name + suffix
+
+    def _ask_of_dict(self, node: _Node, place: Place) -> None:
+        """Ask in every call what is asked of a dict, rather than of what lies in it."""
+        settled = frozenset() if place.is_attributes else _BY_IDENTITY | {"TYPE_MATCH"}
+        leaves = [(kind, leaf) for kind, leaf in node.leaves if kind not in settled]
+        keys = [_contained_key(node.source, leaf) if kind == "DICT_CONTAINS" else None for kind, leaf in leaves]
+        if node.is_ordered or None in keys:
+            self._asked.add(node.source)
+        else:
+            for key in keys:
+                self.questions.setdefault(f"{key!r} in {self._holder(place)}", set()).add(node.source)
+        for key_node, _ in node.entries.values():
+            if key_node is not None:
+                self._ask_all(key_node)
+
+    def _visit_list(self, node: _Node, place: Place) -> None:
+        # Those of an object among the arguments are the same only if each shows it by a dict of its own.
         value = place.value
         children = [(_index(accessor), child) for accessor, child in node.children]
-        if any(at is None or not _has_dict(value[at]) for at, _ in children):
+        if any(at is None or not (place.is_own or _has_dict(value[at])) for at, _ in children):
             self._ask_all(node)
             return
-        self._compare(place, _compare_length)
+        self._compare(place, compare_length)
         for at, child in children:
             assert at is not None
-            self._visit(child, place.below("list_getitem_manager", at, value[at]))
+            self._visit_item(child, place.below("list_getitem_manager", at, value[at]))
 
-    def _visit_object(self, node: _Node, place: _Place) -> None:
+    def _visit_object(self, node: _Node, place: Place) -> None:
         value = place.value
         attributes = place.below("get_generic_dict_manager", None, value.__dict__)
         if type(attributes.value) is not dict:
             self._ask_all(node)
             return
-        self._compare(place, _compare_object)
+        is_changing = self._changes_in_every_call(attributes)
+        self._compare(place, compare_class if is_changing else compare_object)
+        if not is_changing:
+            self._remember_version(attributes)
         if place.is_own:
             self._own_objects[node.source] = value
+        if is_changing and any(kind != "TYPE_MATCH" and kind not in _BY_IDENTITY for kind, _ in node.leaves):
+            self._asked.add(node.source)
         for accessor, child in node.children:
             name = accessor.get_attr_name() if isinstance(accessor, native.GetAttrGuardAccessor) else None
             if isinstance(accessor, native.GetGenericDictGuardAccessor):
@@ -359,19 +477,24 @@ class _Division:
             elif name is None:
                 self._ask_all(child)
             elif _lies_in_dict(value, name):
-                self._visit(child, attributes.below("dict_getitem_manager", name, attributes.value[name]))
-            elif child.leaves or child.below or (type(value), name) not in self._class_attributes:
+                self._visit_item(child, attributes.below("dict_getitem_manager", name, attributes.value[name]))
+            elif is_changing or child.leaves or child.below or (type(value), name) not in self._class_attributes:
                 self._class_attributes.add((type(value), name))
                 self._ask_all(child)
 
-    def _compare(self, place: _Place, how: _Comparison | None) -> None:
-        if (how, place.path) in self._compared:
+    def _compare(self, place: Place, how: Comparison | None) -> None:
+        this = how, id(place.value) if place.is_own else place.path
+        if this in self._compared:
             return
-        self._compared.add((how, place.path))
+        self._compared.add(this)
         if not place.is_own:
             self.given.append((place, how))
         elif how is not None:
             self.own.append((how, place.value))
+
+    def _remember_version(self, place: Place) -> None:
+        if place.is_own:
+            self.versions.append((place.path, place.value, native.dict_version(place.value)))
 
     def _ask_all(self, node: _Node) -> None:
         self._asked |= node.all_sources
@@ -391,122 +514,7 @@ def _question(source: str, kinds: Set[str], value: Any, is_given: bool) -> str:
     return source if kinds <= _LEAVES and _is_unchanging(value) and (not is_given or kinds & _BY_IDENTITY) else ""
 
 
-_OWN = "own"
-_WHY = ["as it was"]
 _UNKNOWN = object()
-_NOTHING = object()
-
-_Comparison = Callable[[Any, Any], None]
-"""Adds, to the guards of a place, that the value there is as it is now."""
-
-
-def _compare_object(manager: Any, value: Any) -> None:
-    manager.add_type_match_guard(id(type(value)), _WHY, None)
-    attributes = manager.get_generic_dict_manager("", value.__dict__, _KIND)
-    attributes.add_dict_version_guard(value.__dict__, _WHY, None)
-
-
-def _compare_version(manager: Any, value: Any) -> None:
-    manager.add_dict_version_guard(value, _WHY, None)
-
-
-def _compare_length(manager: Any, value: Any) -> None:
-    manager.add_length_check_guard(len(value), _WHY, None)
-
-
-def _compare_taken(manager: Any, value: Any) -> None:
-    """Stands for the comparison of a tensor among the graph's arguments, with all others at once."""
-
-
-def _compare_tensor(manager: Any, value: Any) -> None:
-    sizes, strides, keys = list(value.shape), list(value.stride()), torch._C._dispatch_keys(value)
-    manager.add_tensor_match_guard(value, sizes, strides, "", _WHY, None, type(value), keys)
-
-
-_ORDER: dict[_Comparison, int] = {_compare_object: 0, _compare_version: 1, _compare_length: 2}
-
-
-class _Held(list[tuple[_Comparison, Any]]):
-    """What to compare how, of values that may be held: each is reached at once, in half the time."""
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        return tuple(value for _, value in self)
-
-    def compared(self) -> Any:
-        """Guards on a tuple of the values. Sorted: to do like things in a row takes two thirds of the time."""
-        self.sort(key=lambda one: _ORDER.get(one[0], 0))
-        root = native.RootGuardManager()
-        manager = root.framelocals_manager((_OWN, 0), _OWN, self.values, _KIND)
-        for at, (how, value) in enumerate(self):
-            how(manager.tuple_getitem_manager(at, "", value, _KIND), value)
-        return root
-
-
-class _Place:
-    """Where a value lies in a frame, and how guards reach it."""
-
-    def __init__(self, parent: _Place | None, accessor: str, key: Any, value: Any, *, is_own: bool) -> None:
-        self.parent, self._accessor, self._key, self.value, self.is_own = parent, accessor, key, value, is_own
-        self._type = type(value)
-        self.path: str = f"{'' if parent is None else parent.path}.{accessor}[{key!r}]"
-
-    @property
-    def is_attributes(self) -> bool:
-        return self._accessor == "get_generic_dict_manager"
-
-    def below(self, accessor: str, key: Any, value: Any) -> _Place:
-        return _Place(self, accessor, key, value, is_own=self.is_own)
-
-    def forget(self) -> None:
-        """Keep nothing alive that belongs to a call."""
-        place: _Place | None = self
-        while place is not None:
-            place.value = None
-            place = place.parent
-
-    def find(self, found: dict[int, _There], root: Any, values: Values) -> _There:
-        """What lies here in another call, and the guards of it under ``root``; ``found`` has what was found before."""
-        there = found.get(id(self))
-        if there is None:
-            there = found[id(self)] = self._find(found, root, values)
-            self._check_type(there.value)
-        return there
-
-    def value_in(self, found: dict[int, _There], root: Any, values: Values) -> Any:
-        """What lies here in another call; there need be no guards of it."""
-        if self.parent is None or self.is_attributes:
-            return self.find(found, root, values).value
-        value = self._item(self.parent.find(found, root, values).value)
-        self._check_type(value)
-        return value
-
-    def _check_type(self, value: Any) -> None:
-        if type(value) is not self._type:
-            raise Unexpected("an object among the arguments is not like one that was seen before")
-
-    def _item(self, above: Any) -> Any:
-        try:
-            return above[self._key]
-        except (LookupError, TypeError):
-            return _NOTHING
-
-    def _find(self, found: dict[int, _There], root: Any, values: Values) -> _There:
-        if self.parent is None:
-            value = values[self._key]
-            return _There(value, root.framelocals_manager((self._key, list(values).index(self._key)), "", value, _KIND))
-        above = self.parent.find(found, root, values)
-        if self.is_attributes:
-            value = getattr(above.value, "__dict__", None)
-            return _There(value, above.manager.get_generic_dict_manager("", value, _KIND))
-        value = self._item(above.value)
-        return _There(value, getattr(above.manager, self._accessor)(self._key, "", value, _KIND))
-
-
-@dataclass(frozen=True)
-class _There:
-    value: Any
-    manager: Any
 
 
 def _local_name(accessor: Any) -> str | None:
@@ -522,6 +530,13 @@ def _key(accessor: Any) -> Any:
 def _index(accessor: Any) -> int | None:
     found = re.fullmatch(r"ListGetItemGuardAccessor\((\d+)\)", accessor.repr())
     return None if found is None else int(found[1])
+
+
+def _contained_key(source: str, leaf: Any) -> str | None:
+    """Of which key a guard asks whether it is in the dict; None where its words are not known."""
+    (text,) = leaf.verbose_code_parts() or ("",)
+    found = re.match(r"(?:not )?___dict_contains\('([^'\\]*)', " + re.escape(source) + r"\)(?:\s|$)", text)
+    return None if found is None else found[1]
 
 
 def _is_about_a_tensor(kind: str, leaf: Any) -> bool:

@@ -32,7 +32,7 @@ def reader(sources: Sequence[str], scope: Values, known: Mapping[str, Any]) -> R
     constants: dict[str, Any] = {"G": scope}
 
     def read(node: ast.expr) -> str:
-        text = ast.unparse(node)
+        text = _text(node)
         if text not in names:
             if text in known:
                 names[text] = f"k{len(names)}"
@@ -55,6 +55,8 @@ def reader(sources: Sequence[str], scope: Values, known: Mapping[str, Any]) -> R
                 return f"type({read(value)})"
             case ast.Call(ast.Name("dict"), [ast.Attribute(_, "__dict__") as value], []):
                 return read(value)  # of a class: its items are those of a copy
+            case ast.Compare(ast.Constant(key), [ast.In()], [value]):
+                return f"{key!r} in {read(value)}"
         raise Unexpected(f"a value comes from {ast.unparse(node)}")
 
     found = [f"found[{at}] = {read(_parsed(s))}" for at, s in enumerate(sources) if s not in known]
@@ -67,23 +69,32 @@ def reader(sources: Sequence[str], scope: Values, known: Mapping[str, Any]) -> R
     return function
 
 
-def are_the_same(
-    sources: Sequence[str], scope: Values, known: Mapping[str, Any], values: Values
-) -> Callable[[Values], bool]:
-    """Whether the same objects lie at these places as in the call with these values, which are kept alive.
+class Same:
+    """Whether the same objects lie at some places as in one call; they are kept alive.
 
-    The other arguments and what is raised are those of `reader`.
+    The arguments, and what is raised, are those of `reader`.
     """
-    read = reader(sources, scope, known)
-    expected = read(values)
 
-    def are_same(others: Values) -> bool:
+    def __init__(self, sources: Sequence[str], scope: Values, known: Mapping[str, Any], values: Values) -> None:
+        self._sources = sources
+        self._read = read = reader(sources, scope, known)
+        self._expected = expected = read(values)
+
+        def are_there(others: Values) -> bool:
+            try:
+                return all(map(is_, read(others), expected))
+            except Exception:  # nothing lies there any more
+                return False
+
+        self.are_there: Callable[[Values], bool] = are_there
+
+    def others(self, values: Values) -> list[str]:
+        """Where another object lies in this call; none are known where nothing lies at one of the places."""
         try:
-            return all(map(is_, read(others), expected))
-        except Exception:  # nothing lies there any more
-            return False
-
-    return are_same
+            found = self._read(values)
+        except Exception:
+            return []
+        return [s for s, one, was in zip(self._sources, found, self._expected, strict=True) if one is not was]
 
 
 def is_readable(source: str) -> bool:
@@ -100,3 +111,18 @@ def _parsed(source: str) -> ast.expr:
         return ast.parse(source, mode="eval").body
     except SyntaxError:
         raise Unexpected(f"a value comes from {source}") from None
+
+
+def _text(node: ast.expr) -> str:
+    """The expression; that of a long one is put together once, not once for each of its ends."""
+    text: str | None = getattr(node, "own_text", None)
+    if text is None:
+        match node:
+            case ast.Attribute(value, name):
+                text = f"{_text(value)}.{name}"
+            case ast.Subscript(value, ast.Constant(str() | int() as key)):
+                text = f"{_text(value)}[{key!r}]"
+            case _:
+                text = ast.unparse(node)
+        node.own_text = text  # type: ignore[attr-defined]
+    return text
