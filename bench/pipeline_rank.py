@@ -334,7 +334,7 @@ class Rank:
 COUNTERS = (
     "replays", "eager_steps", "graph_misses", "input_copies", "output_copies", "stage_input_copies",
     "stage_inputs_in_place", "early_releases", "send_waits", "proxy_copies", "recv_allocations", "recompiles",
-    "captures",
+    "captures", "direct_entries",
 )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def test_it_measures_every_cell_and_compares_tokens(tmp_path: Path) -> None:
                 counters = rank["counters"]
                 assert counters["graph_misses"] == counters["recompiles"] == counters["captures"] == 0
                 assert counters["replays"] == (1 if "full" in variant else 3)
+                assert counters["direct_entries"] == 1  # although the engine counts in an object of the stage
     assert result["ratios"][0]["ms_over"]["eager"].keys() >= {"ours_piecewise_shm", "ours_full_gloo"}
 
 
