@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from . import errors
 from .compilation.analysis import collect_facts
-from .compilation.attention import SplitOpMatcher
+from .compilation.attention import SplitOpMatcher, unknown_op
 from .compilation.inductor import CompiledPiece, PieceCompiler
 from .compilation.placeholders import InputTable, classify_inputs
 from .compilation.specs import SymbolSpec, TensorSpec, symbols_of
@@ -188,11 +188,14 @@ class PiecewiseBackend:
             return split_graph(facts, table, matcher, whole, config.row_wise_ops, self._row_verdicts)
 
         split = cut(config.mode == "full")
-        if config.mode == "full_and_piecewise" and _graph_kind(config, table)[0] is not None:
+        if config.mode in ("auto", "full_and_piecewise") and _graph_kind(config, table)[0] is not None:
+            unknown = unknown_op(facts, matcher) if config.mode == "auto" else None
+            in_one: Split | str
             try:
-                split = replace(split, in_one=cut(True))
+                in_one = cut(True) if unknown is None else errors.not_known_graph_safe(unknown)
             except errors.SplitError as error:
-                split = replace(split, in_one=str(error))
+                in_one = str(error)
+            split = replace(split, in_one=in_one)
         return split, table
 
     def _build(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "PP_PIECEWISE"
 
-Mode = Literal["piecewise", "full", "full_and_piecewise", "none"]
+Mode = Literal["auto", "piecewise", "full", "full_and_piecewise", "none"]
 Graphs = Literal["auto", "cuda", "emulate", "off"]
 Compiler = Literal["inductor", "aot_eager", "eager"]
 Padding = Literal["tested", "never"]
@@ -302,13 +302,14 @@ class Config:
         Mode,
         _one_of(Mode),
         "piecewise: capture the pieces between split ops; full: the whole graph; full_and_piecewise: the pieces and, "
-        "up to full_max_tokens and where that is sound, all of them and what is between in one graph; none: split and "
+        "up to full_max_tokens and where that is sound, all of them and what is between in one graph; auto: the same, "
+        "after warmup() and where every op is known to read nothing but its arguments, else piecewise; none: split and "
         "compile only.",
-    ] = "piecewise"
+    ] = "auto"
     full_max_tokens: Annotated[
         int,
         _at_least(1),
-        "Largest capture size for which mode full_and_piecewise makes a full graph: what a decode step has.",
+        "Largest capture size for which modes auto and full_and_piecewise make a full graph: what a decode step has.",
     ] = 256
     graphs: Annotated[
         Graphs,

@@ -307,6 +307,38 @@ def replay_differs(program: str, bucket: int, where: str) -> str:
     )
 
 
+def not_known_graph_safe(op: str) -> str:
+    return (
+        f"mode='auto' makes them where every op is known to read nothing but its arguments, and {op} is not; name it "
+        f"in graph_safe_ops if it reads nothing else, or choose mode='full_and_piecewise', which trusts ops in C++"
+    )
+
+
+def number_in_full_graph(names: Sequence[str]) -> str:
+    return (
+        f"the graph takes {', '.join(names)}, no tensor nor the token count, which a full graph would freeze; pass a "
+        f"tensor, or choose mode='full_and_piecewise', which captures again for each value"
+    )
+
+
+NO_MEMORY_TO_COMPARE = "no memory was left to compare a replay of the whole graph with its pieces"
+
+
+def copy_too_large(num_bytes: int, free_bytes: int) -> str:
+    return (
+        f"a full graph is compared with its pieces on copies of the state that it writes, and {num_bytes} bytes are "
+        f"more than half of the {free_bytes} that are free; mode='full_and_piecewise' tries it all the same"
+    )
+
+
+def full_graph_gives_way(program: str, bucket: int, where: str) -> str:
+    return (
+        f"{program}: a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself: "
+        f"{where}. Either an op reads more than its arguments, which the capture froze, or a kernel does not give the "
+        f"same bits each time. The pieces replay instead"
+    )
+
+
 def full_replay_differs(program: str, bucket: int, where: str, is_beside_pieces: bool = False) -> str:
     then = "Its pieces replay instead" if is_beside_pieces else "The bucket is replayed no more"
     return (

@@ -65,6 +65,7 @@ class Pair:
         self.twin = copy.deepcopy(function) if isinstance(function, nn.Module) else function
         self.options = {
             "compiler": "eager",
+            "mode": "piecewise",
             "graphs": "emulate" if device == "cpu" else "cuda",
             "split_ops": "+traps::*",
             "graph_safe_ops": "*::*",  # those of tests read their arguments

@@ -21,7 +21,7 @@ from pp_piecewise_backend.errors import ConfigError
 
 DEFAULTS = {
     "enabled": ("PP_PIECEWISE", "1"),
-    "mode": ("PP_PIECEWISE_MODE", "piecewise"),
+    "mode": ("PP_PIECEWISE_MODE", "auto"),
     "full_max_tokens": ("PP_PIECEWISE_FULL_MAX_TOKENS", "256"),
     "graphs": ("PP_PIECEWISE_GRAPHS", "auto"),
     "compiler": ("PP_PIECEWISE_COMPILER", "inductor"),
@@ -95,7 +95,7 @@ def test_every_field_has_one_help_sentence() -> None:
 def test_help_shows_every_option_with_its_default_and_its_sentence() -> None:
     signature = inspect.signature(Config)
     assert list(signature.parameters) == list(FIELD_NAMES)
-    assert "mode: Literal['piecewise', 'full', 'full_and_piecewise', 'none'] = 'piecewise'" in str(signature)
+    assert "mode: Literal['auto', 'piecewise', 'full', 'full_and_piecewise', 'none'] = 'auto'" in str(signature)
     assert "max_tokens: int = 2048" in str(signature) and f"= {DEFAULTS['capture_sizes'][1]!r}" in str(signature)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     assert Config(**defaults) == Config()
@@ -196,7 +196,7 @@ def test_bare_field_names_in_the_environment_mean_nothing(monkeypatch: pytest.Mo
 
 def test_configs_are_frozen_hashable_picklable_and_compare_by_value() -> None:
     one = Config.resolve({"compiler": "eager", "capture_sizes": "1,2"})
-    other = Config(compiler="eager", capture_sizes=[1, 2], mode="piecewise")
+    other = Config(compiler="eager", capture_sizes=[1, 2], mode="auto")
     assert one == other and hash(one) == hash(other) and len({one, other}) == 1
     assert one != Config.resolve() and one != "a string"
     for copied in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
@@ -421,7 +421,7 @@ def test_an_empty_variable_is_to_be_unset(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bad_values_name_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message({"mode": "piecewis"}) == (
-        "option 'mode' has the value 'piecewis': expected one of piecewise, full, "
+        "option 'mode' has the value 'piecewis': expected one of auto, piecewise, full, "
         "full_and_piecewise, none. "
         "The nearest valid name is 'piecewise'."
     )

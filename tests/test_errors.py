@@ -121,6 +121,23 @@ MESSAGES = {
         errors.full_replay_differs("Model#0", 64, "piece[0], tensor x, row 3"),
         ["Model#0", "bucket of 64", "piece[0], tensor x, row 3", "graph_safe_ops", "mode='piecewise'"],
     ),
+    "not_known_graph_safe": (
+        errors.not_known_graph_safe("my::attention"),
+        ["my::attention is not", "graph_safe_ops", "mode='full_and_piecewise'"],
+    ),
+    "number_in_full_graph": (
+        errors.number_in_full_graph(["max_seqlen"]),
+        ["max_seqlen", "would freeze", "pass a tensor", "mode='full_and_piecewise'"],
+    ),
+    "NO_MEMORY_TO_COMPARE": (errors.NO_MEMORY_TO_COMPARE, ["no memory was left to compare"]),
+    "copy_too_large": (
+        errors.copy_too_large(4096, 5000),
+        ["4096 bytes are more than half of the 5000", "mode='full_and_piecewise'"],
+    ),
+    "full_graph_gives_way": (
+        errors.full_graph_gives_way("Model#0", 64, "piece[0], tensor x, row 3"),
+        ["Model#0", "bucket of 64", "piece[0], tensor x, row 3", "same bits each time", "The pieces replay instead"],
+    ),
     "moved": (
         errors.moved("mask lies elsewhere", 5, 32),
         ["mask lies elsewhere than at capture", "call 5 in a row", "least used of the 32 captures", "copied into them"],
@@ -299,7 +316,8 @@ MESSAGES = {
 
 OWN = (errors.__name__, pipeline_sentences.__name__)
 CLAUSES = {
-    "bucket_dropped", "moved", "replay_differs", "full_replay_differs",
+    "bucket_dropped", "moved", "replay_differs", "full_replay_differs", "full_graph_gives_way",
+    "not_known_graph_safe", "number_in_full_graph", "NO_MEMORY_TO_COMPARE", "copy_too_large",
     "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",

@@ -31,6 +31,7 @@ from .fx_utils import (
     op_name,
     op_names,
     plain_op_name,
+    reads_arguments_only,
     runs_python,
 )
 from .regions import Regions, find_regions
@@ -83,6 +84,8 @@ class NodeFacts:
     """Inseparable group of nodes (see ``regions.py``), if any."""
     in_python: tuple[tuple[str, ...], ...] = ()
     """All names of each op that it runs and that may run Python code of others, which may read anything."""
+    unknown: tuple[tuple[str, ...], ...] = ()
+    """All names of each op that it runs and that is not known to read nothing but its arguments, on their device."""
 
     def element(self, path: tuple[int, ...]) -> Any:
         """The part of the value at ``path``."""
@@ -172,6 +175,7 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
         self._storage_of = storage_of
         self._in_python: dict[Any, tuple[tuple[str, ...], ...]] = {}
         """What is known of each op seen so far."""
+        self._unknown: dict[Any, tuple[tuple[str, ...], ...]] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -179,12 +183,16 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
         self.random = False
         self.writes: set[int] = set()
         self.in_python: dict[tuple[str, ...], None] = {}
+        self.unknown: dict[tuple[str, ...], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in self._in_python:
-            self._in_python[func] = (function_names(func),) if torch_compat.runs_python(func) else ()
+            names = (function_names(func),)
+            self._in_python[func] = names if torch_compat.runs_python(func) else ()
+            self._unknown[func] = () if torch_compat.reads_arguments_only(func) else names
         self.in_python.update(dict.fromkeys(self._in_python[func]))
+        self.unknown.update(dict.fromkeys(self._unknown[func]))
         name = torch_compat.schema_name(func)
         if name is not None:
             namespace, name = name.split("::", 1)
@@ -198,7 +206,11 @@ class _OpRecorder(torch_compat.TorchDispatchMode):
             for tensor in torch_compat.tensors_in(written):
                 if (storage := self._storage_of(tensor)) is not None:
                     self.writes.add(storage)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except torch_compat.DATA_DEPENDENT_ERRORS:
+            self.unknown[function_names(func)] = None  # it brings a number or size to the host
+            raise
 
 
 class _Walk(Interpreter):
@@ -364,7 +376,9 @@ class _Walk(Interpreter):
         known = set(self._storage_numbers.values())
         storages = {number for tensor in torch_compat.tensors_in(value) if (number := self._number(tensor)) is not None}
         self._note_symbols(node, example)
-        in_python = dict.fromkeys(op_names(n) for n in (node, *nested_nodes(node)) if runs_python(n))
+        run = (node, *nested_nodes(node))
+        in_python = dict.fromkeys(op_names(n) for n in run if runs_python(n))
+        unknown = dict.fromkeys(op_names(n) for n in run if not reads_arguments_only(n))
         by_name = [*inside, op_name(node)] if is_custom_op(node) else inside
         same = [n for n, v in arguments.items() if v is value and isinstance(v, torch.Tensor)]
         self._facts[node] = NodeFacts(
@@ -378,6 +392,7 @@ class _Walk(Interpreter):
             reshapes_in_place=shapes != [(tensor.shape, tensor.stride()) for tensor in before],
             region=self._regions.bound.get(node),
             in_python=tuple(in_python | recorder.in_python),
+            unknown=tuple(unknown | recorder.unknown),
         )
         return value
 

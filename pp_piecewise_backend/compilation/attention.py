@@ -127,20 +127,33 @@ class SplitOpMatcher:
         patterns = (matching_pattern(op_names(each), self.patterns) for each in (node, *nested_nodes(node)))
         return next((pattern for pattern in patterns if pattern is not None), None)
 
-    def unsafe_op(self, node: Node, in_python: Iterable[Sequence[str]]) -> str | None:
-        """The first op, given by all its names, that a graph would freeze with what it reads; None if none is known.
+    def undeclared_op(self, node: Node, ops: Iterable[Sequence[str]]) -> str | None:
+        """The first of these ops, given by all their names, that is not named as graph-safe; None if all are.
 
         Args:
-            in_python: the ops in Python that the node runs.
+            ops: some of those that the node runs; all of them count as named where the node is.
         """
         if matching_pattern(op_names(node), self.graph_safe) is not None:
             return None
-        return next((names[0] for names in in_python if matching_pattern(names, self.graph_safe) is None), None)
+        return next((names[0] for names in ops if matching_pattern(names, self.graph_safe) is None), None)
 
 
 def looks_like_attention(node: Node) -> bool:
     """Whether the op's name suggests attention, for the report on split ops that matched nothing."""
     return any(fnmatchcase(name.lower(), p) for name in op_names(node) for p in _LOOKS_LIKE_ATTENTION)
+
+
+def unknown_op(facts: GraphFacts, matcher: SplitOpMatcher) -> str | None:
+    """The first op of a graph that is neither known nor declared to read nothing but its arguments; None without one.
+
+    It may have been captured in pieces, as kernels in C++ are: a graph of everything that nobody asked for takes none.
+    """
+    found = (
+        matcher.undeclared_op(node, known.unknown)
+        for node, known in facts.nodes.items()
+        if known.unknown and node not in facts.regions.dropped
+    )
+    return next((name for name in found if name is not None), None)
 
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})

@@ -75,6 +75,13 @@ def runs_python(node: Node) -> bool:
     return node.op == "call_function" and torch_compat.runs_python(node.target)
 
 
+def reads_arguments_only(node: Node) -> bool:
+    """Whether the node itself is known to read and write nothing but its arguments; likewise."""
+    if node.op == "call_function":
+        return torch_compat.reads_arguments_only(node.target)
+    return not runs_python(node)
+
+
 def named_like_matmul(name: str) -> bool:
     """Whether an op is of the class of matrix products and convolutions, judged by its name."""
     words = name.lower().replace("::", "_").replace(".", "_").split("_")

@@ -183,7 +183,7 @@ class _Cutter:
         self._nodes = list(facts.graph_module.graph.nodes)
         self._position = {node: index for index, node in enumerate(self._nodes)}
         self._order = self._schedulable()
-        unsafe = {node: matcher.unsafe_op(node, facts.nodes[node].in_python) for node in self._order}
+        unsafe = {node: matcher.undeclared_op(node, facts.nodes[node].in_python) for node in self._order}
         self._unsafe = {node: name for node, name in unsafe.items() if name is not None}
         """The nodes that run Python code which may read anything, and the op that does."""
         # A stage input that shares its memory with another input is treated like any other: the compiler of a piece

@@ -37,6 +37,9 @@ from .summary import (
 
 AnyProgram: TypeAlias = Program | UnsplitProgram
 
+_WHY_BY_DEFAULT = "every op is known to read nothing but its arguments; without warmup() there are none"
+"""See Note [full graphs by default]."""
+
 
 def describe(
     program: AnyProgram, compile_states: Mapping[int, str] | None = None, base: Summary | None = None
@@ -145,7 +148,8 @@ def _describe_full(full: FullSide) -> FullGraphs:
         return FullGraphs(max_tokens=full.max_tokens, why_not=full.why_not)
     (step,) = full.graphs.plan.capturable
     padding, captures = full.graphs.padding_of(step), _describe_captures(full.graphs)
-    return FullGraphs(max_tokens=full.max_tokens, padding=padding, **captures)
+    why = _WHY_BY_DEFAULT if full.graphs.gives_way else ""
+    return FullGraphs(max_tokens=full.max_tokens, why=why, padding=padding, **captures)
 
 
 def told(reason: Reason) -> dict[str, str]:

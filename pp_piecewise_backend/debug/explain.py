@@ -136,8 +136,9 @@ def _full_lines(full: FullGraphs) -> list[str]:
         return entry("  full graphs", f"none, the pieces replay instead: {full.why_not}")
     lines = entry(
         "  full graphs",
-        f"up to {counted(full.max_tokens, 'token')}; it starts once the results of the last call have left, and the "
-        f"landing memory is free at its end, since nothing inside of a graph can notify the host",
+        f"up to {counted(full.max_tokens, 'token')}{full.why and f', since {full.why}'}; each starts once the results "
+        f"of the last call have left, and the landing memory is free at its end, since nothing inside of a graph can "
+        f"notify the host",
     )
     lines += entry("    padding", full.padding)
     for tokens, buckets in grouped(full.buckets, lambda bucket: bucket.tokens).items():

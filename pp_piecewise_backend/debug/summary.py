@@ -122,6 +122,7 @@ class FullGraphs(_Entry):
     """Graphs of all pieces at once, next to those of the pieces."""
 
     max_tokens: int = Field(description="Larger calls replay the pieces.")
+    why: str = Field(default="", description="Why there are some, where nobody asked for them.")
     why_not: str = Field(default="", description="Why there is none at any size, if so.")
     padding: str = Field(default="", description="'safe' if one may run on padded rows, or why not.")
     buckets: list[BucketEntry] = []
@@ -140,7 +141,7 @@ class Graphs(_Entry):
     dropped: list[DroppedEntry] = Field(default=[], description="Buckets that are captured no more.")
     never_captured: list[NeverCapturedEntry] = Field(default=[], description="Compute pieces that no graph can hold.")
     misses: list[MissEntry] = []
-    full: FullGraphs | None = Field(default=None, description="Full graphs, where mode is full_and_piecewise.")
+    full: FullGraphs | None = Field(default=None, description="Full graphs, where mode is auto or full_and_piecewise.")
     addresses: list[Any] = Field(default=[], description="Memory whose address the graphs rely on.")
 
 

@@ -31,7 +31,8 @@ QUESTION = "What is the capital of France?"
 
 SHOWN = """\
 A decoder is cut into {stages}, each run by a process of its own that hands its hidden states to the next one.
-Each compiles its stage, captures the pieces between attention ops, and replays them while prompts are answered.
+Each compiles its stage, captures the pieces between attention ops, and all in one graph for calls that fill a bucket,
+and replays that while prompts are answered.
 Every token is compared with eager transformers in one process."""
 SHOWN_ON_CPU = """\
 A CPU has no CUDA graphs: they are emulated, so a replay runs its piece again, with the checks and copies of a real one.

@@ -547,11 +547,7 @@ class StageRunner:
     def _write_trace(self) -> None:
         if self.timeline is not None and self._trace_path is not None:
             exchange = None if self._links.is_broken else self._exchange
-            try:
-                write_trace(self._trace_path, self.timeline, self.stage, exchange)
-            except errors.PeerLost:
-                self._links.check()  # says who was lost
-                raise
+            write_trace(self._trace_path, self.timeline, self.stage, exchange)
 
     def _spanning(self, lane: str, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.timeline is None else self.timeline.span(lane, name)

@@ -419,12 +419,25 @@ class BucketCapture:
         given = [like(value) if at in written else value for at, value in enumerate(inputs)]
         before = []
         if step not in self._verdicts.mutations_checked:
-            left_alone = [v for at, v in enumerate(given) if at not in written and isinstance(v, torch.Tensor)]
+            left_alone = [given[at] for at in self._seen_left_alone(instruction) if at not in written]
             before = [(value, value.clone()) for value in left_alone]
         self._device.warm_up(lambda: instruction.run(given))
         if undo_writes(before):
             raise Missed(miss("writes-state", "it writes an input although no op of it says so"))
         self._verdicts.mutations_checked.add(step)
+
+    def _seen_left_alone(self, instruction: Instruction) -> list[int]:
+        """Positions of the tensors of which it is seen that the step does not write them, unless it says so.
+
+        A full graph beside pieces has all parameters of the stage, of which there is no room for copies: its pieces
+        see to them.
+        """
+        arrivals = self._plan.arrivals if self._plan.is_beside_pieces else {}
+        return [
+            at
+            for at, (source, spec) in enumerate(zip(instruction.arguments, instruction.piece.input_specs, strict=True))
+            if isinstance(spec, TensorSpec) and (not isinstance(source, int) or arrivals.get(source) != "parameter")
+        ]
 
     def _written_positions(self, step: int, instruction: Instruction) -> tuple[int, ...]:
         written = self._plan.written_registers[step]

@@ -59,6 +59,8 @@ class GraphPlan:
         self.is_beside_pieces = is_beside_pieces
         self.is_full = is_beside_pieces or config.mode == "full"
         """Whether its graphs hold attention, too, and so have to be proven: see Note [proof of a full graph]."""
+        self.gives_way = is_beside_pieces and config.mode == "auto"
+        """Whether nobody asked for its graphs, see Note [full graphs by default]."""
         self.layout, self.split, self.table = layout, split, table
         self.config, self.kind, self.stage = config, kind, stage
         self.inputs, self.instructions = inputs, steps = table.inputs, layout.instructions
@@ -111,6 +113,8 @@ class GraphPlan:
         self.address_positions = self._arriving_as("address")
         self.fixed_sources = (*self.address_positions, *scalar_sources)
         """What must be as it was at capture: addresses of these, then objects, and integers but the token count."""
+        self.scalar_names = [_scalar_name(source, inputs) for source in scalar_sources]
+        """What these objects and integers are called."""
         # What reaches captured pieces by a copy, which nothing refreshes when an eager step writes where it came from.
         self.copied_apart = self._apart(written_storages["eager"], "copied")
         self.foreign_apart = self._apart(written_storages["eager"], "landing")
@@ -155,6 +159,15 @@ class GraphPlan:
             is_for_pieces = size > self.proven_tokens or (num_tokens < size and not self.may_pad)
             return None if is_for_pieces else size
         return size
+
+    @property
+    def captures_in_warmup_only(self) -> bool:
+        return self.config.capture == "warmup" or (self.gives_way and not self.is_held_alone)
+
+    @property
+    def is_held_alone(self) -> bool:
+        """Whether no other rank holds the stage, too, and would wait for what this one leaves out."""
+        return self.stage is None or self.stage.exchange is None
 
     @property
     def proven_tokens(self) -> int:
@@ -259,6 +272,12 @@ def _obstacle(
         if outliving := outliving_writes(piece.traits, stage_inputs):
             return miss("writes-state", f"it writes {', '.join(outliving)}")
     return None
+
+
+def _scalar_name(source: int | tuple[int, int], inputs: Sequence[GraphInput]) -> str:
+    at, dim = (source, None) if isinstance(source, int) else source
+    name = inputs[at].label if at < len(inputs) else "a number made in the call"
+    return name if dim is None else f"dimension {dim} of {name}"
 
 
 def _what_varies(symbol: sympy.Symbol, inputs: Sequence[GraphInput]) -> str:

@@ -34,13 +34,13 @@ from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
-from .cudagraphs.memory import like, memory_of
+from .cudagraphs.memory import like, memory_of, why_no_copies
 from .hooks import NO_EVENTS, Events
 from .instructions import picker
 from .ownership import hand_over, merged_results
-from .replay import Call, FlatProgram
+from .replay import Call, FlatProgram, NoMemoryToCompare
 from .stage import StageMemory, first_found
-from .warmup import Session
+from .warmup import Measured, Session
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ _NOTHING_MOVED: Mapping[int, Reason] = MappingProxyType({})
 
 MAX_MISSES_LOGGED = 256
 
+_IN_WARMUP = "mode='auto' makes the first full graph of each size in warmup(), and others once that one is proven"
+
 
 class Misses(NamedTuple):
     """Calls that missed for one reason with one number of tokens."""
@@ -71,18 +73,6 @@ class Misses(NamedTuple):
     pieces: int
     last_call: int
     """Which call of the program was the last of them, counted from 1."""
-
-
-class Measured(NamedTuple):
-    """Medians of what calls that fill a bucket took, until their results were there."""
-
-    replay_us: float
-    otherwise_us: float
-    otherwise: str
-    """What ran in place of the replay."""
-
-    def __str__(self) -> str:
-        return f"{self.replay_us:.0f} us, {self.otherwise} {self.otherwise_us:.0f} us (medians)"
 
 
 Place = tuple[Any, ...]
@@ -225,6 +215,8 @@ class Graphs:
             raise Missed(miss("inputs-overlap"))
         try:
             self._check_may_capture(parameters, num_tokens, size, here, session)
+            if self.gives_way:
+                self._check_room(size, self.plan.capturable, args)
         except Missed:
             if (bucket := parameters.buckets.get(size)) is None:
                 raise
@@ -370,8 +362,10 @@ class Graphs:
             if not session.captures or (any(latest is bucket for bucket in session.captured)):
                 raise Missed(miss("first-call"))
             return
-        if plan.config.capture == "warmup":
+        if plan.captures_in_warmup_only:
             raise Missed(miss("not-warmed-up"))
+        if plan.gives_way and (latest is None or latest.proofs is None or not latest.proofs.are_complete):
+            raise Missed(miss("not-warmed-up", _IN_WARMUP))
         key = size, () if latest is None else here
         seen[key] = seen.pop(key, 0) + 1
         if len(seen) > MAX_WAIT_CALLS:
@@ -422,6 +416,16 @@ class Graphs:
         return results, call
 
     @property
+    def was_used(self) -> bool:
+        """Whether a call has come since it was made or released."""
+        return bool(self._sets)
+
+    @property
+    def gives_way(self) -> bool:
+        """See ``Captures``."""
+        return self.plan.gives_way
+
+    @property
     def largest_tokens(self) -> int:
         return max((bucket.tokens for bucket, _ in self.buckets), default=0)
 
@@ -432,6 +436,12 @@ class Graphs:
             _LOG.warning("%s", sentence)
             self.dropped[tokens] = miss("graph-memory", sentence)
         self.release_buckets()
+
+    def give_up(self, args: Sequence[Any], reason: Reason) -> None:
+        """Capture no more the bucket of a call."""
+        num_tokens = self.plan.count_tokens(args)
+        if num_tokens is not None and (size := self.plan.bucket(num_tokens)) is not None:
+            self.dropped[size] = reason
 
     def release_buckets(self) -> None:
         """See ``Captures``."""
@@ -456,54 +466,58 @@ class Graphs:
         return moved
 
     def _why_moved(self, what: str, code: str, most: int | None = None) -> Reason:
-        call = None if self.plan.config.capture == "warmup" else self._wait_calls + 1
+        call = None if self.plan.captures_in_warmup_only else self._wait_calls + 1
         is_too_often = call is not None and (call > 2 or most is not None)
         return miss("moved-too-often" if is_too_often else code, errors.moved(what, call, most))
 
     # --------------------------------------------------------------------------- verifying
 
     def _shall_verify(self, bucket: Bucket, session: Session | None) -> bool:
-        if session is not None and session.stopwatch is not None:
+        if session is not None and session.measures:
             return False
         if bucket.proofs is not None and bucket.proofs.left > (session is not None):
             return True
         every = self.plan.config.verify_every
         return bool(every) and self._calls % every == 0
 
-    def _lacks_memory(self, program: FlatProgram, args: Sequence[Any]) -> Reason | None:
-        """Why state that a full graph writes, and which a comparison copies first, cannot be copied, if it cannot."""
-        written = {at for step in program.replayed for at in self.plan.written_registers[step] if at < len(args)}
-        reason = None
-        try:
-            [like(args[at]) for at in written]
-        except torch.OutOfMemoryError:
-            reason = miss("graph-memory", "no memory was left to compare a replay of the whole graph")
-        return self.plan.found_by_any(reason)
+    def _check_room(self, size: int, steps: Iterable[int], args: Sequence[Any]) -> None:
+        """Drop a size of full graphs, and raise ``Missed``, if the state that these steps write cannot be copied."""
+        written = {at for step in steps for at in self.plan.written_registers[step] if at < len(args)}
+        why_not = why_no_copies([args[at] for at in written], self.plan.device if self.plan.gives_way else None)
+        reason = self.plan.found_by_any(None if why_not is None else miss("graph-memory", why_not))
+        if reason is not None:
+            self.dropped[size] = reason
+            raise Missed(reason)
 
     def _run_verified(self, program: FlatProgram, args: Sequence[Any], call: Call, in_warmup: bool) -> list[Any]:
         found: list[str] = []
         size, is_full, proofs = program.bucket.tokens, self.plan.is_full, program.bucket.proofs
-        if is_full and (reason := self._lacks_memory(program, args)) is not None:
-            self.dropped[size] = reason
-            raise Missed(reason)
-        results = program.run_verified(args, call, found.append)
+        if is_full:
+            self._check_room(size, program.replayed, args)
+        try:
+            results = program.run_verified(args, call, found.append)
+        except NoMemoryToCompare as missed:
+            self.dropped[size] = missed.reason
+            raise
         wrong = None
         if found:
-            sentence = (
-                errors.full_replay_differs(self.name, size, found[0], self.plan.is_beside_pieces)
-                if is_full
-                else errors.replay_differs(self.name, size, found[0])
-            )
-            wrong = miss("verify-failed", sentence)
+            wrong = miss("verify-failed", self._difference(size, found[0]))
         all_wrong, all_new = zip(*self.plan.exchanged((wrong, proofs is None or proofs.is_new(results))), strict=True)
         if proofs is not None and proofs.left:
             proofs.add(results, all(all_new), in_warmup)
         if (wrong := first_found(all_wrong)) is not None:
-            if self.plan.config.strict:
+            if self.plan.config.strict and not self.gives_way:
                 raise errors.ReplayDiffers(wrong.sentence)
-            _LOG.error("%s", wrong.sentence)
+            _LOG.log(logging.WARNING if self.gives_way else logging.ERROR, "%s", wrong.sentence)
             self.dropped[size] = wrong
         return results
+
+    def _difference(self, size: int, where: str) -> str:
+        if self.gives_way:
+            return errors.full_graph_gives_way(self.name, size, where)
+        if self.plan.is_full:
+            return errors.full_replay_differs(self.name, size, where, self.plan.is_beside_pieces)
+        return errors.replay_differs(self.name, size, where)
 
     # ----------------------------------------------------------------------------- counting
 

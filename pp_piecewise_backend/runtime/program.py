@@ -7,6 +7,15 @@ instruction takes, gives, reads and writes is known from the same graph split as
 a piece holds for it: addresses are checked, padding needs a proof, it waits for the send of earlier results before it
 starts, and landing memory is free after it. A call that it cannot serve goes on to the pieces, which count their own
 misses.
+
+Note [full graphs by default] (``mode="auto"``)
+Nobody asked for such a full graph. So there is one only where rule R9 is known to hold: every op of the graph, those of
+pieces included, is PyTorch's own, built into the list of graph-safe ops or named in ``graph_safe_ops``, and nothing but
+tensors and the token count enters. The first one of a size is captured in ``warmup()``, where calls under other
+contexts compare it; those for other places of large tensors, such as another KV cache, come only once that one has
+passed all its comparisons, and have their own. Wherever something speaks against it, it gives way: what differs, lacks
+memory, or fails while it is captured drops that size with a reason, also under ``strict``, and the pieces go on as
+without it.
 """
 
 from __future__ import annotations
@@ -33,13 +42,13 @@ from .bucket import Bucket
 from .capture_plan import GraphKind, GraphPlan
 from .cudagraphs.foreign import capture_check
 from .cudagraphs.memory import like
-from .dispatch import Graphs, Measured, ParameterSet
+from .dispatch import Graphs, ParameterSet
 from .hooks import NO_EVENTS, Events, StageListener
 from .instructions import Layout, lay_out, lay_out_in_one
 from .ownership import find_boundary, merged_results, shares_undeclared
 from .replay import Call
 from .stage import Stage, StageMemory
-from .warmup import Session, Stopwatch, current_session
+from .warmup import Measured, Session, Stopwatch, current_session
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
@@ -142,11 +151,11 @@ class Program:
             if session is None:
                 return self._run(args, None)
             session.note(self.name, self.config, self.stage, [graphs.plan for graphs in self._all_graphs])
-            if self.full is not None and session.captures:  # next to the pieces, for calls that it cannot serve
-                with session.leaving_no_trace(self.inputs, args, self.stage):
-                    self.full.run(args, session)
             device = None if self.stage is None else self.stage.device
             with session.leaving_no_trace(self.inputs, args, self.stage) as restore:
+                if self.full is not None and session.captures:  # next to the pieces, for calls that it cannot serve
+                    self.full.capture(args, session)
+                    restore()
                 if self.config.keep == "if_faster" and session.stopwatch is not None:
                     self._weigh(args, session, session.stopwatch, restore)
                     restore()
@@ -356,6 +365,9 @@ class FullGraphs:
         if not own.capturable:
             self.why_not = "; ".join(dict.fromkeys(reason.sentence for reason in own.obstacles.values()))
             return
+        if own.gives_way and own.scalar_names:
+            self.why_not = errors.number_in_full_graph(own.scalar_names)
+            return
         self.graphs = Graphs(own, memory, stats, name, events)
         tensors = [at for at, i in enumerate(table.inputs) if i.spec is not None]
         written = [at for at in tensors if table.inputs[at].name in split.in_one.cuts.exclusive_inputs]
@@ -367,14 +379,31 @@ class FullGraphs:
         graphs = self.graphs
         if graphs is None:
             return None
-        num_tokens = graphs.plan.count_tokens(args)
-        if num_tokens is None or graphs.plan.bucket(num_tokens) is None:
+        plan = graphs.plan
+        if plan.gives_way and session is None and not graphs.was_used:
+            return None
+        num_tokens = plan.count_tokens(args)
+        size = None if num_tokens is None else plan.bucket(num_tokens)
+        if size is None:
+            return None
+        if size in graphs.dropped:
+            graphs.miss(graphs.dropped[size], args, session)
             return None
         addresses = graphs.parameter_addresses(args)
         if self._apart is not None and self._apart.are_broken(args, addresses):
             graphs.miss(miss("inputs-overlap"), args, session)
             return None
         return graphs.run(args, addresses, session)
+
+    def capture(self, args: Sequence[Any], session: Session) -> None:
+        """Run a call of a warm-up, whose writes are undone and whose results nobody needs."""
+        try:
+            self.run(args, session)
+        except Exception as error:
+            if self.graphs is None or not (self.graphs.gives_way and self.graphs.plan.is_held_alone):
+                raise
+            # If it is the model's, the pieces raise it, too.
+            self.graphs.give_up(args, miss("capture-failed", f"{type(error).__name__}: {error}"))
 
     @property
     def buckets(self) -> list[tuple[Bucket, ParameterSet]]:

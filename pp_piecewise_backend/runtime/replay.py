@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import errors
 from ..utils.addresses import MemoryMap, Span, span
 from ..utils.counters import Amounts
 from ..utils.reasons import Missed, Reason, miss
@@ -29,7 +30,6 @@ from .ownership import shares_undeclared
 from .tracing import Timeline, profiler_is_running, step_name, wrap
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
-
 
 _COUNTED = (
     *("eager_steps", "replays", "padded_tokens", "input_copies", "input_bytes_copied", "stage_inputs_in_place"),
@@ -122,6 +122,10 @@ class UnexpectedTensor(Missed):
     def __init__(self, step: int, detail: str) -> None:
         super().__init__(miss("unexpected-tensor", detail))
         self.step = step
+
+
+class NoMemoryToCompare(Missed):
+    """Of a full graph with its pieces; nothing but copies was written yet."""
 
 
 class _Copy:
@@ -486,17 +490,35 @@ class _Verified(_Step):
         super().__init__(program, normal.step)
         self.program, self.normal, self.args, self.report = program, normal, args, report
 
+    @property
+    def _written_positions(self) -> list[int]:
+        written = self.program.plan.written_registers[self.step]
+        return [at for at, source in enumerate(self.instruction.arguments) if source in written]
+
+    def _expected(self, call: Call) -> list[Any]:
+        """What the un-captured piece returns, and leaves in copies of what it writes.
+
+        Raises:
+            NoMemoryToCompare: there is none for it, and the graph gives way.
+        """
+        plan, instruction = self.program.plan, self.instruction
+        try:
+            inputs = inputs_as_wide_as_the_bucket(plan, self.program.bucket, instruction, call.registers)
+            for at in self._written_positions:
+                inputs[at] = like(inputs[at])
+            expected = list(instruction.run(inputs)) + [inputs[at] for at in self._written_positions]
+            # A copy, since a piece may return one of its inputs, which the replay may write.
+            return [value.clone() if isinstance(value, torch.Tensor) else value for value in expected]
+        except torch.OutOfMemoryError:
+            if not plan.gives_way or not plan.is_held_alone:
+                raise
+            raise NoMemoryToCompare(miss("graph-memory", errors.NO_MEMORY_TO_COMPARE)) from None
+
     def run(self, call: Call) -> None:
         program, plan, bucket = self.program, self.program.plan, self.program.bucket
         instruction = self.instruction
-        inputs = inputs_as_wide_as_the_bucket(plan, bucket, instruction, call.registers)
-        written = plan.written_registers[self.step]
-        positions = [at for at, source in enumerate(instruction.arguments) if source in written]
-        for at in positions:
-            inputs[at] = like(inputs[at])
-        expected = list(instruction.run(inputs)) + [inputs[at] for at in positions]
-        # A copy, since a piece may return one of its inputs, which the replay may write.
-        expected = [value.clone() if isinstance(value, torch.Tensor) else value for value in expected]
+        positions = self._written_positions
+        expected = self._expected(call)
         self.normal.run(call)
         registers = [*instruction.outputs, *(instruction.arguments[at] for at in positions)]
         meaningless = [*instruction.piece.traits.uninitialised, *([False] * len(positions))]

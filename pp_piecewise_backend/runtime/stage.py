@@ -70,6 +70,10 @@ class Captures(Protocol):
     """What one program has captured in the memory of its stage."""
 
     @property
+    def gives_way(self) -> bool:
+        """Whether its buckets go before those of others do."""
+
+    @property
     def largest_tokens(self) -> int:
         """Its largest bucket; 0 without any."""
 
@@ -117,12 +121,16 @@ class StageMemory:
             self.blocks.release()
 
     def drop_largest(self, limit_bytes: int) -> None:
-        """Make room: the largest bucket of all programs is captured no more."""
+        """Make room: the largest bucket of all programs is captured no more, or of those that give way."""
         held_bytes, users = self.graph_bytes, list(self._users)
-        largest = max(user.largest_tokens for user in users)
+        chosen = [user for user in users if user.gives_way and user.largest_tokens] or users
+        largest = max(user.largest_tokens for user in chosen)
         for user in users:
-            # Pools shrink only as a whole; the smaller buckets are captured again when they are needed.
-            user.drop(largest, held_bytes, limit_bytes)
+            # Pools shrink only as a whole; the other buckets are captured again when they are needed.
+            if user in chosen:
+                user.drop(largest, held_bytes, limit_bytes)
+            else:
+                user.release_buckets()
         self.pools.clear()
 
     def release_captures(self) -> None:

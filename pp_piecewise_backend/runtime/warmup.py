@@ -80,6 +80,18 @@ class BucketTime(NamedTuple):
     waited for the host; else by the host's. Without Dynamo's entry, the caller's inputs, receives and sends."""
 
 
+class Measured(NamedTuple):
+    """Medians of what calls that fill a bucket took, until their results were there."""
+
+    replay_us: float
+    otherwise_us: float
+    otherwise: str
+    """What ran in place of the replay."""
+
+    def __str__(self) -> str:
+        return f"{self.replay_us:.0f} us, {self.otherwise} {self.otherwise_us:.0f} us (medians)"
+
+
 current_session = _SESSION.get
 """The warm-up that is under way in this thread, if any."""
 
@@ -92,6 +104,11 @@ class Proofs:
     uncounted: int = 0
     seen: list[list[torch.Tensor]] = field(default_factory=list)
     """How results of the capturing call, and of the comparisons that counted, begin, while more are to come."""
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether all counted, so that nothing is to come."""
+        return not self.left and self.uncounted < MAX_UNCOUNTED
 
     def is_new(self, results: Sequence[Any]) -> bool:
         """Whether no call before gave these results."""
@@ -189,6 +206,11 @@ class Session:
             else:
                 self.ladders.setdefault(name, plan.ladder.sizes_tokens)
                 self.smallest.setdefault(name, plan.smallest_tokens)
+
+    @property
+    def measures(self) -> bool:
+        """Whether its calls are timed: they do nothing but what calls of serving do."""
+        return self.stopwatch is not None or self.timed_us is not None
 
     @contextlib.contextmanager
     def timing(self, device: torch.device | None) -> Iterator[None]:

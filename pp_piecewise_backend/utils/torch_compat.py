@@ -378,6 +378,20 @@ def runs_python(function: Any) -> bool:
     return calls_others or module.partition(".")[0] not in ("torch", "operator", "_operator", "builtins", "math")
 
 
+def reads_arguments_only(function: Any) -> bool:
+    """Whether a call of a function or library op is known to read and write nothing but its arguments.
+
+    Only PyTorch's own is known. Control flow is not: which of its graphs runs is decided by a tensor, on the host.
+    """
+    function = getattr(function, "_opoverload", function)
+    if isinstance(function, HigherOrderOperator):
+        return function.name() in _RUN_NOTHING_BUT_GRAPHS - _CHOOSE_GRAPHS
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
+        namespace = str(schema_name(function)).partition("::")[0]
+        return namespace in _OWN_NAMESPACES | _COLLECTIVES and not runs_python(function)
+    return not runs_python(function)
+
+
 _OWN_NAMESPACES = frozenset(
     {"aten", "prim", "prims", "inductor", "quantized", "mkldnn", "mkl", "_quantized", "profiler"}
 )
@@ -394,6 +408,9 @@ _RUN_NOTHING_BUT_GRAPHS = frozenset(
     | {"triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation", "while_loop", "while_loop_stack_output"}
 )
 """Higher-order ops that run the graphs among their arguments, or a kernel that is compiled, and nothing else."""
+_CHOOSE_GRAPHS = frozenset({"cond", "switch", "while_loop", "while_loop_stack_output"})
+_COLLECTIVES = frozenset({"_c10d_functional"})
+"""Of the collectives that ``torch.compile`` makes, which are native; their process group is found by its name."""
 
 
 def _kernels_in_python(op: OpOverload) -> set[str]:

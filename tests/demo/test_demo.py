@@ -345,7 +345,8 @@ def check_answers(printed: str, errors: str, ranks: int, asked: int) -> None:
     calls = asked * questions.ANSWER_TOKENS  # a prompt, and all of its answer but the end
     layers = load_whole(str(OWN_MODEL_DIR)).config.num_hidden_layers // ranks
     for row in counts:
-        assert row["graph_misses"] == 0 and row["replays"] == calls * (1 + layers)
+        assert row["graph_misses"] == 0 and calls < row["replays"] < calls * (1 + layers)
+        assert (row["replays"] - calls) % layers == 0, "a call replays all of its pieces, or one graph of everything"
         assert row["stage_inputs_in_place"] == (calls if row["rank"] > 0 else 0)
         for name in ("proxy_copies", "recv_allocations", "pickles", "blocking_metadata"):
             assert row[name] == 0, (name, counts)

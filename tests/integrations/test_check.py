@@ -86,8 +86,8 @@ def test_a_decoder_passes(
     header, _, row = capsys.readouterr().out.splitlines()
     cells = dict(zip(header.split("  "), row.split("  "), strict=False))
     assert cells["decoder"] == "decoder" and row.endswith("passed") and " 5 of 5 " in row
-    # Two stages of one layer each: two pieces, replayed for 2, 1, 1 and 1 tokens.
-    assert row.split()[-3:] == [str(2 * 2 * 4), "0", "passed"]
+    # Two stages of one layer each: one graph of all, replayed for 2, 1, 1 and 1 tokens.
+    assert row.split()[-3:] == [str(2 * 4), "0", "passed"]
 
 
 @pytest.mark.slow

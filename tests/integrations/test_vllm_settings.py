@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from enum import Enum
@@ -185,3 +186,19 @@ def test_options_of_the_worker_reach_the_backend_but_where_the_environment_has_i
     monkeypatch.setenv("PP_PIECEWISE_MAX_TOKENS", "8")
     with pytest.raises(errors.ConfigError, match="unset it and use --max-num-batched-tokens"):
         integration.set_worker_options(max_tokens=16)
+
+
+@pytest.mark.parametrize("environment", [None, "full_and_piecewise"])
+def test_full_graphs_are_left_to_vllm(environment: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the default is, and whether or not the worker is ours."""
+    given: list[dict[str, Any]] = []
+    ours = importlib.import_module("pp_piecewise_backend.backend")
+    monkeypatch.setattr(ours, "backend", lambda graph, inputs, options: given.append(options))
+    monkeypatch.setattr(integration, "_worker_options", {})
+    if environment is not None:
+        monkeypatch.setenv("PP_PIECEWISE_MODE", environment)
+    integration.backend(None, [])
+    integration.set_worker_options(capture="warmup")
+    integration.backend(None, [])
+    own = {} if environment else {"mode": "piecewise"}
+    assert given == [own, {**own, "capture": "warmup"}]

@@ -1,4 +1,4 @@
-"""Stages in threads with ``mode="full_and_piecewise"``: two proxies, decode and prefill sizes in turn."""
+"""Stages in threads with full graphs, asked for or by default: two proxies, decode and prefill sizes in turn."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def mixed(count: int, largest: int = 8) -> list[int]:
     return random.Random(0).choices([n for n in (1, 2, 3, 4, 5, 6, 8) if n <= largest], k=count)
 
 
-def compare_with_eager(chosen: list[int], device: str = "cpu") -> list[dict[str, Any]]:
+def compare_with_eager(chosen: list[int], device: str = "cpu", options: dict[str, Any] = FULL) -> list[dict[str, Any]]:
     """The counters of each of three stages, once the outputs were found equal."""
-    outcomes = all_well(in_threads(3, play_all(chosen), options=FULL, delay_seconds=0.004, device=device))
+    outcomes = all_well(in_threads(3, play_all(chosen), options=options, delay_seconds=0.004, device=device))
     outputs, _ = outcomes[-1]
     assert len(outputs) == len(chosen)
     full = sum(n <= 4 for n in chosen)
@@ -46,10 +46,12 @@ def compare_with_eager(chosen: list[int], device: str = "cpu") -> list[dict[str,
     return [stats for _, stats in outcomes]
 
 
+@pytest.mark.parametrize("is_asked_for", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
-def test_results_are_those_of_eager_in_both_kinds_of_graphs(device: str) -> None:
+def test_results_are_those_of_eager_in_both_kinds_of_graphs(device: str, is_asked_for: bool) -> None:
     chosen = mixed(60)
-    for stage, stats in enumerate(compare_with_eager(chosen, device)):
+    options = FULL if is_asked_for else {name: value for name, value in FULL.items() if name != "mode"}
+    for stage, stats in enumerate(compare_with_eager(chosen, device, {**options, "strict": True})):
         assert stats["proxy_copies"] == 0
         # A full graph has read the landing memory at its end only, and then no step is left.
         assert stats["early_releases"] == (0 if stage == 0 else sum(n > 4 for n in chosen))

@@ -195,7 +195,7 @@ def test_runners_hand_over_the_hidden_states_of_either_layout(layout: str) -> No
                 inputs=step.proxies if index else None,
                 outputs=None if index else step.proxies,
                 transport=hub.transport(index),
-                options={name: value for name, value in GRAPHS.items() if name != "max_tokens"},
+                options={"mode": "piecewise", **{name: v for name, v in GRAPHS.items() if name != "max_tokens"}},
             ) as runner:
                 with one_at_a_time:
                     runner.warmup()

@@ -18,7 +18,7 @@ from captured import DEVICES, HIDDEN, Pair, Wrong, misses_between, net, rows
 from pp_piecewise_backend import backend
 from pp_piecewise_backend.debug.describe import describe, describe_graphs
 from pp_piecewise_backend.debug.report import report_page
-from pp_piecewise_backend.runtime import dispatch
+from pp_piecewise_backend.runtime.cudagraphs import memory
 from pp_piecewise_backend.runtime.replay import FlatProgram
 from pp_piecewise_backend.runtime.warmup import MAX_UNCOUNTED
 
@@ -321,7 +321,7 @@ def test_a_size_whose_state_cannot_be_copied_to_compare_replays_its_pieces(
             raise torch.OutOfMemoryError("no room")
         return tensor.clone()
 
-    monkeypatch.setattr(dispatch, "like", like)
+    monkeypatch.setattr(memory, "like", like)
     for length in range(4):
         counted = call(pair, 4, length, cache, torch.arange(4) + length)
     assert counted["replays"] > 1, "the pieces replay"

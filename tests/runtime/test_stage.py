@@ -268,6 +268,8 @@ def test_released_memory_is_freed_and_does_not_come_back() -> None:
 class Captured:
     """The captures of a program, all in one pool."""
 
+    gives_way = False
+
     def __init__(self, memory: StageMemory, *bucket_tokens: int) -> None:
         self.buckets = list(bucket_tokens)
         self.dropped: list[int] = []

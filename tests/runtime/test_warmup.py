@@ -461,7 +461,8 @@ def test_buckets_are_captured_in_order_whatever_the_programs(
             mark(x, 0)
         return (x,), {}
 
-    options = {**OPTIONS, "split_ops": "softmax", "capture_sizes": "1,2,4,8,16", "max_tokens": 16}
+    sizes = {"capture_sizes": "1,2,4,8,16", "max_tokens": 16}
+    options = {**OPTIONS, "mode": "piecewise", "split_ops": "softmax", **sizes}
     ppb.warmup(torch.compile(forward, backend="pp_piecewise", options=options), make_inputs)
     assert captured == [16, 4, 8, 2, 1]
     assert len(ppb.programs()) == (1 if serves_all else 2)
@@ -546,7 +547,8 @@ class GrowingCaches:
 
         self.batch = batch
         self.model = hf.make_model("llama")
-        options = {"compiler": "eager", "graphs": "emulate", "max_tokens": MAX_TOKENS, "capture_sizes": "1,4"}
+        sizes = {"max_tokens": MAX_TOKENS, "capture_sizes": "1,4"}
+        options = {"mode": "piecewise", "compiler": "eager", "graphs": "emulate", **sizes}
         self.run = torch.compile(self.model, backend="pp_piecewise", options=options)
 
     def inputs(self, num_tokens: int, length: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import warnings
 from collections import Counter
@@ -43,8 +44,12 @@ def _run(job: CheckJob, rank: int, device: torch.device, folder: Path, emit: Emi
     cache = rows.new_cache(1, job.max_cache_tokens)
     is_first, is_last = stage.is_first, stage.is_last
 
+    warm_up_calls = itertools.count()
+
     def make_inputs(num_tokens: int, tag: bytes) -> dict[str, Any]:
-        position = _TAG.unpack(tag)[0] if tag else 0
+        # Warm-up calls are at other places each time: full graphs are compared under different contexts.
+        last = job.max_cache_tokens - num_tokens
+        position = _TAG.unpack(tag)[0] if tag else next(warm_up_calls) % (last + 1)
         places = cache.places(0, position, num_tokens)
         inputs = {"places": places, "past_key_values": cache}
         return inputs | ({"input_ids": torch.zeros_like(places)} if is_first else {})
@@ -95,6 +100,8 @@ def replayed() -> dict[str, Any]:
         for bucket in graphs.buckets:
             why.update(f"not captured: {sentence}" for sentence in bucket.not_captured.values())
         why.update(f"bucket dropped, {bucket.reason}: {bucket.sentence}" for bucket in graphs.dropped)
+        full = () if graphs.full is None else graphs.full.dropped
+        why.update(f"full graph dropped, {bucket.reason}: {bucket.sentence}" for bucket in full)
         for miss in graphs.misses:
             why[f"{miss.reason}: {miss.sentence}"] += miss.pieces * miss.calls
     return {

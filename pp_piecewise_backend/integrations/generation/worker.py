@@ -101,6 +101,7 @@ class Worker:
         """Of the micro-batch that runs or ran last."""
         self._own_answers: deque[list[int]] = deque()
         self._new_tokens: list[tuple[int, int, bool]] = []
+        self._warm_up_calls = 0
         self.runner = ppb.StageRunner(
             rows,
             make_inputs=self._make_inputs,
@@ -151,7 +152,8 @@ class Worker:
             self._runs = self._timetable.advance(group, actions)
             return self._inputs(group, self._runs)
         cache = self._caches[0]
-        places = torch.arange(num_tokens, device=self._device) % cache.place_count
+        self._warm_up_calls += 1  # at other places each time: full graphs are compared under different contexts
+        places = (torch.arange(num_tokens, device=self._device) + self._warm_up_calls) % cache.place_count
         inputs = {"places": places, "past_key_values": cache}
         return inputs | ({"input_ids": torch.zeros_like(places)} if self._is_first else {})
 

@@ -53,7 +53,9 @@ def backend(graph_module: Any, example_inputs: Sequence[Any], **kwargs: Any) -> 
     """The backend ``pp_piecewise`` with the options of this process' worker."""
     from ...backend import backend as pp_piecewise
 
-    return pp_piecewise(graph_module, example_inputs, options=dict(_worker_options), **kwargs)
+    # Full graphs for decode are vLLM's own, see docs/engines.md.
+    own = {} if Config().sources["mode"] == "environment" else {"mode": "piecewise"}
+    return pp_piecewise(graph_module, example_inputs, options=own | _worker_options, **kwargs)
 
 
 def set_worker_options(**options: Any) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
+from ... import errors
 from ...compilation.specs import TensorSpec, evaluate
 
 ALIGNMENT_BYTES = 256
@@ -52,6 +53,32 @@ def extent_bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
     if 0 in shape:
         return 0
     return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What is left on a device, what its allocator holds and does not use included; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def why_no_copies(tensors: Sequence[torch.Tensor], device: torch.device | None) -> str | None:
+    """Why a full graph cannot be compared on copies of some tensors; None if there is room for them.
+
+    Args:
+        device: on which the copies are to take no more than half of what is free; None: it is tried in any case.
+    """
+    free = None if device is None else free_bytes(device)
+    if free is not None:
+        num_bytes = sum(extent_bytes(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+        if num_bytes > free // 2:
+            return errors.copy_too_large(num_bytes, free)
+    try:
+        [like(tensor) for tensor in tensors]
+    except torch.OutOfMemoryError:
+        return errors.NO_MEMORY_TO_COMPARE
+    return None
 
 
 class StaticMemory:
