@@ -158,6 +158,7 @@ class Pair:
         self.settings = {
             "compiler": options.compiler,
             **NAMED_OPS,
+            "mode": "piecewise",
             "graphs": "cuda" if options.device == "cuda" else "emulate",
             "capture_sizes": ",".join(map(str, sorted(set(options.tokens)))),
         }

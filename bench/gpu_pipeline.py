@@ -64,6 +64,7 @@ from pipeline_hops import hops
 NAME = "gpu_pipeline"
 BASELINES = ("eager", "reduce_overhead", "transformers")
 WANTED_MODES = ("piecewise", "full", "full_and_piecewise")
+"""Besides the default, with all other defaults: `ours_auto_auto`."""
 RANK_SCRIPT = Path(__file__).resolve().parent / "pipeline_rank.py"
 GRACE_SECONDS = 60.0
 """For a cell that has begun when the budget is used up."""

@@ -154,6 +154,7 @@ def start_ours(stage: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         "compiler": request["compiler"],
         **NAMED_OPS,
+        "mode": "piecewise",
         "graphs": "cuda" if request["device"] == "cuda" else "emulate",
         "capture_sizes": request["sizes"],
         "max_tokens": max(request["sizes"]),

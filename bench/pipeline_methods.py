@@ -208,7 +208,7 @@ def reduce_overhead(setting: Setting) -> Callable[..., dict[str, Tensor]]:
 
 
 class Ours:
-    """`StageRunner`, by mode and transport."""
+    """`StageRunner`, by mode and transport; mode "auto" is left out, as by who leaves all options alone."""
 
     def __init__(self, setting: Setting, mode: str, transport: str) -> None:
         is_cuda = setting.device.type == "cuda"
@@ -230,7 +230,7 @@ class Ours:
             max_in_flight=setting.schedule.in_flight,
             options={
                 **slot_attention.OPTIONS,
-                "mode": mode,
+                **({} if mode == "auto" else {"mode": mode}),
                 "graphs": "cuda" if is_cuda else "emulate",
                 "compiler": setting.compiler,
                 "capture_sizes": ",".join(map(str, sorted(setting.tokens))),
@@ -384,7 +384,7 @@ def variant_names(modes: Sequence[str], device: str, one_gpu: bool) -> list[str]
     """All variants for these modes of ours, those that the others are compared with first."""
     transports = ("gloo", "shm") if device == "cpu" else ("ipc",) if one_gpu else ("nccl", "ipc")
     ours = [f"ours_{mode}_{transport}" for mode in modes for transport in transports]
-    return ["eager", "reduce_overhead", "transformers", *ours]
+    return ["eager", "reduce_overhead", "transformers", *ours, "ours_auto_auto"]
 
 
 def make_method(name: str, setting: Setting, wires: Callable[[], Wires], known_modes: Sequence[str]) -> Method:

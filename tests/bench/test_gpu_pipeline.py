@@ -101,6 +101,8 @@ def test_names_of_variants() -> None:
     on_gpus = gpu_pipeline.parse([]).variants
     assert on_gpus[:3] == ["eager", "reduce_overhead", "transformers"]
     assert "ours_full_and_piecewise_ipc" in on_gpus and "ours_piecewise_nccl" in on_gpus
+    for arguments in ([], ["--device", "cpu"], ["--one-gpu"]):
+        assert gpu_pipeline.parse(arguments).variants[-1] == "ours_auto_auto", "all defaults"
     assert gpu_pipeline.parse(["--variants", "eager", "full_ipc"]).variants == ["eager", "ours_full_ipc"]
     assert not any("nccl" in name for name in gpu_pipeline.parse(["--one-gpu"]).variants)
     quick = gpu_pipeline.parse(["--quick", "--tokens", "64"])
