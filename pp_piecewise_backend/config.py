@@ -310,7 +310,7 @@ class Config:
         int,
         _at_least(1),
         "Largest capture size for which modes auto and full_and_piecewise make a full graph: what a decode step has.",
-    ] = 256
+    ] = 512
     graphs: Annotated[
         Graphs,
         _one_of(Graphs),

@@ -22,7 +22,7 @@ from pp_piecewise_backend.errors import ConfigError
 DEFAULTS = {
     "enabled": ("PP_PIECEWISE", "1"),
     "mode": ("PP_PIECEWISE_MODE", "auto"),
-    "full_max_tokens": ("PP_PIECEWISE_FULL_MAX_TOKENS", "256"),
+    "full_max_tokens": ("PP_PIECEWISE_FULL_MAX_TOKENS", "512"),
     "graphs": ("PP_PIECEWISE_GRAPHS", "auto"),
     "compiler": ("PP_PIECEWISE_COMPILER", "inductor"),
     "split_ops": ("PP_PIECEWISE_SPLIT_OPS", "built-in"),
