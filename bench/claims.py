@@ -141,6 +141,19 @@ def compiling(method: str, part: str, caches: str = "cold") -> Value:
     ]
 
 
+def pipeline_ms(variant: str) -> Value:
+    def value(data: Any, column: tuple[int, int]) -> float:
+        tokens, in_flight = column
+        return float(cell(data["cells"], variant=variant, tokens=tokens, in_flight=in_flight)["ms"]["median"])
+
+    return value
+
+
+def decode_ratios(data: Any, baseline: str) -> list[float]:
+    """Time of a micro-batch with all defaults over that of a baseline, of up to 64 tokens."""
+    return [each["ms_over"][baseline]["ours_auto_auto"] for each in data["ratios"] if each["tokens"] <= 64]
+
+
 def of_engine(engine: str) -> Value:
     def value(data: Any, column: str) -> float:
         run = cell(data["runs"], engine=engine, caches="cold")
@@ -149,6 +162,8 @@ def of_engine(engine: str) -> Value:
     return value
 
 
+PIPELINE_CELLS = (*((tokens, in_flight) for tokens in (1, 8, 64) for in_flight in (1, 2, 4)), (512, 4))
+"""Tokens and micro-batches in flight."""
 TOKENS = (1, 8, 64, 512, 2048)
 EARLY = {
     "eager": latency("eager"),
@@ -218,6 +233,52 @@ CLAIMS: Sequence[Table | Sentence] = (
             extreme(latency(method, "host_us")(data, tokens) for tokens in TOKENS)
             for method in ("ours", "reduce_overhead")
             for extreme in (min, max)
+        ],
+    ),
+    *(
+        Table(
+            BENCHMARKS,
+            f"ms, {model}",
+            f"gpu_pipeline_{model.lower()}",
+            PIPELINE_CELLS,
+            {
+                "eager": pipeline_ms("eager"),
+                'mode="reduce-overhead"': pipeline_ms("reduce_overhead"),
+                "pp_piecewise, all defaults": pipeline_ms("ours_auto_auto"),
+                other: pipeline_ms(variant),
+            },
+        )
+        for model, other, variant in (
+            ("7B", "the same over NCCL", "ours_full_and_piecewise_nccl"),
+            ("0.5B", "the same, pieces only, over CUDA IPC", "ours_piecewise_ipc"),
+        )
+    ),
+    Sentence(
+        BENCHMARKS,
+        "In decode it takes {:.3f} to {:.3f} of the time of `reduce-overhead` with the engine-style hand-off, which is "
+        "the graph of a whole stage, too, and {:.2f} to {:.2f} of that of eager",
+        "gpu_pipeline_7b",
+        lambda data: [
+            extreme(decode_ratios(data, baseline))
+            for baseline in ("reduce_overhead", "eager")
+            for extreme in (min, max)
+        ],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "transformers' own pipeline, which has one micro-batch in flight, takes {:.0f} to {:.0f} ms",
+        "gpu_pipeline_7b",
+        lambda data: [
+            extreme(c["ms"]["median"] for c in data["cells"] if c["variant"] == "transformers")
+            for extreme in (min, max)
+        ],
+    ),
+    Sentence(
+        BENCHMARKS,
+        "It takes {:.2f} to {:.2f} of the time of `reduce-overhead`; blocks",
+        "gpu_pipeline_0.5b",
+        lambda data: [
+            extreme(r["ms_over"]["reduce_overhead"]["ours_auto_auto"] for r in data["ratios"]) for extreme in (min, max)
         ],
     ),
     Table(

@@ -32,7 +32,7 @@ def test_help_without_the_demo_dependencies() -> None:
     for option in ("--ranks", "--model", "--prompt", "--questions", "--device", "--compiler", "--graphs"):
         assert option in text
     assert 'backend="pp_piecewise"' in text
-    assert "not tested by the authors" in text
+    assert "cuda: one GPU per rank" in text
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,7 @@ def execute(task: Task) -> int:
 
     job = task.job
     print(SHOWN.format(stages=counted(job.ranks, "stage")))
-    transport = "NCCL, one GPU per rank (not tested by the authors)" if job.device == "cuda" else "gloo, on the CPU"
+    transport = "one GPU per rank" if job.device == "cuda" else "on the CPU"
     if job.device == "cpu" and job.options["graphs"] == "emulate":
         print(SHOWN_ON_CPU)
     print(

@@ -60,8 +60,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, ranks: int | str = 2
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="cuda: one GPU per rank and NCCL (not tested by the authors); auto: cuda if there are "
-        "enough GPUs, else cpu, with gloo (default %(default)s)",
+        help="cuda: one GPU per rank; auto: cuda if there are enough GPUs, else cpu (default %(default)s)",
     )
     parser.add_argument("--dtype", metavar="NAME", help="such as float32 (default: as the weights are stored)")
     parser.add_argument(
