@@ -14,6 +14,7 @@ from models.small_pipeline import own_inputs
 from plain_stage import Plain
 from pp_piecewise_backend.pipeline.report import PipelineReport, RankTimes
 from pp_piecewise_backend.pipeline.transports.base import LinkChoice
+from pp_piecewise_backend.pipeline.transports.choosing import _decide
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
 
 LINKS = [("proxies", 0, 1), ("proxies", 1, 2), ("feedback", 2, 0)]
@@ -127,6 +128,15 @@ def test_the_runner_and_explain_say_how_links_were_chosen() -> None:
         assert [program.explain() for program in ppb.programs()]
 
 
+@pytest.mark.parametrize(
+    ("p2p_us", "chosen"),
+    [([40.0, 200.0], "cuda_ipc"), ([36.0, 150.0], "cuda_ipc"), ([20.0, 30.0], "p2p"), ([20.0, 180.0], "p2p")],
+)
+def test_nccl_is_taken_where_it_is_clearly_faster(p2p_us: list[float], chosen: str) -> None:
+    found = {"cuda_ipc": ("", [40.0, 200.0]), "p2p": ("", p2p_us)}
+    assert _decide(("proxies", 0, 1), [8, 64], found, found).transport == chosen
+
+
 # ------------------------------------------------------------------------------------- on GPUs
 
 
@@ -138,4 +148,4 @@ def test_both_ways_between_two_gpus_are_measured_and_the_faster_is_taken(tmp_pat
         print(link["text"])
         assert set(link["times_us"]) == {"cuda_ipc", "p2p"} and not link["failed"], link
         products = {way: small * large for way, (small, large) in link["times_us"].items()}
-        assert link["transport"] == min(products, key=products.__getitem__)
+        assert link["transport"] == ("p2p" if products["p2p"] < 0.7**2 * products["cuda_ipc"] else "cuda_ipc")
