@@ -453,6 +453,14 @@ def further_exchanges(stage: Stage) -> list[list[str]]:
     return told
 
 
+def exchange_with_a_dead_rank(stage: Stage) -> None:
+    stage.transport.exchange("all are here")
+    if stage.is_last:
+        _now("fault")
+        os._exit(3)
+    stage.transport.exchange("not all")
+
+
 def misuse(stage: Stage) -> list[str]:
     """What the caller gets wrong is said before it goes on the wire; the pipeline lives on."""
     links = stage.connect(feedback=None)
@@ -622,7 +630,7 @@ SCENARIOS = {
     function.__name__: function
     for function in (
         steady, timed, slow_first_stage, slow_last_stage, holds_up_its_threads, early_end, headers_ahead,
-        further_exchanges, misuse,
+        further_exchanges, exchange_with_a_dead_rank, misuse,
         other_plans, other_siblings, fault,
         sends_while_idle_receiver_dies,
     )

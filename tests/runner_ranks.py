@@ -424,6 +424,25 @@ def other_plan(rank: Rank) -> None:
     rank.runner(**changes)
 
 
+def stops_before_its_trace(rank: Rank) -> None:
+    """The last rank is the victim: all have stopped in order when it is to bring its trace to the others."""
+
+    def stops(text: str) -> list[str]:
+        print(f"fault at {time.time()}", flush=True)
+        _break_now("SIGSTOP")
+        return []
+
+    made = rank.runner(feedback=None)
+    made.trace(str(rank.folder / "trace.json"))
+    if rank.is_victim:
+        made._exchange = stops
+    batches = (ppb.MicroBatch(1, tag=str(step).encode()) for step in range(3))
+    for _ in made.run(batches if rank.is_first else None):
+        pass
+    with noting_when_it_raises():
+        made.close()
+
+
 def paused(rank: Rank) -> int:
     """The first stage has nothing to do for three times the allowed silence."""
 
@@ -667,6 +686,7 @@ SCENARIOS = {
         fault,
         hangs,
         other_plan,
+        stops_before_its_trace,
         paused,
         leaves,
         warms_up_between,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from .. import errors
@@ -63,6 +64,8 @@ class Fault:
         """Where the ranks were, once somebody has asked."""
         self._asking = threading.Lock()
         self._ends: list[Breakable] = []
+        self.end_exchange: Callable[[], object] | None = None
+        """Ends what waits for all other ranks at once, once the links are set up."""
         self._lock = threading.Lock()
         self._recorded = threading.Event()
         self._told = threading.Event()
@@ -78,6 +81,7 @@ class Fault:
     def forget_ends(self) -> None:
         """What fails after the links were closed concerns nobody."""
         self._ends = []
+        self.end_exchange = None
 
     def record(self, loss: Loss, found_by: Breakable | None = None) -> None:
         """Keep the first loss, notify all neighbours but the one that ``found_by`` lost, and break all transfers."""
@@ -93,6 +97,8 @@ class Fault:
         for end in sorted(self._ends, key=lambda end: end.is_receiver):
             end.break_off()
         self._told.set()
+        if self.end_exchange is not None:
+            self.end_exchange()
 
     def check(self, doing: str) -> None:
         """Raises `PeerLost` once something is recorded, and the neighbours know."""

@@ -79,9 +79,8 @@ class StageRunner:
             of one Linux machine whose tensors lie on the CPU, "cuda_ipc" for those whose tensors lie on one GPU or on
             peers: each writes into the landing memory of the next one itself; "auto": link by link what works, and the
             faster of two; or a transport of ``pipeline.transports``.
-        receive: "early" posts the next receive as soon as the landing memory is free, "step" at the start of a step,
-            on the device after the forward before; "auto" is "step" where it goes over NCCL, whose kernels compute
-            while they wait, and "early" elsewhere.
+        receive: "early" posts the next receive as soon as the landing memory is free, "step" in its step, after the
+            forward before; "auto": "step" over NCCL, whose kernels compute while they wait, and "early" elsewhere.
         max_in_flight: micro-batches that the first stage starts before the last one has ended the oldest; as many as
             the stages hold by default. Give it on all ranks alike.
         timeout_s: seconds without a sign of life after which a neighbour is lost. Idle ranks give signs of life.
@@ -547,7 +546,11 @@ class StageRunner:
     def _write_trace(self) -> None:
         if self.timeline is not None and self._trace_path is not None:
             exchange = None if self._links.is_broken else self._exchange
-            write_trace(self._trace_path, self.timeline, self.stage, exchange)
+            try:
+                write_trace(self._trace_path, self.timeline, self.stage, exchange)
+            except errors.PeerLost:
+                self._links.check()  # says who was lost
+                raise
 
     def _spanning(self, lane: str, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.timeline is None else self.timeline.span(lane, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from handoff_ranks import MARGIN_SECONDS, fault_time
-from runner_ranks import TIMEOUT_SECONDS, Outcome, fault, other_plan, run
+from runner_ranks import TIMEOUT_SECONDS, Outcome, fault, other_plan, run, stops_before_its_trace
 from tiers import slow_but
 
 pytestmark = [
@@ -61,6 +61,14 @@ def test_a_rank_that_dies_or_stops_is_lost_to_all(kind: str, victim: int, transp
     outcomes = run(fault, 3, tmp_path, TIMEOUT_SECONDS, left_alone, kind=kind, victim=victim, transport=transport)
     survivors_lose_their_peer(outcomes, victim)
     assert outcomes[victim].exit_code == (3 if kind == "exit" else -9)
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p"])
+def test_a_rank_that_stops_before_the_trace_is_lost_to_the_other(transport: str, tmp_path: Path) -> None:
+    """Which waits for it and nobody else: one more that raises would end its wait, too."""
+    arguments = {"victim": 1, "transport": transport}
+    outcomes = run(stops_before_its_trace, 2, tmp_path, TIMEOUT_SECONDS, left_alone=[1], **arguments)
+    survivors_lose_their_peer(outcomes, 1)
 
 
 @pytest.mark.parametrize(

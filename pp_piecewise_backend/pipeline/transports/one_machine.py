@@ -189,6 +189,10 @@ class OneMachine:
             self._places = self.exchange(self._kind.place())
         return self._places[source], self._places[target]
 
+    def break_off(self) -> None:
+        """End every ``exchange``, from any thread."""
+        self._p2p.break_off()
+
     def close(self) -> None:
         self._p2p.close()
 

@@ -147,8 +147,8 @@ class P2P:
 
     def break_off(self) -> None:
         """End every ``exchange``, from any thread."""
-        if self._own is not None:
-            break_group(self._own)
+        if (own := self._own) is not None:
+            break_group(own)
 
     def discard(self, wire: P2PWire) -> None:
         """Release a wire that is not used; both ends do so."""
@@ -181,12 +181,13 @@ class P2P:
 
 def _gather_bytes(own: bytes, group: Any) -> list[bytes]:
     """What each rank of the group brought."""
+    # Not by dist.all_gather: where that fails, it asks the world what the group is, which does not know it.
     lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(group.size())]
-    dist.all_gather(lengths, torch.tensor([len(own)], device="cpu"), group=group)
+    group.allgather([lengths], [torch.tensor([len(own)], device="cpu")]).wait()
     padded = torch.zeros(1 + int(max(lengths)), dtype=torch.uint8, device="cpu")  # no tensor without elements
     padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8, device="cpu")
     gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded, group=group)
+    group.allgather([gathered], [padded]).wait()
     return [bytes(whole[: int(length)].tolist()) for whole, length in zip(gathered, lengths, strict=True)]
 
 
@@ -315,9 +316,11 @@ class P2PWire:
         # Those of gloo have been waited for, and cannot be asked: see Note [gloo waits].
         deadline = time.monotonic() + self._longest.total_seconds()
         with connection_errors():
-            while not all(transfer.is_completed() for transfer in self._last_transfer):
-                if self.is_broken:
+            while True:
+                if self.is_broken:  # first: what is being aborted may not answer
                     raise ConnectionError("the link was closed, and what was under way is lost")
+                if all(transfer.is_completed() for transfer in self._last_transfer):
+                    return
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 time.sleep(_POLL_SECONDS)

@@ -11,6 +11,7 @@ from handoff_ranks import (
     SILENCE_SECONDS,
     all_well,
     early_end,
+    exchange_with_a_dead_rank,
     fault,
     further_exchanges,
     headers_ahead,
@@ -107,6 +108,12 @@ def test_ranks_can_exchange_texts_again(transport: str, tmp_path: Path) -> None:
     outcomes = all_well(run(transport, further_exchanges, 3, tmp_path))
     expected = [[f"{number} of {stage}" for stage in range(3)] for number in range(3)]
     assert [outcome.value for outcome in outcomes] == [expected] * 3
+
+
+@between_processes
+def test_a_rank_that_dies_in_an_exchange_is_lost_to_all(transport: str, tmp_path: Path) -> None:
+    outcomes = run(transport, exchange_with_a_dead_rank, 2, tmp_path)
+    survivors_lose_their_peer(outcomes, 1, silence_seconds=0.0)
 
 
 @every_transport
