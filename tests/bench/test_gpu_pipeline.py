@@ -16,7 +16,7 @@ from checkout import BENCH
 sys.path.insert(0, str(BENCH))
 import gpu_pipeline
 from decoder import MODELS, DecoderStage
-from pipeline_hops import hops, kernels_of
+from pipeline_hops import hops, kernels_of, read
 from pipeline_rank import Record, compared, covered, figures
 from slot_attention import StepTensors
 from step_schedule import Call, Schedule
@@ -174,3 +174,17 @@ def test_traces_of_ranks_are_put_on_one_clock() -> None:
     trace = {"baseTimeNanoseconds": 2000, "traceEvents": [event, {**event, "cat": "cpu_op"}, {"ph": "M"}]}
     (found,) = kernels_of(trace, 1)
     assert found == {"ph": "X", "cat": "kernel", "name": "k" * 60, "ts": 7.0, "dur": 1.0, "tid": 1, "pid": 1}
+
+
+def test_the_page_says_what_the_trace_of_two_gpus_has() -> None:
+    found = hops(read(BENCH / "results" / "gpu_pipeline_trace_7b.json.gz"))
+    first, last = found.stage_us
+    there, back = found.hop_us
+    page = " ".join((BENCH.parent / "docs" / "benchmarks.md").read_text().split())
+    for words in (
+        f"in a trace of {found.steps} steps of 8 tokens",
+        f"the stages take {first:.0f} and {last:.0f} us",
+        f"{there:.0f} us lie between the first and the second, {back:.0f} us between the second and the first one",
+    ):
+        assert words in page
+    assert found.step_us <= first + last + 2 * 60
