@@ -1,6 +1,6 @@
 """What lies between two stages on the device, in a trace that `gpu_pipeline.py` wrote with one micro-batch in flight.
 
-    python bench/pipeline_hops.py bench/results/gpu_pipeline_trace_ours_auto_auto.json.gz
+    python bench/pipeline_hops.py bench/results/gpu_pipeline_trace_7b.json.gz
 
 Then only one device works at a time, and the time of a step is that of both stages and of the hops between them: from
 the end of the last kernel of one stage to the start of the first one of the next, from the last stage to the first one

@@ -230,23 +230,11 @@ class Rank:
     def do_profile(self, variant: str, tokens: int, in_flight: int) -> dict[str, Any]:
         """How long this rank's device works for a micro-batch, waiting in NCCL's kernels left out."""
         from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
 
         if self.device.type != "cuda":
             return {}
-        method, total = self.methods[variant], PROFILED_MICRO_BATCHES + in_flight
-        method.begin(tokens)
-        activities = [ProfilerActivity.CUDA]
-        if self.request["trace_folder"]:
-            activities.append(ProfilerActivity.CPU)
-        self.synchronize()
-        with profile(activities=activities) as profiler:
-            if self.leads:
-                self._lead(method, tokens, in_flight, total, [usual_kind(tokens)], Marks(self.device), ())
-            else:
-                for _ in range(total):
-                    method.follow()
-            self.synchronize()
+        total = PROFILED_MICRO_BATCHES + in_flight
+        profiler = self._profiled(variant, tokens, in_flight, total, with_host=bool(self.request["trace_folder"]))
         if self.request["trace_folder"]:
             folder = Path(self.request["trace_folder"])
             folder.mkdir(parents=True, exist_ok=True)
@@ -259,23 +247,27 @@ class Rank:
 
     def do_trace(self, variant: str, tokens: int) -> dict[str, Any]:
         """What ran on this rank's device while one micro-batch was in flight."""
-        from torch.profiler import ProfilerActivity, profile
-
         if self.device.type != "cuda":
             return {"events": []}
+        path = self.folder / f"trace_{self.rank}.json"
+        self._profiled(variant, tokens, 1, TRACED_MICRO_BATCHES).export_chrome_trace(str(path))
+        return {"events": kernels_of(json.loads(path.read_text()), self.rank)}
+
+    def _profiled(self, variant: str, tokens: int, in_flight: int, total: int, with_host: bool = False) -> Any:
+        """PyTorch's profiler, after so many micro-batches on the device and, if asked for, on the host."""
+        from torch.profiler import ProfilerActivity, profile
+
         method = self.methods[variant]
         method.begin(tokens)
         self.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA, *[ProfilerActivity.CPU] * with_host]) as profiler:
             if self.leads:
-                self._lead(method, tokens, 1, TRACED_MICRO_BATCHES, [usual_kind(tokens)], Marks(self.device), ())
+                self._lead(method, tokens, in_flight, total, [usual_kind(tokens)], Marks(self.device), ())
             else:
-                for _ in range(TRACED_MICRO_BATCHES):
+                for _ in range(total):
                     method.follow()
             self.synchronize()
-        path = self.folder / f"trace_{self.rank}.json"
-        profiler.export_chrome_trace(str(path))
-        return {"events": kernels_of(json.loads(path.read_text()), self.rank)}
+        return profiler
 
     def do_check(self, variant: str, tokens: int, in_flight: int) -> dict[str, Any]:
         """Tokens next to those of the whole model in one process."""

@@ -331,20 +331,23 @@ def copy_too_large(num_bytes: int, free_bytes: int) -> str:
     )
 
 
+def _full_replay_differs(program: str, bucket: int, where: str) -> str:
+    differs = f"a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself"
+    return f"{program}: {differs}: {where}."
+
+
 def full_graph_gives_way(program: str, bucket: int, where: str) -> str:
     return (
-        f"{program}: a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself: "
-        f"{where}. Either an op reads more than its arguments, which the capture froze, or a kernel does not give the "
-        f"same bits each time. The pieces replay instead"
+        f"{_full_replay_differs(program, bucket, where)} Either an op reads more than its arguments, which the capture "
+        f"froze, or a kernel does not give the same bits each time. The pieces replay instead"
     )
 
 
 def full_replay_differs(program: str, bucket: int, where: str, is_beside_pieces: bool = False) -> str:
     then = "Its pieces replay instead" if is_beside_pieces else "The bucket is replayed no more"
     return (
-        f"{program}: a replay of the whole graph in the bucket of {bucket} tokens differs from the graph itself: "
-        f"{where}. An op reads more than its arguments, which the capture froze. {then}; take "
-        f"that op out of graph_safe_ops, or use mode='piecewise'"
+        f"{_full_replay_differs(program, bucket, where)} An op reads more than its arguments, which the capture froze. "
+        f"{then}; take that op out of graph_safe_ops, or use mode='piecewise'"
     )
 
 

@@ -248,7 +248,7 @@ def make_links(
             fault.record(Loss(rank, reason, errors.own_failure(rank, reason, None, None)))
             fault.forget_ends()
         raise
-    fault.end_exchange = getattr(transport, "break_off", None)
+    fault.end_exchange = transport.break_off
     return Links(rank, incoming, outgoing, feedback_in, feedback_out, siblings, times, positions, fault, transports)
 
 

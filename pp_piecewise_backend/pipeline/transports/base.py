@@ -7,6 +7,7 @@ goes wrong on a wire is a ``ConnectionError``, or a ``TimeoutError`` where a tim
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,9 @@ from ... import errors
 
 MESSAGE_BYTES = 64
 """Length of a control message, whatever it says."""
+
+POLL_SECONDS = 1e-3
+"""Between two looks at what cannot be waited for."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,20 @@ class Wire(Protocol):
         """Release what the wire holds; nothing waits in it any more."""
 
 
+def poll(is_over: Callable[[], bool], longest_seconds: float) -> None:
+    """Return once something that cannot be waited for is over.
+
+    Raises:
+        TimeoutError: it takes longer.
+        Whatever ``is_over`` raises.
+    """
+    deadline = time.monotonic() + longest_seconds
+    while not is_over():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(POLL_SECONDS)
+
+
 class Transport(Protocol):
     """One rank's way to the others of its pipeline."""
 
@@ -145,6 +163,9 @@ class Transport(Protocol):
         Raises:
             PeerLost: a rank did not bring its text in time.
         """
+
+    def break_off(self) -> None:
+        """End every ``exchange`` in which this rank waits, from any thread."""
 
     def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> Wire | None:
         """This rank's end of a new link, ready for use; None if it has none.

@@ -139,7 +139,6 @@ class Auto:
         return min(self._p2p.setup_seconds, _LONGEST_TRIAL_SECONDS)
 
     def break_off(self) -> None:
-        """End every ``exchange``, from any thread."""
         self._p2p.break_off()
 
     def close(self) -> None:

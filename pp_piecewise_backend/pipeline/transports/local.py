@@ -79,6 +79,9 @@ class LocalTransport:
                 raise errors.PeerLost(errors.ranks_missing_at_setup(self.stage, what, seconds, cause))
             return [own[at] for own in texts]
 
+    def break_off(self) -> None:
+        pass  # the other stages are threads of this process
+
     def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> OneMachineWire | None:
         if self.stage not in (source, target):
             return None

@@ -190,7 +190,6 @@ class OneMachine:
         return self._places[source], self._places[target]
 
     def break_off(self) -> None:
-        """End every ``exchange``, from any thread."""
         self._p2p.break_off()
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .base import POLL_SECONDS, poll
 from .one_machine import Sharing
 from .shared_memory import HostSharing
 
@@ -54,7 +55,6 @@ _AHEAD = 1 << 30
 _NOTICE_SECONDS = 1.0
 """How long a neighbour that lives may take to notice a fault."""
 _CLOSING_SECONDS = 5.0
-_POLL_SECONDS = 1e-3
 
 
 class Streams(Protocol):
@@ -155,13 +155,14 @@ class StreamSharing(Sharing):
     # ------------------------------------------------------------------------------------ ending
 
     def finish(self, longest_seconds: float) -> None:
-        deadline = time.monotonic() + longest_seconds
-        while not self._is_finished():
-            if self._letting_go is not None or (self._neighbour_is_gone() and not self._is_finished()):
-                raise ConnectionError("the other end is gone, and what was under way is lost")
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            time.sleep(_POLL_SECONDS)
+        poll(self._has_finished, longest_seconds)
+
+    def _has_finished(self) -> bool:
+        if self._is_finished():
+            return True
+        if self._letting_go is not None or (self._neighbour_is_gone() and not self._is_finished()):
+            raise ConnectionError("the other end is gone, and what was under way is lost")
+        return False
 
     def _is_finished(self) -> bool:
         if not self._streams.has_run(self._stream):
@@ -208,7 +209,7 @@ class StreamSharing(Sharing):
                     or (closed_by is not None and now >= closed_by)
                 ):
                     self._let_go()
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
             self._streams.unregister(self._page)
         self._line.close()
 

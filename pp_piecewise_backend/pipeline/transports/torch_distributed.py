@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -48,7 +47,7 @@ import torch
 import torch.distributed as dist
 
 from ... import errors
-from .base import MESSAGE_BYTES, Pending
+from .base import MESSAGE_BYTES, Pending, poll
 from .ending import Ending, wait_for
 
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -58,7 +57,6 @@ _DOWN, _UP, _BREAK = 0, 1, 2
 _BREAKING_SECONDS = 0.5
 """How long the breaking of one group holds up that of the next one."""
 _CLOSING_SECONDS = 10.0
-_POLL_SECONDS = 1e-3
 _COMMUNICATORS = "communicators of NCCL"
 
 
@@ -314,16 +312,13 @@ class P2PWire:
 
     def finish(self) -> None:
         # Those of gloo have been waited for, and cannot be asked: see Note [gloo waits].
-        deadline = time.monotonic() + self._longest.total_seconds()
         with connection_errors():
-            while True:
-                if self.is_broken:  # first: what is being aborted may not answer
-                    raise ConnectionError("the link was closed, and what was under way is lost")
-                if all(transfer.is_completed() for transfer in self._last_transfer):
-                    return
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(_POLL_SECONDS)
+            poll(self._has_finished, self._longest.total_seconds())
+
+    def _has_finished(self) -> bool:
+        if self.is_broken:  # first: what is being aborted may not answer
+            raise ConnectionError("the link was closed, and what was under way is lost")
+        return all(transfer.is_completed() for transfer in self._last_transfer)
 
     def break_data(self) -> None:
         self._use.end()
