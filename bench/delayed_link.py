@@ -41,6 +41,9 @@ class DelayedTransport:
     def exchange(self, text: str) -> list[str]:
         return self._transport.exchange(text)
 
+    def break_off(self) -> None:
+        self._transport.break_off()
+
     def wire(self, source: int, target: int, name: str, sizes_bytes: Sequence[int] = ()) -> DelayedWire | None:
         wire = self._transport.wire(source, target, name, sizes_bytes)
         return None if wire is None else DelayedWire(wire, self)
@@ -56,6 +59,7 @@ class DelayedWire:
         self.tell, self.flush, self.hear = wire.tell, wire.flush, wire.hear
         self.finish, self.close = wire.finish, wire.close
         self.break_data, self.break_control = wire.break_data, wire.break_control
+        self.receives_take_the_device = wire.receives_take_the_device
         self._wire = wire
         self._transport = transport
         self._stamps: list[_Stamp] = []

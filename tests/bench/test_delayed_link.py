@@ -6,15 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from handoff_ranks import run, timed
-
-pytestmark = pytest.mark.process
+from handoff_ranks import delayed_link, run, timed
+from pp_piecewise_backend.pipeline.transports.base import Transport, Wire
+from pp_piecewise_backend.pipeline.transports.local import LocalHub
 
 SECONDS = 0.2
 SLACK_SECONDS = 0.15
 """For a busy machine; less than one more delay."""
 
 
+def test_delayed_ends_have_all_that_a_pipeline_asks_of_a_transport() -> None:
+    transport = LocalHub(2).transport(0)
+    delayed = delayed_link().DelayedTransport(transport, SECONDS)
+    assert members(Transport) - set(dir(delayed)) == set()
+    assert members(Wire) - set(dir(delayed.wire(0, 1, "proxies"))) == set()
+
+
+def members(protocol: type) -> set[str]:
+    names = {*vars(protocol), *protocol.__annotations__}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("transport", ["local", "p2p", "shared_memory"])
 @pytest.mark.parametrize("waits_for_memory", [True, False])
 def test_tensors_arrive_after_the_delay_and_nobody_else_waits(
