@@ -469,8 +469,9 @@ def warmup(
 ) -> None:
     """Compile and capture all that calls of ``compiled`` need, so that no later call compiles or captures.
 
-    State, proxies and random generators are afterwards as they were. The calls run the module, so ``make_inputs``
-    should give inputs like those of serving, of the same kinds, made in the same grad or inference mode.
+    State that graphs write, proxies and random generators are afterwards as they were, but not what the module
+    replaces, in attributes or caches. The calls run the module, so ``make_inputs`` should give inputs like those of
+    serving, of the same kinds, made in the same grad or inference mode.
 
     Args:
         compiled: what ``torch.compile(module, backend="pp_piecewise")`` returned.

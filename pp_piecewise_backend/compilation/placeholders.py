@@ -74,9 +74,19 @@ class InputTable:
     """Whether ``token_count`` is a number, the size of a static graph, that may well count something else."""
 
     @cached_property
+    def tensors(self) -> tuple[int, ...]:
+        """Positions of all tensors."""
+        return tuple(at for at, i in enumerate(self.inputs) if i.spec is not None)
+
+    @cached_property
+    def but_parameters(self) -> tuple[int, ...]:
+        """Positions of the tensors of which nobody compares the addresses from call to call."""
+        return tuple(at for at in self.tensors if self.inputs[at].kind != "parameter")
+
+    @cached_property
     def passed_in_the_call(self) -> tuple[int, ...]:
         """Positions of the tensors that do not outlive the call, as weights and state do."""
-        return tuple(at for at, i in enumerate(self.inputs) if i.spec is not None and not i.outlives_the_call)
+        return tuple(at for at in self.tensors if not self.inputs[at].outlives_the_call)
 
     def with_checked_rows(self) -> InputTable:
         """The same, with rows that each call has to check. Dynamo guards them, but an engine may drop all guards."""

@@ -34,7 +34,7 @@ class Sent(NamedTuple):
 
 
 def chosen(output: Any, names: tuple[str, ...], whose: str, stats: Stats) -> dict[str, torch.Tensor]:
-    """The tensors of these names, contiguous; a copy that takes is counted.
+    """The tensors of these names, contiguous and none of them one of the output's; a copy that takes is counted.
 
     Args:
         whose: what returned the output, for errors: such as "the module of stage 0".
@@ -47,7 +47,9 @@ def chosen(output: Any, names: tuple[str, ...], whose: str, stats: Stats) -> dic
         raise ValueError(errors.stage_returned(whose, got, names))
     tensors = {name: output[name] for name in names}
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+        if isinstance(tensor, torch.Tensor) and tensor.is_contiguous():
+            tensors[name] = tensor.view(tensor.shape)
+        elif isinstance(tensor, torch.Tensor):
             tensors[name] = tensor.contiguous()
             stats.add("proxy_copies")
     return tensors

@@ -7,9 +7,9 @@ Note [order of one micro-batch]
     4. forward. After the last step that reads the proxies the landing memory is free, and the next receive is posted
        (``landing_was_read``). Before the first step that writes results, the previous send must have left
        (``results_are_written``); steps before it overlap with that send.
-    5. send the results from where the last pieces wrote them.
-The module is compiled with ``static_outputs`` and inside a wrapper that clones each proxy in the graph, so that landing
-memory is only read, by the first step as a rule, and no result lies in it.
+    5. send the results from where the last pieces wrote them; what else of them is kept gets memory of its own.
+The module is compiled with ``static_outputs``, unless its graph breaks, and inside a wrapper that clones each proxy in
+the graph, so that landing memory is only read, by the first step as a rule, and no result lies in it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .. import errors
 from ..backend import graph_input_sources, release_stage, warmed_up_tokens, warmup
 from ..config import Config
 from ..runtime.cudagraphs.ladder import Ladder
+from ..runtime.ownership import own_what_is_kept
 from ..runtime.stage import Stage
 from ..runtime.tracing import Timeline, profiler_is_running, wrap, write_trace
 from ..runtime.warmup import BucketTime, time_buckets
@@ -173,8 +174,7 @@ class StageRunner:
         self._asked_feedback = self._read_feedback = 0
         """Micro-batches with feedback that were taken up, and those of which the caller of ``feedback`` got it."""
         self._output_names, self._feedback_names = tuple(outputs or ()), tuple(feedback or ())
-        # Results of a last stage are the caller's; those of the others are sent from where pieces write them.
-        self._options = {**(options or {}), "stage": self._stage, "static_outputs": not self.is_last}
+        self._options = {**(options or {}), "stage": self._stage}
         self._module = cloning(module, tuple(inputs or ()))
         self._compiled: Any = None
         self._entrance: Entrance | None = None
@@ -183,8 +183,7 @@ class StageRunner:
         self._sent: Sent | None = None
         self._is_whole_graph = True
         self._turn = checks.Turn()
-        self._in_forward = False
-        self._has_run = self._is_closed = False
+        self._in_forward = self._has_run = self._is_closed = False
         self._has_failed = False
         """Whether this rank has raised, so that ``close`` has nothing more to say."""
 
@@ -193,8 +192,8 @@ class StageRunner:
     def warmup(self, progress: bool | None = None) -> None:
         """Compile the stage and capture its graphs for every bucket; later micro-batches compile nothing.
 
-        State, proxies and random generators are afterwards as they were. ``make_inputs`` must give inputs of the kinds
-        of serving. Ranks warm up independently; the first micro-batch waits for the slowest of them. It may be called
+        State that graphs write, proxies and random generators are then as before. ``make_inputs`` must give inputs of
+        the kinds of serving. Ranks warm up independently; the first micro-batch waits for the slowest. It may be called
         again between two micro-batches, such as after weights were replaced: what the previous stage has announced by
         then lands before, and what it sends meanwhile lands after.
 
@@ -227,6 +226,7 @@ class StageRunner:
         self._wait_for_send(in_step=False)
         with contextlib.nullcontext() if self._inbox is None else self._inbox.held():
             yield
+        own_what_is_kept(self._stage.memory.lent)
 
     def _learn_entrance(self, sizes: Iterable[int]) -> None:
         """Let micro-batches of these and other sizes enter without Dynamo, see Note [no second entrance]."""
@@ -245,12 +245,12 @@ class StageRunner:
     def bucket_times(self) -> tuple[BucketTime, ...]:
         """How long this stage's forward takes per bucket, ``(tokens, forward_us)``, the smallest bucket first.
 
-        The warm-up measures it, with the inputs of the warm-up: with the bucket's graphs or, where it was dropped,
-        without. Empty before it, and where there are no graphs.
+        The warm-up measures it on its inputs, with the bucket's graphs or without, where it was dropped. Else empty.
         """
         return self._bucket_times
 
     def _warmup_inputs(self, num_tokens: int) -> tuple[tuple[()], dict[str, Any]]:
+        own_what_is_kept(self._stage.memory.lent)  # of the call before
         proxies = self._stage.views(num_tokens) if self._stage.inputs else {}
         return (), self._arguments(num_tokens, b"", None, proxies)
 
@@ -262,8 +262,8 @@ class StageRunner:
 
     def _compile(self, whole: bool) -> None:
         self._is_whole_graph, self._entrance = whole, None
-        # The results of the graphs between two breaks must outlive the captures of each other.
-        self._stage.programs_share_memory = whole
+        # Results of a last stage are the caller's; those of the others are sent from where pieces write them.
+        self._options["static_outputs"] = whole and not self.is_last
         self._stage.entrance = str if whole else lambda: "through Dynamo, since the graph breaks"
         self._compiled = torch.compile(self._module, backend="pp_piecewise", options=self._options, fullgraph=whole)
 
@@ -378,6 +378,8 @@ class StageRunner:
             output = self._forward(num_tokens, tag, given, proxies)
             if outgoing is not None and header is not None:
                 self._send(header, output)
+                output = None
+                own_what_is_kept(self._stage.memory.lent)
             elif self._answers is not None and answer is not Answer.NOTHING:
                 if self._answers.are_finished_here:
                     self._confirm()
@@ -388,7 +390,7 @@ class StageRunner:
         if self.is_last:
             self._confirm()
         self._clock.step_ends()
-        return output if self.is_last else None
+        return output
 
     def _confirm(self) -> None:
         """What is computed of the proxies of this step may be read on the host."""
@@ -473,8 +475,7 @@ class StageRunner:
     def feedback(self, *, confirmed: bool = True) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
 
-        The tensors belong to the runner and hold their contents until ``feedback`` is called again. Micro-batches with
-        ``feedback=False`` have none.
+        The tensors are the runner's, and valid until the next ``feedback``. Micro-batches may have ``feedback=False``.
 
         Args:
             confirmed: whether to wait, on the host, until they are there. Without, what uses them on the device can be
@@ -483,8 +484,7 @@ class StageRunner:
 
         Raises:
             PeerLost: the pipeline broke.
-            PPPiecewiseError: there is no feedback here, or none that could come: that of all micro-batches which were
-                taken from the iterable so far was read.
+            PPPiecewiseError: none can come here, or none yet: that of all micro-batches taken so far was read.
         """
         self._turn.check_open()
         if self._feedback is None or not self._feedback_names:

@@ -37,7 +37,7 @@ from .cudagraphs.emulated import EmulatedDevice
 from .cudagraphs.memory import like, memory_of, why_no_copies
 from .hooks import NO_EVENTS, Events
 from .instructions import picker
-from .ownership import hand_over, merged_results
+from .ownership import hand_over, lend, merged_results
 from .replay import Call, FlatProgram, NoMemoryToCompare
 from .stage import StageMemory, first_found
 from .warmup import Measured, Session
@@ -199,7 +199,7 @@ class Graphs:
     def _run_in_bucket(
         self, args: Sequence[Any], addresses: tuple[Any, ...], num_tokens: int, size: int, session: Session | None
     ) -> tuple[list[Any], Call]:
-        if self._meets_written_memory(args) or self._takes_what_was_given_out(args):
+        if self._meets_written_memory(args) or self._takes_what_was_given_out(args, addresses):
             raise Missed(miss("inputs-overlap"))
         parameters = self._parameter_set(args, addresses)
         if size in self.dropped:
@@ -278,16 +278,19 @@ class Graphs:
         apart = self.plan.copied_apart
         return apart is not None and apart.are_broken(args)
 
-    def _takes_what_was_given_out(self, args: Sequence[Any]) -> bool:
-        """Whether an argument lies in memory that replays write: it is a static result of the last call."""
-        plan, memory = self.plan, self._memory
+    def _takes_what_was_given_out(self, args: Sequence[Any], addresses: tuple[Any, ...]) -> bool:
+        """Whether an argument, or what the module kept, is a static result of the last call: replays write there."""
+        plan, memory, table = self.plan, self._memory, self.plan.table
         if not plan.config.static_outputs:
             return False
+        positions = table.passed_in_the_call
+        if plan.listener is None:  # else what is kept is elsewhere, see Note [static results that are kept]
+            positions = table.but_parameters if addresses == self._last_set[0] else table.tensors
         given_out = MemoryMap.of(reference() for reference in memory.given_out)
         return any(
             given_out.holds(args[at])
             or (memory.overwritten.holds(args[at]) and not plan.landing_memory.holds(args[at]))
-            for at in plan.table.passed_in_the_call
+            for at in positions
         )
 
     def parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -330,6 +333,8 @@ class Graphs:
         static = bucket.overwritten
         if plan.config.static_outputs and may_be_static:
             self._memory.overwritten = static
+            if plan.listener is not None:
+                self._memory.lent += lend(results, storages, plan.input_storages, static)
             if plan.config.strict and plan.kind == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)

@@ -14,10 +14,17 @@ The graph says which values share a storage: each spec has its number, the decla
 or do otherwise: a compiler merges equal outputs, an op returns its argument although it says that it does not, a caller
 passes one tensor twice, or two slices of one array. Two tensors share undeclared if the addresses of their storages
 overlap although their declared storages differ (``MemoryMap``). About the inputs of a call, ``Apart`` asks that.
+
+Note [static results that are kept]
+The results of a stage that sends them stay where graphs write them, and the next call overwrites them. But what the
+graph gives is more than what the module returns: Dynamo also puts new state where the module keeps it, in attributes
+or in caches among the arguments. So each static result is lent as a tensor of its own, and once what is sent is sent,
+those that are still alive are kept by somebody: they get memory of their own, before any code of the user runs.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,20 +125,58 @@ def hand_over(
         input_storages: numbers of the storages of graph inputs; a result that is a view of one stays a view.
         static: memory that later calls overwrite.
     """
-    groups: dict[tuple[int, int | None], list[int]] = {}
-    for index, (value, storage) in enumerate(zip(results, storages, strict=True)):
-        if not isinstance(value, torch.Tensor) or storage in input_storages:
-            continue
-        if static.holds(value) or not value.numel():  # no address tells where what has no elements is from
-            groups.setdefault((address(value), storage), []).append(index)
     copied = 0
-    for members in groups.values():
+    for members in _in_static_memory(results, storages, input_storages, static):
         tensors = [results[index] for index in members]
         copies = dict(zip(map(id, tensors), _copies(tensors), strict=True))  # one tensor returned twice stays one
         for index in members:
             results[index] = copies[id(results[index])]
         copied += len(members)
     return copied
+
+
+Lent = list[weakref.ref[torch.Tensor]]
+"""Results that share one memory, which is static."""
+
+
+def lend(
+    results: list[Any], storages: Sequence[int | None], input_storages: Collection[int], static: MemoryMap
+) -> list[Lent]:
+    """Replace, in ``results``, what lies in static memory by other tensors there, which nobody else has.
+
+    The arguments are those of ``hand_over``; see Note [static results that are kept].
+    """
+    lent = []
+    for members in _in_static_memory(results, storages, input_storages, static):
+        tensors = {id(results[at]): results[at] for at in members}
+        own = {key: t.as_strided(t.shape, t.stride(), t.storage_offset()) for key, t in tensors.items()}
+        for at in members:
+            results[at] = own[id(results[at])]
+        lent.append([weakref.ref(tensor) for tensor in own.values()])
+    return lent
+
+
+def own_what_is_kept(lent: list[Lent]) -> None:
+    """Give what is still alive of these results memory of its own, in the very same tensors; nothing is lent then."""
+    for references in lent:
+        if kept := [tensor for reference in references if (tensor := reference()) is not None]:
+            with torch.no_grad():
+                for tensor, copy in zip(kept, _copies(kept), strict=True):
+                    tensor.set_(copy)  # type: ignore[call-overload]
+    lent.clear()
+
+
+def _in_static_memory(
+    results: Sequence[Any], storages: Sequence[int | None], input_storages: Collection[int], static: MemoryMap
+) -> Iterable[list[int]]:
+    """Indices of the results there; those that share memory in eager are together."""
+    groups: dict[tuple[int, int | None], list[int]] = {}
+    for index, (value, storage) in enumerate(zip(results, storages, strict=True)):
+        if not isinstance(value, torch.Tensor) or storage in input_storages:
+            continue
+        if static.holds(value) or not value.numel():  # no address tells where what has no elements is from
+            groups.setdefault((address(value), storage), []).append(index)
+    return groups.values()
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

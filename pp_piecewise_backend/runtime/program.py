@@ -112,7 +112,7 @@ class Program:
         """Full graphs beside the pieces, where ``mode`` asks for them."""
         if graph_kind is not None:
             plan = GraphPlan(self.layout, split, table, config, graph_kind, stage)
-            memory = stage.memory if stage is not None and stage.programs_share_memory else StageMemory()
+            memory = StageMemory() if stage is None else stage.memory
             self.graphs = Graphs(plan, memory, self.stats, name, events)
             # At interpreter exit, too, graphs go before the memory that they read.
             self._finalizer = weakref.finalize(self, self.graphs.release_unlocked)

@@ -101,6 +101,8 @@ class StageMemory:
         self._users: set[Captures] = set()
         self.given_out: list[weakref.ref[torch.Tensor]] = []
         """Results of the last call that the next one is to overwrite, to show that they are valid until then only."""
+        self.lent: list[list[weakref.ref[torch.Tensor]]] = []
+        """Where a stage sends its results: those of the last call, see Note [static results that are kept]."""
         self.overwritten = MemoryMap()
         """Where static results of the last call may lie."""
         self._counted_bytes = (0, 0)
@@ -205,8 +207,6 @@ class Stage:
         """How its calls enter it, in one line; likewise, and empty where nobody says."""
         self.stats = TOTALS
         """Where programs of the stage count, besides their own; set likewise."""
-        self.programs_share_memory = True
-        """Whether the results of one program may be overwritten by another one."""
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """``{name: [num_tokens, *shape]}``: the first rows of the landing memory.

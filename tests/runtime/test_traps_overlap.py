@@ -171,7 +171,7 @@ def attention_that_returns_its_argument_in_some_calls(device: str) -> None:
 
 
 def take_what_was_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.Graphs, "_takes_what_was_given_out", lambda self, args: False)
+    monkeypatch.setattr(dispatch.Graphs, "_takes_what_was_given_out", lambda self, args, addresses: False)
 
 
 @trap(breaks=take_what_was_given_out)
@@ -189,6 +189,30 @@ def static_result_that_comes_back_as_an_argument(device: str) -> None:
     before = ppb.stats()
     pair(x, static, positions)
     assert misses_between(before, ppb.stats()) == {"inputs-overlap": 3}
+
+
+@trap(breaks=take_what_was_given_out)
+def static_result_that_the_module_keeps(device: str) -> None:
+    """It is known early, and what it was in the last call is read late, where it lies."""
+
+    def forward(self: Any, x: Tensor, positions: Tensor) -> Tensor:
+        first = mix(x @ self.w) @ self.w
+        kept, self.kept = self.kept, first.mean(0)
+        return torch.ops.traps.attend(first, first, positions) @ self.w + kept
+
+    pair = Pair(net(forward, device, kept=torch.zeros(HIDDEN)), device, static_outputs=True, mark=False)
+    positions = torch.arange(8, device=device)
+    for _ in range(2):  # what a capture gave is there when the next one captures
+        kept = pair.function.kept
+
+        def make_inputs(num_tokens: int, kept: Tensor = kept) -> Any:
+            pair.function.kept = kept
+            return (rows(num_tokens, device), positions), {}
+
+        ppb.warmup(pair.compiled, make_inputs, sizes=[8], progress=False)
+    pair.function.kept = kept.zero_()
+    for seed in range(4):
+        pair(rows(8, device, seed=seed), positions)
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=str)
