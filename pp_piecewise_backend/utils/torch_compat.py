@@ -444,7 +444,10 @@ def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
     weak = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
     with torch.inference_mode(False), torch.no_grad():
         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())
+        alias.set_(weak, tensor.storage_offset(), tensor.shape, tensor.stride())
+        # Parts of complex tensors say by a bit of theirs that memory holds the negative or conjugate of each element.
+        alias = torch._neg_view(alias) if tensor.is_neg() else alias
+        return torch._conj(alias) if tensor.is_conj() else alias
 
 
 def current_raw_stream(index: int) -> int:

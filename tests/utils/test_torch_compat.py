@@ -545,6 +545,14 @@ def test_tensor_without_ownership() -> None:
     assert alias.shape == (3, 4)
 
 
+def test_a_tensor_without_ownership_reads_its_memory_as_the_other_one_does() -> None:
+    """Parts of complex tensors may be negated or conjugated by a bit of theirs."""
+    base = torch.randn(3, 4, dtype=torch.complex64)
+    for tensor in (base.conj(), base.imag, base.conj().imag, torch._neg_view(base.conj())):
+        alias = torch_compat.tensor_without_ownership(tensor)
+        assert alias.data_ptr() == tensor.data_ptr() and torch.equal(alias, tensor)
+
+
 def test_tensor_without_ownership_in_inference_mode() -> None:
     with torch.inference_mode():
         base = torch.zeros(3)
