@@ -3,7 +3,9 @@
 Note [one pass per bucket]
 All pieces of a bucket are captured in one pass over the program, in the order in which they replay. Memory whose last
 reader has been captured serves what is captured later, of this bucket and of all others of the same stage; that is
-sound only because a call replays in that very order and nothing but what it returns outlives it.
+sound only because a call replays in that very order and nothing but what it returns outlives it. Static results are
+therefore those alone that lie in a pool of their own: others, such as views of what a piece left for the next one or of
+a buffer that attention was given, are in memory that an early step of the next call may take while they are being sent.
 """
 
 from __future__ import annotations
@@ -121,6 +123,8 @@ class Bucket:
     graph_bytes: int = 0
     static_memory: frozenset[Span] = frozenset()
     """Where captured pieces and eager steps of this bucket write."""
+    taken_early: MemoryMap = field(default_factory=MemoryMap)
+    """What of it a call may overwrite before the first step that writes results, see Note [one pass per bucket]."""
     overwritten: MemoryMap = field(default_factory=MemoryMap)
     """All memory that later calls overwrite: the static memory, and where stage inputs land."""
     proofs: Proofs | None = None
@@ -183,6 +187,8 @@ class _Lease:
     registers: set[int]
     ends: list[Callable[[], None]]
     """What makes it free."""
+    is_of_results: bool = False
+    """Whether only steps that write results take it."""
 
     def end(self) -> None:
         for end in self.ends:
@@ -255,6 +261,8 @@ class BucketCapture:
         if needs_test:
             self._verdicts.extend_to(self.bucket.tokens)
         self.bucket.static_memory = frozenset(lease.place for lease in self._leases)
+        early = (lease.place for lease in self._leases if not lease.is_of_results)
+        self.bucket.taken_early = MemoryMap(product(early, [None]))
         self.bucket.overwritten = MemoryMap(product((*self.bucket.static_memory, *plan.landing_spans), [None]))
         self.bucket.graph_bytes = max(0, sum(pool.held_bytes for pool in pools) - held_before)
         if self.bucket.proofs is not None:
@@ -387,7 +395,7 @@ class BucketCapture:
             if lease is not None:
                 lease.registers.add(register)  # an alias: of an input, or of an output before it
             elif not is_given:
-                lease = _Lease(span(static.tensor), {register}, [])
+                lease = _Lease(span(static.tensor), {register}, [], name == OUTPUT_POOL)
                 self._leases.append(lease)
             if lease is not None and not is_given:
                 lease.ends.append(partial(graph.release_output, index))

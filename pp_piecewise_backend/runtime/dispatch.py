@@ -333,6 +333,7 @@ class Graphs:
         static = bucket.overwritten
         if plan.config.static_outputs and may_be_static:
             self._memory.overwritten = static
+            call.output_copies = hand_over(results, storages, plan.input_storages, bucket.taken_early)
             if plan.listener is not None:
                 self._memory.lent += lend(results, storages, plan.input_storages, static)
             if plan.config.strict and plan.kind == "emulate" and plan.listener is None:

@@ -1,7 +1,10 @@
-"""Results that a module keeps, on a stage that sends its results from where graphs write them."""
+"""Results on a stage that sends them from where graphs write: those that the module keeps, and those that lie where
+early steps of the next micro-batch write."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend.pipeline import runner as runner_module
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
+from pp_piecewise_backend.runtime import dispatch
 from pp_piecewise_backend.utils.counters import Snapshot
 from stages_in_threads import all_well, together, warm_up_alone
 
@@ -188,3 +192,75 @@ def test_after_a_warm_up_what_was_kept_in_it_lies_in_no_graph() -> None:
 
     given = all_well(together(2, one))[1]
     torch.testing.assert_close(given, [twin(inputs_of(call))["h"] + 1 for call in range(4)])
+
+
+@torch.library.custom_op("kepttest::attend_into", mutates_args=("output",))
+def attend_into(x: Tensor, output: Tensor) -> None:
+    output.copy_(x.flip(0))
+
+
+@attend_into.register_fake
+def _(x: Tensor, output: Tensor) -> None:
+    return None
+
+
+class SendsABuffer(Weighted):
+    """A view of what attention filled. The last piece reads the buffer, which lies where an earlier one lay."""
+
+    def forward(self, h: Tensor) -> dict[str, Tensor]:
+        first, second = torch.empty_like(h), torch.empty(len(h), 2, WIDTH // 2)
+        attend_into(torch.tanh(h @ self.weight), first)
+        attend_into((first @ self.weight).view(-1, 2, WIDTH // 2), second)
+        sent = second.view(-1, WIDTH)
+        return {"h": sent, "more": sent @ self.weight}
+
+
+class SendsTwoViews(Weighted):
+    """Of what a piece made that returns no result itself."""
+
+    def forward(self, h: Tensor) -> dict[str, Tensor]:
+        first = torch.tanh(attention(torch.tanh(h @ self.weight)) @ self.weight)
+        x = attention(first) @ self.weight
+        return {"h": first.view(-1, WIDTH), "more": first.view(-1, WIDTH) + 0 * x, "half": first[:, : WIDTH // 2]}
+
+
+class Adds(nn.Module):
+    def forward(self, h: Tensor, more: Tensor) -> Tensor:
+        return h + more
+
+
+@pytest.mark.parametrize("is_copied", [True, False])
+@pytest.mark.parametrize("make", [SendsABuffer, SendsTwoViews])
+def test_results_that_lie_where_early_steps_write_are_sent_from_copies(
+    make: Callable[[int], nn.Module], is_copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next stage takes them when the one that sends has begun the next micro-batch."""
+    if not is_copied:
+        monkeypatch.setattr(dispatch, "hand_over", lambda *arguments: 0)
+    proxies = {**PROXIES, "more": ppb.Proxy((WIDTH,), torch.float32)}
+    hub = LocalHub(2, LONGEST_SECONDS)
+
+    def one(stage: int) -> Any:
+        def make_inputs(num_tokens: int, tag: bytes) -> dict[str, Tensor]:
+            if stage and tag:
+                time.sleep(0.02)
+            return {} if stage else {"h": torch.zeros(num_tokens, WIDTH)}
+
+        with ppb.StageRunner(
+            Adds() if stage else make(0), make_inputs=make_inputs, max_tokens=4, receive="step",
+            inputs=proxies if stage else None, outputs=None if stage else proxies, transport=hub.transport(stage),
+            options={
+                "compiler": "eager", "graphs": "emulate", "capture_sizes": "4", "mode": "piecewise",
+                "split_ops": "built-in" if make is SendsTwoViews else "+kepttest::*",
+            },
+        ) as runner:  # fmt: skip
+            warm_up_alone(runner)
+            batches = (ppb.MicroBatch(4, b"1", inputs={"h": inputs_of(call)}) for call in range(6))
+            return [output.clone() for output in runner.run(None if stage else batches) if output is not None]
+
+    given, expected = all_well(together(2, one))[1], []
+    for call in range(6):
+        sent = make(0)(inputs_of(call))
+        expected.append(sent["h"] + sent["more"])
+    with contextlib.nullcontext() if is_copied else pytest.raises(AssertionError):
+        torch.testing.assert_close(given, expected)
