@@ -435,6 +435,23 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_cached_casts() -> Iterator[None]:
+    """Autocast casts each weight in the body itself, and keeps no cast beyond it.
+
+    Else a capture would read a cast that was made before, until the caller leaves autocast and its memory is freed, or
+    whatever runs afterwards would read one that the capture did not compute.
+    """
+    is_enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(is_enabled)
+        torch.clear_autocast_cache()
+
+
 def tensor_without_ownership(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor at the same address and with the same geometry that does not keep the memory alive.
 

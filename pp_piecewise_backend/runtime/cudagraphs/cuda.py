@@ -94,7 +94,7 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         outputs: Sequence[Any] | None = None
         try:
-            with _side_stream(), _no_garbage_collection():
+            with _side_stream(), _no_garbage_collection(), torch_compat.no_cached_casts():
                 graph.capture_begin(pool=pool.begin(), capture_error_mode="thread_local")
                 try:
                     outputs = call(inputs)

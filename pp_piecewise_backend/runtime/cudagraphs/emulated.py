@@ -105,7 +105,7 @@ class EmulatedDevice:
         recorder = _Recorder()
         before = [(value, value.clone()) for value in captured if isinstance(value, torch.Tensor)]
         try:
-            with capturing(), torch.no_grad(), _NoHostReads(), recorder:
+            with capturing(), torch.no_grad(), torch_compat.no_cached_casts(), _NoHostReads(), recorder:
                 results = call(captured)
         except CaptureError:
             raise

@@ -216,6 +216,29 @@ def test_a_custom_op_that_writes(on: str) -> None:
     assert same_bits(out, x * 3) and same_bits(graph.outputs[0], x * 3 + 1)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_casts_of_weights_that_autocast_keeps_are_neither_captured_nor_left(on: str, inside: bool) -> None:
+    """It keeps those of parameters that require gradients, for as long as the caller is in its context."""
+    x, weight = tensor(on, 3, 4), torch.nn.Parameter(tensor(on, 4, 4))
+
+    def product(x: Tensor) -> list[Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=inside or torch.is_autocast_enabled(x.device.type)):
+            return [x @ weight]
+
+    def expected() -> Tensor:
+        return x.bfloat16() @ weight.detach().bfloat16()
+
+    with torch.autocast(x.device.type, torch.bfloat16):
+        for _ in range(2):
+            graph = captured(on, product, x)
+        weight.data.mul_(-2)
+        assert same_bits(product(x)[0], expected()), "it is cast again after a capture"
+    for factor in (1.0, 3.0):
+        weight.data.mul_(factor)
+        graph.replay()
+        assert same_bits(graph.outputs[0], expected())
+
+
 def test_autocast_of_the_replay_does_not_count() -> None:
     x, weight = torch.randn(3, 4), torch.randn(4, 4)
     graph = captured("emulate", lambda x, w: (x @ w,), x, weight)
