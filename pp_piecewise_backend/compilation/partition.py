@@ -40,6 +40,9 @@ _PLAIN = (bool, int, float, complex, str, slice, torch.SymInt, torch.SymBool, to
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
 
+_REACH_BEYOND = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter"})
+"""Ops that may read or write memory around the tensor that they are given, which no copy of it has."""
+
 _CHECKS = frozenset({"_assert_scalar", "_check", "_check_is_size", "_check_value"})
 """Ops that check numbers and do nothing else."""
 
@@ -320,6 +323,8 @@ class _Cutter:
                 _is_plain(leaf) or isinstance(leaf, TensorSpec) for leaf in torch_compat.tree_leaves(node_facts.value)
             ):
                 self._reasons[node] = f"{op_name(node)} returns an object that is no tensor"
+            elif plain_op_name(node) in _REACH_BEYOND and node_facts.reads & facts.input_storages:
+                self._reasons[node] = f"{op_name(node)} may reach memory around an input, which no graph was given"
             elif node in self._unsafe:
                 self._reasons[node] = (
                     f"{self._unsafe[node]} runs Python code, which may read what a graph would freeze; name it in "

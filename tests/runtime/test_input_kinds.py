@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pp_piecewise_backend as ppb
-from captured import HIDDEN, Pair, net, rows
+from captured import HIDDEN, Pair, Wrong, net, rows
+from pp_piecewise_backend.compilation import partition
 
 pytestmark = pytest.mark.usefixtures("fresh_backend", "no_gradients")
 
@@ -233,6 +234,36 @@ def test_a_size_above_max_tokens_that_counts_no_tokens(layer: nn.Module, shape: 
         pair(torch.randn(shape))
     assert ppb.stats().miss_reasons == {"first-call": 1} and ppb.stats().replays == 2
     assert "which may count something else" in pair.program.table.token_reason
+
+
+# ------------------------------------------------------------------------- memory around an input
+
+
+def around(x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads more of what it is given a slice of: three rows from the first one on, and what lies before a token."""
+    x = attend(torch.tanh(x @ TABLE[:HIDDEN])) + keys.as_strided((3, HIDDEN), (HIDDEN, 1), 0).mean(0)
+    return x @ TABLE[:HIDDEN], torch.as_strided(keys, (1, HIDDEN), (HIDDEN, 1), HIDDEN) @ TABLE[:HIDDEN]
+
+
+@pytest.mark.parametrize("mode", ["auto", "piecewise"])
+def test_an_op_that_reaches_around_an_input_runs_between_the_graphs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured pieces read a copy of a small tensor, of which nothing lies around it."""
+
+    def play() -> Pair:
+        pair = Pair(around, "cpu", mode=mode, mark=False)
+        make = lambda n: ((rows(n, "cpu", seed=n), rows(5, "cpu", seed=n)[2:4]), {})  # noqa: E731
+        ppb.warmup(pair.compiled, make, progress=False)
+        for seed in range(4):
+            pair(rows(4, "cpu", seed=seed), rows(5, "cpu", seed=seed)[2:4])
+        return pair
+
+    pair = play()
+    assert ppb.stats().replays and not ppb.stats().graph_misses
+    assert "as_strided may reach memory around an input" in " ".join(ppb.explain().split())
+    assert pair.program.full is None or not pair.program.full.buckets
+    monkeypatch.setattr(partition, "_REACH_BEYOND", frozenset())
+    with pytest.raises(Wrong):
+        play()
 
 
 # ------------------------------------------------------------------------------- what is said
