@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -106,7 +108,7 @@ class Snapshot(Mapping[str, Any]):
 
 
 MAX_TO_SUM_UP = 256
-"""Kinds of amounts that may wait to be summed up."""
+"""Additions that may wait to be summed up."""
 
 
 class Amounts:
@@ -129,13 +131,11 @@ class Amounts:
         self.pairs = tuple(amounts.items())
 
     def add_to(self, stats: Stats) -> None:
-        """Add them. Nothing is summed up before somebody reads: a call has no time for that."""
+        """Add them. They are summed up later, many at once and without a lock for each: a call has no time for that."""
         for each in stats._with_ancestors:
-            times = each._times
-            with each._lock:
-                times[self] = times.get(self, 0) + 1
-        if len(stats._times) > MAX_TO_SUM_UP:
-            for each in stats._with_ancestors:
+            added = each._added
+            added.append(self)
+            if len(added) > MAX_TO_SUM_UP:
                 with each._lock:
                     each._sum_up()
 
@@ -152,8 +152,8 @@ class Stats:
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = {name: counter.zero for name, counter in COUNTERS.items()}
         self._miss_reasons: dict[str, int] = {}
-        self._times: dict[Amounts, int] = {}
-        """How often these amounts were added since the counts were summed up."""
+        self._added: deque[Amounts] = deque()
+        """What was added since the counts were summed up."""
 
     def add(self, name: str, amount: int | float = 1) -> None:
         """Add ``amount`` in the counter's unit. Raises as ``add_many``."""
@@ -195,11 +195,11 @@ class Stats:
             self._miss_reasons.clear()
 
     def _sum_up(self) -> None:
-        """Turn what was added into counts; the caller holds the lock."""
-        for amounts, times in self._times.items():
+        """Turn what was added into counts; the caller holds the lock, others may go on adding."""
+        added = [self._added.popleft() for _ in range(len(self._added))]
+        for amounts, times in collections.Counter(added).items():
             for name, amount in amounts.pairs:
                 self._counts[name] += amount * times
-        self._times.clear()
 
     def __getattr__(self, name: str) -> Any:
         if name not in NAMES:

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from pp_piecewise_backend.utils.counters import COUNTERS, NAMES, TOTALS, Snapshot, Stats, expect, stats
+from pp_piecewise_backend.utils.counters import (
+    COUNTERS,
+    MAX_TO_SUM_UP,
+    NAMES,
+    TOTALS,
+    Amounts,
+    Snapshot,
+    Stats,
+    expect,
+    stats,
+)
 
 ALL_COUNTERS = {
     "programs", "calls", "recompiles", "recompiles_after_seal", "pieces", "pieces_compiled", "pieces_reused",
@@ -156,6 +166,18 @@ def test_threads_lose_no_addition() -> None:
         thread.join()
     assert (parent.replays, parent.eager_steps, parent.graph_misses) == (8000, 16000, 8000)
     assert [child.replays for child in children] == [2000] * 4
+
+
+def test_what_waits_to_be_summed_up_is_bounded_whichever_counters_are_read() -> None:
+    parent = Stats()
+    children = [Stats(parent) for _ in range(3)]
+    one = Amounts({"microbatches": 1})
+    for number in range(5 * MAX_TO_SUM_UP):
+        one.add_to(children[number % 3])
+        assert all(len(each._added) <= MAX_TO_SUM_UP for each in (parent, *children))
+        if number % 100 == 0:
+            assert parent.microbatches == number + 1  # which sums up those of the parent alone
+    assert parent.microbatches == sum(child.microbatches for child in children) == 5 * MAX_TO_SUM_UP
 
 
 # ----------------------------------------------------------------------------- snapshot, totals
