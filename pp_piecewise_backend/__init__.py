@@ -48,7 +48,8 @@ _LOADED_AT_FIRST_USE = {
 def __getattr__(name: str) -> Any:
     if name not in _LOADED_AT_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LOADED_AT_FIRST_USE[name], __name__), name)
+    found = globals()[name] = getattr(import_module(_LOADED_AT_FIRST_USE[name], __name__), name)
+    return found
 
 
 def __dir__() -> list[str]:
