@@ -57,15 +57,24 @@ class MicroBatch:
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        is_count = isinstance(self.num_tokens, int) and not isinstance(self.num_tokens, bool) and self.num_tokens >= 1
-        for name, fits, expected in (
-            ("num_tokens", is_count, "a whole number of at least 1"),
-            ("tag", isinstance(self.tag, bytes) and len(self.tag) <= MAX_TAG_BYTES, f"at most {MAX_TAG_BYTES} bytes"),
-            ("inputs", self.inputs is None or isinstance(self.inputs, Mapping), "None, or a dict of arguments by name"),
-            ("feedback", isinstance(self.feedback, bool), "True or False"),
-        ):
-            if not fits:
-                raise errors.ConfigError(errors.micro_batch_argument(name, getattr(self, name), expected))
+        fits = (
+            isinstance(self.num_tokens, int) and not isinstance(self.num_tokens, bool) and self.num_tokens >= 1,
+            isinstance(self.tag, bytes) and len(self.tag) <= MAX_TAG_BYTES,
+            self.inputs is None or isinstance(self.inputs, Mapping),
+            isinstance(self.feedback, bool),
+        )
+        if not all(fits):
+            name, expected = _EXPECTED[fits.index(False)]
+            raise errors.ConfigError(errors.micro_batch_argument(name, getattr(self, name), expected))
+
+
+_EXPECTED = (
+    ("num_tokens", "a whole number of at least 1"),
+    ("tag", f"at most {MAX_TAG_BYTES} bytes"),
+    ("inputs", "None, or a dict of arguments by name"),
+    ("feedback", "True or False"),
+)
+"""Of each argument of a micro-batch."""
 
 
 class Kind(IntEnum):
@@ -140,20 +149,22 @@ class Header:
         Raises:
             ValueError: it is none, with what was got and expected.
         """
-        _expect("length in bytes", len(message), MESSAGE_BYTES)
+        if len(message) != MESSAGE_BYTES:
+            raise _differs("length in bytes", len(message), MESSAGE_BYTES)
         body, (got_checksum,) = message[: _LAYOUT.size], _CHECKSUM.unpack_from(message, _LAYOUT.size)
         magic, kind, tag_bytes, answer, fingerprint, sequence, num_tokens, bucket_tokens, rank, tag = _LAYOUT.unpack(
             body
         )
-        _expect("magic", magic, MAGIC)
-        _expect("checksum", got_checksum, zlib.crc32(body), "08x")
+        if magic != MAGIC:
+            raise _differs("magic", magic, MAGIC)
+        if got_checksum != (checksum := zlib.crc32(body)):
+            raise _differs("checksum", got_checksum, checksum, "08x")
         if kind not in _KINDS:
-            raise ValueError(errors.header_differs("kind", kind, "one of " + ", ".join(str(k.value) for k in Kind)))
+            raise _differs("kind", kind, "one of " + ", ".join(str(k.value) for k in Kind))
         if tag_bytes > MAX_TAG_BYTES:
-            raise ValueError(errors.header_differs("length of the tag", tag_bytes, f"at most {MAX_TAG_BYTES}"))
+            raise _differs("length of the tag", tag_bytes, f"at most {MAX_TAG_BYTES}")
         if answer not in _ANSWERS:
-            expected = "one of " + ", ".join(str(a.value) for a in Answer)
-            raise ValueError(errors.header_differs("answer", answer, expected))
+            raise _differs("answer", answer, "one of " + ", ".join(str(a.value) for a in Answer))
         numbers = fingerprint, sequence, rank, num_tokens, bucket_tokens
         return cls(_KINDS[kind], *numbers, tag[:tag_bytes], _ANSWERS[answer])
 
@@ -163,20 +174,23 @@ class Header:
         Raises:
             ValueError: with the first difference, what was got and expected.
         """
-        _expect("plan", self.fingerprint, plan.fingerprint, "016x")
+        if self.fingerprint != plan.fingerprint:
+            raise _differs("plan", self.fingerprint, plan.fingerprint, "016x")
         if self.kind is Kind.FAILED:
             return  # its rank is another's, and the order is broken anyway
-        _expect("rank", self.rank, rank)
-        _expect("sequence number", self.sequence, sequence)
+        if self.rank != rank:
+            raise _differs("rank", self.rank, rank)
+        if self.sequence != sequence:
+            raise _differs("sequence number", self.sequence, sequence)
         if self.kind is not Kind.DATA:
             return
         bucket_tokens = plan.ladder.bucket(self.num_tokens)
         if bucket_tokens is None:
-            expected = f"1 to {plan.ladder.max_tokens}"
-            raise ValueError(errors.header_differs("number of tokens", self.num_tokens, expected))
-        _expect(f"bucket of {self.num_tokens} tokens", self.bucket_tokens, bucket_tokens)
+            raise _differs("number of tokens", self.num_tokens, f"1 to {plan.ladder.max_tokens}")
+        if self.bucket_tokens != bucket_tokens:
+            raise _differs(f"bucket of {self.num_tokens} tokens", self.bucket_tokens, bucket_tokens)
 
 
-def _expect(what: str, got: object, expected: object, spelling: str = "") -> None:
-    if got != expected:
-        raise ValueError(errors.header_differs(what, format(got, spelling), format(expected, spelling)))
+def _differs(what: str, got: int | bytes, expected: int | bytes | str, spelling: str = "") -> ValueError:
+    shown = expected if isinstance(expected, str) else format(expected, spelling)
+    return ValueError(errors.header_differs(what, format(got, spelling), shown))
