@@ -13,12 +13,12 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from pp_piecewise_backend.pipeline.transports.shared_memory import HostMemory, HostSharing
-from pp_piecewise_backend.pipeline.transports.stream_sharing import StreamSharing
+from pp_piecewise_backend.pipeline.transports.stream_sharing import StreamSharing, Word
 
 _POLL_SECONDS = 2e-4
 
@@ -92,7 +92,14 @@ class EmulatedStreams:
     def wait_for_event(self, stream: Stream, event: threading.Event) -> None:
         stream.enqueue(lambda: _wait(event))
 
-    def wait_for_word(self, stream: Stream, address: int, value: int) -> None:
+    def wait_for_stream(self, stream: Stream, other: Stream) -> None:
+        self.wait_for_event(stream, self.record(other))
+
+    def wait_for_words(self, stream: Stream, words: Sequence[Word]) -> None:
+        for word in words:
+            self._wait_for_word(stream, *word)
+
+    def _wait_for_word(self, stream: Stream, address: int, value: int) -> None:
         word = ctypes.c_uint32.from_address(address)
 
         def wait() -> None:
@@ -101,13 +108,21 @@ class EmulatedStreams:
 
         stream.enqueue(wait)
 
-    def write_word(self, stream: Stream, address: int, value: int) -> None:
+    def write_word(self, stream: Stream, word: Word) -> None:
+        address, value = word
+
         def write() -> None:
             ctypes.c_uint32.from_address(address).value = value
 
         stream.enqueue(write)
 
-    def copy(self, stream: Stream, target: int, source: int, num_bytes: int) -> None:
+    def copy(self, stream: Stream, free: Word, copies: Sequence[tuple[int, int, int]], landed: Word) -> None:
+        self.wait_for_words(stream, [free])
+        for copy in copies:
+            self.copy_one(stream, *copy)
+        self.write_word(stream, landed)
+
+    def copy_one(self, stream: Stream, target: int, source: int, num_bytes: int) -> None:
         stream.enqueue(lambda: _copy(target, source, num_bytes))
 
     def has_run(self, stream: Stream) -> bool:
@@ -174,7 +189,7 @@ class OnTrial(EmulatedMemory):
         end = EmulatedSharing(line, is_source)
         if self._fails in ("make", "take"):
             setattr(end, self._fails, lambda *_: fails(self._fails))
-        end._streams.copy = self._copy  # type: ignore[method-assign]
+        end._streams.copy_one = self._copy  # type: ignore[attr-defined]
         return end
 
     def _copy(self, stream: Stream, target: int, source: int, num_bytes: int) -> None:

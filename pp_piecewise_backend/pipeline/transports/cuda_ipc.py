@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from ... import errors
 from .one_machine import machine
 from .sockets import receive_exactly
-from .stream_sharing import StreamSharing
+from .stream_sharing import StreamSharing, Word
 
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT_BYTES = 256
@@ -110,6 +111,8 @@ class CudaStreams:
 
         self._device = device
         self._raw_stream = torch_compat.current_raw_stream
+        self._between = torch.cuda.Event()
+        """Recorded again for each wait of one stream for another: what waits for it then is a point in time."""
         self._last: tuple[int, torch.cuda.Stream] | None = None
         """The handle of the current stream when it was asked for last, and the stream: to make one takes long."""
 
@@ -128,14 +131,20 @@ class CudaStreams:
     def wait_for_event(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         stream.wait_event(event)
 
-    def wait_for_word(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        self._call("cuStreamWaitValue32_v2", stream.cuda_stream, address, value, 0)  # 0: value or later
+    def wait_for_stream(self, stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+        self._between.record(other)
+        stream.wait_event(self._between)
 
-    def write_word(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        self._call("cuStreamWriteValue32_v2", stream.cuda_stream, address, value, 0)  # 0: after all writes before it
+    def wait_for_words(self, stream: torch.cuda.Stream, words: Sequence[Word]) -> None:
+        self._call([_wait(stream.cuda_stream, word) for word in words])
 
-    def copy(self, stream: torch.cuda.Stream, target: int, source: int, num_bytes: int) -> None:
-        self._call("cuMemcpyAsync", target, source, num_bytes, stream.cuda_stream)
+    def write_word(self, stream: torch.cuda.Stream, word: Word) -> None:
+        self._call([_write(stream.cuda_stream, word)])
+
+    def copy(self, stream: torch.cuda.Stream, free: Word, copies: Sequence[tuple[int, int, int]], landed: Word) -> None:
+        handle = stream.cuda_stream
+        calls = [("cuMemcpyAsync", (*copy, handle)) for copy in copies]
+        self._call([_wait(handle, free), *calls, _write(handle, landed)])
 
     def has_run(self, stream: torch.cuda.Stream) -> bool:
         return stream.query()
@@ -148,13 +157,15 @@ class CudaStreams:
         with torch.cuda.device(self._device):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(page.data_ptr()))
 
-    def _call(self, name: str, *arguments: int) -> None:
-        """An operation on a stream that PyTorch has no call for."""
+    def _call(self, calls: Sequence[_Call]) -> None:
+        """Operations on a stream that PyTorch has no calls for."""
         functions, context = self._functions, self._context
         # This thread may have no context, or that of another GPU.
         if code := functions["cuCtxPushCurrent_v2"](context):
             self._fail("cuCtxPushCurrent_v2", code)
-        code = functions[name](*arguments)
+        for name, arguments in calls:
+            if code := functions[name](*arguments):
+                break
         functions["cuCtxPopCurrent_v2"](_POPPED)
         if code:
             self._fail(name, code)
@@ -179,6 +190,18 @@ class CudaStreams:
         text = ctypes.c_char_p()
         self._functions["cuGetErrorName"](code, ctypes.byref(text))
         raise RuntimeError(errors.driver_failed(name, str(self._device), code, (text.value or b"unknown").decode()))
+
+
+_Call = tuple[str, tuple[int, ...]]
+"""Name of a function of the driver, and what it is called with."""
+
+
+def _wait(stream: int, word: Word) -> _Call:
+    return "cuStreamWaitValue32_v2", (stream, *word, 0)  # 0: value or later
+
+
+def _write(stream: int, word: Word) -> _Call:
+    return "cuStreamWriteValue32_v2", (stream, *word, 0)  # 0: after all writes before it
 
 
 _POPPED = ctypes.byref(ctypes.c_void_p())

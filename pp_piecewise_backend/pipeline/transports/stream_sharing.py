@@ -57,8 +57,15 @@ _NOTICE_SECONDS = 1.0
 _CLOSING_SECONDS = 5.0
 
 
+Word = tuple[int, int]
+"""Address and value of 32 bits of host memory."""
+
+
 class Streams(Protocol):
-    """What a device can do. Streams and events are its own; no call waits for the device."""
+    """What a device can do. Streams and events are its own; no call waits for the device.
+
+    What always goes together is one call: calls into a driver take the host longer than all else of a transfer.
+    """
 
     def new(self) -> Any:
         """A stream for one end of a link."""
@@ -71,14 +78,21 @@ class Streams(Protocol):
 
     def wait_for_event(self, stream: Any, event: Any) -> None: ...
 
-    def wait_for_word(self, stream: Any, address: int, value: int) -> None:
-        """Until the 32 bits at ``address`` are ``value`` or later, as a distance: ``int32(word - value) >= 0``."""
+    def wait_for_stream(self, stream: Any, other: Any) -> None:
+        """For what is enqueued on the other one by now. One thread at a time."""
 
-    def write_word(self, stream: Any, address: int, value: int) -> None:
+    def wait_for_words(self, stream: Any, words: Sequence[Word]) -> None:
+        """Until each, in turn, is the value or later, as a distance: ``int32(word - value) >= 0``."""
+
+    def write_word(self, stream: Any, word: Word) -> None:
         """Visible to all who see what the stream wrote before."""
 
-    def copy(self, stream: Any, target: int, source: int, num_bytes: int) -> None:
-        """Between addresses that the device reaches."""
+    def copy(self, stream: Any, free: Word, copies: Sequence[tuple[int, int, int]], landed: Word) -> None:
+        """Wait for ``free``, copy from addresses to addresses, which the device reaches, and write ``landed``.
+
+        Args:
+            copies: target, source and number of bytes of each.
+        """
 
     def has_run(self, stream: Any) -> bool:
         """Whether nothing is left to do."""
@@ -119,8 +133,8 @@ class StreamSharing(Sharing):
 
     def free(self) -> None:
         # On one stream, so that the word only goes up.
-        self._streams.wait_for_event(self._stream, self._streams.record(self._streams.current()))
-        self._count_up()
+        self._streams.wait_for_stream(self._stream, self._streams.current())
+        self._streams.write_word(self._stream, self._counted_up())
 
     def ready(self) -> Any:
         return self._streams.record(self._streams.current())
@@ -128,10 +142,8 @@ class StreamSharing(Sharing):
     def write(self, ready: Any, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> Any:
         self._awaited_count += 1
         self._streams.wait_for_event(self._stream, ready)
-        self._wait_for(self._stream, self._awaited, self._awaited_count)
-        for block, offset, tensor in writes:
-            self._streams.copy(self._stream, block.data_ptr() + offset, tensor.data_ptr(), tensor.nbytes)
-        self._count_up()
+        copies = [(block.data_ptr() + offset, tensor.data_ptr(), tensor.nbytes) for block, offset, tensor in writes]
+        self._streams.copy(self._stream, self._word(_FREE, self._awaited_count), copies, self._counted_up())
         return self._streams.record(self._stream)
 
     def after(self, written: Any) -> None:
@@ -142,15 +154,15 @@ class StreamSharing(Sharing):
         if stream not in self._waiting_streams:
             self._waiting_streams.append(stream)
         self._awaited_count = count
-        self._wait_for(stream, _LANDED, count)
-        self._wait_for(stream, _SOUND, 0)
+        self._streams.wait_for_words(stream, [self._word(_LANDED, count), self._word(_SOUND, 0)])
 
-    def _count_up(self) -> None:
+    def _counted_up(self) -> Word:
+        """What this end tells the other one next."""
         self._told_count += 1
-        self._streams.write_word(self._stream, self._page.data_ptr() + self._told, self._told_count & 0xFFFFFFFF)
+        return self._word(self._told, self._told_count)
 
-    def _wait_for(self, stream: Any, word: int, count: int) -> None:
-        self._streams.wait_for_word(stream, self._page.data_ptr() + word, count & 0xFFFFFFFF)
+    def _word(self, offset: int, count: int) -> Word:
+        return self._page.data_ptr() + offset, count & 0xFFFFFFFF
 
     # ------------------------------------------------------------------------------------ ending
 

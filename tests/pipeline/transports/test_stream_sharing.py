@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from handoff_ranks import (
     survivors_lose_their_peer,
 )
 from pp_piecewise_backend.pipeline.transports import stream_sharing
+from pp_piecewise_backend.pipeline.transports.cuda_ipc import CudaStreams
 from pp_piecewise_backend.pipeline.transports.one_machine import OneMachineWire
 
 pytestmark = [
@@ -208,15 +211,94 @@ def test_finishing_waits_for_what_streams_have_still_to_do(link: Link, gate: thr
     assert link.receiver._sharing._distance(stream_sharing._SOUND, 0) == 0
 
 
+class Noting:
+    """Streams that note what is asked of them."""
+
+    def __init__(self, streams: Any) -> None:
+        self._streams = streams
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.asked.append(name)
+            return getattr(self._streams, name)(*arguments)
+
+        return call
+
+
+def test_a_transfer_of_many_tensors_is_few_calls_of_the_device(link: Link) -> None:
+    sender, receiver = (Noting(wire._sharing._streams) for wire in (link.sender, link.receiver))  # type: ignore[attr-defined]
+    link.sender._sharing._streams, link.receiver._sharing._streams = sender, receiver  # type: ignore[attr-defined]
+    views = [link.receiver.landing_memory(64)[:64].view(torch.float32) for _ in range(3)]
+    for value in range(2):
+        with enqueueing_on(link.using):
+            link.receiver.receive(views).wait()
+        link.sent = [full(3 * value + at) for at in range(3)]
+        with enqueueing_on(link.computing):
+            link.sender.send(link.sent).wait()
+    link.using.synchronize()
+    assert [view[0].item() for view in views] == [3.0, 4.0, 5.0]
+    # The current stream has written the tensors; then this end's has; and the current one waits for that.
+    write = ["current", "record", "wait_for_event", "copy", "record", "current", "wait_for_event"]
+    assert sender.asked == 2 * write
+    assert receiver.asked == 2 * ["current", "wait_for_stream", "write_word", "current", "wait_for_words"]
+
+
+@pytest.fixture
+def driver() -> tuple[CudaStreams, list[tuple[Any, ...]], dict[str, int]]:
+    """Streams of a GPU over a driver that does nothing: they, its calls, and the codes that its functions return."""
+    calls: list[tuple[Any, ...]] = []
+    codes: dict[str, int] = {}
+
+    def function(name: str) -> Callable[..., int]:
+        return lambda *arguments: calls.append((name, *arguments)) or codes.get(name, 0)  # type: ignore[func-returns-value]
+
+    streams = CudaStreams.__new__(CudaStreams)
+    names = ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuStreamWaitValue32_v2", "cuStreamWriteValue32_v2")
+    functions = {name: function(name) for name in (*names, "cuMemcpyAsync", "cuGetErrorName")}
+    vars(streams).update(_functions=functions, _context="context", _device=torch.device("cuda", 1))
+    return streams, calls, codes
+
+
+def test_all_of_a_write_is_one_visit_to_the_context_of_the_gpu(driver: Any) -> None:
+    streams, calls, _ = driver
+    stream = SimpleNamespace(cuda_stream=7)
+    streams.copy(stream, (128, 3), [(1000, 2000, 8), (1100, 2100, 16)], (0, 4))
+    streams.wait_for_words(stream, [(0, 4), (256, 0)])
+    streams.write_word(stream, (128, 5))
+    popped = [call[0] for call in calls if call[0] == "cuCtxPopCurrent_v2"]
+    assert [call for call in calls if call[0] != "cuCtxPopCurrent_v2"] == [
+        ("cuCtxPushCurrent_v2", "context"),
+        ("cuStreamWaitValue32_v2", 7, 128, 3, 0),
+        ("cuMemcpyAsync", 1000, 2000, 8, 7),
+        ("cuMemcpyAsync", 1100, 2100, 16, 7),
+        ("cuStreamWriteValue32_v2", 7, 0, 4, 0),
+        ("cuCtxPushCurrent_v2", "context"),
+        ("cuStreamWaitValue32_v2", 7, 0, 4, 0),
+        ("cuStreamWaitValue32_v2", 7, 256, 0, 0),
+        ("cuCtxPushCurrent_v2", "context"),
+        ("cuStreamWriteValue32_v2", 7, 128, 5, 0),
+    ]
+    assert len(popped) == 3
+
+
+def test_a_copy_that_fails_leaves_the_context_and_is_not_told_to_have_landed(driver: Any) -> None:
+    streams, calls, codes = driver
+    codes["cuMemcpyAsync"] = 700
+    with pytest.raises(RuntimeError, match="cuMemcpyAsync"):
+        streams.copy(SimpleNamespace(cuda_stream=7), (128, 3), [(1000, 2000, 8), (1100, 2100, 16)], (0, 4))
+    names = [call[0] for call in calls]
+    assert names.count("cuMemcpyAsync") == 1 and "cuStreamWriteValue32_v2" not in names
+    assert names.count("cuCtxPushCurrent_v2") == names.count("cuCtxPopCurrent_v2") == 1
+
+
 # ------------------------------------------------------------------------------- what goes wrong
 
 
 @pytest.mark.parametrize("at", ["before it sends", "while it computes", "between copy and count"])
-def test_a_receiver_lets_its_streams_go_when_the_sender_dies(
-    at: str, link: Link, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_receiver_lets_its_streams_go_when_the_sender_dies(at: str, link: Link, gate: threading.Event) -> None:
     if at == "between copy and count":
-        monkeypatch.setattr(link.sender._sharing, "_count_up", lambda: None)
+        stream_scenarios.counts_nothing(link.sender._sharing)
     held_by(gate, link.computing)
     link.receive()
     found = link.used()
