@@ -21,6 +21,8 @@ from .transports.base import Pending
 
 Views = Mapping[str, torch.Tensor]
 
+_ON_CURRENT_STREAM = contextlib.nullcontext()
+
 
 class _Posted(NamedTuple):
     header: Header
@@ -70,7 +72,8 @@ class Inbox:
         self._device = landing.device
         self._stream = None if self._device.type == "cpu" else torch.Stream(self._device)
         """Where receives are posted, by whichever thread, so that they wait for the last reader only."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._landing = self._shared(landing)
         self._lent: Stage | None = landing
         self._free: deque[tuple[Stage, torch.Event | None]] = deque(
@@ -96,6 +99,11 @@ class Inbox:
         """Whether the caller has memory to release."""
         return self._lent is not None
 
+    @property
+    def is_unconfirmed(self) -> bool:
+        """Whether ``confirm`` has anything to wait for."""
+        return self._arrived is not None
+
     def take(self, lands: bool = True) -> tuple[Header, Views] | None:
         """The next micro-batch, for streams once it has landed; None when the sender has stopped.
 
@@ -111,7 +119,7 @@ class Inbox:
         """
         timeline = self._timeline()
         begin_ns = time.time_ns()
-        with self._changed:
+        with self._lock:
             self._post(now=True)
             while not self._posted and not self._is_over():
                 self._changed.wait()
@@ -206,11 +214,14 @@ class Inbox:
                 waiting.clear()
             del self._landing
 
+    def has_heard(self, count: int) -> bool:
+        """Whether ``count`` headers came in all, and found memory where tensors follow."""
+        return self._heard_count >= count
+
     def wait_for(self, count: int) -> None:
-        """Return once ``count`` headers came in all, and found memory where tensors follow, or no more comes."""
-        if self._heard_count < count:
-            with self._changed:
-                self._changed.wait_for(lambda: self._heard_count >= count or self._is_over())
+        """Return once ``has_heard``, or no more comes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.has_heard(count) or self._is_over())
 
     def _reached(self) -> torch.Event | None:
         """On an accelerator: when what was enqueued on this thread's stream has run."""
@@ -226,7 +237,7 @@ class Inbox:
         return self._has_ended or self._receiver.is_broken
 
     def _hear_news(self) -> None:
-        with self._changed:
+        with self._lock:
             self._post(now=False)
             self._changed.notify_all()
 
@@ -234,9 +245,8 @@ class Inbox:
         """Receive into free memory what was announced; the lock is held."""
         try:
             # Nothing is asked that raises: see Note [who may wait for the verdict] in ``link.py``.
-            while (now or self._early) and (self._free or self._grows) and not self._is_over():
-                if not self._receiver.headers_waiting:
-                    break
+            is_wanted = now or self._early
+            while is_wanted and self._receiver.headers_waiting and (self._free or self._grows) and not self._is_over():
                 header = self._receiver.next_header()
                 if header is None:
                     self._has_ended = True
@@ -269,15 +279,12 @@ class Inbox:
             else:
                 self._free.appendleft((memory, read))
 
-    @contextlib.contextmanager
-    def _after(self, read: torch.Event | None) -> Iterator[None]:
+    def _after(self, read: torch.Event | None) -> contextlib.AbstractContextManager[object]:
         """What is enqueued in the body comes after that event."""
         if self._stream is None or read is None or not self._early:
-            yield  # in the step, this thread's stream comes after all that was enqueued before
-            return
-        with self._stream:
-            self._stream.wait_event(read)
-            yield
+            return _ON_CURRENT_STREAM  # in the step, this thread's stream comes after all that was enqueued before
+        self._stream.wait_event(read)
+        return self._stream
 
     def _spare(self) -> Stage:
         return self._shared(Stage(self._landing.inputs, self._landing.max_tokens, self._device))

@@ -96,7 +96,8 @@ class Answers:
         self._stats = stats
         self._announced: Header | None = None
         """Of the feedback that is to be sent next, if the first stage knows of it already."""
-        self._sent: Pending | None = None
+        self.sent: Pending | None = None
+        """The last feedback, while it may be on its way."""
 
     def announce(self, num_tokens: int, tag: bytes) -> None:
         """Let the first stage's host go on before this one has enqueued the forward, where that is possible.
@@ -126,21 +127,16 @@ class Answers:
             header = self._link.announce(rows, tag)
         elif rows != header.num_tokens:
             raise ValueError(errors.feedback_has_other_rows(self._whose, rows, header.num_tokens))
-        self._sent = self._link.send(header, tensors)
+        self.sent = self._link.send(header, tensors)
 
     @property
     def are_finished_here(self) -> bool:
         """Whether code of the user makes feedback, and may read on the host what it makes it of."""
         return self._finish is not None
 
-    def enqueue(self) -> None:
-        """Return once the last feedback needs this host no more, see ``Pending.enqueued``."""
-        if self._sent is not None and self._sent.enqueued is not None:
-            self._sent.enqueued()
-
     def wait(self) -> None:
         """Return when the last feedback has left."""
-        sent, self._sent = self._sent, None
+        sent, self.sent = self.sent, None
         if sent is not None:
             sent.wait()
 
@@ -153,7 +149,7 @@ class Answers:
         rows = self._rows(tensors[self._names[0]])
         for name, proxy in self._proxies.items():
             tensor: Any = tensors[name]
-            if rows is None or self._rows(tensor) != rows or not self._fits(tensor, proxy):
+            if rows is None or not self._fits(tensor, rows, proxy):
                 is_tensor = isinstance(tensor, torch.Tensor)
                 got = f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}" if is_tensor else type(tensor).__name__
                 shape = ", ".join([str(rows or "rows"), *map(str, proxy.shape)])
@@ -166,6 +162,7 @@ class Answers:
         rows = tensor.shape[0] if isinstance(tensor, torch.Tensor) and tensor.ndim else 0
         return rows if 0 < rows <= self._stage.max_tokens else None
 
-    def _fits(self, tensor: torch.Tensor, proxy: Proxy) -> bool:
-        is_here = tensor.device.type == self._stage.device.type
-        return is_here and tensor.dtype == proxy.dtype and tensor.shape[1:] == proxy.shape
+    def _fits(self, tensor: Any, rows: int, proxy: Proxy) -> bool:
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._stage.device.type:
+            return False
+        return tensor.dtype == proxy.dtype and tensor.shape == (rows, *proxy.shape)

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ from .watchdog import Watchdog
 _LOG = logging.getLogger(__name__)
 
 _ONE_MICRO_BATCH = Amounts({"microbatches": 1})
+_NOT_NOTED = contextlib.nullcontext()
 
 
 class StageRunner:
@@ -313,8 +314,9 @@ class StageRunner:
             if self._is_closed or (self._links.outgoing is not None and self._links.outgoing.stop_requested):
                 return
             if self._max_in_flight is not None and self._feedback is not None:
-                with self._waiting("feedback", "wait for room"):
-                    self._feedback.wait_for(sequence + 1 - self._max_in_flight)
+                ended = sequence + 1 - self._max_in_flight
+                if not self._feedback.has_heard(ended):
+                    self._waiting("feedback", "wait for room", self._feedback.wait_for, ended)
             answer = self._answer_to(microbatch)
             self._asked_feedback += answer is Answer.FEEDBACK
             with self._turn:
@@ -394,9 +396,8 @@ class StageRunner:
 
     def _confirm(self) -> None:
         """What is computed of the proxies of this step may be read on the host."""
-        if self._inbox is not None:
-            with self._waiting("receive", "confirm"):
-                self._inbox.confirm()
+        if self._inbox is not None and self._inbox.is_unconfirmed:
+            self._waiting("receive", "confirm", self._inbox.confirm)
 
     def _forward(self, num_tokens: int, tag: bytes, given: Mapping[str, Any] | None, proxies: Views) -> Any:
         arguments = self._arguments(num_tokens, tag, given, proxies)
@@ -465,12 +466,12 @@ class StageRunner:
 
     def _enqueue_sends(self) -> None:
         """Before a stream waits for another rank, see Note [no wait but for what was enqueued]."""
-        begin_ns = self._clock.wait_begins("send")
-        if self._sent is not None and self._sent.transfer.enqueued is not None:
-            self._sent.transfer.enqueued()
-        if self._answers is not None:
-            self._answers.enqueue()
-        self._clock.waited("send", begin_ns)
+        results, feedback = self._sent, self._answers
+        for sent in (results and results.transfer, None if feedback is None else feedback.sent):
+            if sent is not None and sent.enqueued is not None:
+                begin_ns = self._clock.wait_begins("send")
+                sent.enqueued()
+                self._clock.waited("send", begin_ns)
 
     def feedback(self, *, confirmed: bool = True) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
@@ -493,10 +494,9 @@ class StageRunner:
             raise errors.PPPiecewiseError(errors.NO_FEEDBACK_OUTSTANDING)
         self._feedback.release()
         self._enqueue_sends()
-        with self._waiting("feedback", "wait for feedback"):
-            taken = self._feedback.take()
-            if confirmed and taken is not None:
-                self._feedback.confirm()
+        taken = self._waiting("feedback", "wait for feedback", self._feedback.take)
+        if confirmed and taken is not None:
+            self.confirm_feedback()
         if taken is None:
             raise errors.PPPiecewiseError(errors.NO_MORE_FEEDBACK)
         self._read_feedback += 1
@@ -509,9 +509,8 @@ class StageRunner:
             PeerLost: the pipeline broke, and it is worthless.
         """
         self._turn.check_open()
-        if self._feedback is not None:
-            with self._waiting("feedback", "confirm feedback"):
-                self._feedback.confirm()
+        if self._feedback is not None and self._feedback.is_unconfirmed:
+            self._waiting("feedback", "confirm feedback", self._feedback.confirm)
 
     # --------------------------------------------------------------------------------- end
 
@@ -553,15 +552,15 @@ class StageRunner:
                 raise
 
     def _spanning(self, lane: str, name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.timeline is None else self.timeline.span(lane, name)
+        return _NOT_NOTED if self.timeline is None else self.timeline.span(lane, name)
 
-    @contextlib.contextmanager
-    def _waiting(self, kind: WaitKind, name: str) -> Iterator[None]:
-        """The body waits for another rank."""
+    def _waiting(self, kind: WaitKind, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``call`` returns, which waits for another rank."""
         begin_ns = self._clock.wait_begins(kind)
         with self._spanning("steps", name):
-            yield
+            result = call(*arguments)
         self._clock.waited(kind, begin_ns)
+        return result
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ class Patience:
                 raise errors.ConfigError(errors.bad_patience(name, seconds))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes several times as long to make
 class Pending:
     """Tensors on their way."""
 

@@ -233,7 +233,8 @@ class OneMachineWire:
         # At the sending end:
         self._waiting: deque[_Sending] = deque()
         """What is sent before its places are known, in order."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._writer: threading.Thread | None = None
         self._is_broken = False
 
@@ -294,7 +295,7 @@ class OneMachineWire:
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
         sending = _Sending(tensors, self._sharing.ready())
-        with self._changed:
+        with self._lock:
             if self._is_broken:
                 raise ConnectionError("the link was closed")
             # As a rule the places were named while the tensors were computed.
@@ -307,7 +308,8 @@ class OneMachineWire:
                     self._writer = threading.Thread(target=self._write_late, name="handoff writer", daemon=True)
                     self._writer.start()
                 self._changed.notify_all()
-        enqueued = partial(self._wait_until_done, sending) if self._sharing.streams_wait else None
+        is_left_to_do = self._sharing.streams_wait and not sending.is_done
+        enqueued = partial(self._wait_until_done, sending) if is_left_to_do else None
         return Pending(partial(self._wait_until_written, sending), enqueued)
 
     def _write_late(self) -> None:
