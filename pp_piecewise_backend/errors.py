@@ -343,6 +343,12 @@ def full_graph_gives_way(program: str, bucket: int, where: str) -> str:
     )
 
 
+RESULT_OF_AN_EARLIER_PIECE = (
+    "a result lies in memory of an earlier piece although no op says so, and the next replay would overwrite it while "
+    "it is sent: clone() what the op returns"
+)
+
+
 def full_replay_differs(program: str, bucket: int, where: str, is_beside_pieces: bool = False) -> str:
     then = "Its pieces replay instead" if is_beside_pieces else "The bucket is replayed no more"
     return (

@@ -68,3 +68,16 @@ def switch_off(rules: Collection[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for rule in rules:
         for owner, name, value in _PATCHES[rule]:
             monkeypatch.setattr(owner, name, value)
+
+
+def let_results_share_memory_with_earlier_steps(monkeypatch: pytest.MonkeyPatch, in_pools: bool = True) -> None:
+    """Blocks of static memory, and pools; see Note [one pass per bucket]."""
+    original = bucket.BucketCapture.__init__
+
+    def without(self: bucket.BucketCapture, *args: Any) -> None:
+        original(self, *args)
+        self._result_storages = frozenset()
+
+    monkeypatch.setattr(bucket.BucketCapture, "__init__", without)
+    if in_pools:
+        monkeypatch.setattr(bucket.BucketCapture, "_pool_behind", lambda self, *_: self._pool(bucket.GRAPH_POOL))

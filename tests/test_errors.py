@@ -129,6 +129,10 @@ MESSAGES = {
         errors.number_in_full_graph(["max_seqlen"]),
         ["max_seqlen", "would freeze", "pass a tensor", "mode='full_and_piecewise'"],
     ),
+    "RESULT_OF_AN_EARLIER_PIECE": (
+        errors.RESULT_OF_AN_EARLIER_PIECE,
+        ["a result lies in memory of an earlier piece", "clone()"],
+    ),
     "NO_MEMORY_TO_COMPARE": (errors.NO_MEMORY_TO_COMPARE, ["no memory was left to compare"]),
     "copy_too_large": (
         errors.copy_too_large(4096, 5000),
@@ -318,6 +322,7 @@ OWN = (errors.__name__, pipeline_sentences.__name__)
 CLAUSES = {
     "bucket_dropped", "moved", "replay_differs", "full_replay_differs", "full_graph_gives_way",
     "not_known_graph_safe", "number_in_full_graph", "NO_MEMORY_TO_COMPARE", "copy_too_large",
+    "RESULT_OF_AN_EARLIER_PIECE",
     "graphs_on_other_device", "plan_entry_differs", "wrong_count", "wrong_sibling",
     "not_divisible",
     "link_differs", "link_leads_nowhere", "header_differs", "peer_silent", "peer_closed", "peer_disagrees",

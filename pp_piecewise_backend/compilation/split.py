@@ -73,7 +73,7 @@ class Piece:
     reads_stage_inputs: tuple[str, ...]
     """Names of the proxies whose memory it takes as input."""
     writes_stage_outputs: bool
-    """Whether a result of the graph comes from it."""
+    """Whether it makes memory in which a result of the graph lies, itself or a view that a later step returns."""
     padding: str
     """Whether it may run on padded rows: "safe", or why not. Eager steps never do: they see the real rows."""
     padding_reason: Reason | None = field(repr=False)
@@ -189,7 +189,7 @@ class _Splitter:
                     builder_of[value.made_at].export(value)
             wanted = builder.close()
         results = tuple(result for result, _, _ in found)
-        result_names = frozenset(result.value for result in results if isinstance(result, ResultValue))
+        storages = frozenset(storage for _, _, storage in found if storage is not None)
         filled = [builder for builder in (*builders, last) if not builder.is_empty]
         constants = {
             node.name: operator.attrgetter(str(node.target))(self.facts.graph_module)
@@ -197,7 +197,7 @@ class _Splitter:
             if node.op == "get_attr"
         }
         return Split(
-            pieces=tuple(builder.piece(index, result_names) for index, builder in enumerate(filled)),
+            pieces=tuple(builder.piece(index, storages) for index, builder in enumerate(filled)),
             results=results,
             result_storages=tuple(storage for _, _, storage in found),
             constants=constants,
@@ -485,7 +485,7 @@ class _StepBuilder:
         """Whether a closed step has nothing to do."""
         return not self._exports and all(node.op == "placeholder" for node in self._graph.nodes)
 
-    def piece(self, index: int, result_names: frozenset[str]) -> Piece:
+    def piece(self, index: int, result_storages: frozenset[int]) -> Piece:
         """The closed step as the piece of this number."""
         outputs = [made for made, _ in self._exports.values()]
         self._graph.output(tuple(outputs))
@@ -508,7 +508,7 @@ class _StepBuilder:
             reason=self.step.reason,
             key=key,
             reads_stage_inputs=tuple(label for label in reads if label is not None),
-            writes_stage_outputs=any(name in result_names for name in self._exports),
+            writes_stage_outputs=any(spec is not None and spec.storage in result_storages for spec in output_specs),
             padding="not tested yet" if why_not_padded is None else why_not_padded,
             padding_reason=None if why_not_padded is None else miss("padding-unsafe", why_not_padded),
             graph_module=graph_module,

@@ -134,11 +134,12 @@ def _full_lines(full: FullGraphs) -> list[str]:
     """Which calls replay everything as one graph, and why others replay the pieces."""
     if full.why_not:
         return entry("  full graphs", f"none, the pieces replay instead: {full.why_not}")
+    writes = "the part of each that writes results" if "results_are_written" in full.tells else "each"
+    lands = "once its first part has read them" if "mark_landing_read" in full.tells else "at its end"
     lines = entry(
         "  full graphs",
-        f"up to {counted(full.max_tokens, 'token')}{full.why and f', since {full.why}'}; each starts once the results "
-        f"of the last call have left, and the landing memory is free at its end, since nothing inside of a graph can "
-        f"notify the host",
+        f"up to {counted(full.max_tokens, 'token')}{full.why and f', since {full.why}'}; {writes} starts once the "
+        f"results of the last call have left, and the next proxies may land {lands}",
     )
     lines += entry("    padding", full.padding)
     for tokens, buckets in grouped(full.buckets, lambda bucket: bucket.tokens).items():

@@ -57,7 +57,7 @@ class PieceEntry(_Entry):
     outputs: list[str]
     output_types: list[str]
     reads_stage_inputs: list[str] = Field(description="The proxies whose memory it takes.")
-    writes_stage_outputs: bool = Field(description="Whether a result of the graph comes from it.")
+    writes_stage_outputs: bool = Field(description="Whether a result of the graph lies in memory that it makes.")
     padding: str = Field(description="'safe' if it may run on padded rows, or why not.")
     compiled: Literal["compiled", "reused", "failed"] | None = Field(
         default=None, description="None for eager steps; 'reused' if an earlier equal piece had been compiled."
@@ -125,6 +125,7 @@ class FullGraphs(_Entry):
     why: str = Field(default="", description="Why there are some, where nobody asked for them.")
     why_not: str = Field(default="", description="Why there is none at any size, if so.")
     padding: str = Field(default="", description="'safe' if one may run on padded rows, or why not.")
+    tells: list[str] = Field(default=[], description="What the stage is told between the parts that it is launched in.")
     buckets: list[BucketEntry] = []
     dropped: list[DroppedEntry] = Field(default=[], description="Sizes that are captured no more.")
     misses: list[MissEntry] = Field(default=[], description="Calls that went on to the pieces.")

@@ -76,6 +76,10 @@ class Inbox:
         self._changed = threading.Condition(self._lock)
         self._landing = self._shared(landing)
         self._lent: Stage | None = landing
+        self._is_read = False
+        """Whether the reader of what is lent has marked that it was read."""
+        self._read: torch.Event | None = None
+        """On an accelerator: when that was."""
         self._free: deque[tuple[Stage, torch.Event | None]] = deque(
             (self._spare(), None) for _ in range(spare_count or 0)
         )
@@ -130,7 +134,7 @@ class Inbox:
                 raise self._error
             self._receiver.check(lambda: "waiting for the next micro-batch")
             return None
-        self._landing_soon, self._lent = posted, posted.memory
+        self._landing_soon, self._lent, self._is_read = posted, posted.memory, False
         if timeline is not None:
             timeline.add("steps", "wait for a header", begin_ns, micro_batch=posted.header.sequence)
         self._on_header(posted.header.sequence)
@@ -167,12 +171,22 @@ class Inbox:
             # A rank records its loss before it lets streams go.
             self._receiver.check(lambda: "waiting for tensors to land")
 
+    def mark_read(self) -> bool:
+        """What is lent was read as of now, for streams, which ``release`` is to say; False if it was marked before."""
+        if self._is_read or self._lent is None:
+            return False
+        self._is_read, self._read = True, self._reached()
+        return True
+
     def release(self) -> None:
-        """What is lent, if anything, may be filled once what was enqueued on this thread's stream has run."""
+        """What is lent, if anything, may be filled once what was enqueued on this thread's stream has run.
+
+        Or as much of it as had been enqueued at ``mark_read``.
+        """
         with self._changed:
             if self._lent is not None:
-                self._free.append((self._lent, self._reached()))
-                self._lent = None
+                self._free.append((self._lent, self._read if self._is_read else self._reached()))
+                self._lent, self._is_read = None, False
             self._post(now=False)
 
     @contextlib.contextmanager

@@ -5,8 +5,8 @@ Note [order of one micro-batch]
     2. announce: the next stage learns what comes before the work for it begins.
     3. ``make_inputs``, of which nothing waits for proxies; then land: they are in the memory that captured pieces read.
     4. forward. After the last step that reads the proxies the landing memory is free, and the next receive is posted
-       (``landing_was_read``). Before the first step that writes results, the previous send must have left
-       (``results_are_written``); steps before it overlap with that send.
+       (``landing_was_read``; of a full graph once it is launched, ``mark_landing_read``). Before the first step that
+       writes results, the previous send must have left (``results_are_written``); steps before it overlap with it.
     5. send the results from where the last pieces wrote them; what else of them is kept gets memory of its own.
 The module is compiled with ``static_outputs``, unless its graph breaks, and inside a wrapper that clones each proxy in
 the graph, so that landing memory is only read, by the first step as a rule, and no result lies in it.
@@ -418,9 +418,16 @@ class StageRunner:
 
     def landing_was_read(self) -> None:
         """For programs, see ``StageListener``: nothing reads landing memory any more in the call under way."""
-        if self._in_forward and self._uses_landing_memory:
+        self.mark_landing_read()
+        if self._in_forward:
             self._release()
+
+    def mark_landing_read(self) -> None:
+        """For programs: the same, amid launches of a device, which the host shall not hold up."""
+        if self._in_forward and self._inbox is not None and self._inbox.mark_read():
             self._stats.add("early_releases")
+            if self._stage.device.type == "cpu":
+                self._release()
 
     def results_are_written(self) -> None:
         """For programs: the next step of the call under way overwrites the results of the last one."""

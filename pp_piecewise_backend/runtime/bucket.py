@@ -3,9 +3,10 @@
 Note [one pass per bucket]
 All pieces of a bucket are captured in one pass over the program, in the order in which they replay. Memory whose last
 reader has been captured serves what is captured later, of this bucket and of all others of the same stage; that is
-sound only because a call replays in that very order and nothing but what it returns outlives it. Static results are
-therefore those alone that lie in a pool of their own: others, such as views of what a piece left for the next one or of
-a buffer that attention was given, are in memory that an early step of the next call may take while they are being sent.
+sound only because a call replays in that very order and nothing but what it returns outlives it. An early step of the
+next call may take it while results are being sent. So whatever lies in one storage with a result, such as what a piece
+leaves for the next one and a view of it is returned, is in pools and blocks of its own, which only steps take that come
+when results are written. A static result that lies elsewhere all the same is copied.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from .cudagraphs.memory import (
     undo_writes,
     without_repeats,
 )
+from .hooks import Notice
 from .instructions import Instruction, gather, run_steps
 from .stage import StageMemory, first_found
 from .warmup import Proofs
 
 GRAPH_POOL, OUTPUT_POOL = "graphs", "outputs"
-"""Pieces that write stage outputs have a pool of their own, so that no earlier piece of the next call overwrites what
-is still being sent."""
+"""What makes memory of results has a pool of its own, see Note [one pass per bucket]."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -145,12 +146,13 @@ class Bucket:
 def hoist_buffers(plan: GraphPlan) -> dict[int, Hoisted]:
     """The eager steps whose output buffers can be given to them: only captured pieces read what they write there."""
     found = {}
+    of_results = frozenset(plan.split.result_storages)
     for step, instruction in enumerate(plan.instructions):
         allocations = instruction.piece.traits.allocations
         wanted = {
             spec.storage
             for register, spec in zip(instruction.outputs, instruction.piece.output_specs, strict=True)
-            if spec is not None and register in plan.captured_readers and register not in plan.result_registers
+            if spec is not None and register in plan.captured_readers and spec.storage not in of_results
         }
         specs = {
             name: spec
@@ -216,6 +218,8 @@ class BucketCapture:
         self._leases: list[_Lease] = []
         """Of all static memory, in the order in which it was taken: one place may serve one value after the other."""
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
+        # A result that is a view of an input is taken from the caller's tensor.
+        self._result_storages = frozenset(plan.split.result_storages) - plan.input_storages
         self._registers: list[Any] = []
         self._real_tokens = 0
         self.copied_back = 0
@@ -277,6 +281,12 @@ class BucketCapture:
             self._memory.pools[name] = self._device.new_pool()
         return self._memory.pools[name]
 
+    def _pool_behind(self, instruction: Instruction, told: Sequence[tuple[Notice, ...]]) -> Any:
+        """For the part of a step that follows what was told, in order."""
+        is_before_results = "results_are_written" in instruction.tells.difference(*told)
+        has_results = instruction.piece.writes_stage_outputs and not is_before_results
+        return self._pool(OUTPUT_POOL if has_results else GRAPH_POOL)
+
     def _static_tensor(self, spec: TensorSpec, block: torch.Tensor) -> StaticTensor:
         shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
         return self._placed(tensor_in(block, shape, stride, spec.dtype), spec, block)
@@ -287,10 +297,12 @@ class BucketCapture:
     def _take(self, register: int, spec: TensorSpec) -> StaticTensor:
         """Static memory for a value, until its last reader has run."""
         shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
-        block = self._memory.blocks.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
+        is_of_results = spec.storage in self._result_storages
+        memory = self._memory.result_blocks if is_of_results else self._memory.blocks
+        block = memory.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
         static = self._static_tensor(spec, block)
         self.bucket.static[register] = static
-        self._leases.append(_Lease(span(block), {register}, [lambda: self._memory.blocks.give_back(block)]))
+        self._leases.append(_Lease(span(block), {register}, [lambda: memory.give_back(block)], is_of_results))
         return static
 
     def _lease_of(self, tensor: torch.Tensor) -> _Lease | None:
@@ -368,8 +380,8 @@ class BucketCapture:
             self._warm_up(step, instruction, inputs)
             if is_examined:
                 verdict, is_concluded = self._examine(step, instruction, inputs), True
-            name = OUTPUT_POOL if instruction.piece.writes_stage_outputs else GRAPH_POOL
-            graph = self._device.capture(instruction.run, inputs, self._pool(name))
+            pool = partial(self._pool_behind, instruction)
+            graph = self._device.capture(instruction.run_in_parts, inputs, pool([]), pool)
             places = self._places(graph, instruction)
         except Missed as missed:
             obstacle = missed.reason
@@ -395,7 +407,7 @@ class BucketCapture:
             if lease is not None:
                 lease.registers.add(register)  # an alias: of an input, or of an output before it
             elif not is_given:
-                lease = _Lease(span(static.tensor), {register}, [], name == OUTPUT_POOL)
+                lease = _Lease(span(static.tensor), {register}, [], instruction.piece.writes_stage_outputs)
                 self._leases.append(lease)
             if lease is not None and not is_given:
                 lease.ends.append(partial(graph.release_output, index))

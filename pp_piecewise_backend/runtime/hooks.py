@@ -7,7 +7,7 @@ them may raise or change what it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .tracing import Timeline
 
@@ -61,5 +61,12 @@ class StageListener(Protocol):
     def landing_was_read(self) -> None:
         """Every step that reads landing memory was run (on a GPU: enqueued), and steps follow that do not."""
 
+    def mark_landing_read(self) -> None:
+        """The same, while a full graph is launched: what takes the host longer than a launch waits for the last one."""
+
     def results_are_written(self) -> None:
         """The next step writes memory in which results of earlier calls lie."""
+
+
+Notice = Literal["mark_landing_read", "results_are_written"]
+"""What a ``StageListener`` is told between two parts of a full graph."""

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from .. import errors
 from ..compilation.placeholders import InputTable
 from ..compilation.specs import SymbolSpec
 from ..compilation.split import Piece, ResultValue, SizeOf, Split
-from .cudagraphs.memory import like
-from .ownership import undeclared_sharing
+from ..utils.addresses import MemoryMap
+from .cudagraphs.device import CaptureError
+from .cudagraphs.memory import like, memory_of, still_held
+from .hooks import Notice
+from .ownership import LandingWatch, undeclared_sharing
 from .tracing import Timeline, profiler_is_running, step_name, wrap
 
 if TYPE_CHECKING:
     from ..compilation.inductor import CompiledPiece
+
+
+Parts = Generator[tuple[Notice, ...], None, Sequence[Any]]
+"""A call in parts: what is to be told between them, and its outputs."""
 
 
 @dataclass
@@ -34,10 +46,22 @@ class Instruction:
     """Registers that nothing reads after this step, so that their memory is free for the next."""
     cloned_outputs: tuple[int, ...] | None = None
     """Outputs that a compiler merged with other memory although they must have their own; None: not looked at."""
+    parts: Callable[..., Parts] | None = None
+    """The same as ``call`` in parts, if it has several."""
+    tells: frozenset[Notice] = frozenset()
+    """What may be told between these."""
 
     def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
         """The step's outputs; of a compute piece, by its compiled code."""
-        outputs = self.call(*arguments)
+        return self._apart(arguments, self.call(*arguments))
+
+    def run_in_parts(self, arguments: Sequence[Any]) -> Parts:
+        """The same, leaving off wherever there is something to be told."""
+        outputs = self.call(*arguments) if self.parts is None else (yield from self.parts(*arguments))
+        return self._apart(arguments, outputs)
+
+    def _apart(self, arguments: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
+        """The outputs, each in memory of its own that must have it."""
         if self.cloned_outputs is None:
             self.cloned_outputs = _merged_outputs(self.piece, arguments, outputs)
         if self.cloned_outputs:
@@ -154,11 +178,26 @@ def lay_out(
     return Layout(instructions, registers, tuple(constants.values()), len(made), results)
 
 
-def lay_out_in_one(split: Split, pieces: Layout, table: InputTable, *, is_exact: bool) -> Layout | str:
+@dataclass(frozen=True)
+class Notices:
+    """What is to be told while the pieces of a full graph run."""
+
+    before: Mapping[int, tuple[Notice, ...]]
+    """Piece -> what to tell before it."""
+    first_with_results: int
+    """The first piece that makes memory of results, if anybody is told before it; else 0."""
+    watch: Callable[[], LandingWatch]
+    """Looks, in one call, for hidden readers of landing memory; where it finds one, nobody is told that it was read."""
+
+
+def lay_out_in_one(
+    split: Split, pieces: Layout, table: InputTable, notices: Notices | None = None, *, is_exact: bool
+) -> Layout | str:
     """The registers of the graph as one step, which runs the pieces; or why it cannot be one.
 
     Args:
         pieces: how the steps of ``split`` are laid out.
+        notices: if anybody is to be told anything on the way.
         is_exact: see ``pieces_are_exact`` of ``lay_out``.
     """
     in_one = split.in_one
@@ -170,16 +209,23 @@ def lay_out_in_one(split: Split, pieces: Layout, table: InputTable, *, is_exact:
     compute = [at for at, piece in enumerate(in_one.pieces) if piece.kind == "compute"]
     if len(compute) != 1:
         return "nothing in it can be captured"
-    step = _running_all(layout.instructions[compute[0]], in_one, split, pieces, len(table.inputs), is_exact)
-    if isinstance(step, str):
-        return step
+    step = layout.instructions[compute[0]]
+    in_one_step = _running_all(step, in_one, split, pieces, len(table.inputs), notices, is_exact)
+    if isinstance(in_one_step, str):
+        return in_one_step
     steps = list(layout.instructions)
-    steps[compute[0]] = step
+    steps[compute[0]] = in_one_step
     return replace(layout, instructions=tuple(steps))
 
 
 def _running_all(
-    step: Instruction, in_one: Split, split: Split, pieces: Layout, num_inputs: int, is_exact: bool
+    step: Instruction,
+    in_one: Split,
+    split: Split,
+    pieces: Layout,
+    num_inputs: int,
+    notices: Notices | None,
+    is_exact: bool,
 ) -> Instruction | str:
     """The step with a body that runs all pieces; or why there can be none."""
     given = [(at, source) for at, source in enumerate(step.arguments) if isinstance(source, int)]
@@ -190,16 +236,49 @@ def _running_all(
     hidden = [name for name in step.piece.outputs if name not in results]
     if missing or hidden or not all(isinstance(split.results[at], ResultValue) for at in results.values()):
         return "its results share memory in a way that a graph of all pieces cannot keep"
-    chosen = [results[name] for name in step.piece.outputs]
+    chosen = [pieces.results[results[name]] for name in step.piece.outputs]
 
-    def run_all(*arguments: Any) -> list[Any]:
+    def fill(arguments: Sequence[Any]) -> list[Any]:
         args: list[Any] = [None] * num_inputs
         for at, source in given:
             args[source] = arguments[at]
-        found, _ = pieces.run(args)
-        return [found[at] for at in chosen]
+        return pieces.fill(args)
 
-    return replace(step, call=run_all, cloned_outputs=() if is_exact else None)
+    def run_all(*arguments: Any) -> list[Any]:
+        registers = fill(arguments)
+        run_steps(pieces.instructions, registers, partial(_run_where_valid, registers))
+        return [registers[at] for at in chosen]
+
+    step = replace(step, call=run_all, cloned_outputs=() if is_exact else None)
+    if notices is None:
+        return step
+    bounds = [0, *sorted(notices.before), len(pieces.instructions)]
+
+    def in_parts(*arguments: Any) -> Parts:
+        registers = fill(arguments)
+        watch, earlier = notices.watch(), list[Any]()
+
+        def after(number: int, outputs: Sequence[Any]) -> None:
+            watch.after_step(number, outputs)
+            if number < notices.first_with_results:
+                earlier.extend(memory_of([output for output in outputs if isinstance(output, torch.Tensor)]))
+
+        for first, end in itertools.pairwise(bounds):
+            told = [what for what in notices.before.get(first, ()) if what != "mark_landing_read" or not watch.found]
+            if told:
+                yield tuple(told)
+            run_steps(pieces.instructions[first:end], registers, partial(_run_where_valid, registers), after)
+        found = [registers[at] for at in chosen]
+        made_earlier, given = still_held(earlier), MemoryMap.of(arguments)
+        if any(isinstance(r, torch.Tensor) and made_earlier.holds(r) and not given.holds(r) for r in found):
+            raise CaptureError(errors.RESULT_OF_AN_EARLIER_PIECE)
+        return found
+
+    return replace(step, parts=in_parts, tells=frozenset(itertools.chain(*notices.before.values())))
+
+
+def _run_where_valid(registers: Sequence[Any], instruction: Instruction) -> Sequence[Any]:
+    return instruction.run_where_valid(instruction.gather(registers))[0]
 
 
 def run_steps(

@@ -6,8 +6,9 @@ Note [early release]
 The landing memory of a stage may be filled again as soon as the last step that reads it has run. Which step that is
 follows from storages, not from who names the stage input: a slice that one piece returns and a later one reads keeps
 the memory alive. The analysis says so; where a step that runs un-captured returns a tensor that lies in landing
-memory although its facts say otherwise, the memory is released at the end of that call. Replayed steps cannot do so:
-their outputs have addresses of their own, and eager steps between them are given copies (see ``replay.py``).
+memory although its facts say otherwise, the memory is released at the end of that call. Replayed pieces cannot do so:
+their outputs have addresses of their own, and eager steps between them are given copies (see ``replay.py``). A full
+graph was seen to do so or not when it was captured.
 
 Note [undeclared sharing]
 The graph says which values share a storage: each spec has its number, the declared storage. What runs may know better
@@ -27,6 +28,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -75,6 +77,29 @@ def shares_undeclared(value: Any, storage: int | None, declared: MemoryMap) -> b
         return False
     found = declared.numbers_in(span(value))
     return bool(found) and storage not in found
+
+
+class LandingWatch:
+    """Looks for steps whose outputs lie in landing memory although their facts say otherwise: they hide readers of it.
+
+    See Note [early release].
+    """
+
+    def __init__(self, split: Split, boundary: Boundary, landing_spans: Sequence[Span]) -> None:
+        self._split = split
+        self._landing = MemoryMap(product(landing_spans, boundary.landing_storages))
+        self.found = False
+
+    def look_at(self, values: Iterable[Any], specs: Iterable[Any]) -> None:
+        """``specs``: what is known of each value; None for what is no tensor."""
+        self.found = self.found or any(
+            shares_undeclared(value, None if spec is None else spec.storage, self._landing)
+            for value, spec in zip(values, specs, strict=True)
+        )
+
+    def after_step(self, step: int, outputs: Sequence[Any]) -> None:
+        """See ``run_steps``."""
+        self.look_at(outputs, self._split.pieces[step].output_specs)
 
 
 def undeclared_sharing(

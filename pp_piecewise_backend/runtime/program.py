@@ -4,9 +4,14 @@ Note [full graphs beside pieces]
 A full graph is captured from one instruction that runs all steps of the split graph in order, the compiled pieces and
 attention between them. So nothing is compiled twice, and replaying it gives bit for bit what the steps give. What the
 instruction takes, gives, reads and writes is known from the same graph split as one step, and everything that holds for
-a piece holds for it: addresses are checked, padding needs a proof, it waits for the send of earlier results before it
-starts, and landing memory is free after it. A call that it cannot serve goes on to the pieces, which count their own
-misses.
+a piece holds for it: addresses are checked and padding needs a proof. A call that it cannot serve goes on to the
+pieces, which count their own misses.
+
+Note [parts of a full graph]
+Nothing inside of a graph can notify the host. So where somebody hands the memory of a stage over, a full graph is cut
+into up to three, launched one right after the other: behind the last piece that reads landing memory, and before the
+first one that writes results. The next proxies land, and the last results leave, while the one between computes. What
+would take the host long between two launches is only noted there, and done after the last one.
 
 Note [full graphs by default] (``mode="auto"``)
 Nobody asked for such a full graph. So there is one only where rule R9 is known to hold: every op of the graph, those of
@@ -24,7 +29,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +38,6 @@ from .. import errors
 from ..compilation.placeholders import GraphInput, InputTable
 from ..compilation.split import Piece, Split
 from ..utils import torch_compat
-from ..utils.addresses import MemoryMap
 from ..utils.counters import TOTALS, Stats, counted
 from ..utils.reasons import Reason, miss
 from .apart import Apart
@@ -43,9 +46,9 @@ from .capture_plan import GraphKind, GraphPlan
 from .cudagraphs.foreign import capture_check
 from .cudagraphs.memory import like
 from .dispatch import Graphs, ParameterSet
-from .hooks import NO_EVENTS, Events, StageListener
-from .instructions import Layout, lay_out, lay_out_in_one
-from .ownership import find_boundary, merged_results, shares_undeclared
+from .hooks import NO_EVENTS, Events, Notice, StageListener
+from .instructions import Layout, Notices, lay_out, lay_out_in_one
+from .ownership import LandingWatch, find_boundary, merged_results
 from .replay import Call
 from .stage import Stage, StageMemory
 from .warmup import Measured, Session, Stopwatch, current_session
@@ -304,24 +307,18 @@ class Program:
     def _releasing(self, args: Sequence[Any], listener: StageListener) -> Callable[[int, Sequence[Any]], None]:
         """What to do after each step of an un-captured call, see Note [early release]."""
         assert self.stage is not None
-        boundary = self.boundary
-        landing = MemoryMap(product(self.stage.landing_spans, boundary.landing_storages))
-        specs = ((at, self.inputs[at].spec) for at in self.table.passed_in_the_call)
-        is_hidden = any(spec is not None and shares_undeclared(args[at], spec.storage, landing) for at, spec in specs)
+        boundary, watch = self.boundary, LandingWatch(self.split, self.boundary, self.stage.landing_spans)
+        passed = [at for at in self.table.passed_in_the_call if self.inputs[at].spec is not None]
+        watch.look_at([args[at] for at in passed], [self.inputs[at].spec for at in passed])
 
-        def watch(step: int, outputs: Sequence[Any]) -> None:
-            nonlocal is_hidden
+        def after_step(step: int, outputs: Sequence[Any]) -> None:
             if boundary.last_reader is None or step > boundary.last_reader:
                 return
-            specs = self.split.pieces[step].output_specs
-            is_hidden = is_hidden or any(
-                shares_undeclared(output, None if spec is None else spec.storage, landing)
-                for output, spec in zip(outputs, specs, strict=True)
-            )
-            if step == boundary.last_reader and step + 1 < len(self.split.pieces) and not is_hidden:
+            watch.after_step(step, outputs)
+            if step == boundary.last_reader and step + 1 < len(self.split.pieces) and not watch.found:
                 listener.landing_was_read()
 
-        return watch
+        return after_step
 
     def _run_whole(self, args: Sequence[Any], reason: Reason, session: Session | None) -> tuple[Sequence[Any], Call]:
         self.whole_plain_run = reason.sentence
@@ -355,7 +352,7 @@ class FullGraphs:
         """None where there can be no full graph; see ``why_not``."""
         self.max_tokens = plan.config.full_max_tokens
         self._apart: Apart | None = None
-        layout = lay_out_in_one(split, pieces, table, is_exact=plan.config.compiler == "eager")
+        layout = lay_out_in_one(split, pieces, table, _notices(split, plan), is_exact=plan.config.compiler == "eager")
         self.why_not = layout if isinstance(layout, str) else ""
         """Why there can be no full graph, whatever the size."""
         if isinstance(layout, str):
@@ -409,6 +406,19 @@ class FullGraphs:
     def buckets(self) -> list[tuple[Bucket, ParameterSet]]:
         """What is captured now, largest bucket first."""
         return [] if self.graphs is None else self.graphs.buckets
+
+
+def _notices(split: Split, plan: GraphPlan) -> Notices | None:
+    """What a full graph of these pieces tells on the way, see Note [parts of a full graph]."""
+    boundary, before = plan.boundary, dict[int, tuple[Notice, ...]]()
+    if plan.listener is not None and boundary.last_reader is not None:
+        before[boundary.last_reader + 1] = ("mark_landing_read",)
+    if plan.listener is not None and boundary.first_writer and plan.config.static_outputs:
+        before[boundary.first_writer] = (*before.get(boundary.first_writer, ()), "results_are_written")
+    before.pop(len(split.pieces), None)
+    watch = partial(LandingWatch, split, boundary, plan.landing_spans)
+    with_results = next((piece for piece, told in before.items() if "results_are_written" in told), 0)
+    return Notices(before, with_results, watch) if before else None
 
 
 class UnsplitProgram:

@@ -25,6 +25,7 @@ from . import padding_test
 from .bucket import Bucket, described, inputs_as_wide_as_the_bucket, plan_name, real_rows, shares_memory
 from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, like, without_repeats
+from .hooks import StageListener
 from .instructions import Instruction, picker, run_steps
 from .ownership import shares_undeclared
 from .tracing import Timeline, profiler_is_running, step_name, wrap
@@ -112,8 +113,15 @@ class _Step:
     def run(self, call: Call) -> None:
         raise NotImplementedError
 
+    tells: Sequence[str] = ()
+    """What the listener of the stage is told in the middle of it."""
+
     def row(self) -> _Row:
         return _Row(run=self.run)
+
+    def rows(self, listener: StageListener | None) -> list[tuple[str | None, _Row]]:
+        """With what a profiler shows; None for what is no step."""
+        return [(self.name, self.row())]
 
 
 class UnexpectedTensor(Missed):
@@ -179,7 +187,8 @@ class _Replay(_Step):
         super().__init__(program, step)
         static = program.bucket.static
         self.num_tokens = program.num_tokens
-        self.replay = program.bucket.graphs[step].replay
+        graph = program.bucket.graphs[step]
+        self.replay, self.parts, self._borders = graph.replay, graph.parts, graph.borders
         written = [register for register in program.plan.written_registers[step] if register in static]
         self.back = [(register, static[register].rows(self.num_tokens)) for register in written]
         """Stage inputs that the piece writes: their registers, and where the truth is."""
@@ -190,9 +199,20 @@ class _Replay(_Step):
                 program.template[register] = real_rows(static[register], self.num_tokens)
             elif register in program.plan.result_registers or register in program.last_use_outside:
                 self.border.append((register, static[register]))
+        if not (self.back or self.border):
+            self.tells = [name for names in self._borders for name in names]
 
     def row(self) -> _Row:
         return super().row() if self.back or self.border else _Row(self.replay)
+
+    def rows(self, listener: StageListener | None) -> list[tuple[str | None, _Row]]:
+        if listener is None or not self.tells:
+            return super().rows(listener)
+        rows: list[tuple[str | None, _Row]] = []
+        for number, part in enumerate(self.parts):
+            rows += [(None, _Row(getattr(listener, name))) for name in (self._borders[number - 1] if number else ())]
+            rows.append((f"{self.name}.part[{number}]", _Row(part)))
+        return rows
 
     def run(self, call: Call) -> None:
         self.replay()
@@ -371,9 +391,9 @@ class FlatProgram:
             if listener is not None:
                 if may_release and boundary.last_reader == number - 1:
                     self._named_rows.append((None, _Row(listener.landing_was_read)))
-                if boundary.first_writer == number:
+                if boundary.first_writer == number and "results_are_written" not in step.tells:
                     self._named_rows.append((None, _Row(listener.results_are_written)))
-            self._named_rows.append((step.name, step.row()))
+            self._named_rows += step.rows(listener)
         self._rows = [tuple(row) for _, row in self._named_rows]  # which a loop unpacks in half the time
 
     def copy_after(self, step: int, register: int) -> _Copy | None:

@@ -95,7 +95,8 @@ class StageMemory:
         """Held by the call that uses the memory."""
         self.holder: int | None = None
         """The thread of that call."""
-        self.blocks = StaticMemory()
+        self.blocks, self.result_blocks = StaticMemory(), StaticMemory()
+        """The second ones are for values in whose memory results lie, see ``OUTPUT_POOL``."""
         self.pools: dict[str, Pool] = {}
         """Pools of graph memory, by name."""
         self._users: set[Captures] = set()
@@ -119,8 +120,7 @@ class StageMemory:
         """``user`` has released its graphs. The last one releases pools and blocks, see Note [release order]."""
         self._users.discard(user)
         if not self._users:
-            self.pools.clear()
-            self.blocks.release()
+            self._release_memory()
 
     def drop_largest(self, limit_bytes: int) -> None:
         """Make room: the largest bucket of all programs is captured no more, or of those that give way."""
@@ -140,8 +140,12 @@ class StageMemory:
         for user in list(self._users):
             user.release_buckets()
             user.retry_dropped()
+        self._release_memory()
+
+    def _release_memory(self) -> None:
         self.pools.clear()
         self.blocks.release()
+        self.result_blocks.release()
 
     def spoil_given_out(self) -> None:
         """Overwrite ``given_out``."""
@@ -152,7 +156,7 @@ class StageMemory:
 
     def update_gauges(self, stats: Stats) -> None:
         """Count in ``stats`` what is held now. All programs of a stage share its memory, which counts once."""
-        now = self.graph_bytes, self.blocks.held_bytes
+        now = self.graph_bytes, self.blocks.held_bytes + self.result_blocks.held_bytes
         before, self._counted_bytes = self._counted_bytes, now
         stats.add_many({"graph_bytes": now[0] - before[0], "static_bytes": now[1] - before[1]})
 

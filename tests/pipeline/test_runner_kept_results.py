@@ -19,6 +19,7 @@ from pp_piecewise_backend.pipeline.transports.local import LocalHub
 from pp_piecewise_backend.runtime import dispatch
 from pp_piecewise_backend.utils.counters import Snapshot
 from stages_in_threads import all_well, together, warm_up_alone
+from switches import let_results_share_memory_with_earlier_steps
 
 pytestmark = pytest.mark.usefixtures("fresh_backend")
 
@@ -229,13 +230,14 @@ class Adds(nn.Module):
         return h + more
 
 
-@pytest.mark.parametrize("is_copied", [True, False])
+@pytest.mark.parametrize("is_apart", [True, False])
 @pytest.mark.parametrize("make", [SendsABuffer, SendsTwoViews])
-def test_results_that_lie_where_early_steps_write_are_sent_from_copies(
-    make: Callable[[int], nn.Module], is_copied: bool, monkeypatch: pytest.MonkeyPatch
+def test_results_do_not_lie_where_early_steps_write(
+    make: Callable[[int], nn.Module], is_apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next stage takes them when the one that sends has begun the next micro-batch."""
-    if not is_copied:
+    if not is_apart:
+        let_results_share_memory_with_earlier_steps(monkeypatch)
         monkeypatch.setattr(dispatch, "hand_over", lambda *arguments: 0)
     proxies = {**PROXIES, "more": ppb.Proxy((WIDTH,), torch.float32)}
     hub = LocalHub(2, LONGEST_SECONDS)
@@ -262,5 +264,5 @@ def test_results_that_lie_where_early_steps_write_are_sent_from_copies(
     for call in range(6):
         sent = make(0)(inputs_of(call))
         expected.append(sent["h"] + sent["more"])
-    with contextlib.nullcontext() if is_copied else pytest.raises(AssertionError):
+    with contextlib.nullcontext() if is_apart else pytest.raises(AssertionError):
         torch.testing.assert_close(given, expected)

@@ -48,6 +48,8 @@ class Listener:
     def landing_was_read(self) -> None:
         assert not self.is_deaf, "landing memory was declared free, but nothing was read"
 
+    mark_landing_read = landing_was_read
+
     def results_are_written(self) -> None:
         assert not self.is_deaf, "waited for the send of earlier results"
 

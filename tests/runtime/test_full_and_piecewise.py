@@ -90,7 +90,7 @@ def test_small_calls_replay_one_graph_and_others_the_pieces(device: str, row_wis
     graphs = describe_graphs(pair.program)
     assert graphs.full is not None and [b.tokens for b in graphs.full.buckets] == [4]
     text = " ".join(ppb.explain().split())
-    assert "full graphs up to 4 tokens" in text and "landing memory is free at its end" in text
+    assert "full graphs up to 4 tokens" in text and "the next proxies may land at its end" in text
     html = report_page(describe(pair.program), defaultdict(str))
     assert "<h3>Full graphs</h3>" in html and "for calls of up to 4 tokens" in html
     assert (graphs.full.padding == "safe") is row_wise and f" padding {graphs.full.padding} " in text

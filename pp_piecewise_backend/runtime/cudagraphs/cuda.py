@@ -21,7 +21,7 @@ import torch
 
 from ...utils import torch_compat
 from ...utils.addresses import MemoryMap
-from .device import CaptureError, PieceCall, released
+from .device import CaptureError, PieceCall, in_parts, released
 
 
 class CudaPool:
@@ -55,13 +55,28 @@ class CudaPool:
 class CudaGraph:
     """One captured piece on CUDA."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Any], inputs: MemoryMap, pool: CudaPool) -> None:
-        self._graph = graph
-        self._pool: CudaPool | None = pool
-        pool.graphs += 1
-        self.replay = graph.replay
+    def __init__(
+        self,
+        graphs: Sequence[torch.cuda.CUDAGraph],
+        borders: list[Any],
+        outputs: Sequence[Any],
+        inputs: MemoryMap,
+        pools: Sequence[CudaPool],
+    ) -> None:
+        self._graphs = graphs
+        self._pools = pools
+        """Of each graph."""
+        for pool in pools:
+            pool.graphs += 1
+        self.parts: list[Callable[[], None]] = [graph.replay for graph in graphs]
+        self.borders = borders
+        self.replay = self.parts[0] if len(self.parts) == 1 else self._replay_all
         self._strong: list[Any] = [o if isinstance(o, torch.Tensor) and not inputs.holds(o) else None for o in outputs]
         self.outputs = [torch_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
+
+    def _replay_all(self) -> None:
+        for part in self.parts:
+            part()
 
     def release_output(self, index: int) -> None:
         if self._strong:
@@ -69,12 +84,13 @@ class CudaGraph:
 
     def release(self) -> None:
         self._strong = []
-        self.outputs = []
+        self.outputs, self.parts = [], []
         self.replay = released
-        self._graph.reset()
-        if self._pool is not None:
-            self._pool.graphs -= 1
-            self._pool = None
+        for graph in self._graphs:
+            graph.reset()
+        for pool in self._pools:
+            pool.graphs -= 1
+        self._pools = ()
 
 
 class CudaDevice:
@@ -90,25 +106,44 @@ class CudaDevice:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: CudaPool) -> CudaGraph:
-        graph = torch.cuda.CUDAGraph()
+    def capture(
+        self,
+        call: PieceCall,
+        inputs: Sequence[Any],
+        pool: CudaPool,
+        pool_behind: Callable[[list[Any]], CudaPool] | None = None,
+    ) -> CudaGraph:
+        pools = [pool]
+        handles = {pool: pool.begin()}
+        graphs: list[torch.cuda.CUDAGraph] = []
+        borders: list[Any] = []
         outputs: Sequence[Any] | None = None
         try:
             with _side_stream(), _no_garbage_collection(), torch_compat.no_cached_casts():
-                graph.capture_begin(pool=pool.begin(), capture_error_mode="thread_local")
-                try:
-                    outputs = call(inputs)
-                finally:
-                    graph.capture_end()
+                running = in_parts(call, inputs)
+                while outputs is None:
+                    graphs.append(torch.cuda.CUDAGraph())
+                    graphs[-1].capture_begin(pool=handles[pools[-1]], capture_error_mode="thread_local")
+                    try:
+                        borders.append(next(running))
+                    except StopIteration as end:
+                        outputs = end.value
+                    finally:
+                        graphs[-1].capture_end()
+                    if outputs is None:
+                        pools.append(pool if pool_behind is None else pool_behind(borders))
+                        if pools[-1] not in handles:
+                            handles[pools[-1]] = pools[-1].begin()
         except Exception as error:
             outputs = None
-            with contextlib.suppress(Exception):
-                graph.reset()
+            for graph in graphs:
+                with contextlib.suppress(Exception):
+                    graph.reset()
             # An error inside a capture stays pending in CUDA until somebody asks for it.
             with contextlib.suppress(Exception):
                 torch.cuda.synchronize()
             raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return CudaGraph(graph, outputs, MemoryMap.of(inputs), pool)
+        return CudaGraph(graphs, borders, outputs, MemoryMap.of(inputs), pools)
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

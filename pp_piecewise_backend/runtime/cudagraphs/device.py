@@ -12,10 +12,11 @@ collectives they hold. The reverse order leaves a graph with addresses of freed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
-PieceCall = Callable[[Sequence[Any]], Sequence[Any]]
+PieceCall = Callable[[Sequence[Any]], Sequence[Any] | Generator[Any, None, Sequence[Any]]]
+"""Gives the outputs of a piece. A generator yields, besides, wherever its graph is to be cut into parts."""
 
 
 class CaptureError(Exception):
@@ -28,6 +29,10 @@ class CapturedGraph(Protocol):
     outputs: list[Any]
     """Output tensors, which own no memory: valid from one replay until a later graph of the pool reuses the memory."""
     replay: Callable[[], None]
+    parts: list[Callable[[], None]]
+    """What ``replay`` runs, one after the other: whoever replays may call these and do something in between."""
+    borders: list[Any]
+    """What the captured call yielded between the parts."""
 
     def release_output(self, index: int) -> None:
         """Say that nothing captured from now on may find this output's memory in use."""
@@ -48,8 +53,15 @@ class Device(Protocol):
 
     def new_pool(self) -> Pool: ...
 
-    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: Any) -> CapturedGraph:
+    def capture(
+        self, call: PieceCall, inputs: Sequence[Any], pool: Any, pool_behind: Callable[[list[Any]], Any] | None = None
+    ) -> CapturedGraph:
         """Record what ``call`` does to ``inputs``. The outputs hold no values until the first replay.
+
+        Args:
+            pool: memory of the first part.
+            pool_behind: for all that the call has yielded so far, memory of the part behind it. A part may overwrite
+                what the last replay left in its pool.
 
         Raises:
             CaptureError: the piece does what no graph can hold.
@@ -63,6 +75,12 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Return when all that was enqueued has run."""
+
+
+def in_parts(call: PieceCall, inputs: Sequence[Any]) -> Generator[Any, None, Sequence[Any]]:
+    """The call as a generator, whichever it is."""
+    outcome = call(inputs)
+    return (yield from outcome) if isinstance(outcome, Generator) else outcome
 
 
 def released() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...utils import torch_compat
 from ...utils.addresses import MemoryMap
-from .device import CaptureError, PieceCall, released
+from .device import CaptureError, PieceCall, in_parts, released
 from .memory import StaticMemory, tensor_in, undo_writes
 
 SCRIBBLE_BYTE = 0xFF
@@ -24,17 +25,21 @@ class EmulatedGraph:
     """One captured piece, emulated: a replay repeats the recorded ops on the captured inputs, address for address.
 
     It writes NaN over all memory of its pool that was free when it was captured, since a real graph may use that for
-    its intermediates. Where the piece does not consist of PyTorch ops (Inductor's C++), a replay calls it again.
+    its intermediates, and so over its own outputs before it computes them. Where the piece does not consist of PyTorch
+    ops (Inductor's C++), a replay calls it again.
     """
 
     def __init__(
         self,
-        run: Callable[[], Sequence[Any]],
+        run: Callable[[], Generator[Any, None, Sequence[Any]]],
+        borders: list[Any],
         results: Sequence[Any],
         inputs: MemoryMap,
-        pool: StaticMemory,
+        pools: Sequence[StaticMemory],
     ) -> None:
-        self._run, self._pool = run, pool
+        self._run, self._pools = run, pools
+        pool = pools[-1]
+        free = {id(one): list(one.free) for one in pools}
         self._blocks: list[torch.Tensor | None] = [None] * len(results)
         """Per output the block of the pool that it lies in; None for an input, and for what is no tensor."""
         self.outputs = list(results)
@@ -53,15 +58,36 @@ class EmulatedGraph:
                 block.fill_(SCRIBBLE_BYTE)  # a real capture computes nothing
         self._unread = {index for index, block in enumerate(self._blocks) if block is not None}
         """Outputs that are still to be read: a block is free once none of those in it is."""
-        self._free = list(pool.free)
+        free[id(pool)] += placed.values()
+        self._scribbled = [free.pop(id(one), []) for one in pools]
+        """Per part memory that it is the first to use."""
+        self.borders = borders
+        self.parts: list[Callable[[], None]] = [
+            partial(self._replay_part, number) for number in range(len(borders) + 1)
+        ]
+        self._running: Generator[Any, None, Sequence[Any]] = run()
         self.replay = self._replay
 
     def _replay(self) -> None:
+        for part in self.parts:
+            part()
+
+    def _replay_part(self, number: int) -> None:
         _refuse_in_a_capture("a graph is replayed")
         with torch.no_grad():
-            for memory in self._free:
+            if number == 0:
+                self._running = self._run()
+            for memory in self._scribbled[number]:
                 memory.fill_(SCRIBBLE_BYTE)
-            for result, block in zip(self._run(), self._blocks, strict=True):
+            try:
+                next(self._running)
+            except StopIteration as end:
+                results = end.value
+            else:
+                results = None
+            if (results is None) != (number < len(self.borders)):
+                raise CaptureError("a replay has other parts than its capture")
+            for result, block in zip(results or (), self._blocks if results else (), strict=True):
                 if block is not None:
                     # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
                     num_bytes = result.untyped_storage().nbytes()
@@ -72,13 +98,14 @@ class EmulatedGraph:
             self._unread.remove(index)
             block = self._blocks[index]
             if block is not None and not any(self._blocks[other] is block for other in self._unread):
-                self._pool.give_back(block)
+                self._pools[-1].give_back(block)
 
     def release(self) -> None:
         for index in list(self._unread):
             self.release_output(index)
-        self.outputs, self._blocks, self._free = [], [], []
-        self.replay, self._run, self._pool = released, lambda: (), StaticMemory()
+        self.outputs, self._blocks, self._scribbled, self.parts, self._pools = [], [], [], [], ()
+        self._running.close()
+        self.replay, self._run = released, lambda: in_parts(lambda given: (), ())
 
 
 class EmulatedDevice:
@@ -96,17 +123,30 @@ class EmulatedDevice:
     def synchronize(self) -> None:
         _refuse_in_a_capture("the host waits")
 
-    def capture(self, call: PieceCall, inputs: Sequence[Any], pool: StaticMemory) -> EmulatedGraph:
+    def capture(
+        self,
+        call: PieceCall,
+        inputs: Sequence[Any],
+        pool: StaticMemory,
+        pool_behind: Callable[[list[Any]], StaticMemory] | None = None,
+    ) -> EmulatedGraph:
         # As in a real graph: the captured addresses, whatever becomes of the tensors and of their memory.
         alias = torch_compat.tensor_without_ownership
         captured = [alias(value) if isinstance(value, torch.Tensor) else value for value in inputs]
         given = MemoryMap.of(captured)
         _refuse_in_a_capture("another capture begins")
         recorder = _Recorder()
+        borders: list[Any] = []
         before = [(value, value.clone()) for value in captured if isinstance(value, torch.Tensor)]
         try:
             with capturing(), torch.no_grad(), torch_compat.no_cached_casts(), _NoHostReads(), recorder:
-                results = call(captured)
+                running = in_parts(call, captured)
+                try:
+                    while True:
+                        borders.append(next(running))
+                        recorder.cut()
+                except StopIteration as end:
+                    results = end.value
         except CaptureError:
             raise
         except Exception as error:
@@ -115,7 +155,9 @@ class EmulatedDevice:
             with torch.no_grad():
                 undo_writes(before)  # a real capture runs nothing
         run = recorder.tape(captured, results) if self._records_ops else None
-        return EmulatedGraph(run or (lambda: call(captured)), results, given, pool)
+        ends = range(1, len(borders) + 1)
+        pools = [pool, *(pool if pool_behind is None else pool_behind(borders[:end]) for end in ends)]
+        return EmulatedGraph(run or (lambda: in_parts(call, captured)), borders, results, given, pools)
 
     def is_capturing(self) -> bool:
         return _CAPTURING.depth > 0
@@ -153,7 +195,11 @@ class _Recorder(torch_compat.TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ops: list[tuple[Any, Any, Any, list[Any]]] = []
+        self._parts: list[list[tuple[Any, Any, Any, list[Any]]]] = [[]]
+
+    def cut(self) -> None:
+        """What follows is another part of the tape."""
+        self._parts.append([])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -184,32 +230,37 @@ class _Recorder(torch_compat.TorchDispatchMode):
             return result
         result = func(*args, **kwargs)
         leaves = torch_compat.tensors_in(result)
-        self._ops.append((func, args, kwargs, leaves))
+        self._parts[-1].append((func, args, kwargs, leaves))
         return result
 
-    def tape(self, inputs: Sequence[Any], results: Sequence[Any]) -> Callable[[], Sequence[Any]]:
-        """What repeats the recorded ops on the very same input tensors and gives their results."""
+    def tape(self, inputs: Sequence[Any], results: Sequence[Any]) -> Callable[[], Generator[None, None, Sequence[Any]]]:
+        """What repeats the recorded ops on the very same input tensors and gives their results, part by part."""
         slots: dict[int, int] = {}
-        steps = []
-        for func, args, kwargs, leaves in self._ops:
-            taken = torch_compat.tree_map(lambda v: _Slot(slots[id(v)]) if id(v) in slots else v, (args, kwargs))
-            made = [slots.setdefault(id(leaf), len(slots)) for leaf in leaves]
-            steps.append((func, *taken, made))
+        parts: list[list[Any]] = []
+        for ops in self._parts:
+            parts.append([])
+            for func, args, kwargs, leaves in ops:
+                taken = torch_compat.tree_map(lambda v: _Slot(slots[id(v)]) if id(v) in slots else v, (args, kwargs))
+                made = [slots.setdefault(id(leaf), len(slots)) for leaf in leaves]
+                parts[-1].append((func, *taken, made))
         wanted = [_Slot(slots[id(r)]) if id(r) in slots else r for r in results]
         count = len(slots)
 
-        def run() -> Sequence[Any]:
+        def run() -> Generator[None, None, Sequence[Any]]:
             values: list[Any] = [None] * count
 
             def fill(value: Any) -> Any:
                 return values[value.index] if isinstance(value, _Slot) else value
 
-            with torch_compat.no_autocast():
-                for func, args, kwargs, made in steps:
-                    result = func(*torch_compat.tree_map(fill, args), **torch_compat.tree_map(fill, kwargs))
-                    leaves = torch_compat.tensors_in(result)
-                    for slot, leaf in zip(made, leaves, strict=True):
-                        values[slot] = leaf
+            for number, steps in enumerate(parts):
+                if number:
+                    yield
+                with torch_compat.no_autocast():
+                    for func, args, kwargs, made in steps:
+                        result = func(*torch_compat.tree_map(fill, args), **torch_compat.tree_map(fill, kwargs))
+                        leaves = torch_compat.tensors_in(result)
+                        for slot, leaf in zip(made, leaves, strict=True):
+                            values[slot] = leaf
             return [fill(value) for value in wanted]
 
         return run

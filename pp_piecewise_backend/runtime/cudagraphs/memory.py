@@ -17,6 +17,7 @@ import torch
 
 from ... import errors
 from ...compilation.specs import TensorSpec, evaluate
+from ...utils.addresses import MemoryMap
 
 ALIGNMENT_BYTES = 256
 
@@ -227,6 +228,12 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def memory_of(tensors: Iterable[torch.Tensor]) -> list[weakref.ref[torch.UntypedStorage]]:
     """The storages of some tensors, which it does not keep alive."""
     return [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+
+
+def still_held(storages: Iterable[weakref.ref[torch.UntypedStorage]]) -> MemoryMap:
+    """Where those of ``memory_of`` lie that something keeps alive."""
+    alive = (storage for reference in storages if (storage := reference()) is not None)
+    return MemoryMap(((storage.data_ptr(), storage.data_ptr() + storage.nbytes()), None) for storage in alive)
 
 
 def undo_writes(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -520,6 +520,103 @@ def test_a_piece_that_is_no_list_of_ops_is_called_again() -> None:
     x.add_(1)
     graph.replay()
     assert calls == [3, 3] and same_bits(graph.outputs[0], x * 3)
+
+
+# ----------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("consists_of_ops", [True, False])
+def test_between_two_parts_something_else_may_happen(on: str, consists_of_ops: bool) -> None:
+    x, y = tensor(on, 3, 4), tensor(on, 3, 4)
+
+    def call(given: Sequence[Tensor]) -> Iterator[Any]:
+        doubled = given[0] * 2
+        yield "x was read"
+        total = doubled + given[1]
+        yield "y was read"
+        return (total * total,)
+
+    device = make_device(on, consists_of_ops)
+    graph = device.capture(call, [x, y], device.new_pool())
+    assert graph.borders == ["x was read", "y was read"] and len(graph.parts) == 3
+    for _ in range(2):
+        expected = x * 2 + y
+        graph.parts[0]()
+        x.fill_(float("nan"))
+        graph.parts[1]()
+        y.fill_(float("nan"))
+        graph.parts[2]()
+        assert same_bits(graph.outputs[0], expected * expected)
+        x.copy_(tensor(on, 3, 4))
+        y.copy_(tensor(on, 3, 4))
+    graph.replay()
+    assert same_bits(graph.outputs[0], (x * 2 + y) * (x * 2 + y))
+    graph.release()
+    assert not graph.parts and device.new_pool().held_bytes == 0
+
+
+def test_outputs_in_a_pool_of_their_own_outlive_the_parts_before_theirs(on: str) -> None:
+    x = tensor(on, 300, 400)
+
+    def call(given: Sequence[Tensor]) -> Iterator[Any]:
+        y = given[0]
+        for _ in range(4):
+            y = (y + 1) * 2
+        yield "results"
+        return (y - 1, y + 1)
+
+    device = make_device(on, compiler_runs_ops=True)
+    first, second = device.new_pool(), device.new_pool()
+    told: list[Any] = []
+
+    def pool_behind(borders: list[Any]) -> Any:
+        told.append([*borders])
+        return second
+
+    graph = device.capture(call, [x], first, pool_behind)
+    assert told == [["results"]] and second.held_bytes
+    graph.replay()
+    results = [output.clone() for output in graph.outputs]
+    x.copy_(tensor(on, 300, 400))
+    graph.parts[0]()
+    assert all(map(same_bits, graph.outputs, results))
+    graph.parts[1]()
+    assert not any(map(same_bits, graph.outputs, results))
+    graph.release()
+    assert first.held_bytes == 0 and (on == "emulate" or second.held_bytes == 0)
+
+
+def test_outputs_in_the_pool_of_an_earlier_part_do_not_in_emulation() -> None:
+    x = torch.randn(3)
+
+    def call(given: Sequence[Tensor]) -> Iterator[Any]:
+        y = given[0] + 1
+        yield "results"
+        return (y * 2,)
+
+    device = make_device("emulate", compiler_runs_ops=True)
+    graph = device.capture(call, [x], device.new_pool())
+    graph.replay()
+    graph.parts[0]()
+    assert graph.outputs[0].isnan().all()
+
+
+def test_what_fails_in_a_later_part_leaves_no_graph(on: str) -> None:
+    x = tensor(on, 3)
+
+    def call(given: Sequence[Tensor]) -> Iterator[Any]:
+        y = given[0] + 1
+        yield "first part"
+        return (y * y.sum().item(),)
+
+    device = make_device(on, compiler_runs_ops=True)
+    pool = device.new_pool()
+    with pytest.raises(CaptureError):
+        device.capture(call, [x], pool)
+    assert not device.is_capturing()
+    graph = device.capture(lambda given: (given[0] + 1,), [x], pool)
+    graph.replay()
+    assert same_bits(graph.outputs[0], x + 1)
 
 
 @pytest.mark.parametrize(
