@@ -80,4 +80,4 @@ def let_results_share_memory_with_earlier_steps(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(bucket.BucketCapture, "__init__", without)
     if in_pools:
-        monkeypatch.setattr(bucket.BucketCapture, "_pool_behind", lambda self, *_: self._pool(bucket.GRAPH_POOL))
+        monkeypatch.setattr(bucket.BucketCapture, "_pool_after", lambda self, *_: self._pool(bucket.GRAPH_POOL))

@@ -149,8 +149,8 @@ def _describe_full(full: FullSide) -> FullGraphs:
     (step,) = full.graphs.plan.capturable
     padding, captures = full.graphs.padding_of(step), _describe_captures(full.graphs)
     why = _WHY_BY_DEFAULT if full.graphs.gives_way else ""
-    tells: list[str] = [*sorted(full.graphs.plan.instructions[step].tells)]
-    return FullGraphs(max_tokens=full.max_tokens, why=why, padding=padding, tells=tells, **captures)
+    notices: list[str] = [*sorted(full.graphs.plan.instructions[step].notices)]
+    return FullGraphs(max_tokens=full.max_tokens, why=why, padding=padding, notices=notices, **captures)
 
 
 def told(reason: Reason) -> dict[str, str]:

@@ -134,8 +134,8 @@ def _full_lines(full: FullGraphs) -> list[str]:
     """Which calls replay everything as one graph, and why others replay the pieces."""
     if full.why_not:
         return entry("  full graphs", f"none, the pieces replay instead: {full.why_not}")
-    writes = "the part of each that writes results" if "results_are_written" in full.tells else "each"
-    lands = "once its first part has read them" if "mark_landing_read" in full.tells else "at its end"
+    writes = "the part of each that writes results" if "results_are_written" in full.notices else "each"
+    lands = "once its first part has read them" if "mark_landing_read" in full.notices else "at its end"
     lines = entry(
         "  full graphs",
         f"up to {counted(full.max_tokens, 'token')}{full.why and f', since {full.why}'}; {writes} starts once the "

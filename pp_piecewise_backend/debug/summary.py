@@ -125,7 +125,10 @@ class FullGraphs(_Entry):
     why: str = Field(default="", description="Why there are some, where nobody asked for them.")
     why_not: str = Field(default="", description="Why there is none at any size, if so.")
     padding: str = Field(default="", description="'safe' if one may run on padded rows, or why not.")
-    tells: list[str] = Field(default=[], description="What the stage is told between the parts that it is launched in.")
+    notices: list[str] = Field(
+        default=[],
+        description="Methods of the listener of the stage that are called between the parts that it is launched in.",
+    )
     buckets: list[BucketEntry] = []
     dropped: list[DroppedEntry] = Field(default=[], description="Sizes that are captured no more.")
     misses: list[MissEntry] = Field(default=[], description="Calls that went on to the pieces.")

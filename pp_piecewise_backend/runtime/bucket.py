@@ -281,9 +281,9 @@ class BucketCapture:
             self._memory.pools[name] = self._device.new_pool()
         return self._memory.pools[name]
 
-    def _pool_behind(self, instruction: Instruction, told: Sequence[tuple[Notice, ...]]) -> Any:
-        """For the part of a step that follows what was told, in order."""
-        is_before_results = "results_are_written" in instruction.tells.difference(*told)
+    def _pool_after(self, instruction: Instruction, given: Sequence[tuple[Notice, ...]]) -> Any:
+        """For the part of a step after these notices, in order."""
+        is_before_results = "results_are_written" in instruction.notices.difference(*given)
         has_results = instruction.piece.writes_stage_outputs and not is_before_results
         return self._pool(OUTPUT_POOL if has_results else GRAPH_POOL)
 
@@ -380,7 +380,7 @@ class BucketCapture:
             self._warm_up(step, instruction, inputs)
             if is_examined:
                 verdict, is_concluded = self._examine(step, instruction, inputs), True
-            pool = partial(self._pool_behind, instruction)
+            pool = partial(self._pool_after, instruction)
             graph = self._device.capture(instruction.run_in_parts, inputs, pool([]), pool)
             places = self._places(graph, instruction)
         except Missed as missed:

@@ -69,4 +69,4 @@ class StageListener(Protocol):
 
 
 Notice = Literal["mark_landing_read", "results_are_written"]
-"""What a ``StageListener`` is told between two parts of a full graph."""
+"""A method of ``StageListener`` that is called between two parts of a full graph."""

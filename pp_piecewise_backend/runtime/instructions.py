@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 Parts = Generator[tuple[Notice, ...], None, Sequence[Any]]
-"""A call in parts: what is to be told between them, and its outputs."""
+"""A call in parts: which notices come between them, and its outputs."""
 
 
 @dataclass
@@ -48,15 +48,15 @@ class Instruction:
     """Outputs that a compiler merged with other memory although they must have their own; None: not looked at."""
     parts: Callable[..., Parts] | None = None
     """The same as ``call`` in parts, if it has several."""
-    tells: frozenset[Notice] = frozenset()
-    """What may be told between these."""
+    notices: frozenset[Notice] = frozenset()
+    """Those that may come between these."""
 
     def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
         """The step's outputs; of a compute piece, by its compiled code."""
         return self._apart(arguments, self.call(*arguments))
 
     def run_in_parts(self, arguments: Sequence[Any]) -> Parts:
-        """The same, leaving off wherever there is something to be told."""
+        """The same, leaving off wherever a notice is due."""
         outputs = self.call(*arguments) if self.parts is None else (yield from self.parts(*arguments))
         return self._apart(arguments, outputs)
 
@@ -180,14 +180,14 @@ def lay_out(
 
 @dataclass(frozen=True)
 class Notices:
-    """What is to be told while the pieces of a full graph run."""
+    """Which notices are due while the pieces of a full graph run."""
 
     before: Mapping[int, tuple[Notice, ...]]
-    """Piece -> what to tell before it."""
+    """Piece -> those before it."""
     first_with_results: int
-    """The first piece that makes memory of results, if anybody is told before it; else 0."""
+    """The first piece that makes memory of results, if there is a notice before it; else 0."""
     watch: Callable[[], LandingWatch]
-    """Looks, in one call, for hidden readers of landing memory; where it finds one, nobody is told that it was read."""
+    """Looks, in one call, for hidden readers of landing memory; where it finds one, there is no notice of reads."""
 
 
 def lay_out_in_one(
@@ -197,7 +197,7 @@ def lay_out_in_one(
 
     Args:
         pieces: how the steps of ``split`` are laid out.
-        notices: if anybody is to be told anything on the way.
+        notices: if there is somebody for them.
         is_exact: see ``pieces_are_exact`` of ``lay_out``.
     """
     in_one = split.in_one
@@ -264,9 +264,9 @@ def _running_all(
                 earlier.extend(memory_of([output for output in outputs if isinstance(output, torch.Tensor)]))
 
         for first, end in itertools.pairwise(bounds):
-            told = [what for what in notices.before.get(first, ()) if what != "mark_landing_read" or not watch.found]
-            if told:
-                yield tuple(told)
+            due = [what for what in notices.before.get(first, ()) if what != "mark_landing_read" or not watch.found]
+            if due:
+                yield tuple(due)
             run_steps(pieces.instructions[first:end], registers, partial(_run_where_valid, registers), after)
         found = [registers[at] for at in chosen]
         made_earlier, given = still_held(earlier), MemoryMap.of(arguments)
@@ -274,7 +274,7 @@ def _running_all(
             raise CaptureError(errors.RESULT_OF_AN_EARLIER_PIECE)
         return found
 
-    return replace(step, parts=in_parts, tells=frozenset(itertools.chain(*notices.before.values())))
+    return replace(step, parts=in_parts, notices=frozenset(itertools.chain(*notices.before.values())))
 
 
 def _run_where_valid(registers: Sequence[Any], instruction: Instruction) -> Sequence[Any]:

@@ -9,7 +9,7 @@ pieces, which count their own misses.
 
 Note [parts of a full graph]
 Nothing inside of a graph can notify the host. So where somebody hands the memory of a stage over, a full graph is cut
-into up to three, launched one right after the other: behind the last piece that reads landing memory, and before the
+into up to three, launched one right after the other: after the last piece that reads landing memory, and before the
 first one that writes results. The next proxies land, and the last results leave, while the one between computes. What
 would take the host long between two launches is only noted there, and done after the last one.
 
@@ -409,7 +409,7 @@ class FullGraphs:
 
 
 def _notices(split: Split, plan: GraphPlan) -> Notices | None:
-    """What a full graph of these pieces tells on the way, see Note [parts of a full graph]."""
+    """The notices in a full graph of these pieces, see Note [parts of a full graph]."""
     boundary, before = plan.boundary, dict[int, tuple[Notice, ...]]()
     if plan.listener is not None and boundary.last_reader is not None:
         before[boundary.last_reader + 1] = ("mark_landing_read",)
@@ -417,7 +417,7 @@ def _notices(split: Split, plan: GraphPlan) -> Notices | None:
         before[boundary.first_writer] = (*before.get(boundary.first_writer, ()), "results_are_written")
     before.pop(len(split.pieces), None)
     watch = partial(LandingWatch, split, boundary, plan.landing_spans)
-    with_results = next((piece for piece, told in before.items() if "results_are_written" in told), 0)
+    with_results = next((piece for piece, due in before.items() if "results_are_written" in due), 0)
     return Notices(before, with_results, watch) if before else None
 
 

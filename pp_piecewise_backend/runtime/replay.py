@@ -113,8 +113,8 @@ class _Step:
     def run(self, call: Call) -> None:
         raise NotImplementedError
 
-    tells: Sequence[str] = ()
-    """What the listener of the stage is told in the middle of it."""
+    notices: Sequence[str] = ()
+    """Those to the listener of the stage in the middle of it."""
 
     def row(self) -> _Row:
         return _Row(run=self.run)
@@ -200,13 +200,13 @@ class _Replay(_Step):
             elif register in program.plan.result_registers or register in program.last_use_outside:
                 self.border.append((register, static[register]))
         if not (self.back or self.border):
-            self.tells = [name for names in self._borders for name in names]
+            self.notices = [name for names in self._borders for name in names]
 
     def row(self) -> _Row:
         return super().row() if self.back or self.border else _Row(self.replay)
 
     def rows(self, listener: StageListener | None) -> list[tuple[str | None, _Row]]:
-        if listener is None or not self.tells:
+        if listener is None or not self.notices:
             return super().rows(listener)
         rows: list[tuple[str | None, _Row]] = []
         for number, part in enumerate(self.parts):
@@ -391,7 +391,7 @@ class FlatProgram:
             if listener is not None:
                 if may_release and boundary.last_reader == number - 1:
                     self._named_rows.append((None, _Row(listener.landing_was_read)))
-                if boundary.first_writer == number and "results_are_written" not in step.tells:
+                if boundary.first_writer == number and "results_are_written" not in step.notices:
                     self._named_rows.append((None, _Row(listener.results_are_written)))
             self._named_rows += step.rows(listener)
         self._rows = [tuple(row) for _, row in self._named_rows]  # which a loop unpacks in half the time

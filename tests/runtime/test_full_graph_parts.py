@@ -82,7 +82,7 @@ def test_a_mark_one_piece_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("pool", [GRAPH_POOL, OUTPUT_POOL])
 def test_results_in_the_pool_of_earlier_parts_are_overwritten(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BucketCapture, "_pool_behind", lambda self, instruction, told: self._pool(pool))
+    monkeypatch.setattr(BucketCapture, "_pool_after", lambda self, instruction, told: self._pool(pool))
     with pytest.raises(AssertionError, match="overwritten while they were sent"):
         told_last(two_results)
 

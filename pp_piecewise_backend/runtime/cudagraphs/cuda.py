@@ -111,7 +111,7 @@ class CudaDevice:
         call: PieceCall,
         inputs: Sequence[Any],
         pool: CudaPool,
-        pool_behind: Callable[[list[Any]], CudaPool] | None = None,
+        pool_after: Callable[[list[Any]], CudaPool] | None = None,
     ) -> CudaGraph:
         pools = [pool]
         handles = {pool: pool.begin()}
@@ -131,7 +131,7 @@ class CudaDevice:
                     finally:
                         graphs[-1].capture_end()
                     if outputs is None:
-                        pools.append(pool if pool_behind is None else pool_behind(borders))
+                        pools.append(pool if pool_after is None else pool_after(borders))
                         if pools[-1] not in handles:
                             handles[pools[-1]] = pools[-1].begin()
         except Exception as error:

@@ -54,13 +54,13 @@ class Device(Protocol):
     def new_pool(self) -> Pool: ...
 
     def capture(
-        self, call: PieceCall, inputs: Sequence[Any], pool: Any, pool_behind: Callable[[list[Any]], Any] | None = None
+        self, call: PieceCall, inputs: Sequence[Any], pool: Any, pool_after: Callable[[list[Any]], Any] | None = None
     ) -> CapturedGraph:
         """Record what ``call`` does to ``inputs``. The outputs hold no values until the first replay.
 
         Args:
             pool: memory of the first part.
-            pool_behind: for all that the call has yielded so far, memory of the part behind it. A part may overwrite
+            pool_after: for all that the call has yielded so far, memory of the part after it. A part may overwrite
                 what the last replay left in its pool.
 
         Raises:

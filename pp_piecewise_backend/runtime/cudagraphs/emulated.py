@@ -128,7 +128,7 @@ class EmulatedDevice:
         call: PieceCall,
         inputs: Sequence[Any],
         pool: StaticMemory,
-        pool_behind: Callable[[list[Any]], StaticMemory] | None = None,
+        pool_after: Callable[[list[Any]], StaticMemory] | None = None,
     ) -> EmulatedGraph:
         # As in a real graph: the captured addresses, whatever becomes of the tensors and of their memory.
         alias = torch_compat.tensor_without_ownership
@@ -156,7 +156,7 @@ class EmulatedDevice:
                 undo_writes(before)  # a real capture runs nothing
         run = recorder.tape(captured, results) if self._records_ops else None
         ends = range(1, len(borders) + 1)
-        pools = [pool, *(pool if pool_behind is None else pool_behind(borders[:end]) for end in ends)]
+        pools = [pool, *(pool if pool_after is None else pool_after(borders[:end]) for end in ends)]
         return EmulatedGraph(run or (lambda: in_parts(call, captured)), borders, results, given, pools)
 
     def is_capturing(self) -> bool:

@@ -569,11 +569,11 @@ def test_outputs_in_a_pool_of_their_own_outlive_the_parts_before_theirs(on: str)
     first, second = device.new_pool(), device.new_pool()
     told: list[Any] = []
 
-    def pool_behind(borders: list[Any]) -> Any:
+    def pool_after(borders: list[Any]) -> Any:
         told.append([*borders])
         return second
 
-    graph = device.capture(call, [x], first, pool_behind)
+    graph = device.capture(call, [x], first, pool_after)
     assert told == [["results"]] and second.held_bytes
     graph.replay()
     results = [output.clone() for output in graph.outputs]
