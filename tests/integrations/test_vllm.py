@@ -36,7 +36,7 @@ pytestmark = [
 
 ENGINE = TESTS / "vllm_engine.py"
 OURS = {"compilation_config": {"backend": "pp_piecewise"}}
-TIGHT = {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 24}
+TIGHT = {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 16}
 """Prompts come in chunks, share their beginnings, and do not all fit into the cache at the same time."""
 
 
