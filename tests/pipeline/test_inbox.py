@@ -173,3 +173,41 @@ def test_landing_memory_is_made_at_first_use_where_any_will_do(monkeypatch: pyte
     address = stage.views(3)["hidden_states"].data_ptr()
     assert stage.landing("hidden_states").data_ptr() == stage.views(8)["hidden_states"].data_ptr() == address
     assert made.by_stages == [8 * 16] and made.by_links == []
+
+
+def test_a_mark_counts_once_per_micro_batch() -> None:
+    receiver = Receiver(takes_offers=False)
+    inbox = feedback(receiver)
+    assert not inbox.mark_read(), "nothing is lent"
+    for _ in range(2):
+        receiver.announce(3)
+        inbox.take()
+        assert inbox.mark_read() and not inbox.mark_read()
+        inbox.release()
+        assert not inbox.mark_read()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_memory_is_free_when_it_was_marked_as_read_on_a_gpu(is_marked: bool) -> None:
+    """Not when all has run that was enqueued before ``release``."""
+    receiver = Receiver(takes_offers=False)
+    landing = ppb.Stage({"tokens": ppb.Proxy((), torch.int64)}, 8, torch.device("cuda"))
+    inbox = Inbox(receiver, landing, Stats())  # type: ignore[arg-type]
+    inbox.release()
+    receiver.announce(3)
+    inbox.take()
+    if is_marked:
+        inbox.mark_read()
+    torch.cuda._sleep(1_000_000_000)  # about half a second
+    has_slept = torch.cuda.current_stream().record_event()
+    landed: list[torch.Event] = []
+    receiver.receive = lambda header, views: (  # type: ignore[method-assign]
+        landed.append(torch.accelerator.current_stream().record_event()),
+        Pending(lambda: None),
+    )[1]
+    receiver.announce(3)
+    inbox.release()
+    (begins,) = landed
+    begins.synchronize()
+    assert has_slept.query() is not is_marked
