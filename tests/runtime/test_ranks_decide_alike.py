@@ -132,10 +132,10 @@ def test_a_rank_asks_equally_often_whatever_it_finds(fails_in: str, monkeypatch:
     well.call(8, 3, 3)
     capture = EmulatedDevice.capture
 
-    def failing_capture(self: Any, call: Any, inputs: Any, pool: Any) -> Any:
+    def failing_capture(self: Any, call: Any, inputs: Any, *pools: Any) -> Any:
         if inputs[0].shape[0] == 8:
             raise CaptureError("full")
-        return capture(self, call, inputs, pool)
+        return capture(self, call, inputs, *pools)
 
     def failing_trial(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no memory")
@@ -182,9 +182,9 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
     one_program.on()
     capture, captured_pieces = EmulatedDevice.capture, []
 
-    def failing_capture(self: Any, call: Any, inputs: Any, pool: Any) -> Any:
+    def failing_capture(self: Any, call: Any, inputs: Any, *pools: Any) -> Any:
         captured_pieces.append(num_tokens := inputs[0].shape[0])
-        graph = capture(self, call, inputs, pool)  # which runs the collectives of the piece, unlike a real one
+        graph = capture(self, call, inputs, *pools)  # which runs the collectives of the piece, unlike a real one
         if (rank, num_tokens, captured_pieces.count(8), job["mode"]) == (1, 8, 2, "piecewise"):
             graph.release()
             raise CaptureError("this rank is full")
