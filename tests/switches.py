@@ -72,12 +72,12 @@ def switch_off(rules: Collection[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def let_results_share_memory_with_earlier_steps(monkeypatch: pytest.MonkeyPatch, in_pools: bool = True) -> None:
     """Blocks of static memory, and pools; see Note [one pass per bucket]."""
-    original = bucket.BucketCapture.__init__
+    original = capture_plan.GraphPlan.__init__
 
-    def without(self: bucket.BucketCapture, *args: Any) -> None:
-        original(self, *args)
-        self._result_storages = frozenset()
+    def without(self: capture_plan.GraphPlan, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.result_storages = frozenset()
 
-    monkeypatch.setattr(bucket.BucketCapture, "__init__", without)
+    monkeypatch.setattr(capture_plan.GraphPlan, "__init__", without)
     if in_pools:
         monkeypatch.setattr(bucket.BucketCapture, "_pool_after", lambda self, *_: self._pool(bucket.GRAPH_POOL))

@@ -183,7 +183,7 @@ class Inbox:
 
         Or as much of it as had been enqueued at ``mark_read``.
         """
-        with self._changed:
+        with self._lock:
             if self._lent is not None:
                 self._free.append((self._lent, self._read if self._is_read else self._reached()))
                 self._lent, self._is_read = None, False
@@ -199,7 +199,7 @@ class Inbox:
             PeerLost: the pipeline broke.
         """
         assert not self._offers, "what is offered may be written at any time"
-        with self._changed:
+        with self._lock:
             free = [*self._free]
             self._free.clear()
             posted = [*self._posted]
@@ -210,7 +210,7 @@ class Inbox:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 done = self._reached()
                 for index, one in enumerate(posted):
                     self._posted[index] = one._replace(transfer=Pending(partial(self._wait_until, done)))
@@ -220,7 +220,7 @@ class Inbox:
 
     def close(self) -> None:
         """Forget all memory: nothing lands here any more, and nothing can be taken."""
-        with self._changed:
+        with self._lock:
             self._receiver.on_news = None
             self._has_ended = True
             self._lent = None
@@ -234,7 +234,7 @@ class Inbox:
 
     def wait_for(self, count: int) -> None:
         """Return once ``has_heard``, or no more comes."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self.has_heard(count) or self._is_over())
 
     def _reached(self) -> torch.Event | None:

@@ -246,7 +246,8 @@ class StageRunner:
     def bucket_times(self) -> tuple[BucketTime, ...]:
         """How long this stage's forward takes per bucket, ``(tokens, forward_us)``, the smallest bucket first.
 
-        The warm-up measures it on its inputs, with the bucket's graphs or without, where it was dropped. Else empty.
+        The warm-up measures it on its inputs, with the bucket's graphs or, where it was dropped, without. Empty before
+        it, and where there are no graphs.
         """
         return self._bucket_times
 
@@ -483,7 +484,8 @@ class StageRunner:
     def feedback(self, *, confirmed: bool = True) -> tuple[bytes, Mapping[str, torch.Tensor]]:
         """On the first stage: the oldest unread ``(tag, {name: [rows, *shape]})`` from the last stage, once it came.
 
-        The tensors are the runner's, and valid until the next ``feedback``. Micro-batches may have ``feedback=False``.
+        The tensors are the runner's, and valid until the next ``feedback``. There is none of micro-batches with
+        ``feedback=False``.
 
         Args:
             confirmed: whether to wait, on the host, until they are there. Without, what uses them on the device can be

@@ -146,13 +146,12 @@ class Bucket:
 def hoist_buffers(plan: GraphPlan) -> dict[int, Hoisted]:
     """The eager steps whose output buffers can be given to them: only captured pieces read what they write there."""
     found = {}
-    of_results = frozenset(plan.split.result_storages)
     for step, instruction in enumerate(plan.instructions):
         allocations = instruction.piece.traits.allocations
         wanted = {
             spec.storage
             for register, spec in zip(instruction.outputs, instruction.piece.output_specs, strict=True)
-            if spec is not None and register in plan.captured_readers and spec.storage not in of_results
+            if spec is not None and register in plan.captured_readers and spec.storage not in plan.result_storages
         }
         specs = {
             name: spec
@@ -218,8 +217,6 @@ class BucketCapture:
         self._leases: list[_Lease] = []
         """Of all static memory, in the order in which it was taken: one place may serve one value after the other."""
         self._last_reader = {register: max(steps) for register, steps in plan.captured_readers.items()}
-        # A result that is a view of an input is taken from the caller's tensor.
-        self._result_storages = frozenset(plan.split.result_storages) - plan.input_storages
         self._registers: list[Any] = []
         self._real_tokens = 0
         self.copied_back = 0
@@ -297,7 +294,7 @@ class BucketCapture:
     def _take(self, register: int, spec: TensorSpec) -> StaticTensor:
         """Static memory for a value, until its last reader has run."""
         shape, stride = geometry(spec, self._plan.symbols(self.bucket.tokens))
-        is_of_results = spec.storage in self._result_storages
+        is_of_results = spec.storage in self._plan.result_storages
         memory = self._memory.result_blocks if is_of_results else self._memory.blocks
         block = memory.take(extent_bytes(shape, stride, spec.dtype), self._plan.device)
         static = self._static_tensor(spec, block)

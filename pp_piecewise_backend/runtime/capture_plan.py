@@ -121,6 +121,8 @@ class GraphPlan:
         self.result_registers = frozenset(layout.results)
         self.input_storages = frozenset(i.spec.storage for i in inputs if i.spec is not None)
         """Numbers of the storages of the graph's inputs."""
+        self.result_storages = frozenset(split.result_storages) - self.input_storages
+        """Those in which results lie. A result that is a view of an input is taken from the caller's tensor."""
         self.landing_blocks = {
             at: stage.landing(inputs[at].label).data_ptr() for at in self._arriving_as("landing") if stage is not None
         }

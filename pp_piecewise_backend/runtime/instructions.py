@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -236,18 +235,17 @@ def _running_all(
     hidden = [name for name in step.piece.outputs if name not in results]
     if missing or hidden or not all(isinstance(split.results[at], ResultValue) for at in results.values()):
         return "its results share memory in a way that a graph of all pieces cannot keep"
-    chosen = [pieces.results[results[name]] for name in step.piece.outputs]
+    chosen = [results[name] for name in step.piece.outputs]
 
-    def fill(arguments: Sequence[Any]) -> list[Any]:
+    def graph_inputs(arguments: Sequence[Any]) -> list[Any]:
         args: list[Any] = [None] * num_inputs
         for at, source in given:
             args[source] = arguments[at]
-        return pieces.fill(args)
+        return args
 
     def run_all(*arguments: Any) -> list[Any]:
-        registers = fill(arguments)
-        run_steps(pieces.instructions, registers, partial(_run_where_valid, registers))
-        return [registers[at] for at in chosen]
+        found, _ = pieces.run(graph_inputs(arguments))
+        return [found[at] for at in chosen]
 
     step = replace(step, call=run_all, cloned_outputs=() if is_exact else None)
     if notices is None:
@@ -255,8 +253,11 @@ def _running_all(
     bounds = [0, *sorted(notices.before), len(pieces.instructions)]
 
     def in_parts(*arguments: Any) -> Parts:
-        registers = fill(arguments)
+        registers = pieces.fill(graph_inputs(arguments))
         watch, earlier = notices.watch(), list[Any]()
+
+        def run_step(instruction: Instruction) -> Sequence[Any]:
+            return instruction.run_where_valid(instruction.gather(registers))[0]
 
         def after(number: int, outputs: Sequence[Any]) -> None:
             watch.after_step(number, outputs)
@@ -267,18 +268,14 @@ def _running_all(
             due = [what for what in notices.before.get(first, ()) if what != "mark_landing_read" or not watch.found]
             if due:
                 yield tuple(due)
-            run_steps(pieces.instructions[first:end], registers, partial(_run_where_valid, registers), after)
-        found = [registers[at] for at in chosen]
+            run_steps(pieces.instructions[first:end], registers, run_step, after)
+        found = [registers[pieces.results[at]] for at in chosen]
         made_earlier, given = still_held(earlier), MemoryMap.of(arguments)
         if any(isinstance(r, torch.Tensor) and made_earlier.holds(r) and not given.holds(r) for r in found):
             raise CaptureError(errors.RESULT_OF_AN_EARLIER_PIECE)
         return found
 
     return replace(step, parts=in_parts, notices=frozenset(itertools.chain(*notices.before.values())))
-
-
-def _run_where_valid(registers: Sequence[Any], instruction: Instruction) -> Sequence[Any]:
-    return instruction.run_where_valid(instruction.gather(registers))[0]
 
 
 def run_steps(

@@ -98,8 +98,7 @@ class Program:
         self.whole_plain_run: str | None = None
         """Why a call ran the graph as it came, if one did."""
         self.layout = lay_out(split, table, compiled, pieces_are_exact=config.compiler == "eager")
-        tensors = [at for at, i in enumerate(table.inputs) if i.spec is not None]
-        self._exclusive = [at for at in tensors if table.inputs[at].name in split.cuts.exclusive_inputs]
+        self._exclusive = [at for at in table.tensors if table.inputs[at].name in split.cuts.exclusive_inputs]
         """Positions of the inputs whose writes were moved, or given to a compiler."""
         self._equal_rows = table.equal_rows
         numbers = [(at, i.expression) for at, i in enumerate(table.inputs) if i.spec is None]
@@ -124,7 +123,7 @@ class Program:
                 if self.full.graphs is not None:
                     self._full_finalizer = weakref.finalize(self, self.full.graphs.release_unlocked)
         known = () if self.graphs is None else self.graphs.plan.parameter_positions
-        self._apart = Apart(table.inputs, self._exclusive, tensors, known) if self._exclusive else None
+        self._apart = Apart(table.inputs, self._exclusive, table.tensors, known) if self._exclusive else None
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -366,10 +365,9 @@ class FullGraphs:
             self.why_not = errors.number_in_full_graph(own.scalar_names)
             return
         self.graphs = Graphs(own, memory, stats, name, events)
-        tensors = [at for at, i in enumerate(table.inputs) if i.spec is not None]
-        written = [at for at in tensors if table.inputs[at].name in split.in_one.cuts.exclusive_inputs]
+        written = [at for at in table.tensors if table.inputs[at].name in split.in_one.cuts.exclusive_inputs]
         if written:
-            self._apart = Apart(table.inputs, written, tensors, own.parameter_positions)
+            self._apart = Apart(table.inputs, written, table.tensors, own.parameter_positions)
 
     def run(self, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call] | None:
         """The graph's results, or None where the call is one for the pieces; then nothing was run."""

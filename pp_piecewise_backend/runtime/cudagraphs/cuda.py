@@ -21,7 +21,7 @@ import torch
 
 from ...utils import torch_compat
 from ...utils.addresses import MemoryMap
-from .device import CaptureError, PieceCall, in_parts, released
+from .device import CaptureError, PieceCall, in_parts, released, replay_of
 
 
 class CudaPool:
@@ -70,13 +70,9 @@ class CudaGraph:
             pool.graphs += 1
         self.parts: list[Callable[[], None]] = [graph.replay for graph in graphs]
         self.borders = borders
-        self.replay = self.parts[0] if len(self.parts) == 1 else self._replay_all
+        self.replay = replay_of(self.parts)
         self._strong: list[Any] = [o if isinstance(o, torch.Tensor) and not inputs.holds(o) else None for o in outputs]
         self.outputs = [torch_compat.tensor_without_ownership(o) if isinstance(o, torch.Tensor) else o for o in outputs]
-
-    def _replay_all(self) -> None:
-        for part in self.parts:
-            part()
 
     def release_output(self, index: int) -> None:
         if self._strong:

@@ -83,6 +83,18 @@ def in_parts(call: PieceCall, inputs: Sequence[Any]) -> Generator[Any, None, Seq
     return (yield from outcome) if isinstance(outcome, Generator) else outcome
 
 
+def replay_of(parts: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """What replays these parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def replay_all() -> None:
+        for part in parts:
+            part()
+
+    return replay_all
+
+
 def released() -> None:
     """What ``replay`` is after ``release``."""
     raise CaptureError("this graph was released; whoever replays it kept it too long")

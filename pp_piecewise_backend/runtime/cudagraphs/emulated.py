@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...utils import torch_compat
 from ...utils.addresses import MemoryMap
-from .device import CaptureError, PieceCall, in_parts, released
+from .device import CaptureError, PieceCall, in_parts, released, replay_of
 from .memory import StaticMemory, tensor_in, undo_writes
 
 SCRIBBLE_BYTE = 0xFF
@@ -66,11 +66,7 @@ class EmulatedGraph:
             partial(self._replay_part, number) for number in range(len(borders) + 1)
         ]
         self._running: Generator[Any, None, Sequence[Any]] = run()
-        self.replay = self._replay
-
-    def _replay(self) -> None:
-        for part in self.parts:
-            part()
+        self.replay = replay_of(self.parts)
 
     def _replay_part(self, number: int) -> None:
         _refuse_in_a_capture("a graph is replayed")
@@ -79,19 +75,22 @@ class EmulatedGraph:
                 self._running = self._run()
             for memory in self._scribbled[number]:
                 memory.fill_(SCRIBBLE_BYTE)
+            has_ended = False
             try:
                 next(self._running)
             except StopIteration as end:
-                results = end.value
-            else:
-                results = None
-            if (results is None) != (number < len(self.borders)):
+                has_ended = True
+                self._leave(end.value)
+            if has_ended != (number == len(self.borders)):
                 raise CaptureError("a replay has other parts than its capture")
-            for result, block in zip(results or (), self._blocks if results else (), strict=True):
-                if block is not None:
-                    # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
-                    num_bytes = result.untyped_storage().nbytes()
-                    block[:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
+
+    def _leave(self, results: Sequence[Any]) -> None:
+        """Bring results to where the outputs lie."""
+        for result, block in zip(results, self._blocks, strict=True):
+            if block is not None:
+                # All that the tensor's memory holds: it may be shared by outputs, or by rows of one output.
+                num_bytes = result.untyped_storage().nbytes()
+                block[:num_bytes].copy_(tensor_in(result, (num_bytes,), (1,), torch.uint8))
 
     def release_output(self, index: int) -> None:
         if index in self._unread:
