@@ -148,24 +148,30 @@ WAYS = [
 ]
 
 
+def compiled_for(
+    stage: ppb.Stage, module: nn.Module, listener: Any, clones: bool, split_ops: str, **options: Any
+) -> Callable[..., Any]:
+    """The module, compiled for the stage, to which this listens; behind clones of its proxies, if asked for."""
+    stage.listener = listener
+    options = {"stage": stage, "split_ops": split_ops, "capture_sizes": "4,8", **options}
+    whole = cloning(module, tuple(stage.inputs)) if clones else module
+    return torch.compile(whole, backend="pp_piecewise", options=options, fullgraph=True, dynamic=True)
+
+
+def two_proxies(device: str = "cpu") -> ppb.Stage:
+    proxies = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
+    return ppb.Stage(proxies, MAX_TOKENS, torch.device(device))
+
+
 def run(forward: Callable[..., Any], compiler: str, graphs: str, clones: bool) -> Iterator[tuple[Any, Any, int]]:
     """Per call what came back, what eager gives, and how often the memory was released in the call."""
-    module = net(forward, "cpu")
-    proxies = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
-    stage = ppb.Stage(proxies, MAX_TOKENS)
-    spoiler = stage.listener = Spoiler(stage)
-    options = {
-        "stage": stage, "compiler": compiler, "graphs": graphs, "split_ops": "+livenesstest::*",
-        "capture_sizes": "4,8",
-    }  # fmt: skip
-    compiled = torch.compile(
-        cloning(module, tuple(proxies)) if clones else module,
-        backend="pp_piecewise", options=options, fullgraph=True, dynamic=True,
-    )  # fmt: skip
+    module, stage = net(forward, "cpu"), two_proxies()
+    spoiler = Spoiler(stage)
+    compiled = compiled_for(stage, module, spoiler, clones, "+livenesstest::*", compiler=compiler, graphs=graphs)
     with torch.no_grad():
         for number, num_tokens in enumerate((7, 6, 8, 5, 7, 3, 4)):
             generator = torch.Generator().manual_seed(number)
-            given = {name: torch.randn(num_tokens, HIDDEN, generator=generator) for name in proxies}
+            given = {name: torch.randn(num_tokens, HIDDEN, generator=generator) for name in stage.inputs}
             expected = forward(module, **{name: tensor.clone() for name, tensor in given.items()})
             views = stage.views(num_tokens)
             for name, tensor in given.items():

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_early_release import Spoiler, attend
+from test_early_release import Spoiler, attend, compiled_for, two_proxies
 from torch import Tensor
 
 import pp_piecewise_backend as ppb
 from captured import DEVICES, HIDDEN, net
 from pp_piecewise_backend.runtime import dispatch
-from pp_piecewise_backend.utils.dynamo_entrance import cloning
 from switches import let_results_share_memory_with_earlier_steps
 
 pytestmark = pytest.mark.usefixtures("fresh_backend")
@@ -64,24 +63,18 @@ def run(
     **changed: Any,
 ) -> Iterator[tuple[Any, Any, list[str]]]:
     """Per call what came back, what eager gives, and what the listener was told."""
-    module = net(forward, device)
-    proxies = {name: ppb.Proxy((HIDDEN,), torch.float32) for name in ("hidden_states", "residual")}
-    stage = ppb.Stage(proxies, max(SIZES), torch.device(device))
+    module, stage = net(forward, device), two_proxies(device)
     neighbour = Neighbour(stage)
-    stage.listener = neighbour if listens else None
     options = {
-        "mode": "full_and_piecewise", "stage": stage, "compiler": compiler, "capture_sizes": "4,8",
-        "graphs": "emulate" if device == "cpu" else "cuda", "graph_safe_ops": "*::*", "static_outputs": True,
-        "split_ops": "+livenesstest::*,*test::*", **changed,
+        "mode": "full_and_piecewise", "compiler": compiler, "graphs": "emulate" if device == "cpu" else "cuda",
+        "graph_safe_ops": "*::*", "static_outputs": True, **changed,
     }  # fmt: skip
-    compiled = torch.compile(
-        cloning(module, tuple(proxies)) if clones else module,
-        backend="pp_piecewise", options=options, fullgraph=True, dynamic=True,
-    )  # fmt: skip
+    listener = neighbour if listens else None
+    compiled = compiled_for(stage, module, listener, clones, "+livenesstest::*,*test::*", **options)
     with torch.no_grad():
         for number, num_tokens in enumerate(sizes):
             generator = torch.Generator().manual_seed(number)
-            names = [*proxies, "own"] if "own" in signature(forward).parameters else [*proxies]
+            names = [*stage.inputs, *(["own"] if "own" in signature(forward).parameters else [])]
             given = {name: torch.randn(num_tokens, HIDDEN, generator=generator).to(device) / 8 for name in names}
             expected = forward(module, **{name: tensor.clone() for name, tensor in given.items()})
             for name, view in stage.views(num_tokens).items():
