@@ -150,7 +150,7 @@ def in_one_process(count: int, num_layers: int) -> Callable[[OwnInputs], Mapping
 def steady(rank: Rank) -> dict[str, Any]:
     """Micro-batches of random sizes with feedback, watched by those who do not use our counters."""
     looking = LooksAway()
-    emulated.EmulatedGraph._replay = looking.away(emulated.EmulatedGraph._replay)
+    emulated.EmulatedGraph._replay_part = looking.away(emulated.EmulatedGraph._replay_part)
     chosen = sizes(rank.arguments["microbatches"])
     told: list[list[Any]] = []
     logits: list[Tensor] = []

@@ -640,10 +640,10 @@ def test_equal_to_eager_through_aot_autograd(draws: settings) -> None:
 def test_a_replay_that_differs_in_the_last_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its results are put right, so only what the verification left behind tells."""
     replayed: list[EmulatedGraph] = []
-    replay = EmulatedGraph._replay
+    replay = EmulatedGraph._replay_part
 
-    def wrong_but_for_the_first_time(graph: EmulatedGraph) -> None:
-        replay(graph)
+    def wrong_but_for_the_first_time(graph: EmulatedGraph, part: int) -> None:
+        replay(graph, part)
         if graph in replayed:
             graph.outputs[0][0] += 1
         replayed.append(graph)
@@ -651,7 +651,7 @@ def test_a_replay_that_differs_in_the_last_call_is_noticed(monkeypatch: pytest.M
     source = "def forward(self, x, y, cache, ids):\n    return torch.ops.prop.fresh(x @ self.weight, y) @ self.weight\n"
     example = Example(source, (), "own", mark_dynamic=True)
     check_with_graphs(example, [7, 6, 5])
-    monkeypatch.setattr(EmulatedGraph, "_replay", wrong_but_for_the_first_time)
+    monkeypatch.setattr(EmulatedGraph, "_replay_part", wrong_but_for_the_first_time)
     with pytest.raises(AssertionError, match=r"replay in the bucket of 8 tokens differs .* row 0"):
         check_with_graphs(example, [7, 6, 5])
     assert "verify-failed" not in ppb.stats().miss_reasons
