@@ -472,6 +472,19 @@ def current_raw_stream(index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
+def end_failed_capture(pool: tuple[int, int]) -> None:
+    """Ends for the allocator what ``CUDAGraph.capture_end`` could not end on the current device.
+
+    Where it raises, PyTorch 2.11 takes the capture for one that goes on (pytorch/pytorch#180395): ``empty_cache()``
+    raises from there on, and so does the end of the process, which it aborts. Nor does it count the graph among those
+    that left the pool. PyTorch 2.12 and 2.13 do the former, 2.14 does both (pytorch/pytorch#190348).
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+
+
 def shared_cuda_memory(tensor: torch.Tensor) -> list[int | str | bool]:
     """What another process needs to open the memory of a CUDA tensor, ready for JSON. Tested on 2.11.
 

@@ -125,7 +125,7 @@ class CudaDevice:
                     except StopIteration as end:
                         outputs = end.value
                     finally:
-                        graphs[-1].capture_end()
+                        _end(graphs[-1], handles[pools[-1]])
                     if outputs is None:
                         pools.append(pool if pool_after is None else pool_after(borders))
                         if pools[-1] not in handles:
@@ -143,6 +143,14 @@ class CudaDevice:
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    try:
+        graph.capture_end()
+    except Exception:
+        torch_compat.end_failed_capture(pool)
+        raise
 
 
 _STREAMS_OF_THREAD = threading.local()

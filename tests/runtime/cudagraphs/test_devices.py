@@ -275,6 +275,22 @@ def test_host_reads_are_refused(on: str, call: Callable[[Tensor], Any], why: str
     assert same_bits(graph.outputs[0], x + 1)
 
 
+@pytest.mark.cuda
+def test_memory_of_a_capture_that_failed_is_given_back() -> None:
+    x = tensor("cuda", 3)
+    graph = captured("cuda", lambda x: (x + 1,), x)  # so that everything is there that stays
+    graph.release()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before_bytes = torch.cuda.memory_reserved()
+    with pytest.raises(CaptureError):
+        captured("cuda", lambda x: (x.new_zeros(1 << 26), x.sum().item()), x)
+    gc.collect()
+    torch.cuda.empty_cache()  # raises where a capture goes on, and where it does the process aborts at its end
+    stays = torch.__version__.startswith(("2.12.", "2.13."))  # pytorch/pytorch#190348
+    assert stays or torch.cuda.memory_reserved() <= before_bytes
+
+
 @pytest.mark.parametrize(
     "reads",
     [
