@@ -41,7 +41,8 @@ the same model in float32 shows. The file says how many choices differ, and by h
 With `--tp T`, T ranks hold each stage together: they share heads, MLP and vocabulary, and graphs hold the all-reduces.
 The engine-style hand-off and ours go from each rank to the one of its number. transformers' pipeline is left out then.
 
-`--trace-variants` writes, for each, what the devices did with one micro-batch in flight; `pipeline_hops.py` reads it.
+`--trace-variants` writes, for each, what the devices did with one micro-batch in flight, which `pipeline_hops.py` reads,
+or more.
 
 `--one-gpu` puts all ranks on one GPU, for rightness and for the host's part: NCCL is left out, and engine-style methods
 go through the host. `--device cpu` runs the same code with emulated graphs and the clock of the host.
@@ -111,8 +112,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compiler", default=None, help="of ours; inductor on GPUs, eager on the CPU")
     parser.add_argument("--no-profile", action="store_true", help="do not measure how long the devices work")
     parser.add_argument("--trace-folder", default="", help="write the profiles there")
-    parser.add_argument("--trace-variants", nargs="*", default=[], help="write what their devices did, one in flight")
+    parser.add_argument("--trace-variants", nargs="*", default=[], help="write what their devices did")
     parser.add_argument("--trace-tokens", type=int, default=8)
+    parser.add_argument("--trace-in-flight", type=int, default=1, help="1 is what pipeline_hops.py reads")
     parser.add_argument("--budget-s", type=float, default=3600, help="begin nothing new after that many seconds")
     parser.add_argument("--grace-s", type=float, default=GRACE_SECONDS, help="for what has begun by then")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -184,8 +186,9 @@ class Collected:
         if events:
             with gzip.open(self._output / name, "wt") as file:
                 json.dump({"traceEvents": events}, file)
+            found |= {"file": name}
             try:
-                found |= {"file": name, **hops(events)._asdict()}
+                found |= hops(events)._asdict() if self.parameters["trace_in_flight"] == 1 else {}
             except ValueError as error:
                 found["error"] = str(error)
         self.body.setdefault("traces", []).append(found)

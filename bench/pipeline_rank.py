@@ -245,12 +245,12 @@ class Rank:
         spans = [(e.time_range.start, e.time_range.end) for e in work if "nccl" not in e.name and "ppb." not in e.name]
         return {"busy_us": covered(spans) / total, "kernels": len(spans) / total}
 
-    def do_trace(self, variant: str, tokens: int) -> dict[str, Any]:
-        """What ran on this rank's device while one micro-batch was in flight."""
+    def do_trace(self, variant: str, tokens: int, in_flight: int) -> dict[str, Any]:
+        """What ran on this rank's device while so many micro-batches were in flight."""
         if self.device.type != "cuda":
             return {"events": []}
         path = self.folder / f"trace_{self.rank}.json"
-        self._profiled(variant, tokens, 1, TRACED_MICRO_BATCHES).export_chrome_trace(str(path))
+        self._profiled(variant, tokens, in_flight, TRACED_MICRO_BATCHES).export_chrome_trace(str(path))
         return {"events": kernels_of(json.loads(path.read_text()), self.rank)}
 
     def _profiled(self, variant: str, tokens: int, in_flight: int, total: int, with_host: bool = False) -> Any:
@@ -459,7 +459,8 @@ class Plan:
                     self._cell(model, tokens, in_flight, ready, busy)
         for variant in ready:
             if variant in self.request["trace_variants"] and not self.is_over:
-                reports = self.rank.say("trace", variant=variant, tokens=self.request["trace_tokens"])
+                tokens, in_flight = self.request["trace_tokens"], self.request["trace_in_flight"]
+                reports = self.rank.say("trace", variant=variant, tokens=tokens, in_flight=in_flight)
                 events = [event for report in reports for event in report.get("events", [])]
                 self.note("trace", model=model, variant=variant, error=first_error(reports), events=events)
         for variant in ready:
