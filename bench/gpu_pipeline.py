@@ -41,8 +41,8 @@ the same model in float32 shows. The file says how many choices differ, and by h
 With `--tp T`, T ranks hold each stage together: they share heads, MLP and vocabulary, and graphs hold the all-reduces.
 The engine-style hand-off and ours go from each rank to the one of its number. transformers' pipeline is left out then.
 
-`--trace-variants` writes, for each, what the devices did with one micro-batch in flight, which `pipeline_hops.py` reads,
-or more.
+`--trace-variants` writes, for each, what the devices did with one micro-batch in flight, which `pipeline_hops.py`
+reads, or more.
 
 `--one-gpu` puts all ranks on one GPU, for rightness and for the host's part: NCCL is left out, and engine-style methods
 go through the host. `--device cpu` runs the same code with emulated graphs and the clock of the host.

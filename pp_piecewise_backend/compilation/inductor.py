@@ -1,4 +1,11 @@
-"""From a piece to a callable, once per distinct piece: the only door to ``torch._inductor``."""
+"""From a piece to a callable, once per distinct piece: the only door to ``torch._inductor``.
+
+Note [sums beside a product]
+Inductor turns ``x @ w + residual`` into one ``addmm``, for which PyTorch first copies the residual to where the result
+goes. In a decoder a norm reads the sum, and its kernel can make it without that copy. So where the addend has the shape
+of the product, and is no bias, both are taken apart again. It also rounds as eager code does, the product before the
+sum.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import sympy
@@ -17,7 +24,7 @@ import torch
 
 from ..config import Config
 from ..utils import torch_compat
-from .specs import FakeInputs
+from .specs import FakeInputs, TensorSpec
 from .split import Piece
 
 _OWN_GRAPHS_OFF = {"triton.cudagraphs": False, "triton.cudagraph_trees": False}
@@ -117,8 +124,55 @@ def _compile(piece: Piece, key: tuple[object, ...], compiler: str) -> CompiledPi
 def _compiled(piece: Piece, compiler: str) -> tuple[Callable[..., Any], tuple[sympy.Basic, ...]]:
     """What the compiler made of a piece, and the conditions under which it holds."""
     shapes = FakeInputs(piece.input_specs)
-    settings = {"config_patches": dict(_OWN_GRAPHS_OFF)} if compiler == "inductor" else {}
+    settings = {"config_patches": _patches(piece)} if compiler == "inductor" else {}
     with torch.inference_mode(False), torch.no_grad(), torch_compat.private_tracing(shapes.fake_mode):
         graph_module = copy.deepcopy(piece.graph_module)
         call = torch_compat.stock_backend(compiler)(graph_module, shapes.inputs, **settings)
     return call, shapes.conditions()
+
+
+def _patches(piece: Piece) -> dict[str, Any]:
+    """Settings of Inductor for the piece, on top of the user's."""
+    import torch._inductor.config as inductor_config
+
+    patches: dict[str, Any] = dict(_OWN_GRAPHS_OFF)
+    on_a_gpu = any(isinstance(spec, TensorSpec) and spec.device.type == "cuda" for spec in piece.input_specs)
+    makes_products_itself = inductor_config.max_autotune or inductor_config.max_autotune_gemm
+    if on_a_gpu and not makes_products_itself and inductor_config.post_grad_custom_post_pass is None:
+        patches["post_grad_custom_post_pass"] = _pass_for_sums()
+    return patches
+
+
+@cache
+def _pass_for_sums() -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class SumsApart(CustomGraphPass):  # type: ignore[misc]  # torch says nothing of its type
+        """What Inductor runs, and how its cache knows it."""
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            take_sums_apart(graph)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return SumsApart()
+
+
+def take_sums_apart(graph: torch.fx.Graph) -> int:
+    """See Note [sums beside a product]; how many there were."""
+    aten, count = torch.ops.aten, 0
+    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+        addend, left, right = node.args
+        is_scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+        if is_scaled or not isinstance(addend, torch.fx.Node) or addend.meta["val"].shape != node.meta["val"].shape:
+            continue
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.mm.default, (left, right))
+            product.meta = dict(node.meta)
+            total = graph.call_function(aten.add.Tensor, (product, addend))
+            total.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+        count += 1
+    return count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import pp_piecewise_backend as ppb
 from against_eager import check, steps, tokens
+from captured import DEVICES
 from pp_piecewise_backend.compilation import inductor
 from pp_piecewise_backend.compilation.inductor import CompiledPiece, PieceCompiler
-from pp_piecewise_backend.compilation.specs import SymbolSpec
+from pp_piecewise_backend.compilation.specs import SymbolSpec, TensorSpec
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -259,3 +262,68 @@ def test_compiling_leaves_dynamos_shapes_and_the_callers_modes_alone() -> None:
             y = torch.randn(size, 8)
             torch.testing.assert_close(compiled(y), pooled(y))
     assert ppb.stats().recompiles == 0
+
+
+# ------------------------------------------------------------------------------------ sums beside a product
+
+
+def products_and_sums(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    return (
+        torch.addmm(residual, x, weight),
+        torch.addmm(bias, x, weight),
+        torch.addmm(residual, x, weight, alpha=2),
+        torch.addmm(residual, x, weight, beta=0.5),
+    )
+
+
+def test_only_an_addend_of_the_size_of_the_product_is_taken_apart() -> None:
+    given = (torch.randn(5, 8), torch.randn(5, 8), WEIGHT, WEIGHT[0])
+    traced = make_fx(products_and_sums, tracing_mode="fake")(*given)
+    assert inductor.take_sums_apart(traced.graph) == 1
+    traced.recompile()
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.aten.addmm.default) == 3 and called.count(torch.ops.aten.mm.default) == 1
+    for got, expected in zip(traced(*given), products_and_sums(*given), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def residual_of_a_layer(x: Tensor) -> Tensor:
+    y = softmax(x)
+    y = y + x @ WEIGHT.to(x.device)
+    return softmax(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_of_a_layer_are_not_made_by_the_product(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    original = inductor.take_sums_apart
+
+    def counted(graph: torch.fx.Graph) -> int:
+        taken.append(original(graph))
+        return taken[-1]
+
+    monkeypatch.setattr(inductor, "take_sums_apart", counted)
+    if device == "cpu":  # where Inductor is left alone, as nothing was measured there
+        check(residual_of_a_layer, *tokens(5), split_ops="Tensor.softmax", compiler="inductor", tolerance=1e-5)
+        assert not taken
+        monkeypatch.setattr(
+            inductor, "_patches", lambda piece: {"post_grad_custom_post_pass": inductor._pass_for_sums()}
+        )
+        torch._dynamo.reset()
+        ppb.reset()
+    given = [(given.to(device),) for (given,) in tokens(5, 9)]
+    check(residual_of_a_layer, *given, split_ops="Tensor.softmax", compiler="inductor", tolerance=1e-5)
+    assert sum(taken) == 1
+
+
+def test_passes_and_tuning_of_the_user_are_left_alone() -> None:
+    import torch._inductor.config as settings
+
+    (piece,) = check(plain_layer, *tokens(5), split_ops="Tensor.nothing").pieces
+    gpu = torch.device("cuda")
+    specs = [replace(spec, device=gpu) if isinstance(spec, TensorSpec) else spec for spec in piece.input_specs]
+    on_a_gpu = replace(piece, input_specs=tuple(specs))
+    assert "post_grad_custom_post_pass" in inductor._patches(on_a_gpu)
+    for name, value in (("max_autotune", True), ("max_autotune_gemm", True), ("post_grad_custom_post_pass", print)):
+        with settings.patch({name: value}):
+            assert "post_grad_custom_post_pass" not in inductor._patches(on_a_gpu)
