@@ -21,6 +21,10 @@ Variants, which take turns in one run, on the same weights and cache:
 - `ours_MODE_TRANSPORT`: `StageRunner`, for each mode of the package and each transport: `nccl`, `ipc` (CUDA IPC), and
   on the CPU `gloo` and `shm` (shared memory).
 
+A GPU's clock drops by some percent within the first tenths of a second of work, which favours the variant that comes
+first. So before the first round of a cell a block of the first variant runs that is not counted, for `--block-s` at
+most, and each round begins with the next variant: in as many rounds as there are variants, each is first once.
+
 Figures, per model, number of tokens, micro-batches in flight and variant:
 
 - `ms`: per micro-batch in the steady state, on the first rank's stream from one chosen token's arrival to another's;

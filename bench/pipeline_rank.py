@@ -491,32 +491,34 @@ class Plan:
         self.rank.say("close", variant=variant)
 
     def _cell(self, model: str, tokens: int, in_flight: int, ready: list[str], busy: dict[str, Any]) -> None:
-        """All variants in turn, some rounds."""
-        able = [name for name in ready if (most_in_flight(name) or in_flight) >= in_flight]
-        rounds: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in able}
-        counts: dict[str, int] = {}
-        for _ in range(self.request["rounds"]):
-            for variant in list(able):
-                if self.is_over:
-                    break
-                order = {
-                    "variant": variant,
-                    "tokens": tokens,
-                    "in_flight": in_flight,
-                    "kinds": [usual_kind(tokens)],
-                }
-                if variant not in counts:  # how many fit into the time of a block
-                    reports = self.rank.say("block", **order, count=2 * in_flight, warm=in_flight)
-                    if first_error(reports) is None:
-                        fitting = int(1e3 * self.request["block_seconds"] / max(reports[0]["host_ms"], 1e-3))
-                        counts[variant] = max(self.request["least_count"], min(self.request["count"], fitting))
-                if variant in counts:
-                    reports = self.rank.say("block", **order, count=counts[variant])
-                if error := first_error(reports):
-                    able.remove(variant)
-                    self._drop(model, variant, error, ready)
-                    continue
-                rounds[variant].append(reports)
+        """All variants in turn, some rounds, each begun by the next of them, on a device that is warm by then."""
+        names = [name for name in ready if (most_in_flight(name) or in_flight) >= in_flight]
+        able = list(names)
+        rounds: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
+
+        def block(variant: str, **order: Any) -> list[dict[str, Any]] | None:
+            """The reports; None if the variant was dropped, now or before, or the time is used up."""
+            if variant not in able or self.is_over:
+                return None
+            order |= {"tokens": tokens, "in_flight": in_flight, "kinds": [usual_kind(tokens)]}
+            reports = self.rank.say("block", variant=variant, **order)
+            if error := first_error(reports):
+                able.remove(variant)
+                self._drop(model, variant, error, ready)
+                return None
+            return reports
+
+        fitting: dict[str, int] = {}  # micro-batches into the time of a block
+        for variant in names:
+            if reports := block(variant, count=2 * in_flight, warm=in_flight):
+                fitting[variant] = int(1e3 * self.request["block_seconds"] / max(reports[0]["host_ms"], 1e-3))
+        counts = {name: max(self.request["least_count"], min(self.request["count"], fitting[name])) for name in fitting}
+        if able and able[0] in fitting and (warming := fitting[able[0]] - 2 * in_flight) > 0:
+            block(able[0], count=warming, warm=in_flight)
+        for number in range(self.request["rounds"]):
+            for variant in rotated(list(counts), number):
+                if reports := block(variant, count=counts[variant]):
+                    rounds[variant].append(reports)
         for variant in list(able):
             if not rounds[variant]:
                 continue
@@ -532,6 +534,11 @@ class Plan:
                 count=counts[variant],
                 **figures(tokens, rounds[variant], busy.get(variant, [])),
             )
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """The same in a ring, begun so many places further on."""
+    return [names[(at + by) % len(names)] for at in range(len(names))]
 
 
 def figures(

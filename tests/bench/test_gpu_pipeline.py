@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ sys.path.insert(0, str(BENCH))
 import gpu_pipeline
 from decoder import MODELS, DecoderStage
 from pipeline_hops import hops, kernels_of, read
-from pipeline_rank import Record, compared, covered, figures
+from pipeline_rank import Plan, Record, compared, covered, figures, rotated
 from slot_attention import StepTensors
 from step_schedule import Call, Schedule
 
@@ -123,6 +124,78 @@ def test_figures_of_a_cell() -> None:
     assert gpu_pipeline.ratios(cells) == [
         {"model": "m", "tokens": 8, "in_flight": 1, "ms_over": {"eager": {"ours": 0.25}}}
     ]
+
+
+class Ordered:
+    """Stands in for the first rank: writes down which blocks are ordered, where each micro-batch takes 10 ms.
+
+    Args:
+        failing: the variant whose block of this number fails, from 0 on.
+    """
+
+    def __init__(self, folder: Path, variants: list[str], rounds: int, failing: tuple[str, int] | None = None) -> None:
+        self.folder, self.deadline = folder, float("inf")
+        self.schedule = Schedule(max_tokens=8, context_tokens=16, in_flight=2)
+        self.request = {"models": ["m"], "tokens": [8], "in_flight": [2], "variants": variants, "rounds": rounds}
+        self.request |= {"check": False, "profile": False, "trace_variants": []}
+        self.request |= {"block_seconds": 1.0, "count": 20, "least_count": 4}
+        self.blocks: list[SimpleNamespace] = []
+        self._failing = failing
+
+    def say(self, name: str, **order: Any) -> list[dict[str, Any]]:
+        if name != "block":
+            return [{}, {}]
+        number = sum(block.variant == order["variant"] for block in self.blocks)
+        self.blocks.append(SimpleNamespace(**order))
+        if (order["variant"], number) == self._failing:
+            return [{}, {"error": "lost"}]
+        clocks = dict.fromkeys(("ms", "host_ms"), 10.0) | dict.fromkeys(("main_thread_us", "process_us"), 1.0)
+        return [{**clocks, "counters": {}}] * 2
+
+    def run(self) -> list[dict[str, Any]]:
+        """The cells that come of it."""
+        Plan(self).run()  # type: ignore[arg-type]
+        found = [json.loads(line) for line in (self.folder / "found.jsonl").read_text().splitlines()]
+        return [each for each in found if each["what"] == "cell"]
+
+
+def test_every_variant_is_first_in_one_of_as_many_rounds(tmp_path: Path) -> None:
+    variants = ["eager", "reduce_overhead", "ours_auto_auto"]
+    rank = Ordered(tmp_path, variants, rounds=3)
+    cells = rank.run()
+    trials, warming, counted = rank.blocks[:3], rank.blocks[3], rank.blocks[4:]
+    assert [block.variant for block in trials] == variants
+    assert warming.variant == "eager"
+    assert 0.9 < (warming.warm + warming.count + warming.in_flight) * 10e-3 <= 1.0, "seconds of a block"
+    turns = [[block.variant for block in counted[at : at + 3]] for at in (0, 3, 6)]
+    assert [turn[0] for turn in turns] == variants and len(counted) == 9
+    assert all(sorted(turn) == sorted(variants) for turn in turns)
+    assert {cell["variant"]: cell["ms"]["count"] for cell in cells} == dict.fromkeys(variants, 3)
+    assert all(block.count == 20 for block in counted)
+
+
+@pytest.mark.parametrize(("failing_block", "blocks_of_it"), [(0, 1), (1, 2), (2, 3)])
+def test_a_variant_that_fails_takes_no_turn_of_another_one(
+    tmp_path: Path, failing_block: int, blocks_of_it: int
+) -> None:
+    rank = Ordered(tmp_path, ["a", "b", "c"], rounds=2, failing=("b", failing_block))
+    cells = rank.run()
+    assert sum(block.variant == "b" for block in rank.blocks) == blocks_of_it
+    others = [block.variant for block in rank.blocks if block.variant != "b"]
+    assert others == [*"ac", "a", *"ac", *"ca"]
+    assert {cell["variant"]: cell["ms"]["count"] for cell in cells} == {"a": 2, "c": 2}
+
+
+def test_blocks_that_hold_fewer_micro_batches_than_a_trial_are_not_warmed_up_for(tmp_path: Path) -> None:
+    rank = Ordered(tmp_path, ["a", "b"], rounds=1)
+    rank.request["block_seconds"] = 0.03
+    rank.run()
+    assert [block.variant for block in rank.blocks] == [*"ab", *"ab"]
+
+
+def test_variants_that_take_turns() -> None:
+    assert [rotated("abc", by) for by in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    assert rotated([], 2) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
