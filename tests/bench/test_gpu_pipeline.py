@@ -250,14 +250,18 @@ def test_traces_of_ranks_are_put_on_one_clock() -> None:
 
 
 def test_the_page_says_what_the_trace_of_two_gpus_has() -> None:
-    found = hops(read(BENCH / "results" / "gpu_pipeline_trace_7b.json.gz"))
+    events = read(BENCH / "results" / "gpu_pipeline_trace_7b.json.gz")
+    found = hops(events)
     first, last = found.stage_us
     there, back = found.hop_us
     page = " ".join((BENCH.parent / "docs" / "benchmarks.md").read_text().split())
     for words in (
+        "All defaults took CUDA IPC, as the trace below shows",
         f"in a trace of {found.steps} steps of 8 tokens",
         f"the stages take {first:.0f} and {last:.0f} us",
         f"{there:.0f} us lie between the first and the second, {back:.0f} us between the second and the first one",
     ):
         assert words in page
     assert found.step_us <= first + last + 2 * 60
+    assert not any("nccl" in event["name"].lower() for event in events)
+    assert {event["pid"] for event in events if "PtoP" in event["name"]} == {0, 1}
