@@ -21,6 +21,10 @@ def _integers_only(plan: Any, args: Any) -> tuple[int, ...]:
     return tuple(0 if isinstance(value, torch.Tensor) else int(value) for value in values)
 
 
+def _no_addresses(self: Any, args: Any) -> dispatch.Addresses:
+    return dispatch.Addresses((), (0,) * len(self.plan.address_positions))
+
+
 # Rule -> (owner, name, what stands there instead). Rules of the table in ``padding_rules.py`` also leave the table.
 _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "M1": [(partition._Cutter, "_cut_at_visible_writes", lambda self, steps: False)],
@@ -35,8 +39,8 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "R5": [(module, "real_rows", lambda static, num_tokens: static.rows(num_tokens)) for module in (bucket, replay)],
     "R6": [(instructions.Instruction, "holds", lambda self, arguments: True)],
     "R7": [
-        (dispatch.Graphs, "parameter_addresses", lambda self, args: ()),
-        *((module, "fixed_values", _integers_only) for module in (bucket, dispatch)),
+        (dispatch.Graphs, "addresses", _no_addresses),
+        (bucket, "fixed_values", _integers_only),
     ],
     "aliases": [
         (dispatch.Graphs, "_meets_written_memory", lambda self, args: False),

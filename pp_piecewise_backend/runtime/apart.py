@@ -33,7 +33,7 @@ class Apart:
         self._lasting_others = [(at, specs[at].storage) for at in others if at in lasting]
         self._passed_written = [(at, specs[at].storage) for at in written if at not in lasting]
         self._passed_others = [(at, specs[at].storage) for at in others if at not in lasting]
-        self._known: tuple[tuple[Any, ...], MemoryMap, MemoryMap, bool] | None = None
+        self._known: tuple[tuple[object, ...], MemoryMap, MemoryMap, bool] | None = None
         """Where lasting inputs lie, the maps of the written and the other ones, and whether these share memory."""
         self._smallest_bytes = 0
         """No written input is smaller; 0 where this is not known before the call."""
@@ -41,7 +41,7 @@ class Apart:
             sizes_bytes = [extent_bytes(*geometry(specs[at], {}), specs[at].dtype) for at in written]
             self._smallest_bytes = min(sizes_bytes, default=0)
 
-    def are_broken(self, args: Sequence[Any], addresses: tuple[Any, ...] = ()) -> bool:
+    def are_broken(self, args: Sequence[Any], addresses: object = ()) -> bool:
         """Whether, in a call with these arguments, one lies in written memory in which it did not lie when traced.
 
         Args:

@@ -111,8 +111,11 @@ class GraphPlan:
                 self.arrivals[register] = "constant"
         self.parameter_positions = self._arriving_as("parameter")
         self.address_positions = self._arriving_as("address")
+        self.read_in_place = (*self.parameter_positions, *self.address_positions)
+        self.scalar_sources = tuple(scalar_sources)
+        """Objects that captured pieces take, and integers but the token count."""
         self.fixed_sources = (*self.address_positions, *scalar_sources)
-        """What must be as it was at capture: addresses of these, then objects, and integers but the token count."""
+        """What must be as it was at capture: addresses of these, then what the others are."""
         self.scalar_names = [_scalar_name(source, inputs) for source in scalar_sources]
         """What these objects and integers are called."""
         # What reaches captured pieces by a copy, which nothing refreshes when an eager step writes where it came from.

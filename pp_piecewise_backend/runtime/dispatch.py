@@ -29,14 +29,14 @@ from ..utils import torch_compat
 from ..utils.addresses import MemoryMap
 from ..utils.counters import Stats
 from ..utils.reasons import Missed, Reason, miss
-from .bucket import Bucket, BucketCapture, Verdicts, fixed_values, hoist_buffers, may_pad
+from .bucket import Bucket, BucketCapture, Verdicts, hoist_buffers, may_pad
 from .capture_plan import GraphPlan
 from .cudagraphs.cuda import CudaDevice
 from .cudagraphs.device import Device
 from .cudagraphs.emulated import EmulatedDevice
 from .cudagraphs.memory import like, memory_of, why_no_copies
 from .hooks import NO_EVENTS, Events
-from .instructions import picker
+from .instructions import gather, picker
 from .ownership import hand_over, lend, merged_results
 from .replay import Call, FlatProgram, NoMemoryToCompare
 from .stage import StageMemory, first_found
@@ -77,6 +77,18 @@ class Misses(NamedTuple):
 
 Place = tuple[Any, ...]
 """Where the large tensors lie and what numbers and objects are, in the order of ``GraphPlan.fixed_sources``."""
+
+
+class Addresses(NamedTuple):
+    """Where all lies in a call that captured pieces read at its own address."""
+
+    parameters: tuple[Any, ...] = ()
+    """And how, where Dynamo does not look: see Note [sets of parameters]."""
+    large: tuple[int, ...] = ()
+    """The tensors at ``GraphPlan.address_positions``."""
+
+
+NO_ADDRESSES = Addresses()
 
 
 @dataclass
@@ -154,17 +166,20 @@ class Graphs:
         """Reason and number of tokens, if known -> what was missed, for reports; the latest are kept."""
         self._calls = 0
         self._parameters = picker(plan.parameter_positions)
+        self._read_in_place = picker(plan.read_in_place)
+        self._last_addresses: tuple[tuple[Any, ...], Addresses] = (), NO_ADDRESSES
+        """In one, since several threads may ask."""
         self._may_verify = plan.is_full or plan.config.verify_every > 0
 
     # ------------------------------------------------------------------------------ calls
 
     def run(
-        self, args: Sequence[Any], addresses: tuple[Any, ...], session: Session | None
+        self, args: Sequence[Any], addresses: Addresses, session: Session | None
     ) -> tuple[list[Any], Call] | None:
         """The graph's results, or None where the call is to run without graphs; then every miss is counted.
 
         Args:
-            addresses: what ``parameter_addresses`` says of these arguments.
+            addresses: what ``addresses`` says of these arguments.
             session: the warm-up that makes the call, if one does: its calls are not counted.
 
         Raises:
@@ -178,7 +193,7 @@ class Graphs:
             return None
 
     def _run(
-        self, args: Sequence[Any], addresses: tuple[Any, ...], num_tokens: int | None, session: Session | None
+        self, args: Sequence[Any], addresses: Addresses, num_tokens: int | None, session: Session | None
     ) -> tuple[list[Any], Call]:
         """The results; raises ``Missed`` before anything was run."""
         plan, memory = self.plan, self._memory
@@ -197,14 +212,15 @@ class Graphs:
             memory.lock.release()
 
     def _run_in_bucket(
-        self, args: Sequence[Any], addresses: tuple[Any, ...], num_tokens: int, size: int, session: Session | None
+        self, args: Sequence[Any], addresses: Addresses, num_tokens: int, size: int, session: Session | None
     ) -> tuple[list[Any], Call]:
         if self._meets_written_memory(args) or self._takes_what_was_given_out(args, addresses):
             raise Missed(miss("inputs-overlap"))
-        parameters = self._parameter_set(args, addresses)
+        parameters = self._parameter_set(args, addresses.parameters)
         if size in self.dropped:
             raise Missed(self.dropped[size])
-        here = fixed_values(self.plan, args) if self.plan.fixed_sources else ()
+        scalars = self.plan.scalar_sources
+        here = (*addresses.large, *gather(scalars, args)) if scalars else addresses.large
         bucket = parameters.buckets.get(size)
         if bucket is not None and bucket.fixed != here:
             bucket = parameters.bucket_at(size, here)
@@ -278,14 +294,14 @@ class Graphs:
         apart = self.plan.copied_apart
         return apart is not None and apart.are_broken(args)
 
-    def _takes_what_was_given_out(self, args: Sequence[Any], addresses: tuple[Any, ...]) -> bool:
+    def _takes_what_was_given_out(self, args: Sequence[Any], addresses: Addresses) -> bool:
         """Whether an argument, or what the module kept, is a static result of the last call: replays write there."""
         plan, memory, table = self.plan, self._memory, self.plan.table
         if not plan.config.static_outputs:
             return False
         positions = table.passed_in_the_call
         if plan.listener is None:  # else what is kept is elsewhere, see Note [static results that are kept]
-            positions = table.but_parameters if addresses == self._last_set[0] else table.tensors
+            positions = table.but_parameters if addresses.parameters == self._last_set[0] else table.tensors
         given_out = MemoryMap.of(reference() for reference in memory.given_out)
         return any(
             given_out.holds(args[at])
@@ -293,11 +309,17 @@ class Graphs:
             for at in positions
         )
 
-    def parameter_addresses(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Where the parameters lie and, where Dynamo does not look, how: see Note [sets of parameters]."""
-        parameters = self._parameters(args)
-        found = tuple(map(torch.Tensor.data_ptr, parameters))
-        return found if torch_compat.GUARDS_PARAMETER_STRIDES else (*found, *map(torch.Tensor.stride, parameters))
+    def addresses(self, args: Sequence[Any]) -> Addresses:
+        """Where lies what is read in place; the same object as in the last call where nothing has moved."""
+        pointers: tuple[Any, ...] = tuple(map(torch.Tensor.data_ptr, self._read_in_place(args)))
+        if not torch_compat.GUARDS_PARAMETER_STRIDES:
+            pointers += tuple(map(torch.Tensor.stride, self._parameters(args)))
+        last_pointers, found = self._last_addresses
+        if pointers != last_pointers:
+            count, end = len(self.plan.parameter_positions), len(self.plan.read_in_place)
+            found = Addresses((*pointers[:count], *pointers[end:]), pointers[count:end])
+            self._last_addresses = pointers, found
+        return found
 
     def _flat_program(
         self, parameters: ParameterSet, bucket: Bucket, moved: Mapping[int, Reason], num_tokens: int
@@ -333,7 +355,8 @@ class Graphs:
         static = bucket.overwritten
         if plan.config.static_outputs and may_be_static:
             self._memory.overwritten = static
-            call.output_copies = hand_over(results, storages, plan.input_storages, bucket.taken_early)
+            if bucket.taken_early:
+                call.output_copies = hand_over(results, storages, plan.input_storages, bucket.taken_early)
             if plan.listener is not None:
                 self._memory.lent += lend(results, storages, plan.input_storages, static)
             if plan.config.strict and plan.kind == "emulate" and plan.listener is None:

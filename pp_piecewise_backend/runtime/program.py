@@ -45,7 +45,7 @@ from .bucket import Bucket
 from .capture_plan import GraphKind, GraphPlan
 from .cudagraphs.foreign import capture_check
 from .cudagraphs.memory import like
-from .dispatch import Graphs, ParameterSet
+from .dispatch import NO_ADDRESSES, Addresses, Graphs, ParameterSet
 from .hooks import NO_EVENTS, Events, Notice, StageListener
 from .instructions import Layout, Notices, lay_out, lay_out_in_one
 from .ownership import LandingWatch, find_boundary, merged_results
@@ -122,7 +122,7 @@ class Program:
                 self.full = FullGraphs(split, self.layout, table, plan, memory, self.stats, name, events)
                 if self.full.graphs is not None:
                     self._full_finalizer = weakref.finalize(self, self.full.graphs.release_unlocked)
-        known = () if self.graphs is None else self.graphs.plan.parameter_positions
+        known = () if self.graphs is None else self.graphs.plan.read_in_place
         self._apart = Apart(table.inputs, self._exclusive, table.tensors, known) if self._exclusive else None
 
     @property
@@ -214,7 +214,7 @@ class Program:
         alternatives: list[Callable[[], object]] = [lambda: self._run_uncaptured(args, None)]
         for graphs in self._all_graphs:
             if (size := graphs.size_to_weigh(args)) is not None:
-                run = partial(graphs.run, args, graphs.parameter_addresses(args), session)
+                run = partial(graphs.run, args, graphs.addresses(args), session)
                 if run() is not None:
                     sides.append((graphs, size))
                     alternatives.append(run)
@@ -236,7 +236,7 @@ class Program:
 
     def _run_inside_a_capture(self, args: Sequence[Any], session: Session | None) -> tuple[Any, ...]:
         """See Note [inside a foreign capture]."""
-        addresses = () if self.graphs is None else self.graphs.parameter_addresses(args)
+        addresses = NO_ADDRESSES if self.graphs is None else self.graphs.addresses(args)
         reason = self._rows_disagree(args) or self._inputs_overlap(args, addresses)
         if reason is None:
             results, call = self._run_uncaptured(args, None)
@@ -262,7 +262,7 @@ class Program:
             if outcome is not None:
                 return outcome
         graphs = self.graphs
-        addresses = () if graphs is None else graphs.parameter_addresses(args)
+        addresses = NO_ADDRESSES if graphs is None else graphs.addresses(args)
         if (reason := self._inputs_overlap(args, addresses)) is not None:
             return self._run_whole(args, reason, session)
         if graphs is not None:
@@ -281,7 +281,7 @@ class Program:
                 return miss("rows-disagree", f"{self.inputs[at].readable} is {args[at]}, and {traced}")
         return None
 
-    def _inputs_overlap(self, args: Sequence[Any], addresses: tuple[Any, ...]) -> Reason | None:
+    def _inputs_overlap(self, args: Sequence[Any], addresses: Addresses) -> Reason | None:
         if self._apart is None or not self._apart.are_broken(args, addresses):
             return None
         names = ", ".join(self.inputs[position].label for position in self._exclusive)
@@ -367,7 +367,7 @@ class FullGraphs:
         self.graphs = Graphs(own, memory, stats, name, events)
         written = [at for at in table.tensors if table.inputs[at].name in split.in_one.cuts.exclusive_inputs]
         if written:
-            self._apart = Apart(table.inputs, written, table.tensors, own.parameter_positions)
+            self._apart = Apart(table.inputs, written, table.tensors, own.read_in_place)
 
     def run(self, args: Sequence[Any], session: Session | None) -> tuple[list[Any], Call] | None:
         """The graph's results, or None where the call is one for the pieces; then nothing was run."""
@@ -384,7 +384,7 @@ class FullGraphs:
         if size in graphs.dropped:
             graphs.miss(graphs.dropped[size], args, session)
             return None
-        addresses = graphs.parameter_addresses(args)
+        addresses = graphs.addresses(args)
         if self._apart is not None and self._apart.are_broken(args, addresses):
             graphs.miss(miss("inputs-overlap"), args, session)
             return None

@@ -45,6 +45,9 @@ class MemoryMap:
             for at in range(bisect_left(self._edges, begin), bisect_left(self._edges, end)):
                 self._numbers[at] |= {number}
 
+    def __bool__(self) -> bool:
+        return bool(self._edges)
+
     @classmethod
     def of(cls, values: Iterable[Any]) -> MemoryMap:
         """Where the tensors among these values lie."""
