@@ -237,7 +237,8 @@ class Ours:
             },
         )
         self.runner.warmup(progress=False)
-        self._steps = self.runner.run(self._micro_batches() if setting.is_first else None)
+        # As with the other methods, no host waits for a device here, nor in ``finish``.
+        self._steps = self.runner.run(self._micro_batches() if setting.is_first else None, confirmed=False)
 
     def _micro_batches(self) -> Iterator[ppb.MicroBatch]:
         while self._next is not None:
@@ -262,7 +263,7 @@ class Ours:
         next(self._steps)
 
     def finish(self) -> Tensor:
-        return self.runner.feedback(confirmed=False)[1]["tokens"]  # as the others: no host waits for the device
+        return self.runner.feedback(confirmed=False)[1]["tokens"]
 
     def follow(self) -> None:
         next(self._steps)

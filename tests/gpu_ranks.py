@@ -52,7 +52,8 @@ def one_rank(rank: int, count: int, folder: Path, job: Mapping[str, Any]) -> int
         batches = (ppb.MicroBatch(n, str(number).encode()) for number, n in enumerate(sizes(job["microbatches"])))
         outputs, told = [], []
         try:
-            for number, output in enumerate(runner.run(batches if is_first else None)):
+            steps = runner.run(batches if is_first else None, confirmed=job["confirmed"])
+            for number, output in enumerate(steps):
                 if output is not None:
                     outputs.append({name: tensor.clone() for name, tensor in output.items()})
                 if rank == job.get("victim") and number == FAULTY_STEP:

@@ -185,6 +185,7 @@ class StageRunner:
         self._is_whole_graph = True
         self._turn = checks.Turn()
         self._in_forward = self._has_run = self._is_closed = False
+        self._confirms_outputs = True
         self._has_failed = False
         """Whether this rank has raised, so that ``close`` has nothing more to say."""
 
@@ -271,12 +272,19 @@ class StageRunner:
 
     # --------------------------------------------------------------------------------- run
 
-    def run(self, microbatches: Iterable[MicroBatch] | None = None) -> Iterator[Any]:
+    def run(self, microbatches: Iterable[MicroBatch] | None = None, *, confirmed: bool = True) -> Iterator[Any]:
         """Run micro-batches: those given on the first stage, on the others what the stage before announces.
 
         One item comes for each micro-batch: the module's output on the last stage, None elsewhere. The output belongs
         to the caller. Leaving the iterator early stops all ranks in order, as its end does; where several ranks hold
         one stage together, only the first stage can do so, and another one that leaves early breaks the pipeline.
+
+        Args:
+            microbatches: on the first stage only.
+            confirmed: whether the last stage waits, on the host, until what its output is made of has landed. Without,
+                it can enqueue the next micro-batch while the stages before still compute this one. But the output
+                holds anything when the pipeline breaks meanwhile: call ``confirm_output`` before it is read on the
+                host. When the iterator ends, all is there.
 
         Raises:
             PeerLost: a rank died, stopped, failed or does not keep to the plan.
@@ -290,7 +298,7 @@ class StageRunner:
         given = None if microbatches is None else checks.micro_batches(microbatches)
         if self._has_run:
             raise errors.PPPiecewiseError(errors.RAN_ALREADY)
-        self._has_run = True
+        self._has_run, self._confirms_outputs = True, confirmed
         if self._compiled is None:
             self.warmup()
         self._watchdog.start()
@@ -308,6 +316,8 @@ class StageRunner:
                     raise
                 self._finish()
                 raise
+            if self.is_last:
+                self._confirm()
             self._finish()
 
     def _own_steps(self, microbatches: Iterable[MicroBatch]) -> Iterator[Any]:
@@ -390,7 +400,7 @@ class StageRunner:
                 with self._spanning("steps", "answer"):
                     self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
-        if self.is_last:
+        if self.is_last and self._confirms_outputs:
             self._confirm()
         self._clock.step_ends()
         return output
@@ -520,6 +530,16 @@ class StageRunner:
         self._turn.check_open()
         if self._feedback is not None and self._feedback.is_unconfirmed:
             self._waiting("feedback", "confirm feedback", self._feedback.confirm)
+
+    def confirm_output(self) -> None:
+        """Return once what all outputs of ``run(confirmed=False)`` are made of, up to the last one, has landed.
+
+        Raises:
+            PeerLost: the pipeline broke, and the last outputs are worthless.
+        """
+        self._turn.check_open()
+        if self.is_last:
+            self._confirm()
 
     # --------------------------------------------------------------------------------- end
 

@@ -173,9 +173,7 @@ class Graphs:
 
     # ------------------------------------------------------------------------------ calls
 
-    def run(
-        self, args: Sequence[Any], addresses: Addresses, session: Session | None
-    ) -> tuple[list[Any], Call] | None:
+    def run(self, args: Sequence[Any], addresses: Addresses, session: Session | None) -> tuple[list[Any], Call] | None:
         """The graph's results, or None where the call is to run without graphs; then every miss is counted.
 
         Args:

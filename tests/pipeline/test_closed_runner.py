@@ -161,6 +161,7 @@ CALLS: dict[str, Callable[[ppb.StageRunner], Any]] = {
     "warmup": lambda runner: runner.warmup(),
     "feedback": lambda runner: runner.feedback(),
     "confirm_feedback": lambda runner: runner.confirm_feedback(),
+    "confirm_output": lambda runner: runner.confirm_output(),
     "trace": lambda runner: runner.trace("trace.json"),
 }
 

@@ -13,6 +13,7 @@ import torch
 import pp_piecewise_backend as ppb
 from pp_piecewise_backend import errors
 from pp_piecewise_backend.pipeline.header import Answer
+from pp_piecewise_backend.pipeline.inbox import Inbox
 from pp_piecewise_backend.pipeline.results import Answers
 from pp_piecewise_backend.pipeline.transports.local import LocalHub
 from pp_piecewise_backend.pipeline.transports.one_machine import OneMachineWire
@@ -175,6 +176,59 @@ def test_feedback_whose_rows_are_known_is_announced_before_the_forward(rows: str
     told: list[list[int]] = []
     in_threads_of_their_own(play, 2)
     assert came == [is_early] and told == [[4, 4], [4, 4]]
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_the_last_stage_waits_for_what_lands_where_its_outputs_are_confirmed(
+    confirmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a transport on which only streams wait, so that nothing has landed for hosts until they confirm it."""
+    hub, unconfirmed, at_outputs, at_ends = LocalHub(2, LONGEST_SECONDS), set[Inbox](), list[bool](), list[bool]()
+    land = Inbox.land
+
+    def lands_for_streams(inbox: Inbox) -> None:
+        land(inbox)
+        unconfirmed.add(inbox)
+
+    monkeypatch.setattr(Inbox, "land", lands_for_streams)
+    monkeypatch.setattr(Inbox, "confirm", lambda inbox: unconfirmed.discard(inbox))
+    monkeypatch.setattr(Inbox, "is_unconfirmed", property(lambda inbox: inbox in unconfirmed))
+
+    def play(stage: int) -> None:
+        with runner(hub, stage, None) as own:
+            warm_up_alone(own)
+            batches = [ppb.MicroBatch(2, feedback=False)] * 3
+            for number, _ in enumerate(own.run(batches if stage == 0 else None, confirmed=confirmed)):
+                if stage == 1:
+                    at_outputs.append(bool(unconfirmed))
+                if number == 1:
+                    own.confirm_output()  # nothing to do on the first stage
+                if stage == 1:
+                    at_outputs.append(bool(unconfirmed))
+            at_ends.append(bool(unconfirmed) and stage == 1)
+
+    in_threads_of_their_own(play, 2)
+    assert at_outputs == ([False] * 6 if confirmed else [True, True, True, False, True, True])
+    assert at_ends == [False, False]
+
+
+def test_finish_gets_what_has_landed_also_where_outputs_are_not_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, confirmed, told = LocalHub(2, LONGEST_SECONDS), list[Inbox](), list[int]()
+    monkeypatch.setattr(Inbox, "confirm", lambda inbox: confirmed.append(inbox))
+    monkeypatch.setattr(Inbox, "is_unconfirmed", property(lambda inbox: inbox._hands_out and not inbox._grows))
+
+    def finish(output: dict[str, torch.Tensor], tag: bytes) -> dict[str, torch.Tensor]:
+        told.append(len(confirmed))
+        return {"tokens": output["tokens"]}
+
+    def play(stage: int) -> None:
+        with runner(hub, stage, None, **({"finish": finish} if stage else {})) as own:
+            warm_up_alone(own)
+            for _ in own.run([ppb.MicroBatch(2)] * 3 if stage == 0 else None, confirmed=False):
+                pass
+
+    in_threads_of_their_own(play, 2)
+    assert told == [1, 2, 3]
 
 
 def test_a_stage_prepares_its_inputs_while_its_proxies_are_computed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def run(folder: Path, transport: str, count: int, **job: object) -> list[Ended]:
         "transport": transport,
         "default_group": "gloo",
         "feedback_rows": "any",
+        "confirmed": True,
         "timeout_seconds": TIMEOUT_SECONDS,
         "microbatches": MICRO_BATCHES,
         **job,
@@ -45,13 +47,18 @@ def run(folder: Path, transport: str, count: int, **job: object) -> list[Ended]:
 
 @over_both
 @pytest.mark.parametrize(
-    ("count", "default_group", "feedback_rows"),
-    [(2, "gloo", "any"), (2, "gloo", "tokens"), (2, "nccl", "any"), (4, "gloo", "any")],
+    ("count", "job"),
+    [
+        (2, {}),
+        (2, {"feedback_rows": "tokens"}),
+        (2, {"feedback_rows": "tokens", "confirmed": False}),
+        (2, {"default_group": "nccl"}),
+        (4, {}),
+    ],
+    ids=str,
 )
-def test_results_and_counters_in_steady_state(
-    transport: str, count: int, default_group: str, feedback_rows: str, tmp_path: Path
-) -> None:
-    for ended in run(tmp_path, transport, count, default_group=default_group, feedback_rows=feedback_rows):
+def test_results_and_counters_in_steady_state(transport: str, count: int, job: dict[str, Any], tmp_path: Path) -> None:
+    for ended in run(tmp_path, transport, count, **job):
         assert ended.exit_code == 0, ended.log
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(count)]
     for rank, stats in enumerate(one["counted"] for one in found):
