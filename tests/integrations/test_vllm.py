@@ -275,5 +275,40 @@ def test_eight_clients_at_once_and_one_that_hangs_up(models: Path, tmp_path: Pat
             assert list(first) == expected
 
 
+NATIVE, KERNELS = "native", "vllm_c"
+NORMS = ("rms_norm", "fused_add_rms_norm")
+
+
+def decided(*given: Sequence[Mapping[str, Any]], **environment: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Custom ops and the first choice for each norm in configs with these keywords, on a GPU platform."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PP_PIECEWISE")}
+    command = [sys.executable, str(TESTS / "vllm_configs.py"), json.dumps(given)]
+    asked = subprocess.run(command, env=variables | environment, capture_output=True, text=True, timeout=300)
+    assert asked.returncode == 0, asked.stderr[-8000:]
+    return [(custom_ops, first) for custom_ops, first in json.loads(asked.stdout.splitlines()[-1])]
+
+
+def test_inductor_writes_what_it_writes_in_vllms_own_backend() -> None:
+    own = {"backend": "inductor", "mode": 3}
+    theirs, ours = decided((own, {}), (OURS["compilation_config"], {}))
+    assert ours == theirs and theirs[0] == ["none"] and {theirs[1][norm] for norm in NORMS} == {NATIVE}
+    theirs_otherwise, without_inductor = decided(
+        ({"backend": "eager", "mode": 2}, {}), (OURS["compilation_config"], {}), PP_PIECEWISE_COMPILER="eager"
+    )
+    assert without_inductor == theirs_otherwise != theirs
+
+
+def test_kernels_that_the_user_chose_stay() -> None:
+    backend = OURS["compilation_config"]
+    (every_op, norms_open), (one_op, _), (_, chosen) = decided(
+        ({**backend, "custom_ops": ["all"]}, {}),
+        ({**backend, "custom_ops": ["+silu_and_mul"]}, {}),
+        (backend, {"rms_norm": [KERNELS]}),
+    )
+    assert every_op == ["all"] and {norms_open[norm] for norm in NORMS} == {NATIVE}
+    assert one_op == ["+silu_and_mul", "none"]
+    assert (chosen["rms_norm"], chosen["fused_add_rms_norm"]) == (KERNELS, NATIVE)
+
+
 def test_vllm_finds_the_backend() -> None:
     assert "pp_piecewise" in {entry.name for entry in entry_points(group="vllm.general_plugins")}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +20,14 @@ from pp_piecewise_backend.integrations.vllm.settings import capture_options
 
 CompilationMode = Enum("CompilationMode", "NONE STOCK_TORCH_COMPILE DYNAMO_TRACE_ONCE VLLM_COMPILE")
 CUDAGraphMode = Enum("CUDAGraphMode", "NONE PIECEWISE FULL FULL_DECODE_ONLY FULL_AND_PIECEWISE")
+
+
+@dataclass
+class Priority:
+    """Which kernels are tried first, for each op that has several."""
+
+    rms_norm: list[str] = field(default_factory=list)
+    fused_add_rms_norm: list[str] = field(default_factory=list)
 
 
 class Platform:
@@ -35,6 +45,13 @@ class Platform:
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
         vllm_config.platform_was_asked = True
+
+    def get_default_ir_op_priority(self, vllm_config: Any) -> Priority:
+        """As on CUDA: by the name of the backend."""
+        compilation = vllm_config.compilation_config
+        is_own = compilation.backend == "inductor" and compilation.mode is not CompilationMode.NONE
+        kernels = ["native"] if is_own else ["vllm_c", "native"]
+        return Priority(list(kernels), list(kernels))
 
 
 def module(name: str, **members: Any) -> ModuleType:
@@ -59,10 +76,15 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def config(backend: str = "pp_piecewise", mode: Any = None, **changed: Any) -> Any:
     """What vLLM has read from the command line when it asks the platform."""
     compilation = {"backend": backend, "mode": mode, "cudagraph_mode": changed.pop("cudagraph_mode", None)}
+    compilation["custom_ops"] = list(changed.pop("custom_ops", ()))
+    kernels = SimpleNamespace(ir_op_priority=Priority(**changed.pop("ir_op_priority", {})))
     parallel = {"worker_cls": changed.pop("worker_cls", "auto"), "enable_dbo": changed.pop("enable_dbo", False)}
     others = {"lora_config": None, "speculative_config": None, **changed}
     return SimpleNamespace(
-        compilation_config=SimpleNamespace(**compilation), parallel_config=SimpleNamespace(**parallel), **others
+        compilation_config=SimpleNamespace(**compilation),
+        parallel_config=SimpleNamespace(**parallel),
+        kernel_config=kernels,
+        **others,
     )
 
 
@@ -113,6 +135,45 @@ def test_the_backend_is_found_by_name_in_the_mode_that_traces_once(platform: Pla
 def test_pieces_are_the_backends_and_full_graphs_vllms(given: str | None, becomes: str, platform: Platform) -> None:
     mode = None if given is None else CUDAGraphMode[given]
     assert asked(platform, config(cudagraph_mode=mode)).compilation_config.cudagraph_mode is CUDAGraphMode[becomes]
+
+
+NATIVE = {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}
+OPEN: dict[str, list[str]] = {"rms_norm": [], "fused_add_rms_norm": []}
+
+
+@pytest.mark.parametrize(
+    ("custom_ops", "priority", "get", "order"),
+    [
+        ([], {}, ["none"], NATIVE),
+        (["+rms_norm"], {}, ["+rms_norm", "none"], NATIVE),
+        (["all"], {}, ["all"], NATIVE),
+        (["none", "+rms_norm"], {}, ["none", "+rms_norm"], NATIVE),
+        ([], {"rms_norm": ["vllm_c"]}, ["none"], {**NATIVE, "rms_norm": ["vllm_c"]}),
+    ],
+)
+def test_inductor_writes_what_the_user_left_open(
+    custom_ops: Sequence[str],
+    priority: Mapping[str, list[str]],
+    get: Sequence[str],
+    order: Mapping[str, list[str]],
+    platform: Platform,
+) -> None:
+    """Only on GPUs: on the CPU all stays as it was given."""
+    given = asked(platform, config(custom_ops=custom_ops, ir_op_priority=priority))
+    again = asked(platform, given)  # vLLM makes configs from configs
+    found = again.compilation_config.custom_ops, asdict(again.kernel_config.ir_op_priority)
+    assert found == ((custom_ops, {**OPEN, **priority}) if platform.is_cpu() else (get, order))
+    assert again.compilation_config.backend == integration.BACKEND
+    assert again.compilation_config.mode is CompilationMode.DYNAMO_TRACE_ONCE
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_vllms_own_kernels_stay_where_inductor_compiles_nothing(
+    compiler: str, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PP_PIECEWISE_COMPILER", compiler)
+    given = asked(platform, config())
+    assert (given.compilation_config.custom_ops, asdict(given.kernel_config.ir_op_priority)) == ([], OPEN)
 
 
 def test_enforce_eager_stays_eager(platform: Platform) -> None:

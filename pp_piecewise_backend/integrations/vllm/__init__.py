@@ -4,7 +4,8 @@ vLLM finds ``register`` through the entry point group ``vllm.general_plugins`` a
 
 Note [what is changed in vLLM]
 Nothing, unless ``compilation_config.backend`` names this package. Then vLLM is given a backend and a worker class, both
-by name in its config. Where it has no hook, a method of one object is wrapped, never one of a class:
+by name in its config, and on GPUs, where the user said nothing, the choice of kernels that it makes for its own
+Inductor. Where it has no hook, a method of one object is wrapped, never one of a class:
 ``apply_config_platform_defaults`` of the platform, which fills in the config and passes every other one on; and, on
 pipeline stages that receive, ``irecv_tensor_dict`` of the pipeline's process group, which receives the same messages
 into landing memory (``landing.py``). The runner's own buffers for proxies are replaced by views of landing memory, and

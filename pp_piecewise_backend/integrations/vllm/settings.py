@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 from ... import errors
+from ...config import Config
 from . import BACKEND, TESTED_VERSIONS
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ def configure(vllm_config: Any) -> None:
         warnings.warn(_untested_version(vllm.__version__), errors.PPPiecewiseWarning, stacklevel=2)
     if (refused := _refused(vllm_config)) is not None:
         raise errors.ConfigError(refused)
+    if current_platform.is_cuda_alike() and Config().compiler == "inductor":
+        _choose_kernels_as_for_inductor(vllm_config, current_platform)
     compilation.backend, compilation.mode = BACKEND, CompilationMode.DYNAMO_TRACE_ONCE
     if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -44,6 +48,23 @@ def configure(vllm_config: Any) -> None:
         parallel.worker_cls = f"{__package__}.cpu_worker.PiecewiseCPUWorker"
     elif current_platform.is_cuda_alike():
         parallel.worker_cls = f"{__package__}.gpu_worker.PiecewiseGPUWorker"
+
+
+def _choose_kernels_as_for_inductor(vllm_config: Any, platform: Any) -> None:
+    """Leave to Inductor the activations and norms that vLLM leaves to its own, where the user said nothing.
+
+    vLLM decides by the backend's name, after this, and takes its own kernels for every one but "inductor".
+    """
+    from vllm.config import CompilationMode
+
+    compilation = vllm_config.compilation_config
+    compilation.backend, compilation.mode = "inductor", CompilationMode.VLLM_COMPILE  # what the platform goes by
+    if "all" not in compilation.custom_ops and "none" not in compilation.custom_ops:
+        compilation.custom_ops.append("none")
+    priority = vllm_config.kernel_config.ir_op_priority
+    for op, providers in asdict(platform.get_default_ir_op_priority(vllm_config)).items():
+        if not getattr(priority, op):
+            setattr(priority, op, providers)
 
 
 def capture_options(ranks: Any) -> dict[str, Any]:
