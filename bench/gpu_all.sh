@@ -33,7 +33,7 @@ vllm)
     # Needs vLLM, and this package beside it: pip install --no-deps -e . (each of these lines within ten minutes)
     python bench/gpu_vllm.py --engines default ours --output "$output"
     python bench/gpu_vllm.py --engines eager ours_pieces --add --output "$output"
-    python bench/gpu_vllm.py --engines piecewise ours_native --add --output "$output"
+    python bench/gpu_vllm.py --engines piecewise ours_kernels --add --output "$output"
     ;;
 sanitizer)
     if ! command -v compute-sanitizer >/dev/null; then

@@ -9,14 +9,15 @@ Each run is an engine in a process of its own:
 - `default`: vLLM as it comes, full graphs for decode and piecewise graphs. `piecewise`: `cudagraph_mode=PIECEWISE`.
 - `eager`: `--enforce-eager`.
 - `ours`: `-cc.backend=pp_piecewise`. `ours_pieces`: the same with `cudagraph_mode=NONE`, so that decode replays pieces,
-  too. `ours_native`: `custom_ops=["none"]` and `--ir-op-priority` native, so that Inductor writes norms and
-  activations, as in `default`.
+  too. `ours_kernels`, on GPUs: activations and norms by vLLM's own kernels instead of Inductor's.
 
 Milliseconds per token: the difference between a long and a short answer of so many sequences, per step. With more
 sequences than one prefill step takes, steps of several groups are in flight and keep all stages busy. `ready` is the
 time until the engine takes requests; `cold` starts with empty caches of vLLM, Inductor and Triton, `warm` with those
-that the cold run left. Log probabilities are compared with those of `eager` on the same tokens: of a prompt, and of
-answers up to the first token that differs.
+that the cold run left. What is known of where that time goes is in `phases_s`: for each worker what it counts itself,
+for the engine what vLLM logs, as far as it does. `start_up` has all that is logged until then, each line with its time
+and process, without the values in it. Log probabilities are compared with those of `eager` on the same tokens: of a
+prompt, and of answers up to the first token that differs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -76,11 +78,18 @@ ENGINES: Mapping[str, Mapping[str, Any]] = {
     "eager": {"enforce_eager": True},
     "ours": {"compilation_config": {"backend": "pp_piecewise"}},
     "ours_pieces": {"compilation_config": {"backend": "pp_piecewise", "cudagraph_mode": "NONE"}},
-    "ours_native": {
-        "compilation_config": {"backend": "pp_piecewise", "custom_ops": ["none"]},
-        "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
+    "ours_kernels": {
+        "compilation_config": {"backend": "pp_piecewise", "custom_ops": ["all"]},
+        "ir_op_priority": {"rms_norm": ["vllm_c"], "fused_add_rms_norm": ["vllm_c"]},
     },
 }
+LOGGED: Mapping[str, tuple[str, int | None]] = {
+    "processes": ("Starting to load model", None),
+    "weights": ("Model loading took", -1),
+    "capture_by_vllm": ("Graph capturing finished", 0),
+    "profile_and_warm_up": ("init engine", 0),
+}
+"""Phase -> how vLLM's message about it begins, and which of its numbers are the seconds; None: those until it comes."""
 ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PP_PIECEWISE_GRAPHS": "emulate"}
 
 
@@ -131,7 +140,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
                 "TRITON_CACHE_DIR": f"{folder}/triton",
                 "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_LOGGING_CONFIG_PATH": f"{folder}/logging.json",
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to send workers the function that fills their weights
@@ -139,12 +148,59 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 **(ON_CPU if options.device == "cpu" else {}),
             }
             for caches in sorted(options.caches):  # cold comes first
-                request = {**vars(options), "engine": engine, "caches": caches, "output": ""}
+                log = f"{folder}/{caches}.log"
+                Path(f"{folder}/logging.json").write_text(json.dumps(logging_config(log)))
+                request = {**vars(options), "engine": engine, "caches": caches, "log": log, "output": ""}
                 try:
                     run = run_child(Path(__file__), request, variables, options.timeout_s)
                 except (RuntimeError, subprocess.TimeoutExpired) as error:
                     run = {"status": "failed", "error": str(error)[-4000:]}
                 yield {"engine": engine, "caches": caches, **run}
+
+
+def logging_config(log: str) -> dict[str, Any]:
+    """vLLM's messages go to the file `log`, as `read_log` reads it; warnings are printed, too."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"timed": {"format": "%(created).3f\t%(processName)s\t%(msg)s\t%(args)s"}},
+        "handlers": {
+            "file": {"class": "logging.FileHandler", "filename": log, "formatter": "timed"},
+            "printed": {"class": "logging.StreamHandler", "level": "WARNING"},
+        },
+        "loggers": {"vllm": {"handlers": ["file", "printed"], "level": "INFO", "propagate": False}},
+    }
+
+
+def read_log(text: str, began: float, ready: float) -> tuple[dict[str, float], list[str]]:
+    """Seconds of the phases that are logged between two times, the longest of all processes; and what was said when."""
+    seconds: dict[str, float] = {}
+    said = []
+    for written in text.splitlines():
+        time_text, _, rest = written.partition("\t")
+        if not re.fullmatch(r"\d+\.\d{3}", time_text) or rest.count("\t") < 2:  # a message of several lines
+            continue
+        process, _, rest = rest.partition("\t")
+        message, _, values = rest.rpartition("\t")
+        since = float(time_text) - began
+        if not 0 <= since <= ready - began:
+            continue
+        said.append(f"{since:7.2f} {process}: {message[:100]}")
+        numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", values)]
+        for phase, (beginning, at) in LOGGED.items():
+            if message.startswith(beginning) and (at is None or numbers):
+                seconds[phase] = max(seconds.get(phase, 0.0), since if at is None else numbers[at])
+    return seconds, said
+
+
+def seconds_of_worker(worker: Any) -> dict[str, float]:
+    """What a worker of vLLM has counted: by vLLM for its own backend, by this package for its own."""
+    from pp_piecewise_backend import stats
+
+    counted = {"compile_by_vllm": worker.vllm_config.compilation_config.compilation_time}
+    counters = stats()
+    counted |= {"compile_pieces": counters.compile_seconds, "capture_pieces": counters.capture_seconds}
+    return {phase: seconds for phase, seconds in counted.items() if seconds}
 
 
 def run_engine(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,9 +231,12 @@ def run_engine(request: Mapping[str, Any]) -> dict[str, Any]:
             keywords["kv_cache_memory_bytes"] = 2**26
         if request["pipeline"] * request["tensor"] > 1:
             keywords["distributed_executor_backend"] = "mp"
-        began = time.perf_counter()
+        began_at, began = time.time(), time.perf_counter()
         engine = LLM(**keywords)
         figures: dict[str, Any] = {"status": "ok", "ready_s": time.perf_counter() - began}
+        logged, said = read_log(Path(request["log"]).read_text(), began_at, time.time())
+        figures["phases_s"] = {"engine": logged, "workers": engine.collective_rpc(seconds_of_worker)}
+        figures["start_up"] = said
 
         if request["device"] == "cuda":  # on the CPU, products have copies of their weights
             engine.collective_rpc(fill_weights)
@@ -244,8 +303,8 @@ def line(run: Mapping[str, Any]) -> str:
     if run["status"] != "ok":
         return f"{head} {run['status']}: {run['error']}"
     per_token = "  ".join(f"{count}: {value:.2f} ms" for count, value in run["ms_per_token"].items())
-    text = f"{head} ready {run['ready_s']:.1f} s  {per_token}  prefill {run['prefill_tokens_per_s']:.0f} tokens/s"
-    text += f"  {run['kv_cache_blocks']} blocks"
+    text = f"{head} ready {run['ready_s']:.1f} s{phases(run)}  {per_token}"
+    text += f"  prefill {run['prefill_tokens_per_s']:.0f} tokens/s  {run['kv_cache_blocks']} blocks"
     for worker in run.get("workers", ()):
         since = worker["since_warm_up"]
         text += (
@@ -254,6 +313,19 @@ def line(run: Mapping[str, Any]) -> str:
             f"{worker['received_in_place']} received in place, {worker['received_elsewhere']} elsewhere"
         )
     return text
+
+
+def phases(run: Mapping[str, Any]) -> str:
+    """Seconds until all workers load, then for weights, compiling and capturing, whoever does it, of the slowest."""
+    known = run.get("phases_s", {"engine": {}, "workers": []})
+    slowest = dict(known["engine"])
+    for worker in known["workers"]:
+        slowest |= {phase: max(seconds, slowest.get(phase, 0.0)) for phase, seconds in worker.items()}
+    found = {}
+    for what in ("processes", "weights", "compile", "capture"):
+        if parts := [seconds for phase, seconds in slowest.items() if phase.startswith(what)]:
+            found[what] = sum(parts)
+    return f" ({', '.join(f'{what} {seconds:.1f}' for what, seconds in found.items())})" if found else ""
 
 
 def ratios(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
