@@ -61,6 +61,12 @@ class _Host(Stream):
         function()
 
 
+class Event:
+    """May be recorded again and again."""
+
+    reached: threading.Event
+
+
 HOST = _Host()
 _current = threading.local()
 
@@ -84,13 +90,15 @@ class EmulatedStreams:
     def current(self) -> Stream:
         return getattr(_current, "stream", HOST)
 
-    def record(self, stream: Stream) -> threading.Event:
-        event = threading.Event()
-        stream.enqueue(event.set)
+    def record(self, stream: Stream, event: Event | None = None) -> Event:
+        event = Event() if event is None else event
+        event.reached = reached = threading.Event()
+        stream.enqueue(reached.set)
         return event
 
-    def wait_for_event(self, stream: Stream, event: threading.Event) -> None:
-        stream.enqueue(lambda: _wait(event))
+    def wait_for_event(self, stream: Stream, event: Event) -> None:
+        reached = event.reached  # as a GPU does: for where it was recorded last
+        stream.enqueue(lambda: _wait(reached))
 
     def wait_for_stream(self, stream: Stream, other: Stream) -> None:
         self.wait_for_event(stream, self.record(other))

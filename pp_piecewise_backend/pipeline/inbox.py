@@ -92,8 +92,9 @@ class Inbox:
         self._has_ended = False
         self._landing_soon: _Posted | None = None
         """What was taken and is to land yet."""
+        self._is_unconfirmed = False
         self._arrived: torch.Event | None = None
-        """On an accelerator: when what was taken last has landed."""
+        """On an accelerator: when what was taken last has landed, where somebody asks for it at once."""
         self._error: BaseException | None = None
         receiver.on_news = self._hear_news
         self._offer()
@@ -106,9 +107,9 @@ class Inbox:
     @property
     def is_unconfirmed(self) -> bool:
         """Whether ``confirm`` has anything to wait for."""
-        return self._arrived is not None
+        return self._is_unconfirmed
 
-    def take(self, lands: bool = True) -> tuple[Header, Views] | None:
+    def take(self, lands: bool = True, confirms: bool = True) -> tuple[Header, Views] | None:
         """The next micro-batch, for streams once it has landed; None when the sender has stopped.
 
         Its memory is lent to the caller, for what is enqueued on the current stream: see ``confirm``.
@@ -117,6 +118,7 @@ class Inbox:
 
         Args:
             lands: whether to return once it has landed. Without, the caller does something else before ``land``.
+            confirms: see ``land``.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -139,11 +141,15 @@ class Inbox:
             timeline.add("steps", "wait for a header", begin_ns, micro_batch=posted.header.sequence)
         self._on_header(posted.header.sequence)
         if lands:
-            self.land()
+            self.land(confirms)
         return posted.header, posted.views
 
-    def land(self) -> None:
+    def land(self, confirms: bool = True) -> None:
         """Return once what was taken last has landed, for streams; a second call does nothing.
+
+        Args:
+            confirms: whether the caller is about to ``confirm`` it, as a rule after it has enqueued what reads it.
+                Without, nothing is noted for that, and ``confirm`` waits for all that is enqueued until then.
 
         Raises:
             PeerLost: the pipeline broke.
@@ -154,7 +160,8 @@ class Inbox:
         timeline, begin_ns = self._timeline(), time.time_ns()
         posted.transfer.wait()
         if self._hands_out and self._stream is not None:
-            self._arrived = self._reached()
+            self._is_unconfirmed = True
+            self._arrived = self._reached() if confirms else None
         if timeline is not None:
             timeline.add("steps", "wait for proxies", begin_ns, micro_batch=posted.header.sequence)
             timeline.add("receive", "receive", posted.posted_ns, micro_batch=posted.header.sequence)
@@ -165,11 +172,14 @@ class Inbox:
         Raises:
             PeerLost: the pipeline broke; streams that waited were let go, and what they computed is worthless.
         """
+        if not self._is_unconfirmed:
+            return
+        self._is_unconfirmed = False
         arrived, self._arrived = self._arrived, None
-        if arrived is not None:
+        if (arrived := self._reached() if arrived is None else arrived) is not None:
             arrived.synchronize()
-            # A rank records its loss before it lets streams go.
-            self._receiver.check(lambda: "waiting for tensors to land")
+        # A rank records its loss before it lets streams go.
+        self._receiver.check(lambda: "waiting for tensors to land")
 
     def mark_read(self) -> bool:
         """What is lent was read as of now, for streams, which ``release`` is to say; False if it was marked before."""

@@ -367,7 +367,7 @@ class StageRunner:
         if self._inbox is not None:
             land = wrap(self._inbox.land, "ppb.handoff.recv") if profiler_is_running() else self._inbox.land
             begin_ns = self._clock.wait_begins("receive")
-            land()
+            land(self._confirms_outputs or (self._answers is not None and self._answers.are_finished_here))
             self._clock.waited("receive", begin_ns)
 
     def _step(
@@ -513,7 +513,7 @@ class StageRunner:
             raise errors.PPPiecewiseError(errors.NO_FEEDBACK_OUTSTANDING)
         self._feedback.release()
         self._enqueue_sends()
-        taken = self._waiting("feedback", "wait for feedback", self._feedback.take)
+        taken = self._waiting("feedback", "wait for feedback", self._feedback.take, True, confirmed)
         if confirmed and taken is not None:
             self.confirm_feedback()
         if taken is None:

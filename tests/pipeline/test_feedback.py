@@ -186,8 +186,8 @@ def test_the_last_stage_waits_for_what_lands_where_its_outputs_are_confirmed(
     hub, unconfirmed, at_outputs, at_ends = LocalHub(2, LONGEST_SECONDS), set[Inbox](), list[bool](), list[bool]()
     land = Inbox.land
 
-    def lands_for_streams(inbox: Inbox) -> None:
-        land(inbox)
+    def lands_for_streams(inbox: Inbox, confirms: bool = True) -> None:
+        land(inbox, confirms)
         unconfirmed.add(inbox)
 
     monkeypatch.setattr(Inbox, "land", lands_for_streams)

@@ -211,3 +211,49 @@ def test_memory_is_free_when_it_was_marked_as_read_on_a_gpu(is_marked: bool) -> 
     (begins,) = landed
     begins.synchronize()
     assert has_slept.query() is not is_marked
+
+
+class Reached:
+    """Stands for an event of a GPU: at which number of things enqueued it is."""
+
+    def __init__(self, at: int, waited: list[int]) -> None:
+        self.at, self._waited = at, waited
+
+    def synchronize(self) -> None:
+        self._waited.append(self.at)
+
+
+def test_what_lands_is_confirmed_as_of_then_or_only_once_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    receiver, enqueued, asked, waited = Receiver(takes_offers=False), 0, list[int](), list[int]()
+    inbox = feedback(receiver, hands_out=True, early=False)
+    inbox._stream = torch.Stream("cpu")  # as on an accelerator
+
+    def reached(inbox: Inbox) -> Any:
+        asked.append(enqueued)
+        return Reached(enqueued, waited)
+
+    monkeypatch.setattr(Inbox, "_reached", reached)
+    for confirms, at_landing, confirmed_at in ((True, [1], 1), (False, [], 3)):
+        receiver.announce(2)
+        enqueued, asked[:], waited[:] = 1, [], []
+        inbox.take(confirms=confirms)
+        assert asked == at_landing and inbox.is_unconfirmed and not waited
+        enqueued = 3
+        inbox.confirm()
+        assert waited == [confirmed_at] and not inbox.is_unconfirmed
+        inbox.confirm()
+        assert waited == [confirmed_at], "a second time there is nothing to wait for"
+        inbox.release()
+
+
+def test_what_was_taken_unconfirmed_is_confirmed_with_what_was_taken_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    receiver, waited = Receiver(takes_offers=False), list[int]()
+    inbox = feedback(receiver, hands_out=True, early=False)
+    inbox._stream = torch.Stream("cpu")
+    count = iter(range(9))
+    monkeypatch.setattr(Inbox, "_reached", lambda inbox: Reached(next(count), waited))
+    for confirms in (True, False):
+        receiver.announce(2)
+        inbox.take(confirms=confirms)
+    inbox.confirm()
+    assert waited and waited[0] > 0, "not as of the first one, after which the second has landed"

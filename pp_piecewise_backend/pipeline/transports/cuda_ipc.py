@@ -125,8 +125,8 @@ class CudaStreams:
             self._last = last = raw, torch.cuda.current_stream(self._device)
         return last[1]
 
-    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        return stream.record_event()
+    def record(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        return stream.record_event(event)
 
     def wait_for_event(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         stream.wait_event(event)

@@ -69,8 +69,12 @@ class Sharing(ABC):
     def write(self, ready: Any, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> Any:
         """At the sending end: write each tensor to its offset, once that is free; the end of it, for ``after``."""
 
-    def ready(self) -> Any:
-        """At the sending end: when the current stream has written what is to be sent, for ``write``."""
+    def ready(self, is_kept: bool) -> Any:
+        """At the sending end: when the current stream has written what is to be sent, for ``write``.
+
+        Args:
+            is_kept: whether this may be asked for the next tensors before those are written.
+        """
         return None
 
     def after(self, written: Any) -> None:  # noqa: B027
@@ -294,12 +298,13 @@ class OneMachineWire:
     # ------------------------------------------------------------------------------- sending end
 
     def send(self, tensors: Sequence[torch.Tensor]) -> Pending:
-        sending = _Sending(tensors, self._sharing.ready())
+        sending = _Sending(tensors)
         with self._lock:
             if self._is_broken:
                 raise ConnectionError("the link was closed")
             # As a rule the places were named while the tensors were computed.
             places = None if self._waiting else self._data.receive_at_once(sending.places_bytes)
+            sending.ready = self._sharing.ready(is_kept=places is None)
             if places is not None:
                 self._write(sending, places)
             else:
@@ -393,7 +398,7 @@ class _Sending:
     """Tensors that are sent; they are kept, and must not change, until they were written to where they land."""
 
     tensors: Sequence[torch.Tensor]
-    ready: Any
+    ready: Any = None
     written: Any = None
     is_done: bool = False
     error: Exception | None = None

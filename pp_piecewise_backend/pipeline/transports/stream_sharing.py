@@ -73,8 +73,11 @@ class Streams(Protocol):
     def current(self) -> Any:
         """The stream of this thread."""
 
-    def record(self, stream: Any) -> Any:
-        """An event at the end of a stream."""
+    def record(self, stream: Any, event: Any = None) -> Any:
+        """An event at the end of a stream; this one, if it is given, for all that wait for it from now on.
+
+        To make one, and to destroy it, takes longer than to record it.
+        """
 
     def wait_for_event(self, stream: Any, event: Any) -> None: ...
 
@@ -127,6 +130,8 @@ class StreamSharing(Sharing):
         self._stream = streams.new()
         """Where this end writes, and counts."""
         self._waiting_streams = [self._stream]
+        self._ready: Any = None
+        """Recorded again for each write that follows at once."""
         self._letting_go: threading.Thread | None = None
         self._lock = threading.Lock()
         self._is_closed = False
@@ -136,18 +141,20 @@ class StreamSharing(Sharing):
         self._streams.wait_for_stream(self._stream, self._streams.current())
         self._streams.write_word(self._stream, self._counted_up())
 
-    def ready(self) -> Any:
-        return self._streams.record(self._streams.current())
+    def ready(self, is_kept: bool) -> Any:
+        if is_kept:
+            return self._streams.record(self._streams.current())
+        self._ready = self._streams.record(self._streams.current(), self._ready)
+        return self._ready
 
-    def write(self, ready: Any, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> Any:
+    def write(self, ready: Any, writes: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
         self._awaited_count += 1
         self._streams.wait_for_event(self._stream, ready)
         copies = [(block.data_ptr() + offset, tensor.data_ptr(), tensor.nbytes) for block, offset, tensor in writes]
         self._streams.copy(self._stream, self._word(_FREE, self._awaited_count), copies, self._counted_up())
-        return self._streams.record(self._stream)
 
-    def after(self, written: Any) -> None:
-        self._streams.wait_for_event(self._streams.current(), written)
+    def after(self, written: None) -> None:
+        self._streams.wait_for_stream(self._streams.current(), self._stream)
 
     def after_landing(self, count: int) -> None:
         stream = self._streams.current()

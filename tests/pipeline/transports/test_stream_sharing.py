@@ -238,8 +238,8 @@ def test_a_transfer_of_many_tensors_is_few_calls_of_the_device(link: Link) -> No
             link.sender.send(link.sent).wait()
     link.using.synchronize()
     assert [view[0].item() for view in views] == [3.0, 4.0, 5.0]
-    # The current stream has written the tensors; then this end's has; and the current one waits for that.
-    write = ["current", "record", "wait_for_event", "copy", "record", "current", "wait_for_event"]
+    # The current stream has written the tensors; then this end's writes; and the current one waits for that.
+    write = ["current", "record", "wait_for_event", "copy", "current", "wait_for_stream"]
     assert sender.asked == 2 * write
     assert receiver.asked == 2 * ["current", "wait_for_stream", "write_word", "current", "wait_for_words"]
 
