@@ -80,6 +80,9 @@ class Inbox:
         """Whether the reader of what is lent has marked that it was read."""
         self._read: torch.Event | None = None
         """On an accelerator: when that was."""
+        self._events: dict[Stage, torch.Event] = {}
+        """Of each memory, to note when it was read: to make one takes longer. Whoever fills it waits for that before it
+        can be lent, and read, again."""
         self._free: deque[tuple[Stage, torch.Event | None]] = deque(
             (self._spare(), None) for _ in range(spare_count or 0)
         )
@@ -185,7 +188,7 @@ class Inbox:
         """What is lent was read as of now, for streams, which ``release`` is to say; False if it was marked before."""
         if self._is_read or self._lent is None:
             return False
-        self._is_read, self._read = True, self._reached()
+        self._is_read, self._read = True, self._reached(self._lent)
         return True
 
     def release(self) -> None:
@@ -195,7 +198,7 @@ class Inbox:
         """
         with self._lock:
             if self._lent is not None:
-                self._free.append((self._lent, self._read if self._is_read else self._reached()))
+                self._free.append((self._lent, self._read if self._is_read else self._reached(self._lent)))
                 self._lent, self._is_read = None, False
             self._post(now=False)
 
@@ -236,6 +239,7 @@ class Inbox:
             self._lent = None
             for waiting in (self._free, self._offered, self._posted):
                 waiting.clear()
+            self._events.clear()
             del self._landing
 
     def has_heard(self, count: int) -> bool:
@@ -247,9 +251,17 @@ class Inbox:
         with self._lock:
             self._changed.wait_for(lambda: self.has_heard(count) or self._is_over())
 
-    def _reached(self) -> torch.Event | None:
-        """On an accelerator: when what was enqueued on this thread's stream has run."""
-        return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
+    def _reached(self, read: Stage | None = None) -> torch.Event | None:
+        """On an accelerator: when what was enqueued on this thread's stream has run; the event is that of ``read``."""
+        if self._stream is None:
+            return None
+        event = None if read is None else self._events.get(read)
+        if event is None:
+            event = torch.Event(self._device)
+            if read is not None:
+                self._events[read] = event
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
 
     def _wait_until(self, reached: torch.Event | None) -> None:
         """What this thread's stream enqueues from now on comes after that."""

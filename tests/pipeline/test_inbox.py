@@ -213,6 +213,32 @@ def test_memory_is_free_when_it_was_marked_as_read_on_a_gpu(is_marked: bool) -> 
     assert has_slept.query() is not is_marked
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_memory_that_is_read_again_and_again_is_free_after_the_latest_reader(is_marked: bool) -> None:
+    """Its event is recorded again each time."""
+    receiver, landing = Receiver(takes_offers=False), ppb.Stage(FEEDBACK, MAX_TOKENS, torch.device("cuda"))
+    inbox = Inbox(receiver, landing, Stats())  # type: ignore[arg-type]
+    inbox.release()
+    reads: list[torch.Event] = []
+    begins: list[torch.Event] = []
+    receiver.receive = lambda header, views: (  # type: ignore[method-assign]
+        begins.append(torch.accelerator.current_stream().record_event()),
+        Pending(lambda: None),
+    )[1]
+    receiver.announce(3)
+    for _ in range(3):
+        inbox.take()
+        torch.cuda._sleep(100_000_000)
+        reads.append(torch.cuda.current_stream().record_event())
+        if is_marked:
+            inbox.mark_read()
+        receiver.announce(3)
+        inbox.release()
+        begins[-1].synchronize()
+        assert reads[-1].query(), "it was filled before it had been read"
+
+
 class Reached:
     """Stands for an event of a GPU: at which number of things enqueued it is."""
 
@@ -228,8 +254,9 @@ def test_what_lands_is_confirmed_as_of_then_or_only_once_somebody_asks(monkeypat
     inbox = feedback(receiver, hands_out=True, early=False)
     inbox._stream = torch.Stream("cpu")  # as on an accelerator
 
-    def reached(inbox: Inbox) -> Any:
-        asked.append(enqueued)
+    def reached(inbox: Inbox, read: ppb.Stage | None = None) -> Any:
+        if read is None:
+            asked.append(enqueued)
         return Reached(enqueued, waited)
 
     monkeypatch.setattr(Inbox, "_reached", reached)
@@ -251,7 +278,7 @@ def test_what_was_taken_unconfirmed_is_confirmed_with_what_was_taken_after_it(mo
     inbox = feedback(receiver, hands_out=True, early=False)
     inbox._stream = torch.Stream("cpu")
     count = iter(range(9))
-    monkeypatch.setattr(Inbox, "_reached", lambda inbox: Reached(next(count), waited))
+    monkeypatch.setattr(Inbox, "_reached", lambda inbox, read=None: Reached(next(count), waited))
     for confirms in (True, False):
         receiver.announce(2)
         inbox.take(confirms=confirms)
