@@ -187,6 +187,18 @@ def test_a_mark_counts_once_per_micro_batch() -> None:
         assert not inbox.mark_read()
 
 
+def begins_of_fillings(receiver: Receiver) -> list[torch.Event]:
+    """Events at which a GPU may begin to fill memory, from now on."""
+    begins: list[torch.Event] = []
+
+    def receive(header: Header, views: Mapping[str, torch.Tensor]) -> Pending:
+        begins.append(torch.accelerator.current_stream().record_event())
+        return Pending(lambda: None)
+
+    receiver.receive = receive  # type: ignore[method-assign]
+    return begins
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("is_marked", [True, False])
 def test_memory_is_free_when_it_was_marked_as_read_on_a_gpu(is_marked: bool) -> None:
@@ -201,14 +213,10 @@ def test_memory_is_free_when_it_was_marked_as_read_on_a_gpu(is_marked: bool) -> 
         inbox.mark_read()
     torch.cuda._sleep(1_000_000_000)  # about half a second
     has_slept = torch.cuda.current_stream().record_event()
-    landed: list[torch.Event] = []
-    receiver.receive = lambda header, views: (  # type: ignore[method-assign]
-        landed.append(torch.accelerator.current_stream().record_event()),
-        Pending(lambda: None),
-    )[1]
+    fillings = begins_of_fillings(receiver)
     receiver.announce(3)
     inbox.release()
-    (begins,) = landed
+    (begins,) = fillings
     begins.synchronize()
     assert has_slept.query() is not is_marked
 
@@ -220,12 +228,7 @@ def test_memory_that_is_read_again_and_again_is_free_after_the_latest_reader(is_
     receiver, landing = Receiver(takes_offers=False), ppb.Stage(FEEDBACK, MAX_TOKENS, torch.device("cuda"))
     inbox = Inbox(receiver, landing, Stats())  # type: ignore[arg-type]
     inbox.release()
-    reads: list[torch.Event] = []
-    begins: list[torch.Event] = []
-    receiver.receive = lambda header, views: (  # type: ignore[method-assign]
-        begins.append(torch.accelerator.current_stream().record_event()),
-        Pending(lambda: None),
-    )[1]
+    reads, begins = list[torch.Event](), begins_of_fillings(receiver)
     receiver.announce(3)
     for _ in range(3):
         inbox.take()
