@@ -406,7 +406,13 @@ def test_ctrl_c_ends_all_ranks_in_one_line(when: str) -> None:
     arguments = [sys.executable, "-m", "pp_piecewise_backend", "demo", "--device", "cpu", "--compiler", "eager"]
     # In a session of its own, as on a terminal: the interrupt goes to all of its processes.
     demo = subprocess.Popen(
-        arguments, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
     )
     try:
         assert demo.stdout is not None
