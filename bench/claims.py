@@ -186,6 +186,12 @@ def of_engine(engine: str) -> Value:
     return value
 
 
+def prefill_and_ready(data: Any, engine: str) -> tuple[float, float]:
+    """Speed of prefill, and time until ready, over those of vLLM's default."""
+    found = cell(data["ratios"], engine=engine)
+    return found["prefill"], found["ready"]
+
+
 def differences_from_default(data: Any, engine: str) -> list[float]:
     """Between the log probabilities of the tokens of a prompt."""
     of = {name: cell(data["runs"], engine=name, caches="cold") for name in ("default", engine)}
@@ -262,9 +268,8 @@ CLAIMS: Sequence[Table | Sentence] = (
         "which has them in its graph, takes {:.1f} to {:.1f} ms",
         "gpu_latency",
         lambda data: [
-            extreme(latency(method, "host_us")(data, tokens) for tokens in TOKENS)
-            for method in ("ours", "reduce_overhead")
-            for extreme in (min, max)
+            *extremes(latency("ours", "host_us")(data, tokens) for tokens in TOKENS),
+            *extremes(latency("reduce_overhead", "host_us")(data, tokens) for tokens in TOKENS),
         ],
     ),
     *(
@@ -405,8 +410,7 @@ CLAIMS: Sequence[Table | Sentence] = (
         "gpu_vllm_two_gpus",
         lambda data: [
             *(cell(data["ratios"], engine="ours_native")["time_per_token"][count] for count in ("1", "8", "64", "128")),
-            cell(data["ratios"], engine="ours_native")["prefill"],
-            cell(data["ratios"], engine="ours_native")["ready"],
+            *prefill_and_ready(data, "ours_native"),
         ],
     ),
     Sentence(
@@ -458,9 +462,8 @@ CLAIMS: Sequence[Table | Sentence] = (
         "ready in {:.2f} of its time",
         "gpu_vllm_one_gpu",
         lambda data: [
-            *(extreme(cell(data["ratios"], engine="ours")["time_per_token"].values()) for extreme in (min, max)),
-            cell(data["ratios"], engine="ours")["prefill"],
-            cell(data["ratios"], engine="ours")["ready"],
+            *extremes(cell(data["ratios"], engine="ours")["time_per_token"].values()),
+            *prefill_and_ready(data, "ours"),
         ],
     ),
     Table(
@@ -502,10 +505,7 @@ CLAIMS: Sequence[Table | Sentence] = (
         "gpu_handoff",
         lambda data: [
             max(100 * (rate("4")(data, tokens) / rate("one_stream")(data, tokens) - 1) for tokens in (2048, 8192)),
-            *(
-                extreme(100 * (1 - rate("4")(data, tokens) / rate("one_stream")(data, tokens)) for tokens in TOKENS[:4])
-                for extreme in (min, max)
-            ),
+            *extremes(100 * (1 - rate("4")(data, tokens) / rate("one_stream")(data, tokens)) for tokens in TOKENS[:4]),
         ],
     ),
     Sentence(

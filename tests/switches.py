@@ -9,16 +9,10 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-import torch
 
 from pp_piecewise_backend.compilation import padding_rules, partition, split
 from pp_piecewise_backend.runtime import bucket, capture_plan, dispatch, instructions, replay
 from pp_piecewise_backend.runtime.cudagraphs import memory
-
-
-def _integers_only(plan: Any, args: Any) -> tuple[int, ...]:
-    values = instructions.gather(plan.fixed_sources, args)
-    return tuple(0 if isinstance(value, torch.Tensor) else int(value) for value in values)
 
 
 def _no_addresses(self: Any, args: Any) -> dispatch.Addresses:
@@ -38,10 +32,7 @@ _PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "R4": [(padding_rules, "uses_token_count", lambda call: False)],
     "R5": [(module, "real_rows", lambda static, num_tokens: static.rows(num_tokens)) for module in (bucket, replay)],
     "R6": [(instructions.Instruction, "holds", lambda self, arguments: True)],
-    "R7": [
-        (dispatch.Graphs, "addresses", _no_addresses),
-        (bucket, "fixed_values", _integers_only),
-    ],
+    "R7": [(dispatch.Graphs, "addresses", _no_addresses)],
     "aliases": [
         (dispatch.Graphs, "_meets_written_memory", lambda self, args: False),
         (capture_plan, "writes_what_two_inputs_hold", lambda step, inputs: False),

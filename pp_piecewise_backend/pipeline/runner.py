@@ -19,6 +19,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -316,8 +317,7 @@ class StageRunner:
                     raise
                 self._finish()
                 raise
-            if self.is_last:
-                self._confirm()
+            self._confirm()
             self._finish()
 
     def _own_steps(self, microbatches: Iterable[MicroBatch]) -> Iterator[Any]:
@@ -400,13 +400,13 @@ class StageRunner:
                 with self._spanning("steps", "answer"):
                     self._answers.send(answer, tag, output)
         _ONE_MICRO_BATCH.add_to(self._stats)
-        if self.is_last and self._confirms_outputs:
+        if self._confirms_outputs:
             self._confirm()
         self._clock.step_ends()
         return output
 
     def _confirm(self) -> None:
-        """What is computed of the proxies of this step may be read on the host."""
+        """On the last stage: what is computed of proxies up to those of this step may be read on the host."""
         if self._inbox is not None and self._inbox.is_unconfirmed:
             self._waiting("receive", "confirm", self._inbox.confirm)
 
@@ -513,7 +513,8 @@ class StageRunner:
             raise errors.PPPiecewiseError(errors.NO_FEEDBACK_OUTSTANDING)
         self._feedback.release()
         self._enqueue_sends()
-        taken = self._waiting("feedback", "wait for feedback", self._feedback.take, True, confirmed)
+        take = partial(self._feedback.take, confirms=confirmed)
+        taken = self._waiting("feedback", "wait for feedback", take)
         if confirmed and taken is not None:
             self.confirm_feedback()
         if taken is None:
@@ -538,8 +539,7 @@ class StageRunner:
             PeerLost: the pipeline broke, and the last outputs are worthless.
         """
         self._turn.check_open()
-        if self.is_last:
-            self._confirm()
+        self._confirm()
 
     # --------------------------------------------------------------------------------- end
 

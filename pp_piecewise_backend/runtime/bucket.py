@@ -222,15 +222,19 @@ class BucketCapture:
         self.copied_back = 0
         """Stage inputs that captured pieces wrote and that were copied back to where the caller has them."""
 
-    def run(self, args: Sequence[Any], real_tokens: int) -> tuple[Bucket, list[Any]]:
-        """Capture every step that can be captured; the bucket and the graph's results come back."""
+    def run(self, args: Sequence[Any], real_tokens: int, fixed: tuple[Any, ...]) -> tuple[Bucket, list[Any]]:
+        """Capture every step that can be captured; the bucket and the graph's results come back.
+
+        Args:
+            fixed: see ``Bucket.fixed``.
+        """
         started = time.perf_counter()
         plan, layout = self._plan, self._plan.layout
         self._real_tokens = real_tokens
         self._registers = layout.fill(args)
         pools = [self._pool(name) for name in (GRAPH_POOL, OUTPUT_POOL)]
         held_before = sum(pool.held_bytes for pool in pools)
-        self.bucket.fixed = fixed_values(plan, args)
+        self.bucket.fixed = fixed
         self.bucket.memory = memory_of([args[at] for at in plan.address_positions])
         self._admit_inputs()
         needs_test = self._needs_test()
@@ -627,12 +631,6 @@ def real_rows(static: StaticTensor, num_tokens: int) -> torch.Tensor:
 def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writes to one of two tensors of the same value show in the other."""
     return one.data_ptr() == other.data_ptr()
-
-
-def fixed_values(plan: GraphPlan, args: Sequence[Any]) -> tuple[Any, ...]:
-    """Where the tensors of ``fixed_sources`` lie in a call, and what its integers and objects are."""
-    values = gather(plan.fixed_sources, args)
-    return tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values)
 
 
 def plan_name(plan: GraphPlan, register: int) -> str:

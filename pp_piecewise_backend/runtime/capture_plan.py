@@ -112,6 +112,7 @@ class GraphPlan:
         self.parameter_positions = self._arriving_as("parameter")
         self.address_positions = self._arriving_as("address")
         self.read_in_place = (*self.parameter_positions, *self.address_positions)
+        """Positions of the inputs that captured pieces read where the caller has them."""
         self.scalar_sources = tuple(scalar_sources)
         """Objects that captured pieces take, and integers but the token count."""
         self.fixed_sources = (*self.address_positions, *scalar_sources)

@@ -236,7 +236,7 @@ class Graphs:
                 raise
             moved = self._moved(bucket, here, parameters.is_full(size))
             return self._run_flat(self._flat_program(parameters, bucket, moved, num_tokens), args, session)
-        return self._capture(parameters, args, num_tokens, size, session)
+        return self._capture(parameters, args, num_tokens, size, here, session)
 
     def _parameter_set(self, args: Sequence[Any], key: tuple[Any, ...]) -> ParameterSet:
         """The captures for parameters at these addresses, none yet if they are new."""
@@ -403,7 +403,13 @@ class Graphs:
             raise Missed(self._why_moved(what, "address-moved") if is_new_set else miss("first-call"))
 
     def _capture(
-        self, parameters: ParameterSet, args: Sequence[Any], num_tokens: int, size: int, session: Session | None
+        self,
+        parameters: ParameterSet,
+        args: Sequence[Any],
+        num_tokens: int,
+        size: int,
+        here: Place,
+        session: Session | None,
     ) -> tuple[list[Any], Call]:
         self._learn_from(parameters.make_room(size))
         self._memory.spoil_given_out()
@@ -411,7 +417,7 @@ class Graphs:
             self.plan.listener.results_are_written()
         refused_before = parameters.verdicts.refused
         capture = BucketCapture(self.plan, self._device, self._memory, parameters.verdicts, size, self._hoisted)
-        bucket, results = capture.run(args, num_tokens)
+        bucket, results = capture.run(args, num_tokens, here)
         if parameters.verdicts.refused != refused_before:
             for other in parameters.all_buckets:  # their programs were made when padding seemed right
                 other.programs.clear()

@@ -309,10 +309,9 @@ def test_sums_of_a_layer_are_not_made_by_the_product(device: str, monkeypatch: p
         monkeypatch.setattr(
             inductor, "_patches", lambda piece: {"post_grad_custom_post_pass": inductor._pass_for_sums()}
         )
-        torch._dynamo.reset()
-        ppb.reset()
     given = [(given.to(device),) for (given,) in tokens(5, 9)]
-    check(residual_of_a_layer, *given, split_ops="Tensor.softmax", compiler="inductor", tolerance=1e-5)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # what an earlier run has cached is compiled no more
+        check(residual_of_a_layer, *given, split_ops="Tensor.softmax", compiler="inductor", tolerance=1e-5)
     assert sum(taken) == 1
 
 

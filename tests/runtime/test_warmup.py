@@ -445,9 +445,9 @@ def test_buckets_are_captured_in_order_whatever_the_programs(
     captured: list[int] = []
     run_one = BucketCapture.run
 
-    def noting(self: BucketCapture, args: Any, real_tokens: int) -> Any:
+    def noting(self: BucketCapture, args: Any, real_tokens: int, fixed: Any) -> Any:
         captured.append(self.bucket.tokens)
-        return run_one(self, args, real_tokens)
+        return run_one(self, args, real_tokens, fixed)
 
     monkeypatch.setattr(BucketCapture, "run", noting)
     serves_all = mark is torch._dynamo.decorators.mark_unbacked

@@ -119,9 +119,13 @@ class InProcess(Sharing):
         return self._link.blocks.popleft()
 
     def free(self) -> None:
-        self._link.freed.append(self.ready(is_kept=True))
+        self._link.freed.append(self._reached())
 
     def ready(self, is_kept: bool) -> torch.Event | None:
+        return self._reached()
+
+    def _reached(self) -> torch.Event | None:
+        """When what was enqueued on the current stream has run."""
         return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
 
     def write(
@@ -135,7 +139,7 @@ class InProcess(Sharing):
             for block, offset, tensor in writes:
                 flat = tensor.view(-1).view(torch.uint8)
                 block[offset : offset + tensor.nbytes].copy_(flat, non_blocking=True)
-            written = self.ready(is_kept=True)
+            written = self._reached()
         self._link.landed.append(written)
         return written
 
