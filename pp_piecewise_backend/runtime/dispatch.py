@@ -18,6 +18,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from threading import get_ident
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,8 +38,8 @@ from .cudagraphs.emulated import EmulatedDevice
 from .cudagraphs.memory import like, memory_of, why_no_copies
 from .hooks import NO_EVENTS, Events
 from .instructions import gather, picker
-from .ownership import hand_over, lend, merged_results
-from .replay import Call, FlatProgram, NoMemoryToCompare
+from .ownership import hand_over, lend, merged_results, results_in
+from .replay import Call, FlatProgram, NoMemoryToCompare, StaticResults
 from .stage import StageMemory, first_found
 from .warmup import Measured, Session
 
@@ -311,7 +312,10 @@ class Graphs:
         """Where lies what is read in place; the same object as in the last call where nothing has moved."""
         pointers: tuple[Any, ...] = tuple(map(torch.Tensor.data_ptr, self._read_in_place(args)))
         if not torch_compat.GUARDS_PARAMETER_STRIDES:
-            pointers += tuple(map(torch.Tensor.stride, self._parameters(args)))
+            parameters = self._parameters(args)
+            # Those of contiguous tensors follow from their sizes, and to ask all for them costs a tuple each.
+            if not all(map(torch.Tensor.is_contiguous, parameters)):
+                pointers += tuple(map(torch.Tensor.stride, parameters))
         last_pointers, found = self._last_addresses
         if pointers != last_pointers:
             count, end = len(self.plan.parameter_positions), len(self.plan.read_in_place)
@@ -349,22 +353,21 @@ class Graphs:
     ) -> None:
         """Replace results by copies that belong to the caller, unless static outputs may be."""
         plan = self.plan
-        storages = plan.split.result_storages
-        static = bucket.overwritten
+        early, others = self._static_results(results, bucket, program)
         if plan.config.static_outputs and may_be_static:
-            self._memory.overwritten = static
-            if bucket.taken_early:
-                call.output_copies = hand_over(results, storages, plan.input_storages, bucket.taken_early)
+            self._memory.overwritten = bucket.overwritten
+            if early:
+                call.output_copies = hand_over(results, early)
             if plan.listener is not None:
-                self._memory.lent += lend(results, storages, plan.input_storages, static)
+                self._memory.lent += lend(results, others)
             if plan.config.strict and plan.kind == "emulate" and plan.listener is None:
                 # Copies, so that they can be spoiled for good: the next call writes valid values into static memory.
                 in_static_memory = list(results)
-                hand_over(results, storages, plan.input_storages, static)
+                hand_over(results, others)
                 pairs = zip(results, in_static_memory, strict=True)
                 self._memory.given_out = [weakref.ref(given) for given, other in pairs if given is not other]
             return
-        call.output_copies = hand_over(results, storages, plan.input_storages, static)
+        call.output_copies = hand_over(results, [*early, *others])
         merged = program.merged_results if program is not None else None
         if merged is None:
             merged = merged_results(plan.inputs, args, results, plan.split)
@@ -372,6 +375,20 @@ class Graphs:
                 program.merged_results = merged
         for index in merged:
             results[index] = like(results[index])
+
+    def _static_results(self, results: Sequence[Any], bucket: Bucket, program: FlatProgram | None) -> StaticResults:
+        """Which results lie in static memory; found out once for results that are the same tensors in every call."""
+        fixed: Sequence[Any] = () if program is None else program.fixed_results
+        is_fixed = program is not None and bool(fixed) and all(map(is_, results, fixed))
+        if program is not None and is_fixed and program.static_results is not None:
+            return program.static_results
+        storages, inputs = self.plan.split.result_storages, self.plan.input_storages
+        early = results_in(bucket.taken_early, results, storages, inputs) if bucket.taken_early else []
+        others = results_in(bucket.overwritten, results, storages, inputs)
+        found = StaticResults(early, [members for members in others if members not in early])
+        if program is not None and is_fixed:
+            program.static_results = found
+        return found
 
     # ------------------------------------------------------------------------- capturing
 

@@ -139,19 +139,16 @@ def merged_results(
     return tuple(index for index in found if split.result_storages[index] in compiled)
 
 
-def hand_over(
-    results: list[Any], storages: Sequence[int | None], input_storages: Collection[int], static: MemoryMap
-) -> int:
+def hand_over(results: list[Any], static: Iterable[Sequence[int]]) -> int:
     """Replace, in ``results``, what lies in static memory by copies that belong to the caller.
 
     Results that share memory in eager share the memory of one copy. Returns the number of tensors copied.
 
     Args:
-        input_storages: numbers of the storages of graph inputs; a result that is a view of one stays a view.
-        static: memory that later calls overwrite.
+        static: which these are, as ``results_in`` says.
     """
     copied = 0
-    for members in _in_static_memory(results, storages, input_storages, static):
+    for members in static:
         tensors = [results[index] for index in members]
         copies = dict(zip(map(id, tensors), _copies(tensors), strict=True))  # one tensor returned twice stays one
         for index in members:
@@ -164,17 +161,15 @@ Lent = list[weakref.ref[torch.Tensor]]
 """Results that share one memory, which is static."""
 
 
-def lend(
-    results: list[Any], storages: Sequence[int | None], input_storages: Collection[int], static: MemoryMap
-) -> list[Lent]:
+def lend(results: list[Any], static: Iterable[Sequence[int]]) -> list[Lent]:
     """Replace, in ``results``, what lies in static memory by other tensors there, which nobody else has.
 
     The arguments are those of ``hand_over``; see Note [static results that are kept].
     """
     lent = []
-    for members in _in_static_memory(results, storages, input_storages, static):
+    for members in static:
         tensors = {id(results[at]): results[at] for at in members}
-        own = {key: t.as_strided(t.shape, t.stride(), t.storage_offset()) for key, t in tensors.items()}
+        own = {key: tensor[...] for key, tensor in tensors.items()}
         for at in members:
             results[at] = own[id(results[at])]
         lent.append([weakref.ref(tensor) for tensor in own.values()])
@@ -191,17 +186,22 @@ def own_what_is_kept(lent: list[Lent]) -> None:
     lent.clear()
 
 
-def _in_static_memory(
-    results: Sequence[Any], storages: Sequence[int | None], input_storages: Collection[int], static: MemoryMap
-) -> Iterable[list[int]]:
-    """Indices of the results there; those that share memory in eager are together."""
+def results_in(
+    static: MemoryMap, results: Sequence[Any], storages: Sequence[int | None], input_storages: Collection[int]
+) -> list[list[int]]:
+    """Indices of the results there; those that share memory in eager are together.
+
+    Args:
+        static: memory that later calls overwrite.
+        input_storages: numbers of the storages of graph inputs; a result that is a view of one stays a view.
+    """
     groups: dict[tuple[int, int | None], list[int]] = {}
     for index, (value, storage) in enumerate(zip(results, storages, strict=True)):
         if not isinstance(value, torch.Tensor) or storage in input_storages:
             continue
         if static.holds(value) or not value.numel():  # no address tells where what has no elements is from
             groups.setdefault((address(value), storage), []).append(index)
-    return groups.values()
+    return list(groups.values())
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

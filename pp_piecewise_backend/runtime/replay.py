@@ -38,6 +38,14 @@ _COUNTED = (
 )
 
 
+class StaticResults(NamedTuple):
+    """Indices of results that later calls overwrite; those that share memory in eager are together."""
+
+    early: Sequence[Sequence[int]]
+    """Those that a step overwrites before the results of the last call have left, see ``Bucket.taken_early``."""
+    others: Sequence[Sequence[int]]
+
+
 class Call:
     """What one call of a program counts, and which of its stage inputs came from elsewhere.
 
@@ -369,6 +377,11 @@ class FlatProgram:
         self.bind([_Replay(self, at) if at in self.replayed else _OnRealRows(self, at) for at in steps])
         self._results = picker(plan.layout.results)
         self._made_in_call = self.template[len(plan.inputs) :]
+        results = self._results(self.template)
+        self.fixed_results: Sequence[Any] = () if any(result is None for result in results) else results
+        """All results, if they are the same tensors in every call."""
+        self.static_results: StaticResults | None = None
+        """Of the fixed results, once a call has asked."""
         self._counted = (
             len(plan.instructions) - len(plan.compute_steps),
             len(self.replayed),

@@ -313,12 +313,13 @@ class _Division:
 
     def others(self) -> Any:
         """Asks what is asked in every call."""
-        if self._tree.has_versions():
-            return self._root  # Dynamo has a fast way of its own, which a copy would not survive
         copy = self._root.clone_manager(lambda node: node.get_source() in self._asked)
-        if copy is None or _Node.read(copy).guard_count() != self._tree.guard_count(self._asked):
+        copied = None if copy is None else _Node.read(copy)
+        if copied is None or copied.guard_count() != self._tree.guard_count(self._asked):
             raise Unexpected("a copy of Dynamo's guards is not complete")
-        return copy
+        # Dynamo passes over a whole branch that it has found to be as before. What it knows of that is about its own
+        # tree, in which the branch has other guards.
+        return self._root if copied.has_versions() else copy
 
     def _same(self, values: Values, scope: dict[str, Any], given: Container[str]) -> Same:
         """Asks what only depends on which object lies at a place, or on its class, and need not be asked otherwise."""

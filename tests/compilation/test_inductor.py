@@ -290,7 +290,8 @@ def test_only_an_addend_of_the_size_of_the_product_is_taken_apart() -> None:
 def residual_of_a_layer(x: Tensor) -> Tensor:
     y = softmax(x)
     y = y + x @ WEIGHT.to(x.device)
-    return softmax(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
+    # A sum that nobody but the norm reads is no product's on a GPU: Inductor takes that apart itself.
+    return softmax(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)) + y
 
 
 @pytest.mark.parametrize("device", DEVICES)

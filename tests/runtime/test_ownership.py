@@ -12,7 +12,13 @@ from torch import Tensor
 from pp_piecewise_backend.compilation.placeholders import GraphInput
 from pp_piecewise_backend.compilation.specs import TensorSpec
 from pp_piecewise_backend.runtime.cudagraphs.memory import address
-from pp_piecewise_backend.runtime.ownership import hand_over, merged_results, shares_undeclared, undeclared_sharing
+from pp_piecewise_backend.runtime.ownership import (
+    hand_over,
+    merged_results,
+    results_in,
+    shares_undeclared,
+    undeclared_sharing,
+)
 from pp_piecewise_backend.utils.addresses import MemoryMap, span
 
 
@@ -21,7 +27,7 @@ def graph_input(tensor: Tensor, storage: int) -> GraphInput:
 
 
 def handed(results: list[Any], storages: list[int | None], static: Tensor, inputs: set[int] | None = None) -> int:
-    return hand_over(results, storages, inputs or set(), MemoryMap.of([static]))
+    return hand_over(results, results_in(MemoryMap.of([static]), results, storages, inputs or set()))
 
 
 def split(result_storages: list[int | None], compiled: set[int]) -> Any:

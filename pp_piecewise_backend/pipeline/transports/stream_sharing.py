@@ -124,6 +124,7 @@ class StreamSharing(Sharing):
         self._streams = streams
         page = HostSharing(line)
         self._page = page.take() if is_source else page.make(_PAGE_BYTES)
+        self._page_address = self._page.data_ptr()
         streams.register(self._page)
         self._told, self._awaited = (_LANDED, _FREE) if is_source else (_FREE, _LANDED)
         self._told_count = self._awaited_count = 0
@@ -158,7 +159,7 @@ class StreamSharing(Sharing):
 
     def after_landing(self, count: int) -> None:
         stream = self._streams.current()
-        if stream not in self._waiting_streams:
+        if stream is not self._waiting_streams[-1] and stream not in self._waiting_streams:
             self._waiting_streams.append(stream)
         self._awaited_count = count
         self._streams.wait_for_words(stream, [self._word(_LANDED, count), self._word(_SOUND, 0)])
@@ -169,7 +170,7 @@ class StreamSharing(Sharing):
         return self._word(self._told, self._told_count)
 
     def _word(self, offset: int, count: int) -> Word:
-        return self._page.data_ptr() + offset, count & 0xFFFFFFFF
+        return self._page_address + offset, count & 0xFFFFFFFF
 
     # ------------------------------------------------------------------------------------ ending
 
@@ -246,7 +247,7 @@ class StreamSharing(Sharing):
             return True
 
     def _set(self, word: int, value: int) -> None:
-        ctypes.c_uint32.from_address(self._page.data_ptr() + word).value = value
+        ctypes.c_uint32.from_address(self._page_address + word).value = value
 
     def _distance(self, word: int, count: int) -> int:
-        return ctypes.c_int32(ctypes.c_uint32.from_address(self._page.data_ptr() + word).value - count).value
+        return ctypes.c_int32(ctypes.c_uint32.from_address(self._page_address + word).value - count).value
