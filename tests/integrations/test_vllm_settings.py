@@ -249,6 +249,23 @@ def test_options_of_the_worker_reach_the_backend_but_where_the_environment_has_i
         integration.set_worker_options(max_tokens=16)
 
 
+def test_settings_of_inductor_in_vllms_config_hold_for_pieces_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config as inductor_config
+
+    ours = importlib.import_module("pp_piecewise_backend.backend")
+    monkeypatch.setattr(integration, "_worker_options", {})
+    monkeypatch.setattr(integration, "_inductor_settings", {})
+    found: list[bool] = []
+    monkeypatch.setattr(ours, "backend", lambda graph, inputs, options: found.append(inductor_config.combo_kernels))
+    before = inductor_config.combo_kernels
+    integration.set_worker_options({"combo_kernels": not before})
+    integration.backend(None, [])
+    found.append(inductor_config.combo_kernels)
+    integration.set_worker_options()  # of another engine in the same process
+    integration.backend(None, [])
+    assert found == [not before, before, before]
+
+
 @pytest.mark.parametrize("environment", [None, "full_and_piecewise"])
 def test_full_graphs_are_left_to_vllm(environment: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the default is, and whether or not the worker is ours."""

@@ -73,7 +73,10 @@ class VllmWorker:
 
     def __init__(self, kv_cache_memory_bytes: int | None, v2: bool, when_warm: Callable[[], None]) -> None:
         self.cache_config = SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes)
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
+        compilation = SimpleNamespace(inductor_compile_config={"combo_kernels": True})
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=torch.float32), compilation_config=compilation
+        )
         self.use_v2_model_runner, self.rank, self.device = v2, 1, torch.device("cpu")
         self.when_warm = when_warm
 
@@ -162,6 +165,12 @@ def test_all_buckets_are_captured_at_start_and_the_kv_cache_gets_less(v2: bool, 
     report = worker.pp_piecewise_report()
     assert report["since_warm_up"]["calls"] == 4 and report["since_warm_up"]["miss_reasons"] == {}
     assert (report["pipeline_rank"], report["tensor_rank"], report["rank"]) == (1, 0, 1)
+
+
+def test_settings_of_inductor_come_from_vllms_config(stand: Stand) -> None:
+    worker = started(stand)
+    integration = importlib.import_module("pp_piecewise_backend.integrations.vllm")
+    assert integration._inductor_settings == worker.vllm_config.compilation_config.inductor_compile_config != {}
 
 
 def test_what_the_user_says_of_the_kv_cache_stays(stand: Stand) -> None:

@@ -14,7 +14,7 @@ on the CPU proxies travel by gloo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -29,6 +29,8 @@ TESTED_VERSIONS = ("0.26.0", "0.32.0")
 
 _worker_options: dict[str, Any] = {}
 """Options that the worker of this process knows."""
+_inductor_settings: dict[str, Any] = {}
+"""Those of vLLM's config."""
 
 
 def register() -> None:
@@ -52,21 +54,30 @@ def register() -> None:
 
 def backend(graph_module: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """The backend ``pp_piecewise`` with the options of this process' worker."""
+    import torch._inductor.config as inductor_config
+
     from ...backend import backend as pp_piecewise
 
     # Full graphs for decode are vLLM's own, see docs/engines.md.
     own = {} if Config().sources["mode"] == "environment" else {"mode": "piecewise"}
-    return pp_piecewise(graph_module, example_inputs, options=own | _worker_options, **kwargs)
+    with inductor_config.patch(_inductor_settings):
+        return pp_piecewise(graph_module, example_inputs, options=own | _worker_options, **kwargs)
 
 
-def set_worker_options(**options: Any) -> None:
-    """Options for what is compiled from now on; where the environment sets one of them, that counts."""
+def set_worker_options(inductor: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Options for what is compiled from now on; where the environment sets one of them, that counts.
+
+    Args:
+        inductor: settings of Inductor, as ``compilation_config.inductor_compile_config`` has them.
+    """
     config = Config()
     if config.sources["max_tokens"] == "environment":
         raise errors.ConfigError(
             f"PP_PIECEWISE_MAX_TOKENS is set to {config.max_tokens}, but inside vLLM the largest call is vLLM's: unset "
             f"it and use --max-num-batched-tokens."
         )
+    _inductor_settings.clear()
+    _inductor_settings.update(inductor or {})
     _worker_options.clear()
     _worker_options.update(
         {name: value for name, value in options.items() if config.sources.get(name) != "environment"}

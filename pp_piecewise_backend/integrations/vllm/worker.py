@@ -71,7 +71,8 @@ class PiecewiseWorker(Worker):
             self.landing.receive_from(pipeline)
             runner.intermediate_tensors = self.landing.buffers()
         options = {"static_outputs": True, "capture": "warmup", "max_tokens": self.landing.stage.max_tokens}
-        set_worker_options(stage=self.landing.stage, **options, **capture_options(get_tp_group()))
+        inductor = self.vllm_config.compilation_config.inductor_compile_config
+        set_worker_options(inductor, stage=self.landing.stage, **options, **capture_options(get_tp_group()))
 
     def determine_available_memory(self) -> int:
         """What vLLM finds after compiling, less what the graphs take that are captured now."""
