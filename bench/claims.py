@@ -162,12 +162,6 @@ def over_reduce_overhead(data: Any, column: tuple[int, int]) -> float:
     return float(found["ms_over"]["reduce_overhead"]["ours_auto_auto"])
 
 
-def cells_above(data: Any, ratio: float) -> list[tuple[int, int]]:
-    """Tokens and micro-batches in flight where one of ours takes more than so many times as long as reduce-overhead."""
-    above = (r for r in data["ratios"] if any(over > ratio for over in r["ms_over"]["reduce_overhead"].values()))
-    return sorted((each["tokens"], each["in_flight"]) for each in above)
-
-
 def overlapping(data: Any) -> list[Mapping[str, Any]]:
     """Cells of all defaults with more than one micro-batch in flight."""
     return [c for c in data["cells"] if c["variant"] == "ours_auto_auto" and c["in_flight"] > 1]
@@ -211,12 +205,6 @@ EARLY = {
 LIMIT = {"limit: one graph captured by hand": latency("limit")}
 
 
-def slower_than_reduce_overhead(data: Any) -> list[float]:
-    """In percent of its time, by token count."""
-    ours, other = latency("ours"), latency("reduce_overhead")
-    return [100 * (1 - other(data, tokens) / ours(data, tokens)) for tokens in TOKENS]
-
-
 def over(data: Any, name: str, **wanted: Any) -> tuple[float, float]:
     """Least and greatest share of the time of ``name``, of targets with these values."""
     shares = [t[name] for t in data["targets"] if t["target"] == "host" and all(t[k] == v for k, v in wanted.items())]
@@ -226,17 +214,15 @@ def over(data: Any, name: str, **wanted: Any) -> tuple[float, float]:
 WORDS = ("none", "one", "two", "three", "four", "five")
 
 CLAIMS: Sequence[Table | Sentence] = (
-    Table(README, "tokens", "gpu_latency", TOKENS, {**EARLY, "pp_piecewise": latency("ours"), **LIMIT}),
-    Sentence(
+    Table(
         README,
-        "is simpler, and faster in {} of the five columns below, by {:.0f} to {:.0f} % up to 64 tokens "
-        '(`mode="full"` of this package is level with it)',
-        "gpu_latency",
-        lambda data: (
-            WORDS[sum(percent > 0 for percent in slower_than_reduce_overhead(data))],
-            min(slower_than_reduce_overhead(data)[:3]),
-            max(slower_than_reduce_overhead(data)[:3]),
-        ),
+        "two GPUs",
+        "gpu_pipeline_7b_in_parts",
+        tuple(column for column in DECODE_CELLS if column[1] != 2),
+        {
+            'mode="reduce-overhead"': pipeline_ms("reduce_overhead"),
+            "pp_piecewise": pipeline_ms("ours_auto_auto"),
+        },
     ),
     Table(
         BENCHMARKS,
@@ -286,30 +272,31 @@ CLAIMS: Sequence[Table | Sentence] = (
                 "all defaults / reduce-overhead": over_reduce_overhead,
             },
         )
-        for model in ("7B", "0.5B")
+        for model in ("7B", "8B", "0.5B")
+    ),
+    *(
+        Sentence(
+            BENCHMARKS,
+            f"At {model} it takes {{:.3f}} to {{:.3f}} of the time of `reduce-overhead`{how}, over NCCL {{:.3f}} to "
+            "{:.3f} and over CUDA IPC {:.3f} to {:.3f}",
+            f"gpu_pipeline_{model.lower()}_in_parts",
+            lambda data: [
+                *extremes(decode_ratios(data, "reduce_overhead")),
+                *extremes(decode_ratios(data, "reduce_overhead", OVER_NCCL)),
+                *extremes(decode_ratios(data, "reduce_overhead", OVER_IPC)),
+            ],
+        )
+        for model, how in (("7B", " with the engine-style hand-off"), ("8B", ""))
     ),
     Sentence(
         BENCHMARKS,
-        "it takes {:.3f} to {:.3f} of the time of `reduce-overhead` with the engine-style hand-off, over NCCL {:.3f} "
-        "to {:.3f} and over CUDA IPC {:.3f} to {:.3f}. Above 1 by more than a percent are only {}",
-        "gpu_pipeline_7b_in_parts",
-        lambda data: [
-            *extremes(decode_ratios(data, "reduce_overhead")),
-            *extremes(decode_ratios(data, "reduce_overhead", OVER_NCCL)),
-            *extremes(decode_ratios(data, "reduce_overhead", OVER_IPC)),
-            " and ".join(f"{tokens} / {in_flight}" for tokens, in_flight in cells_above(data, 1.01)),
-        ],
-    ),
-    Sentence(
-        BENCHMARKS,
-        "they differ by up to {:.1f} %. From two in flight on the second device works for {:.2f} to {:.2f} of the time",
+        "two rows are the same way twice: they differ by up to {:.1f} %",
         "gpu_pipeline_7b_in_parts",
         lambda data: [
             max(
                 100 * abs(pipeline_ms("ours_auto_auto")(data, c) / pipeline_ms(OVER_IPC)(data, c) - 1)
                 for c in DECODE_CELLS
-            ),
-            *extremes(1 - c["ranks"][1]["bubble"] for c in overlapping(data)),
+            )
         ],
     ),
     Sentence(
@@ -327,14 +314,35 @@ CLAIMS: Sequence[Table | Sentence] = (
     ),
     Sentence(
         BENCHMARKS,
-        "with all defaults the busier one works (`host_work_us`) for {:.2f} to {:.2f} of the time of a "
-        "micro-batch, where the busier device works for {:.2f} to {:.2f}",
+        "with all defaults the busier one works (`host_work_us`) for {:.2f} to {:.2f} of the time of a micro-batch",
         "gpu_pipeline_0.5b_in_parts",
+        lambda data: extremes(
+            max(rank["host_work_us"] for rank in c["ranks"]) / 1e3 / c["ms"]["median"] for c in overlapping(data)
+        ),
+    ),
+    Table(
+        BENCHMARKS,
+        "ms, 0.5B, slower host",
+        "gpu_pipeline_0.5b_slow_host",
+        (*DECODE_CELLS, (512, 4), (2048, 4)),
+        {
+            'mode="reduce-overhead"': pipeline_ms("reduce_overhead"),
+            "pp_piecewise, all defaults": pipeline_ms("ours_auto_auto"),
+        },
+    ),
+    Sentence(
+        BENCHMARKS,
+        "There it took {:.3f} to {:.3f} of the time of `reduce-overhead` up to 512 tokens. At 2048 tokens, where pieces "
+        "run between eager attentions and no graph holds them, it took {:.2f} to {:.2f} of it",
+        "gpu_pipeline_0.5b_slow_host",
         lambda data: [
-            *extremes(
-                max(rank["host_work_us"] for rank in c["ranks"]) / 1e3 / c["ms"]["median"] for c in overlapping(data)
-            ),
-            *extremes(1 - min(rank["bubble"] for rank in c["ranks"]) for c in overlapping(data)),
+            bound
+            for is_long in (False, True)
+            for bound in extremes(
+                each["ms_over"]["reduce_overhead"]["ours_auto_auto"]
+                for each in data["ratios"]
+                if (each["tokens"] > 512) == is_long
+            )
         ],
     ),
     *(
@@ -399,8 +407,7 @@ CLAIMS: Sequence[Table | Sentence] = (
         ("1", "8", "64", "128", "prefill_tokens_per_s", "ready_s"),
         {
             "vLLM, its default": of_engine("default"),
-            "-cc.backend=pp_piecewise": of_engine("ours_native"),
-            "the same, with vLLM's own kernels": of_engine("ours"),
+            "-cc.backend=pp_piecewise": of_engine("ours"),
         },
     ),
     Sentence(
@@ -409,8 +416,8 @@ CLAIMS: Sequence[Table | Sentence] = (
         "128, prefill has {:.3f} of its speed, and the engine is ready in {:.2f} of its time",
         "gpu_vllm_two_gpus",
         lambda data: [
-            *(cell(data["ratios"], engine="ours_native")["time_per_token"][count] for count in ("1", "8", "64", "128")),
-            *prefill_and_ready(data, "ours_native"),
+            *(cell(data["ratios"], engine="ours")["time_per_token"][count] for count in ("1", "8", "64", "128")),
+            *prefill_and_ready(data, "ours"),
         ],
     ),
     Sentence(
@@ -428,7 +435,7 @@ CLAIMS: Sequence[Table | Sentence] = (
                         worker["received_elsewhere"],
                         worker["since_warm_up"]["stage_input_copies"],
                     )
-                    for worker in cell(data["runs"], engine="ours_native", caches="cold")["workers"]
+                    for worker in cell(data["runs"], engine="ours", caches="cold")["workers"]
                 ),
                 strict=True,
             )
@@ -436,14 +443,9 @@ CLAIMS: Sequence[Table | Sentence] = (
     ),
     Sentence(
         BENCHMARKS,
-        "Log probabilities of a prompt differ from the default's by at most {:.3f}, by {:.3f} on average; with vLLM's "
-        "own kernels by at most {:.3f}, by {:.3f} on average",
+        "Log probabilities of a prompt differ from the default's by at most {:.3f}, by {:.3f} on average",
         "gpu_vllm_two_gpus",
-        lambda data: [
-            figure(differences_from_default(data, engine))
-            for engine in ("ours_native", "ours")
-            for figure in (max, statistics.mean)
-        ],
+        lambda data: [figure(differences_from_default(data, "ours")) for figure in (max, statistics.mean)],
     ),
     Table(
         BENCHMARKS,

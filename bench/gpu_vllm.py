@@ -11,8 +11,10 @@ Each run is an engine in a process of its own:
 - `ours`: `-cc.backend=pp_piecewise`. `ours_pieces`: the same with `cudagraph_mode=NONE`, so that decode replays pieces,
   too. `ours_kernels`, on GPUs: activations and norms by vLLM's own kernels instead of Inductor's.
 
-Milliseconds per token: the difference between a long and a short answer of so many sequences, per step. With more
-sequences than one prefill step takes, steps of several groups are in flight and keep all stages busy. `ready` is the
+Milliseconds per token: the difference between a long and a short answer of so many sequences, per step; the median of
+some rounds, and their extremes. With more sequences than one prefill step takes, steps of several groups are in flight
+and keep all stages busy. The engine runs in the process that asks, so that all requests are there when it makes its first
+step: as a process of its own it begins with those that have come by then, which makes one group or two. `ready` is the
 time until the engine takes requests; `cold` starts with empty caches of vLLM, Inductor and Triton, `warm` with those
 that the cold run left. What is known of where that time goes is in `phases_s`: for each worker what it counts itself,
 for the engine what vLLM logs, as far as it does. `start_up` has all that is logged until then, each line with its time
@@ -26,6 +28,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,6 +122,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64, 128])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, nargs=2, default=[16, 116], help="of a short and of a long answer")
+    parser.add_argument("--rounds", type=int, default=5, help="of each number of sequences")
     parser.add_argument("--prefill", type=int, nargs=2, default=[16, 2048], help="prompts, and tokens of each")
     parser.add_argument("--max-batched-tokens", type=int, default=2048)
     parser.add_argument("--memory", type=float, default=0.6, help="share of a GPU's memory that vLLM may take")
@@ -139,6 +143,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "VLLM_CACHE_ROOT": f"{folder}/vllm",
                 "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
                 "TRITON_CACHE_DIR": f"{folder}/triton",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_LOGGING_CONFIG_PATH": f"{folder}/logging.json",
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -250,11 +255,15 @@ def run_engine(request: Mapping[str, Any]) -> dict[str, Any]:
             return time.perf_counter() - started, found
 
         short, long = request["new_tokens"]
-        figures["ms_per_token"] = {}
+        figures["ms_per_token"], figures["ms_per_token_extremes"] = {}, {}
         for count in request["sequences"]:
             answers(count, request["prompt_tokens"], min(8, short))
-            taken = [answers(count, request["prompt_tokens"], new_tokens)[0] for new_tokens in (short, long)]
-            figures["ms_per_token"][count] = 1e3 * (taken[1] - taken[0]) / (long - short)
+            found_ms = []
+            for _ in range(request["rounds"]):
+                taken = [answers(count, request["prompt_tokens"], new_tokens)[0] for new_tokens in (short, long)]
+                found_ms.append(1e3 * (taken[1] - taken[0]) / (long - short))
+            figures["ms_per_token"][count] = statistics.median(found_ms)
+            figures["ms_per_token_extremes"][count] = min(found_ms), max(found_ms)
         answers(max(1, prompts // 4), tokens, 1)
         figures["prefill_tokens_per_s"] = prompts * tokens / answers(prompts, tokens, 1)[0]
         _, (scored,) = answers(1, request["prompt_tokens"], 1, prompt_logprobs=0)
@@ -302,7 +311,11 @@ def line(run: Mapping[str, Any]) -> str:
     head = f"{run['engine']:12s} {run['caches']:5s}"
     if run["status"] != "ok":
         return f"{head} {run['status']}: {run['error']}"
-    per_token = "  ".join(f"{count}: {value:.2f} ms" for count, value in run["ms_per_token"].items())
+    extremes = run["ms_per_token_extremes"]
+    per_token = "  ".join(
+        f"{count}: {value:.2f} ms ({extremes[count][0]:.2f} to {extremes[count][1]:.2f})"
+        for count, value in run["ms_per_token"].items()
+    )
     text = f"{head} ready {run['ready_s']:.1f} s{phases(run)}  {per_token}"
     text += f"  prefill {run['prefill_tokens_per_s']:.0f} tokens/s  {run['kv_cache_blocks']} blocks"
     for worker in run.get("workers", ()):
