@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -80,12 +79,6 @@ class PieceCompiler:
         with self._lock:
             self._compiled.clear()
             self._in_progress.clear()
-
-
-def generated_files() -> tuple[str, ...]:
-    """Paths of the Python files that Inductor generated and loaded in this process, oldest first."""
-    codecache = sys.modules.get("torch._inductor.codecache")
-    return () if codecache is None else tuple(module.__file__ for module in codecache.PyCodeCache.modules)
 
 
 def ambient_state() -> tuple[object, ...]:

@@ -25,7 +25,7 @@ import torch
 from torch.fx import GraphModule
 
 from .. import errors
-from ..compilation.inductor import CompiledPiece, generated_files
+from ..compilation.inductor import CompiledPiece
 from ..compilation.placeholders import InputTable
 from ..compilation.split import Piece, Split
 from ..config import Config
@@ -196,7 +196,8 @@ class ProgramDump(Events):
         self._compile_states: dict[int, str] = {}
         self._integer_ranges: dict[str, tuple[int, int]] = {}
         self._piece_texts: dict[str, str] = {}
-        self._generated_before: frozenset[str] = frozenset()
+        self._code_is_written: set[str] = set()
+        """Keys of the pieces of which the generated code is there."""
         self._miss_events = 0
         self._misses_seen: set[tuple[Reason, int | None]] = set()
         self._refreshed_at = 0.0
@@ -212,7 +213,6 @@ class ProgramDump(Events):
         self._write("dynamo_graph.py", heading + text.strip("\n") + "\n")
         placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
         self._note_integers(dict(zip(placeholders, example_inputs, strict=False)))
-        self._generated_before = frozenset(generated_files())
         self._write_summary()
         self._event("traced", nodes=len(graph_module.graph.nodes), inputs=len(placeholders))
         _, _, number = self.name.partition("#")
@@ -235,18 +235,14 @@ class ProgramDump(Events):
     @_never_fails
     def compiled(self, piece: Piece, compiled: CompiledPiece) -> None:
         self._compile_states[piece.index] = "compiled" if compiled.failure is None else "failed"
-        generated = [path for path in generated_files() if path not in self._generated_before]
-        self._generated_before |= frozenset(generated)
-        # A cache that somebody has cleared meanwhile is no reason to stop.
-        texts = [Path(path).read_text() for path in generated if Path(path).is_file()]
-        if texts:
-            self._write(f"piece_{piece.index:02d}_inductor.py", "\n\n".join(texts))
+        self._write_code(piece, compiled)
         seconds = round(compiled.compile_seconds, 6)
         self._event("compiled", piece=piece.index, key=piece.key, compile_seconds=seconds, failure=compiled.failure)
 
     @_never_fails
     def reused(self, piece: Piece, compiled: CompiledPiece) -> None:
         self._compile_states[piece.index] = "reused" if compiled.failure is None else "failed"
+        self._write_code(piece, compiled)
         self._event("reused", piece=piece.index, key=piece.key)
 
     @_never_fails
@@ -310,6 +306,12 @@ class ProgramDump(Events):
         except Exception as error:  # one piece that cannot be printed must not cost the rest of the dump
             _LOG.debug("%s piece[%d] cannot be written down", self.name, piece.index, exc_info=error)
             return f"print({errors.piece_not_written(self.name, piece.index, error)!r})\n"
+
+    def _write_code(self, piece: Piece, compiled: CompiledPiece) -> None:
+        """Once for equal pieces: this program's first one may have been compiled for an earlier program."""
+        if piece.key not in self._code_is_written and (code := torch_compat.generated_code(compiled.call)) is not None:
+            self._write(f"piece_{piece.index:02d}_inductor.py", code)
+            self._code_is_written.add(piece.key)
 
     def _write_summary(self, **known: Any) -> None:
         """Write what was known before and what is new in it."""

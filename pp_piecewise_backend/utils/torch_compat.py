@@ -345,6 +345,27 @@ def stock_backend(name: str) -> Callable[..., Any]:
     return torch._dynamo.lookup_backend(name)
 
 
+def generated_code(call: Callable[..., Any]) -> str | None:
+    """The Python code that Inductor generated for what a backend returned; None if it generated none.
+
+    What Inductor compiled knows its code, wherever it came from, and most of what is wrapped around it says the same.
+    """
+    waiting: list[Any] = [call]
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if not callable(one) or isinstance(one, type) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(code := getattr(one, "source_code", None), str):
+            return code
+        waiting.append(getattr(one, "__wrapped__", None))
+        for cell in getattr(one, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                waiting.append(cell.cell_contents)
+    return None
+
+
 def kernel_in_python(op: Callable[..., Any], device_type: str) -> Callable[..., Any] | None:
     """The kernel of a custom or higher-order op as a callable that skips the dispatcher.
 

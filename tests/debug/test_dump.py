@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ from typing import Any
 import depyf
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import nn
+from torch._inductor.codecache import PyCodeCache
 
 import pp_piecewise_backend as ppb
 from dumping import EAGER, Small, events_of, program_folders, run_small, run_toy_stage, summary_of
@@ -130,10 +133,59 @@ def test_final_counters_of_a_program_that_is_gone(tmp_path: Path) -> None:
     assert summary_of(folder).pieces
 
 
-def test_inductor_output_is_there(tmp_path: Path) -> None:
-    run_small(tmp_path, nn.Linear(4, 4), compiler="inductor")
-    (folder,) = program_folders(tmp_path)
-    assert "def call(" in (folder / "piece_00_inductor.py").read_text()
+def generated(folder: Path) -> dict[str, str]:
+    """What Inductor generated for the pieces of the one program dumped there, without what numbers a compilation."""
+    (program,) = program_folders(folder)
+    texts = {path.name: path.read_text() for path in program.glob("piece_*_inductor.py")}
+    return {name: re.sub(r"(?m)^# AOT ID.*|^_frozen_param.*", "", text) for name, text in texts.items()}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("settings", [{}, {"freezing": True}, {"fx_graph_cache": False}], ids=str)
+def test_inductor_output_is_there(tmp_path: Path, settings: dict[str, bool]) -> None:
+    """Also of pieces that were compiled before, whose file Inductor may not load again."""
+    with inductor_config.patch(settings):
+        run_small(tmp_path / "first", compiler="inductor")
+        ppb.reset()
+        torch._dynamo.reset()
+        run_small(tmp_path / "again", compiler="inductor")
+    texts = generated(tmp_path / "first")
+    assert sorted(texts) == ["piece_00_inductor.py", "piece_02_inductor.py"]
+    assert all("def call(" in text for text in texts.values()) and len(set(texts.values())) == 2
+    assert generated(tmp_path / "again") == texts
+
+
+def test_inductor_output_is_there_of_pieces_of_an_earlier_program(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        run_small(tmp_path / folder, compiler="inductor")
+    (second,) = program_folders(tmp_path / "second")
+    assert [event["event"] for event in events_of(second)].count("reused") == 2
+    assert generated(tmp_path / "second") == generated(tmp_path / "first") != {}
+
+
+def test_code_that_others_load_meanwhile_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_piece = PieceCompiler.compile
+
+    def meanwhile(*arguments: Any) -> Any:
+        PyCodeCache.load("ANOTHER = 'piece'")
+        return compile_piece(*arguments)
+
+    monkeypatch.setattr(PieceCompiler, "compile", meanwhile)
+    run_small(tmp_path, compiler="inductor")
+    texts = generated(tmp_path)
+    assert len(texts) == 2 and not any("ANOTHER" in text for text in texts.values())
+
+
+def test_equal_pieces_share_what_inductor_generated(tmp_path: Path) -> None:
+    run_toy_stage(tmp_path, num_layers=3, sizes=(5,), compiler="inductor")
+    assert sorted(generated(tmp_path)) == [f"piece_{index:02d}_inductor.py" for index in (0, 2, 6)]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_what_inductor_generated_nothing_for_has_no_file_of_it(tmp_path: Path, compiler: str) -> None:
+    run_small(tmp_path / "inductor", compiler="inductor")
+    run_small(tmp_path / "other", compiler=compiler)
+    assert generated(tmp_path / "other") == {} != generated(tmp_path / "inductor")
 
 
 def test_what_a_program_says_of_its_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
