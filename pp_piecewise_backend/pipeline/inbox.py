@@ -1,8 +1,20 @@
-"""The receiving side of a link: headers meet free memory, and whoever comes second posts the receive."""
+"""The receiving side of a link: headers meet free memory, and whoever comes second posts the receive.
+
+Note [a host that waits for its device]
+Once the pipeline is broken, streams are let go, as a rule within two seconds. But nobody can end a kernel that hangs,
+nor what was enqueued on a communicator of NCCL while that was aborted (Note [ends of NCCL groups] in
+``torch_distributed.py``), and ``synchronize()`` of an event waits for them without end. So the host looks at the event,
+and at the pipeline, again and again. At first it does so without a pause, since each micro-batch waits so, as a rule
+for some milliseconds; ``synchronize()`` keeps a core busy, too. Between two looks it makes a call that lets the other
+threads have the interpreter: ``time.sleep(0)`` takes 60 us in Python 3.11, ``poll(0)`` about one [ran]. Then come
+pauses, which grow with the wait.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import select
 import threading
 import time
 from collections import deque
@@ -22,6 +34,14 @@ from .transports.base import Pending
 Views = Mapping[str, torch.Tensor]
 
 _ON_CURRENT_STREAM = contextlib.nullcontext()
+
+_LOOKING_SECONDS = 0.05
+"""How long the host looks at its device without a pause."""
+_PAUSE_SHARE = 1 / 500
+"""Of the wait so far."""
+_LONGEST_PAUSE_SECONDS = 1e-3
+_LETTING_GO_SECONDS = 5.0
+"""How long streams may take to be let go, once this rank knows of a loss, before nobody waits for them any more."""
 
 
 class _Posted(NamedTuple):
@@ -173,14 +193,15 @@ class Inbox:
         """Return once what was taken last has really landed: ``take`` may return when only streams wait for it.
 
         Raises:
-            PeerLost: the pipeline broke; streams that waited were let go, and what they computed is worthless.
+            PeerLost: the pipeline broke; streams that waited were let go, and what they computed is worthless. Where
+                they cannot be let go, it comes nevertheless: see Note [a host that waits for its device].
         """
         if not self._is_unconfirmed:
             return
         self._is_unconfirmed = False
         arrived, self._arrived = self._arrived, None
         if (arrived := self._reached() if arrived is None else arrived) is not None:
-            arrived.synchronize()
+            self._look_until(arrived)
         # A rank records its loss before it lets streams go.
         self._receiver.check(lambda: "waiting for tensors to land")
 
@@ -262,6 +283,21 @@ class Inbox:
                 self._events[read] = event
         event.record(torch.accelerator.current_stream(self._device))
         return event
+
+    def _look_until(self, reached: torch.Event) -> None:
+        """Return once the device is there, or the pipeline has been broken for too long: see the note above."""
+        began = time.monotonic()
+        longest, other_threads = math.inf, select.poll()
+        while not reached.query():
+            waited = time.monotonic() - began
+            if self._receiver.is_broken:
+                longest = min(longest, waited + _LETTING_GO_SECONDS)
+                if waited >= longest:
+                    return
+            if waited < _LOOKING_SECONDS:
+                other_threads.poll(0)
+            else:
+                time.sleep(min(waited * _PAUSE_SHARE, _LONGEST_PAUSE_SECONDS))
 
     def _wait_until(self, reached: torch.Event | None) -> None:
         """What this thread's stream enqueues from now on comes after that."""

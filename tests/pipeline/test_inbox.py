@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 import pp_piecewise_backend as ppb
 from models.small_pipeline import FEEDBACK, MAX_TOKENS, PROXIES
 from pp_piecewise_backend.errors import PeerLost
+from pp_piecewise_backend.pipeline import inbox as inbox_module
 from pp_piecewise_backend.pipeline.header import Header, Kind
 from pp_piecewise_backend.pipeline.inbox import Inbox
 from pp_piecewise_backend.pipeline.transports.base import Pending
@@ -243,13 +247,14 @@ def test_memory_that_is_read_again_and_again_is_free_after_the_latest_reader(is_
 
 
 class Reached:
-    """Stands for an event of a GPU: at which number of things enqueued it is."""
+    """Stands for an event of a GPU: at which number of things enqueued it is, and when the GPU comes there."""
 
-    def __init__(self, at: int, waited: list[int]) -> None:
-        self.at, self._waited = at, waited
+    def __init__(self, at: int, waited: list[int], is_there: Callable[[], bool] = lambda: True) -> None:
+        self.at, self._waited, self._is_there = at, waited, is_there
 
-    def synchronize(self) -> None:
+    def query(self) -> bool:
         self._waited.append(self.at)
+        return self._is_there()
 
 
 def test_what_lands_is_confirmed_as_of_then_or_only_once_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,3 +292,93 @@ def test_what_was_taken_unconfirmed_is_confirmed_with_what_was_taken_after_it(mo
         inbox.take(confirms=confirms)
     inbox.confirm()
     assert waited and waited[0] > 0, "not as of the first one, after which the second has landed"
+
+
+class Device:
+    """Of which one event is asked for: the GPU comes there some time after somebody waits, or never."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.receiver, self.looks = Receiver(takes_offers=False), list[int]()
+        self.pauses: list[float] = []
+        self.is_there: Callable[[], bool] = lambda: False
+        self.inbox = feedback(self.receiver, hands_out=True, early=False)
+        self.inbox._stream = torch.Stream("cpu")
+
+        def pause(seconds: float) -> None:
+            self.pauses.append(seconds)
+            time.sleep(seconds)
+
+        clock = SimpleNamespace(monotonic=time.monotonic, time_ns=time.time_ns, sleep=pause)
+        monkeypatch.setattr(Inbox, "_reached", lambda *_: Reached(0, self.looks, lambda: self.is_there()))
+        monkeypatch.setattr(inbox_module, "time", clock)
+        self.receiver.announce(2)
+        self.inbox.take()
+
+    def comes_after(self, seconds: float) -> None:
+        there_at = time.monotonic() + seconds
+        self.is_there = lambda: time.monotonic() >= there_at
+
+
+def test_what_has_landed_is_confirmed_by_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    device.is_there = lambda: True
+    device.inbox.confirm()
+    assert len(device.looks) == 1 and device.pauses == []
+
+
+def test_a_short_wait_for_the_device_has_no_pause_and_lets_other_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "_LOOKING_SECONDS", 60.0)
+    device, is_running = Device(monkeypatch), threading.Event()
+    device.is_there = is_running.is_set  # another thread must run for that
+    thread = threading.Timer(0.01, is_running.set)
+    thread.start()
+    switches_every = sys.getswitchinterval()
+    sys.setswitchinterval(60.0)  # by nothing but what the wait itself does for them
+    try:
+        device.inbox.confirm()
+    finally:
+        sys.setswitchinterval(switches_every)
+    thread.join()
+    assert len(device.looks) > 1 and device.pauses == []
+
+
+def test_pauses_of_a_long_wait_for_the_device_grow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    device.comes_after(0.2)
+    device.inbox.confirm()
+    assert device.pauses == sorted(device.pauses) and 1e-4 <= device.pauses[0] <= device.pauses[-1] <= 1e-3
+
+
+def test_a_device_that_is_let_go_says_at_once_that_the_pipeline_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "_LETTING_GO_SECONDS", 60.0)
+    device = Device(monkeypatch)
+    threading.Timer(0.05, device.receiver.breaks).start()
+    device.comes_after(0.15)
+    with pytest.raises(PeerLost, match="waiting for tensors to land: the neighbour is gone"):
+        device.inbox.confirm()
+    assert device.is_there()
+
+
+@pytest.mark.parametrize("breaks", ["before", "meanwhile"])
+def test_a_device_that_is_never_let_go_does_not_keep_the_host(breaks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "_LETTING_GO_SECONDS", 0.2)
+    device, found = Device(monkeypatch), list[tuple[float, BaseException]]()
+    broke_at = time.monotonic() + 0.1 * (breaks == "meanwhile")
+    if breaks == "before":
+        device.receiver.breaks()
+    else:
+        threading.Timer(0.1, device.receiver.breaks).start()
+
+    def confirm() -> None:
+        try:
+            device.inbox.confirm()
+        except PeerLost as error:
+            found.append((time.monotonic() - broke_at, error))
+
+    thread = threading.Thread(target=confirm, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "confirm() still waits"
+    ((seconds, error),) = found
+    assert seconds >= 0.2 and "waiting for tensors to land: the neighbour is gone" in str(error)
+    assert not device.inbox.is_unconfirmed
