@@ -13,8 +13,8 @@ Each run is an engine in a process of its own:
 
 Milliseconds per token: the difference between a long and a short answer of so many sequences, per step; the median of
 some rounds, and their extremes. With more sequences than one prefill step takes, steps of several groups are in flight
-and keep all stages busy. The engine runs in the process that asks, so that all requests are there when it makes its first
-step: as a process of its own it begins with those that have come by then, which makes one group or two. `ready` is the
+and keep all stages busy. The engine runs in the process that asks, so that all requests are there when it makes its
+first step; as a process of its own it begins with those that have come, which makes one group or two. `ready` is the
 time until the engine takes requests; `cold` starts with empty caches of vLLM, Inductor and Triton, `warm` with those
 that the cold run left. What is known of where that time goes is in `phases_s`: for each worker what it counts itself,
 for the engine what vLLM logs, as far as it does. `start_up` has all that is logged until then, each line with its time

@@ -56,19 +56,22 @@ def test_the_command_prints_file_command_and_machine(capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     data = claims.result("gpu_latency")
     assert printed.startswith(
-        "README.md, table 'tokens': as in the file\n"
+        "README.md, table 'two GPUs': as in the file\n  bench/results/gpu_pipeline_7b_in_parts.json"
+    )
+    assert (
+        "docs/benchmarks.md, table 'ms per call': as in the file\n"
         f"  bench/results/gpu_latency.json, of {data['finished'][:10]}\n"
         f"  {data['command']}\n"
         f"  {data['environment']['device']}, CUDA "
-    )
+    ) in printed
     assert all(claims.result(claim.result)["command"] in printed for claim in claims.CLAIMS)
 
 
 def test_the_command_fails_where_a_page_differs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = claims.page(claims.README).replace("| eager | ", "| eager | 1")
+    other = claims.page(claims.README).replace("| **pp_piecewise** | ", "| **pp_piecewise** | 1")
     monkeypatch.setattr(claims, "page", lambda name: other)
-    monkeypatch.setattr(claims, "CLAIMS", claims.CLAIMS[:2])
+    monkeypatch.setattr(claims, "CLAIMS", claims.CLAIMS[:1])
     assert claims.main() == 1
-    assert re.search(r"  row 'eager', column 1: 1([\d.]+), and \1 in the file", capsys.readouterr().out)
+    assert re.search(r"  row 'pp_piecewise', column 1: 1([\d.]+), and \1 in the file", capsys.readouterr().out)
