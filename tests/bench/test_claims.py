@@ -74,4 +74,4 @@ def test_the_command_fails_where_a_page_differs(
     monkeypatch.setattr(claims, "page", lambda name: other)
     monkeypatch.setattr(claims, "CLAIMS", claims.CLAIMS[:1])
     assert claims.main() == 1
-    assert re.search(r"  row 'pp_piecewise', column 1: 1([\d.]+), and \1 in the file", capsys.readouterr().out)
+    assert re.search(r"  row 'pp_piecewise', column \(1, 1\): 1([\d.]+), and \1 in the file", capsys.readouterr().out)
