@@ -185,10 +185,12 @@ def test_an_eager_step_that_gives_another_tensor_than_traced(device: str, how: s
         pair(rows(num_tokens, device))
         assert misses_between(before, ppb.stats()) == {"unexpected-tensor": 2}
         assert ppb.stats().replays - before.replays == 1
+        assert ppb.stats().output_copies == before.output_copies, "what no graph made is the caller's already"
     WAYWARD["result"] = lambda x: x
     before = ppb.stats()
     pair(rows(5, device))
     assert misses_between(before, ppb.stats()) == {} and ppb.stats().replays - before.replays == 3
+    assert ppb.stats().output_copies - before.output_copies == 1
 
 
 @on_devices
