@@ -113,17 +113,18 @@ class CudaStreams:
         self._raw_stream = torch_compat.current_raw_stream
         self._between = torch.cuda.Event()
         """Recorded again for each wait of one stream for another: what waits for it then is a point in time."""
-        self._last: tuple[int, torch.cuda.Stream] | None = None
-        """The handle of the current stream when it was asked for last, and the stream: to make one takes long."""
+        self._known: dict[int, torch.cuda.Stream] = {}
+        """Handle -> stream, of those that were current: to make an object for one takes long."""
 
     def new(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._device)
 
     def current(self) -> torch.cuda.Stream:
-        raw, last = self._raw_stream(self._device.index), self._last
-        if last is None or last[0] != raw:
-            self._last = last = raw, torch.cuda.current_stream(self._device)
-        return last[1]
+        raw = self._raw_stream(self._device.index)
+        stream = self._known.get(raw)
+        if stream is None:
+            stream = self._known[raw] = torch.cuda.current_stream(self._device)
+        return stream
 
     def record(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
         return stream.record_event(event)
