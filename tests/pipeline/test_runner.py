@@ -1,4 +1,4 @@
-"""A pipeline in one process, its stages in threads: feedback, overlap, order, early ends, misuse."""
+"""A pipeline in one process, its stages in threads: feedback, overlap, order, misuse."""
 
 from __future__ import annotations
 
@@ -103,31 +103,6 @@ def test_the_first_stage_goes_on_from_what_the_last_one_tells(max_in_flight: int
             assert found == tokens.tolist()
 
 
-@pytest.mark.parametrize("leaver", slow_but([1], [0, 1, 2]))
-def test_leaving_early_stops_all_stages_in_order(leaver: int) -> None:
-    def play(runner: ppb.StageRunner, stage: int) -> int:
-        endless = (ppb.MicroBatch(n) for _ in range(10**6) for n in (3, 5))
-        count = 0
-        for _ in runner.run(endless if stage == 0 else None):
-            count += 1
-            if stage == leaver and count == 4:
-                break
-        return count
-
-    counts = all_well(in_threads(3, play))
-    assert counts[leaver] == 4 and all(4 <= count < 1000 for count in counts[: leaver + 1]), counts
-
-
-def test_a_stage_that_is_closed_without_a_run_ends_the_pipeline() -> None:
-    def play(runner: ppb.StageRunner, stage: int) -> int:
-        if stage == 1:
-            return 0
-        return sum(1 for _ in runner.run((ppb.MicroBatch(2) for _ in range(10**6)) if stage == 0 else None))
-
-    counts = all_well(in_threads(3, play))
-    assert counts[2] == 0
-
-
 def test_at_most_so_many_micro_batches_are_in_flight() -> None:
     started, ended, most = [0], [0], [0]
 
@@ -170,40 +145,6 @@ def test_a_profile_shows_receives_by_their_name() -> None:
     _, seen = all_well(in_threads(2, play))
     assert seen["ppb.handoff.recv"] == 5, "one per micro-batch"
     assert any(name.startswith("ppb.piece[") for name in seen)
-
-
-@pytest.mark.parametrize(("stages", "late_seconds"), slow_but([(3, 0.0)], [(3, 0.0), (5, 0.5)]))
-def test_an_exception_of_the_callers_own_code_is_told_to_all(stages: int, late_seconds: float) -> None:
-    def play(runner: ppb.StageRunner, stage: int) -> int:
-        count = 0
-        try:
-            for _ in runner.run((ppb.MicroBatch(2) for _ in range(10**6)) if stage == 0 else None):
-                count += 1
-                if stage == 1 and count == 3:
-                    raise ArithmeticError("the caller's own code failed")
-        finally:
-            # Here the iterator was left, so the others stop in order; only later can they learn why.
-            time.sleep(late_seconds * (stage == 1))
-        return count
-
-    outcomes = in_threads(stages, play)
-    assert isinstance(outcomes.pop(1), ArithmeticError)
-    for outcome in outcomes:
-        assert isinstance(outcome, errors.PeerLost) and "rank 1 failed (ArithmeticError)" in str(outcome)
-
-
-def test_a_rank_that_is_late_to_close_is_waited_for_no_longer_than_a_silent_one() -> None:
-    closed_at: dict[int, float] = {}
-
-    def play(runner: ppb.StageRunner, stage: int) -> None:
-        for _ in runner.run([ppb.MicroBatch(2)] if stage == 0 else None):
-            pass
-        time.sleep(9.0 * (stage == 1))
-        runner.close()
-        closed_at[stage] = time.monotonic()
-
-    all_well(in_threads(3, play, timeout_s=4.0))
-    assert max(closed_at[0], closed_at[2]) < closed_at[1]
 
 
 @pytest.mark.parametrize(
