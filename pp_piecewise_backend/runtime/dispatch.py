@@ -18,7 +18,6 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_
 from threading import get_ident
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,8 +37,8 @@ from .cudagraphs.emulated import EmulatedDevice
 from .cudagraphs.memory import like, memory_of, why_no_copies
 from .hooks import NO_EVENTS, Events
 from .instructions import gather, picker
-from .ownership import hand_over, lend, merged_results, results_in
-from .replay import Call, FlatProgram, NoMemoryToCompare, StaticResults
+from .ownership import hand_over, lend, merged_results
+from .replay import Call, FlatProgram, NoMemoryToCompare, static_results
 from .stage import StageMemory, first_found
 from .warmup import Measured, Session
 
@@ -353,11 +352,10 @@ class Graphs:
     ) -> None:
         """Replace results by copies that belong to the caller, unless static outputs may be."""
         plan = self.plan
-        early, others = self._static_results(results, bucket, program)
+        early, others = static_results(plan, bucket, results) if program is None else program.static_results(results)
         if plan.config.static_outputs and may_be_static:
             self._memory.overwritten = bucket.overwritten
-            if early:
-                call.output_copies = hand_over(results, early)
+            call.output_copies = hand_over(results, early)
             if plan.listener is not None:
                 self._memory.lent += lend(results, others)
             if plan.config.strict and plan.kind == "emulate" and plan.listener is None:
@@ -375,20 +373,6 @@ class Graphs:
                 program.merged_results = merged
         for index in merged:
             results[index] = like(results[index])
-
-    def _static_results(self, results: Sequence[Any], bucket: Bucket, program: FlatProgram | None) -> StaticResults:
-        """Which results lie in static memory; found out once for results that are the same tensors in every call."""
-        fixed: Sequence[Any] = () if program is None else program.fixed_results
-        is_fixed = program is not None and bool(fixed) and all(map(is_, results, fixed))
-        if program is not None and is_fixed and program.static_results is not None:
-            return program.static_results
-        storages, inputs = self.plan.split.result_storages, self.plan.input_storages
-        early = results_in(bucket.taken_early, results, storages, inputs) if bucket.taken_early else []
-        others = results_in(bucket.overwritten, results, storages, inputs)
-        found = StaticResults(early, [members for members in others if members not in early])
-        if program is not None and is_fixed:
-            program.static_results = found
-        return found
 
     # ------------------------------------------------------------------------- capturing
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from operator import attrgetter
+from operator import attrgetter, is_
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from .capture_plan import GraphPlan
 from .cudagraphs.memory import StaticTensor, like, without_repeats
 from .hooks import StageListener
 from .instructions import Instruction, picker, run_steps
-from .ownership import shares_undeclared
+from .ownership import results_in, shares_undeclared
 from .tracing import Timeline, profiler_is_running, step_name, wrap
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -44,6 +44,14 @@ class StaticResults(NamedTuple):
     early: Sequence[Sequence[int]]
     """Those that a step overwrites before the results of the last call have left, see ``Bucket.taken_early``."""
     others: Sequence[Sequence[int]]
+
+
+def static_results(plan: GraphPlan, bucket: Bucket, results: Sequence[Any]) -> StaticResults:
+    """Which of these results of a call lie in static memory of the bucket."""
+    storages, inputs = plan.split.result_storages, plan.input_storages
+    early = results_in(bucket.taken_early, results, storages, inputs) if bucket.taken_early else []
+    others = results_in(bucket.overwritten, results, storages, inputs)
+    return StaticResults(early, [members for members in others if members not in early])
 
 
 class Call:
@@ -377,11 +385,9 @@ class FlatProgram:
         self.bind([_Replay(self, at) if at in self.replayed else _OnRealRows(self, at) for at in steps])
         self._results = picker(plan.layout.results)
         self._made_in_call = self.template[len(plan.inputs) :]
-        results = self._results(self.template)
-        self.fixed_results: Sequence[Any] = () if any(result is None for result in results) else results
-        """All results, if they are the same tensors in every call."""
-        self.static_results: StaticResults | None = None
-        """Of the fixed results, once a call has asked."""
+        self._usual_results = self._results(self.template)
+        """Those that are the same tensors in every call, as a rule all; None for the others."""
+        self._usual_static_results = static_results(plan, bucket, self._usual_results)
         self._counted = (
             len(plan.instructions) - len(plan.compute_steps),
             len(self.replayed),
@@ -467,6 +473,12 @@ class FlatProgram:
         except UnexpectedTensor as unexpected:
             self._finish_without_graphs(unexpected.step + 1, call, unexpected.reason)
         return list(self._results(registers))
+
+    def static_results(self, results: Sequence[Any]) -> StaticResults:
+        """Which results of a call lie in static memory."""
+        if all(map(is_, results, self._usual_results)):
+            return self._usual_static_results
+        return static_results(self.plan, self.bucket, results)
 
     def _watched_rows(self) -> list[_Row] | None:
         """The rows as a profiler, or the timeline of the stage, shows them; None where neither is there."""

@@ -69,8 +69,8 @@ def test_the_line_has_the_slowest_workers_whoever_captured() -> None:
     run = {"engine": "ours", "caches": "cold", "status": "ok", "ready_s": 60.0, "ms_per_token": {"1": 4.5}}
     run["ms_per_token_extremes"] = {"1": (4.4, 4.7)}
     run |= {"prefill_tokens_per_s": 1000.0, "kv_cache_blocks": 7, "phases_s": {"engine": engine, "workers": workers}}
-    expected = "ready 60.0 s (processes 26.0, weights 4.5, compile 8.8, capture 6.0)  1: 4.50 ms (4.40 to 4.70) "
-    assert expected in line(run)
+    expected = "ready 60.0 s (processes 26.0, weights 4.5, compile 8.8, capture 6.0)"
+    assert f"{expected}  1: 4.50 ms (4.40 to 4.70)  prefill 1000 tokens/s" in line(run)
 
 
 def test_by_default_nothing_is_asked_for_but_the_backend() -> None:

@@ -159,7 +159,7 @@ class StreamSharing(Sharing):
 
     def after_landing(self, count: int) -> None:
         stream = self._streams.current()
-        if stream is not self._waiting_streams[-1] and stream not in self._waiting_streams:
+        if stream not in self._waiting_streams:
             self._waiting_streams.append(stream)
         self._awaited_count = count
         self._streams.wait_for_words(stream, [self._word(_LANDED, count), self._word(_SOUND, 0)])
